@@ -1,0 +1,36 @@
+"""Circuit discovery for Hugging Face causal language models.
+
+PAHQ (arXiv 2510.23264) and ACDC (Conmy et al. 2023) on the models people really use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit import Circuit
+    from pahq_hf.config import ACDCConfig, PAHQConfig
+    from pahq_hf.errors import PAHQError
+    from pahq_hf.model import PAHQModel
+    from pahq_hf.tasks import load_task
+    from pahq_hf.tasks.base import Task
+
+__all__ = ["ACDCConfig", "Circuit", "PAHQConfig", "PAHQError", "PAHQModel", "Task", "load_task"]
+
+_ROOMS = {
+    "ACDCConfig": "config",
+    "Circuit": "circuit",
+    "PAHQConfig": "config",
+    "PAHQError": "errors",
+    "PAHQModel": "model",
+    "Task": "tasks.base",
+    "load_task": "tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: `pahq show` need not wait for torch and transformers."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,0 +1,6 @@
+"""`python -m pahq_hf`: the `pahq` command, for launchers such as torchrun that take a module."""
+
+from pahq_hf.cli import main
+
+if __name__ == "__main__":
+    main()

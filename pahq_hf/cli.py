@@ -1,0 +1,256 @@
+"""The `pahq` command line.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 bad usage or input (one line
+says why), 130 interrupted (a run's journal keeps what was done).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pahq_hf.config import Ablation, Format, MetricName, Order, Regime
+from pahq_hf.errors import ConfigError, PAHQError
+
+app = typer.Typer(
+    name="pahq",
+    help="Circuit discovery for Hugging Face causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+TokenOption = Annotated[str | None, typer.Option(help="Hub token for private or gated models.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instance cuda:0.")]
+DtypeOption = Annotated[
+    Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+TaskOption = Annotated[str, typer.Option(help="Task name, data file, dataset folder or Hub dataset id.")]
+CountOption = Annotated[int | None, typer.Option("--n", min=1, help="Number of prompt pairs.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
+SplitOption = Annotated[
+    bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
+]
+
+
+def _load_arguments(
+    gguf_file: str | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
+    import torch
+
+    arguments: dict[str, Any] = {
+        "gguf_file": gguf_file,
+        "revision": revision,
+        "token": token,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": getattr(torch, dtype) if dtype else None,
+    }
+    if device is not None:
+        try:
+            arguments["device_map"] = {"": torch.device(device)}
+        except RuntimeError as error:
+            raise ConfigError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from error
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+@app.command()
+def info(
+    model: ModelArgument,
+    split_kv_groups: SplitOption = False,
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Size of a model's graph, from its config alone."""
+    from pahq_hf.architectures import graph_spec
+    from pahq_hf.checkpoint import load_config
+    from pahq_hf.graph import Graph
+
+    config = load_config(model, **_load_arguments(gguf_file, revision, token, trust_remote_code))
+    graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
+    facts = {
+        "family": config.model_type,
+        "layers": graph.spec.layers,
+        "heads": graph.spec.heads,
+        "kv_groups": graph.spec.kv_groups,
+        "writers": len(graph.writers),
+        "readers": len(graph.readers),
+        "edges": graph.edge_count,
+    }
+    _print_facts(facts, as_json)
+
+
+@app.command()
+def discover(
+    model: ModelArgument,
+    task: TaskOption,
+    out: Annotated[Path, typer.Option(help="Folder for the journal and the circuit.")],
+    n: CountOption = None,
+    seed: SeedOption = 0,
+    threshold: Annotated[
+        float, typer.Option(help="tau: an edge stays when removing it costs this much.")
+    ] = 0.01,
+    metric: Annotated[
+        MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
+    ] = None,
+    precision: Annotated[Regime, typer.Option(help="Precision regime.")] = "fp32",
+    fmt: Annotated[Format, typer.Option("--format", help="Low-precision format.")] = "fp8",
+    order: Annotated[Order, typer.Option(help="Order in which readers are visited.")] = "acdc",
+    ablation: Annotated[Ablation, typer.Option(help="What stands in for removed edges.")] = "corrupted",
+    absolute: Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")] = False,
+    readers: Annotated[
+        str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
+    ] = None,
+    split_kv_groups: SplitOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Find the circuit of a task with ACDC and write it to a folder."""
+    from pahq_hf import PAHQModel, load_task
+    from pahq_hf.config import ACDCConfig, PAHQConfig
+    from pahq_hf.render.table import run_table
+
+    acdc = ACDCConfig(
+        threshold=threshold,
+        metric=metric,
+        order=order,
+        ablation=ablation,
+        absolute=absolute,
+        readers=readers,
+    )
+    pahq = PAHQConfig(regime=precision, format=fmt, split_kv_groups=split_kv_groups)
+    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    circuit = wrapped.discover(data, config=acdc, out=out, resume=resume, progress=not as_json)
+    if as_json:
+        _print_json({"out": str(out), **circuit.discovery})
+    else:
+        _print_rich(run_table(circuit))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a circuit.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
+    task: TaskOption,
+    n: CountOption = None,
+    seed: SeedOption = 0,
+    metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Judge a circuit on a task, in FP32."""
+    from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
+
+    circuit = Circuit.from_pretrained(folder)
+    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device)
+    pahq = PAHQConfig(split_kv_groups=circuit.graph.spec.split_kv_groups)
+    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    _print_facts(wrapped.evaluate(circuit, data, metric=metric), as_json)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a circuit.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show a circuit: what ran, kept edges per layer, the strongest edges."""
+    from pahq_hf import Circuit
+    from pahq_hf.render.table import edge_table, layer_table, run_table
+
+    circuit = Circuit.from_pretrained(folder)
+    if as_json:
+        _print_json({**circuit.to_json(), "discovery": circuit.discovery})
+        return
+    _print_rich(run_table(circuit), layer_table(circuit), edge_table(circuit))
+
+
+# -- printing ---------------------------------------------------------------------------------------
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    from pahq_hf.render.table import facts_table
+
+    _print_rich(facts_table(facts))
+
+
+def _print_rich(*tables: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _quiet_start()
+    try:
+        app(standalone_mode=False)
+    except PAHQError as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was done is kept: continue with --resume\n")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # Typer vendors or imports click by version; its usage errors know how to show themselves.
+        show_usage = getattr(error, "show", None)
+        if show_usage is None:
+            raise
+        show_usage()
+        sys.exit(2)
+
+
+def _quiet_start() -> None:
+    """Keep torchao's notices about CUDA libraries and enums out of the terminal."""
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write("pahq: " + " ".join(message.split()) + "\n")
+    sys.exit(2)

@@ -1,0 +1,123 @@
+"""Configuration: how weights are kept (`PAHQConfig`) and how a circuit is searched (`ACDCConfig`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pahq_hf.errors import ConfigError
+from pahq_hf.files import write_text
+
+Regime = Literal["fp32", "pahq-literal", "rtn"]
+Format = Literal["fp8", "int8", "bf16"]
+Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
+MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
+Order = Literal["acdc", "head"]
+SelfT = TypeVar("SelfT", bound="_JsonConfig")
+
+
+@dataclass(frozen=True)
+class _JsonConfig:
+    """A frozen dataclass that validates itself and goes to JSON and back."""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[SelfT], values: dict[str, Any]) -> SelfT:
+        """Build from `to_dict`'s output.
+
+        Raises:
+            ConfigError: If a key is unknown or a value is out of range.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration to a JSON file, atomically."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls: type[SelfT], path: str | Path) -> SelfT:
+        """Read a configuration written by `save`."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read a configuration from {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} does not hold a configuration")
+        return cls.from_dict(values)
+
+
+def _choice(name: str, value: object, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class PAHQConfig(_JsonConfig):
+    """How a model's linear weights are kept and computed (semantics.md, section 5).
+
+    Attributes:
+        regime: `fp32`, everything full; `pahq-literal`, the paper's rule: the active component FP32,
+            the rest low; `rtn`, uniform rounding to nearest, the comparison.
+        format: Low-precision format of every linear weight but the unembedding.
+        split_kv_groups: Give each query head key and value readers of its own.
+    """
+
+    regime: Regime = "fp32"
+    format: Format = "fp8"
+    split_kv_groups: bool = False
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is not one of the choices."""
+        _choice("precision", self.regime, Regime)
+        _choice("format", self.format, Format)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether any weight is kept in low precision."""
+        return self.regime != "fp32"
+
+
+@dataclass(frozen=True)
+class ACDCConfig(_JsonConfig):
+    """How ACDC searches (semantics.md, section 3).
+
+    Attributes:
+        threshold: tau; an edge goes when its removal raises the metric by less than this.
+        metric: What is minimised; None takes the task's own.
+        order: Reader order.
+        ablation: What takes the place of a removed edge.
+        absolute: Compare `|new - cur|` instead of `new - cur`.
+        readers: Comma-separated globs; only matching readers are searched, others keep all edges.
+    """
+
+    threshold: float = 0.01
+    metric: MetricName | None = None
+    order: Order = "acdc"
+    ablation: Ablation = "corrupted"
+    absolute: bool = False
+    readers: str | None = None
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        if not math.isfinite(self.threshold) or self.threshold < 0:
+            raise ConfigError(f"threshold must be a number >= 0; got {self.threshold}")
+        if self.metric is not None:
+            _choice("metric", self.metric, MetricName)
+        _choice("order", self.order, Order)
+        _choice("ablation", self.ablation, Ablation)

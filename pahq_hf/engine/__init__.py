@@ -1,0 +1,1 @@
+"""Engines compute the metric of circuits; they know nothing of thresholds."""

@@ -1,0 +1,57 @@
+"""Peak memory of this process, from /proc."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+_FIELDS = {"VmHWM": "rss", "RssAnon": "anonymous"}
+_INTERVAL = 0.05  # seconds
+
+
+def read_memory() -> dict[str, int]:
+    """Peak resident and current anonymous memory in bytes; empty where /proc is not Linux's."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    values = {}
+    for line in lines:
+        key, _, rest = line.partition(":")
+        if key in _FIELDS:
+            values[_FIELDS[key]] = int(rest.split()[0]) * 1024
+    return values
+
+
+class PeakMemory:
+    """Samples anonymous memory in a thread while a block runs.
+
+    Resident memory counts mapped checkpoint pages, which the system can drop at any time; anonymous
+    memory is what the process really holds.
+    """
+
+    def __init__(self) -> None:
+        self.anonymous = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.anonymous = max(self.anonymous, read_memory().get("anonymous", 0))
+            if self._stop.wait(_INTERVAL):
+                return
+
+    def report(self) -> dict[str, int]:
+        """Peaks in bytes."""
+        return {"rss": read_memory().get("rss", 0), "anonymous": self.anonymous}

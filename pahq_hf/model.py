@@ -1,0 +1,219 @@
+"""`PAHQModel`: a Hugging Face causal LM ready for circuit discovery."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pahq_hf import checkpoint
+from pahq_hf.circuit import Circuit
+from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
+from pahq_hf.discovery import Discovery
+from pahq_hf.errors import ConfigError
+from pahq_hf.evaluation import Evaluator, check_fits
+from pahq_hf.graph import Graph
+from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import CheckpointSource, WeightSource
+from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
+from pahq_hf.tasks.base import Task
+
+
+class PAHQModel(nn.Module):
+    """A thin wrapper around a causal LM whose attention is cut into heads.
+
+    Attribute access falls through to the wrapped model, as with PEFT: `generate`, `config`, `device`
+    and the rest work as before.
+
+    Args:
+        model: A Hugging Face causal LM of a supported family; patched in place.
+        config: Precision regime and format; FP32 by default.
+        tokenizer: The model's tokenizer, used by tasks.
+        base_model: Name stored with circuits; the model's `name_or_path` by default.
+        source: Where FP32 weights can be read again; a temporary file is written when there is none.
+
+    Raises:
+        UnsupportedModelError: If the family is unknown.
+        SelfCheckError: If the patched model does not reproduce the untouched forward pass.
+        ConfigError: If the model is not in float32 (or float64, FP32 regime only).
+
+    Example:
+        ```python
+        model = PAHQModel.from_pretrained("gpt2")
+        task = load_task("ioi", model.tokenizer, n=50)
+        circuit = model.discover(task, threshold=0.01)
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PAHQConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        base_model: str | None = None,
+        source: WeightSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.pahq_config = config or PAHQConfig()
+        self.base_model = model
+        self.tokenizer = tokenizer
+        if model.config._attn_implementation != "eager":
+            model.set_attn_implementation("eager")
+        model.eval()
+        probe = probe_task(model)
+        reference = reference_logits(model, probe)
+        self.patched = PatchedModel(model, split_kv_groups=self.pahq_config.split_kv_groups)
+        check_patched(self.patched, probe, reference)
+        self.identity = self._identify(base_model or model.config.name_or_path or "unknown")
+        if self.pahq_config.is_low:
+            self.patched.lower(self.pahq_config.format, source)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, pahq_config: PAHQConfig | None = None, **kwargs: Any
+    ) -> PAHQModel:
+        """Load a checkpoint and patch it.
+
+        Args:
+            model: Hub id, folder, or `demo` for the bundled checkpoint.
+            pahq_config: Precision regime and format; FP32 by default.
+            **kwargs: As for `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`,
+                `device_map`, `gguf_file`, `trust_remote_code`, ...
+
+        Returns:
+            The patched model with its tokenizer.
+
+        Raises:
+            ModelLoadError: If the checkpoint is missing or damaged.
+            UnsupportedModelError: If the family is unknown.
+            SelfCheckError: If the patched model does not reproduce the untouched forward pass.
+        """
+        name = str(model)
+        hf = checkpoint.load_model(name, **kwargs)
+        files = checkpoint.safetensors_files(name, **kwargs)
+        return cls(
+            hf,
+            pahq_config,
+            tokenizer=checkpoint.load_tokenizer(name, **kwargs),
+            base_model=name,
+            source=CheckpointSource(files) if files else None,
+        )
+
+    # -- the wrapped model ------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall through to the wrapped model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not set yet: no wrapped model to ask
+                raise
+            return getattr(super().__getattr__("base_model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward."""
+        return self._wrapped(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's generate."""
+        return self._wrapped.generate(*args, **kwargs)
+
+    @property
+    def _wrapped(self) -> Any:
+        return self.base_model
+
+    @property
+    def graph(self) -> Graph:
+        """The residual-stream graph."""
+        return self.patched.graph
+
+    def _identify(self, base_model: str) -> dict[str, Any]:
+        config = self.base_model.config
+        return {
+            "base_model": base_model,
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "d_model": config.hidden_size,
+            "fingerprint": fingerprint(self.patched),
+        }
+
+    # -- precision --------------------------------------------------------------------------------
+
+    def activate(self, *components: str) -> bool:
+        """Compute exactly these components (`a3.h1`, `m0`) in FP32. Returns whether anything changed."""
+        return self.patched.precision.activate(*components)
+
+    def deactivate(self) -> None:
+        """Free the FP32 weights of the active components."""
+        self.patched.precision.deactivate()
+
+    # -- circuits ---------------------------------------------------------------------------------
+
+    def discover(
+        self,
+        task: Task,
+        *,
+        config: ACDCConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> Circuit:
+        """Find the circuit of a task with ACDC.
+
+        Args:
+            task: The prompts.
+            config: The search; alternatively give its fields as keywords (`threshold=0.01`).
+            out: Folder for the journal and the result; nothing is written without it.
+            resume: Continue the run in `out`.
+            progress: Show a progress bar.
+            **options: Fields of `ACDCConfig`.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            ConfigError: If an option is unknown or out of range.
+            MetricError: If the metric needs answers the task lacks, or came out as NaN.
+            RunError: If `out` cannot be written or holds another run.
+        """
+        if config is not None and options:
+            raise ConfigError("give either config or its fields as keywords, not both")
+        acdc = config or ACDCConfig.from_dict(options)
+        run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, progress=progress)
+        return run.run(out, resume=resume)
+
+    def evaluate(self, circuit: Circuit, task: Task, *, metric: MetricName | None = None) -> dict[str, Any]:
+        """Judge a circuit on a task, in FP32.
+
+        Args:
+            circuit: A circuit of this model.
+            task: The prompts.
+            metric: The metric whose faithfulness is reported; the circuit's own by default.
+
+        Returns:
+            `kl`, `accuracy`, `faithfulness`, `edges` and more; see `evaluation.Evaluator.report`.
+
+        Raises:
+            CircuitError: If the circuit is of another model.
+        """
+        check_fits(circuit, self.patched)
+        ran = circuit.discovery.get("arguments", {})
+        chosen: MetricName = metric or ran.get("metric") or task.metric
+        evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
+        return evaluator.report(circuit)
+
+
+def fingerprint(model: PatchedModel) -> str:
+    """A short hash of the model's shape and of some rows of every projection, taken in full precision."""
+    digest = hashlib.sha256(repr((model.hf.config.model_type, model.spec, model.vocab_size)).encode())
+    for linear in model.linears():
+        for row in (0, linear.out_features - 1):
+            values = linear.dense(slice(row, row + 1))
+            digest.update(values.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,259 @@
+"""Turn a Hugging Face causal LM into a `PatchedModel`: PAHQ attention, PAHQ linears, named rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pahq_hf.architectures import Architecture, find_architecture, graph_spec
+from pahq_hf.attention import PAHQAttention, linear_from, patch_attention
+from pahq_hf.config import Format
+from pahq_hf.errors import ConfigError, UnsupportedModelError
+from pahq_hf.graph import Graph
+from pahq_hf.precision import (
+    CheckpointSource,
+    Component,
+    MemorySource,
+    PAHQLinear,
+    PrecisionControl,
+    Region,
+    SourceBlock,
+    SpillSource,
+    WeightSource,
+)
+from pahq_hf.precision.control import Part
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The rooms of one decoder layer.
+
+    Attributes:
+        block: The decoder layer itself.
+        attention: Its patched attention.
+        attention_norm: Norm before the attention.
+        mlp: The MLP.
+        mlp_norm: Norm before the MLP.
+    """
+
+    block: nn.Module
+    attention: PAHQAttention
+    attention_norm: nn.Module
+    mlp: nn.Module
+    mlp_norm: nn.Module
+
+
+class PatchedModel:
+    """A Hugging Face causal LM cut into the pieces the engines need.
+
+    Args:
+        hf: The model; patched in place.
+        split_kv_groups: Give every query head key and value readers of its own.
+
+    Raises:
+        UnsupportedModelError: If the family is unknown.
+        ConfigError: If the model is not in float32 or float64.
+    """
+
+    def __init__(self, hf: PreTrainedModel, *, split_kv_groups: bool = False) -> None:
+        self.arch: Architecture = find_architecture(hf.config)
+        if hf.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"the model is in {hf.dtype}; circuit discovery keeps the residual stream in full precision: "
+                "load it with dtype=torch.float32 (weights get smaller through PAHQConfig instead)"
+            )
+        self.hf = hf
+        self.spec = graph_spec(hf.config, split_kv_groups=split_kv_groups)
+        self.graph = Graph(self.spec)
+        hf.eval()
+        hf.requires_grad_(False)
+        self.layers = [self._patch_layer(block) for block in self.arch.find(hf, self.arch.layers)]
+        self.final_norm: nn.Module = self.arch.find(hf, self.arch.final_norm)
+        self.unembedding: nn.Linear = self.arch.find(hf, self.arch.unembedding)
+        if hf.dtype == torch.float64:
+            self._widen_norms()
+        self.precision = PrecisionControl(dict(self._components()), list(self.linears()))
+
+    # -- construction -----------------------------------------------------------------------------
+
+    def _patch_layer(self, block: nn.Module) -> Layer:
+        row = self.arch
+        attention = patch_attention(row.find(block, row.attention), row, self.spec.heads, self.spec.kv_groups)
+        mlp = row.find(block, row.mlp)
+        for name in row.mlp_linears if self.spec.mlps else ():
+            setattr(mlp, name, linear_from(getattr(mlp, name), row))
+        return Layer(
+            block=block,
+            attention=attention,
+            attention_norm=row.find(block, row.attention_norm),
+            mlp=mlp,
+            mlp_norm=row.find(block, row.mlp_norm),
+        )
+
+    def _widen_norms(self) -> None:
+        """In a float64 model compute RMS norms in float64: Hugging Face fixes them to float32."""
+        norms = [self.final_norm]
+        for layer in self.layers:
+            norms += [layer.attention_norm, layer.mlp_norm]
+        for norm in norms:
+            if type(norm).__name__.endswith("RMSNorm"):
+                norm.__class__ = type("Float64RMSNorm", (_Float64RMSNorm, type(norm)), {})
+
+    def linears(self) -> Iterator[PAHQLinear]:
+        """Every projection whose precision is ours to choose."""
+        for layer in self.layers:
+            attention = layer.attention
+            yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            yield from self.mlp_linears(layer)
+
+    def mlp_linears(self, layer: Layer) -> list[PAHQLinear]:
+        """The projections of a layer's MLP."""
+        return [getattr(layer.mlp, name) for name in self.arch.mlp_linears] if self.spec.mlps else []
+
+    def _components(self) -> Iterator[tuple[Component, list[Part]]]:
+        group_size = self.spec.heads // self.spec.kv_groups
+        for number, layer in enumerate(self.layers):
+            attention = layer.attention
+            for head in range(self.spec.heads):
+                rows = attention.head_rows(head)
+                shared = attention.head_rows(head // group_size)
+                yield (
+                    f"a{number}.h{head}",
+                    [
+                        (attention.q_proj, Region(rows, attention.q_proj.region.cols)),
+                        (attention.k_proj, Region(shared, attention.k_proj.region.cols)),
+                        (attention.v_proj, Region(shared, attention.v_proj.region.cols)),
+                        (attention.o_proj, Region(attention.o_proj.region.rows, rows)),
+                    ],
+                )
+            if self.spec.mlps:
+                yield f"m{number}", [(linear, linear.region) for linear in self.mlp_linears(layer)]
+
+    # -- precision --------------------------------------------------------------------------------
+
+    def lower(self, fmt: Format, source: WeightSource | None) -> None:
+        """Keep every projection in a low-precision format; FP32 stays readable.
+
+        Args:
+            fmt: The format.
+            source: The checkpoint the weights came from. Where it is None, or does not hold a
+                projection's values exactly, the FP32 values go to a spill file first.
+
+        Raises:
+            ConfigError: If the model is not in float32.
+            UnsupportedModelError: If a weight holds NaN or infinity.
+        """
+        if self.hf.dtype != torch.float32:
+            raise ConfigError("low-precision regimes need dtype=torch.float32")
+        blocks = self._checkpoint_blocks(source) if source is not None else {}
+        strays = {name: linear for name, linear in self._named_linears() if name not in blocks}
+        blocks |= spill_blocks(strays, on_disk=True)
+        for name, linear in self._named_linears():
+            linear.lower(fmt, blocks[name])
+
+    def _named_linears(self) -> Iterator[tuple[str, PAHQLinear]]:
+        names = {module: name for name, module in self.hf.named_modules()}
+        for linear in self.linears():
+            yield names[linear], linear
+
+    def _checkpoint_blocks(self, source: WeightSource) -> dict[str, SourceBlock]:
+        found = {}
+        prefix = self.hf.base_model_prefix + "."
+        for name, linear in self._named_linears():
+            tensor_name, segments = self._origin(name, linear)
+            tensor_name = tensor_name if tensor_name in source else tensor_name.removeprefix(prefix)
+            if tensor_name not in source:
+                continue
+            block = SourceBlock(source, tensor_name, self.arch.conv1d, segments)
+            if _holds(block, linear):
+                found[name] = block
+        return found
+
+    def _origin(self, name: str, linear: PAHQLinear) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """Checkpoint tensor of a projection, and which of its outputs are ours."""
+        parent, _, leaf = name.rpartition(".")
+        row = self.arch
+        if leaf == "o_proj":
+            return f"{parent}.{row.out}.weight", ((0, linear.out_features),)
+        if leaf in ("q_proj", "k_proj", "v_proj") and len(row.qkv) == 1:
+            attention = self.hf.get_submodule(parent)
+            sizes = [getattr(attention, f"{kind}_proj").out_features for kind in "qkv"]
+            start = sum(sizes[: "qkv".index(leaf[0])])
+            return f"{parent}.{row.qkv[0]}.weight", ((start, start + linear.out_features),)
+        return f"{name}.weight", ((0, linear.out_features),)
+
+    # -- running ----------------------------------------------------------------------------------
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return token_embedding(self.hf)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.embedding.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the unembedding scores."""
+        return int(self.unembedding.weight.shape[0])
+
+
+def token_embedding(hf: PreTrainedModel) -> nn.Embedding:
+    """The token embedding of a causal LM."""
+    return cast(nn.Embedding, hf.get_input_embeddings())
+
+
+def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, SourceBlock]:
+    """FP32 copies of projections: in one temporary safetensors file, or in memory."""
+    if not linears:
+        return {}
+    tensors = {}
+    for name, linear in linears.items():
+        if linear.weight is None:
+            raise ConfigError(f"{name} is kept in low precision already")
+        tensors[name] = linear.weight.detach().cpu()
+    source: WeightSource = SpillSource(tensors) if on_disk else MemorySource(tensors)
+    return {
+        name: SourceBlock(source, name, False, ((0, linear.out_features),))
+        for name, linear in linears.items()
+    }
+
+
+def checkpoint_source(files: list[str]) -> WeightSource | None:
+    """A source over safetensors files; None for other formats."""
+    paths = [Path(file) for file in files]
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        return None
+    return CheckpointSource(paths)
+
+
+def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:
+    if linear.weight is None:
+        raise UnsupportedModelError("a projection is kept in low precision already")
+    region = linear.region
+    try:
+        values = block.read(region.rows, region.cols)
+    except (RuntimeError, ValueError, IndexError):
+        return False  # another layout than the table's: the spill file serves instead
+    weight = linear.weight
+    return values.shape == weight.shape and torch.equal(values.to(weight.device, weight.dtype), weight)
+
+
+class _Float64RMSNorm(nn.Module):
+    """The family's RMS norm, `w * x / sqrt(mean(x^2) + eps)`, in the dtype of its input."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))

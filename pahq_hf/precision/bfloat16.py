@@ -1,0 +1,33 @@
+"""BF16: half the bytes, no scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BFloat16Weight(nn.Module):
+    """A weight matrix rounded to BF16.
+
+    Args:
+        weight: Full-precision weight. [out, in]
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.tensor = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (out) and columns (in)."""
+        rows, cols = self.tensor.shape
+        return rows, cols
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.tensor.nbytes
+
+    def dense(self, rows: slice, cols: slice) -> Tensor:
+        """The stored values of a block, in FP32. [rows, cols]"""
+        return self.tensor[rows, cols].to(torch.float32)

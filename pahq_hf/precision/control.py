@@ -1,0 +1,86 @@
+"""Which component computes in FP32 right now (semantics.md, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from pahq_hf.errors import ConfigError
+from pahq_hf.precision.linear import PAHQLinear, Region
+
+Component = str
+Part = tuple[PAHQLinear, Region]
+
+
+class PrecisionControl:
+    """Raises one component at a time to FP32, or all of them.
+
+    Args:
+        parts: For every component (`a0.h1`, `m0`, ...) the weight blocks it owns.
+        linears: Every projection of the model.
+    """
+
+    def __init__(self, parts: Mapping[Component, Sequence[Part]], linears: Sequence[PAHQLinear]) -> None:
+        self._parts = parts
+        self._linears = linears
+        self._active: frozenset[Component] = frozenset()
+
+    @property
+    def active(self) -> frozenset[Component]:
+        """Components that compute in FP32 now."""
+        return self._active
+
+    @property
+    def is_low(self) -> bool:
+        """Whether any weight is kept in low precision."""
+        return any(linear.low is not None for linear in self._linears)
+
+    def activate(self, *components: Component) -> bool:
+        """Make exactly these components FP32; their weights are read from the checkpoint.
+
+        Args:
+            components: Node names.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            ConfigError: If a name is not a component of this model.
+        """
+        for name in components:
+            if name not in self._parts:
+                raise ConfigError(f"{name!r} is not a component of this model; they are named like a0.h1, m0")
+        wanted = frozenset(components)
+        if wanted == self._active:
+            return False
+        self.deactivate()
+        for name in components:
+            for linear, region in self._parts[name]:
+                linear.raise_region(region)
+        self._active = wanted
+        return True
+
+    def deactivate(self) -> None:
+        """Free the FP32 weights of the active components."""
+        for name in self._active:
+            for linear, _ in self._parts[name]:
+                linear.drop_raised()
+        self._active = frozenset()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, every linear weight is FP32, streamed from the checkpoint product by product."""
+        with ExitStack() as stack:
+            for linear in self._linears:
+                stack.enter_context(linear.full_precision())
+            yield
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all linear weights now."""
+        return sum(linear.nbytes for linear in self._linears)
+
+    @property
+    def nbytes_fp32(self) -> int:
+        """Bytes the same weights take in FP32."""
+        return sum(4 * linear.in_features * linear.out_features for linear in self._linears)

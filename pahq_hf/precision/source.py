@@ -1,0 +1,150 @@
+"""Where full-precision weights come from when a few rows of them are wanted.
+
+A model kept in low precision holds no FP32 weights; it reads the slices it needs from the safetensors
+checkpoint it was loaded from (memory-mapped: untouched pages cost nothing), or, when there is no such
+file, from a spill file or a copy in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pahq_hf.errors import ModelLoadError
+
+
+class WeightSource(Protocol):
+    """Reads blocks of named matrices as they lie in the checkpoint."""
+
+    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A private copy of a block, in the checkpoint's own dtype and orientation."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor of that name exists."""
+
+
+class CheckpointSource:
+    """Slices of one or several safetensors files.
+
+    Args:
+        files: The checkpoint's files.
+
+    Raises:
+        ModelLoadError: If a file is missing or truncated.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._where: dict[str, int] = {}
+        self._files = files
+        self._stamps: list[tuple[int, int]] = []
+        self._handles = []
+        for number, path in enumerate(files):
+            try:
+                self._stamps.append(_stamp(path))
+                handle = safe_open(str(path), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ModelLoadError(f"cannot read the checkpoint file {path}: {error}") from error
+            self._handles.append(handle)
+            self._where.update(dict.fromkeys(handle.keys(), number))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A private copy of a block, in the checkpoint's own dtype and orientation.
+
+        Raises:
+            ModelLoadError: If the file changed since it was opened.
+        """
+        number = self._where[name]
+        path = self._files[number]
+        try:
+            unchanged = _stamp(path) == self._stamps[number]
+        except OSError as error:
+            raise ModelLoadError(f"{path} is gone; reload the model") from error
+        if not unchanged:
+            raise ModelLoadError(f"{path} changed on disk since the model was loaded; reload the model")
+        # The slice is a view of the mapped file; clone, or a write would show through other slices.
+        block: Tensor = self._handles[number].get_slice(name)[rows, cols]
+        return block.clone()
+
+
+class MemorySource:
+    """Slices of tensors kept in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A private copy of a block."""
+        return self._tensors[name][rows, cols].clone()
+
+
+class SpillSource(CheckpointSource):
+    """A temporary safetensors file, deleted with this object: for models that have no checkpoint.
+
+    Args:
+        tensors: What to keep.
+
+    Raises:
+        ModelLoadError: If the temporary folder is full or not writable.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pahq_hf-")
+        path = Path(self._folder.name) / "weights.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            self._folder.cleanup()
+            raise ModelLoadError(f"cannot keep the FP32 weights in {self._folder.name}: {error}") from error
+        super().__init__([path])
+
+
+@dataclass(frozen=True)
+class SourceBlock:
+    """Where the rows of one projection [out, in] lie in a source tensor.
+
+    Attributes:
+        source: The reader.
+        name: Tensor name.
+        transposed: Whether the tensor is stored [in, out] (GPT-2's Conv1D).
+        segments: Ranges of the tensor's output axis whose concatenation is the projection.
+    """
+
+    source: WeightSource
+    name: str
+    transposed: bool
+    segments: tuple[tuple[int, int], ...]
+
+    def read(self, rows: slice, cols: slice) -> Tensor:
+        """Rows and columns of the projection in the dtype of the checkpoint. [rows, cols]"""
+        parts: list[Tensor] = []
+        offset = 0
+        for start, stop in self.segments:
+            low = max(rows.start, offset)
+            high = min(rows.stop, offset + stop - start)
+            if low < high:
+                span = slice(start + low - offset, start + high - offset)
+                first, second = (cols, span) if self.transposed else (span, cols)
+                block = self.source.read(self.name, first, second)
+                parts.append(block.t() if self.transposed else block)
+            offset += stop - start
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns

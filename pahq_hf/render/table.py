@@ -1,0 +1,99 @@
+"""Circuits as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from pahq_hf.circuit import Circuit
+from pahq_hf.graph import BoolArray, ReaderKind, edge_list
+
+_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v", "mlp", "logits")
+_TOP = 15
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    """Names and values in two columns; nested facts are flattened."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _flat(facts):
+        table.add_row(Text(name), Text(_text(value)))
+    return table
+
+
+def run_table(circuit: Circuit) -> Table:
+    """What ran and what came out."""
+    run = circuit.discovery
+    edges, metric = run.get("edges", {}), run.get("metric", {})
+    precision = run.get("precision", {})
+    facts = {
+        "model": circuit.model.get("base_model", "unknown"),
+        "task": run.get("task", {}).get("name", "unknown"),
+        "threshold": run.get("arguments", {}).get("threshold"),
+        "precision": precision.get("regime"),
+        "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
+        "edges live": int(circuit.live.sum()),
+        "edges tested": edges.get("tested"),
+        "metric": metric.get("name"),
+        "full model": metric.get("full"),
+        "no edges": metric.get("empty"),
+        "circuit": metric.get("final"),
+        "circuit in FP32": metric.get("fp32"),
+        "seconds": run.get("seconds", {}).get("total"),
+    }
+    return facts_table({name: value for name, value in facts.items() if value is not None})
+
+
+def layer_table(circuit: Circuit) -> Table:
+    """Kept edges per layer and kind of reader, and which heads take part."""
+    table = Table(title="Kept edges by layer", title_justify="left")
+    table.add_column("layer")
+    for kind in _KINDS[:-1]:
+        table.add_column(kind, justify="right")
+    table.add_column("heads")
+    graph = circuit.graph
+    written: BoolArray = np.any(circuit.kept, axis=0)
+    for layer in reversed(range(graph.spec.layers)):
+        counts = [_count(circuit, layer, kind) for kind in _KINDS[:-1]]
+        heads = [str(h) for h in range(graph.spec.heads) if written[graph.head_writer(layer, h)]]
+        table.add_row(str(layer), *(str(count) if count else "·" for count in counts), " ".join(heads))
+    table.caption = f"logits: {_count(circuit, 0, 'logits')} edges"
+    return table
+
+
+def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
+    """The kept edges with the largest scores."""
+    pairs = edge_list(circuit.kept)
+    scores = np.array([circuit.scores[r, w] for r, w in pairs])
+    order = np.argsort(-np.abs(scores), kind="stable")[:count]
+    table = Table(title=f"Strongest {len(order)} edges", title_justify="left")
+    table.add_column("edge")
+    table.add_column("score", justify="right")
+    for number in order:
+        r, w = pairs[number]
+        table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}")
+    return table
+
+
+def _count(circuit: Circuit, layer: int, kind: ReaderKind) -> int:
+    readers = circuit.graph.layer_readers(layer, kind)
+    return int(circuit.kept[readers.start : readers.stop].sum())
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,86 @@
+"""Checks at load: the patched model must be the Hugging Face model, cut without loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pahq_hf.capture import Activations, capture
+from pahq_hf.errors import SelfCheckError
+from pahq_hf.patch import PatchedModel, token_embedding
+from pahq_hf.tasks.base import Task
+
+_TOLERANCE = 1e-5
+_LENGTH = 8
+
+
+def probe_task(hf: PreTrainedModel) -> Task:
+    """A short random input: two sequences, one of them padded on the left."""
+    vocab = token_embedding(hf).weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (2, _LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    rows = torch.arange(2).repeat_interleave(2)
+    positions = torch.tensor([_LENGTH - 3, _LENGTH - 1] * 2)
+    nothing: tuple[tuple[int, ...], ...] = ((),) * 4
+    return Task("self-check", ids, ids, mask, rows, positions, nothing, nothing)
+
+
+def reference_logits(hf: PreTrainedModel, task: Task) -> Tensor:
+    """Logits of a model nobody has touched yet, at the task's answer positions. [rows, vocab]"""
+    device = token_embedding(hf).weight.device
+    with torch.no_grad():
+        output = hf(
+            input_ids=task.clean_ids.to(device),
+            attention_mask=task.attention_mask.to(device),
+            position_ids=task.position_ids.to(device),
+            use_cache=False,
+        )
+    logits: Tensor = output.logits
+    return logits[task.answer_rows.to(logits.device), task.answer_positions.to(logits.device)].clone()
+
+
+def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
+    """Compare the patched model with the untouched forward, and contributions with the stream.
+
+    Args:
+        model: The patched model in full precision.
+        task: The probe.
+        reference: The untouched model's logits on it. [rows, vocab]
+
+    Raises:
+        SelfCheckError: If they differ, naming what differs and by how much.
+    """
+    run = capture(model, task, task.clean_ids)
+    if not torch.isfinite(reference).all():
+        raise SelfCheckError(
+            "the model's logits hold NaN or infinity on a random prompt; check the checkpoint"
+        )
+    _compare("logits of the patched model and the Hugging Face forward", run.logits, reference)
+    _compare("the sum of writer contributions and the residual stream", summed(model, run), run.final_in)
+
+
+def summed(model: PatchedModel, run: Activations) -> Tensor:
+    """Embedding, contributions of all writers and output biases, added up. [batch, pos, d_model]"""
+    total = run.embedding.clone()
+    for number, layer in enumerate(model.layers):
+        attention = layer.attention
+        total += attention.contributions(run.z[number]).sum(-2)
+        if attention.o_proj.bias is not None:
+            total += attention.o_proj.bias
+        if model.spec.mlps:
+            total += run.mlp[number]
+        else:
+            # An attention-only GPT-2 still adds its empty MLP's bias, a constant.
+            total += layer.mlp(layer.mlp_norm(total))
+    return total
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+    if not error <= _TOLERANCE:
+        raise SelfCheckError(
+            f"self-check failed: {what} differ by {error:.1e} (relative; allowed {_TOLERANCE:.0e})"
+        )

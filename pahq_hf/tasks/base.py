@@ -1,0 +1,181 @@
+"""`Task`: pairs of clean and corrupted prompts, tokenised and ready for any engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pahq_hf.config import MetricName
+from pahq_hf.errors import TaskError
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tokenised prompt pairs with the positions and tokens a metric looks at.
+
+    A *row* is one scored position of one example; most tasks have one row per example.
+
+    Attributes:
+        name: Name shown in cards and logs.
+        clean_ids: Token ids of the clean prompts. [batch, pos]
+        corrupted_ids: Token ids of the corrupted prompts, same lengths pair by pair. [batch, pos]
+        attention_mask: 1 on real tokens, 0 on padding. [batch, pos]
+        answer_rows: Example index of each row. [rows]
+        answer_positions: Column of `clean_ids` whose next-token prediction is scored. [rows]
+        answers: Token ids of the right answers of each row, possibly empty.
+        distractors: Token ids of the wrong answers of each row, possibly empty.
+        metric: The metric this task is usually scored with.
+        source: How the data was made (generator, seed, file): kept with the circuit.
+    """
+
+    name: str
+    clean_ids: Tensor
+    corrupted_ids: Tensor
+    attention_mask: Tensor
+    answer_rows: Tensor
+    answer_positions: Tensor
+    answers: tuple[tuple[int, ...], ...]
+    distractors: tuple[tuple[int, ...], ...]
+    metric: MetricName = "kl"
+    source: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch, _ = self.clean_ids.shape
+        rows = self.answer_rows.numel()
+        if batch == 0:
+            raise TaskError(f"task {self.name!r} has no examples: give it at least one prompt pair")
+        if self.corrupted_ids.shape != self.clean_ids.shape:
+            raise TaskError(
+                f"task {self.name!r}: clean and corrupted prompts have different token lengths; "
+                "every pair must tokenise to the same length"
+            )
+        if self.attention_mask.shape != self.clean_ids.shape:
+            raise TaskError(f"task {self.name!r}: attention_mask must have the shape of clean_ids")
+        if not (self.answer_positions.numel() == rows == len(self.answers) == len(self.distractors)):
+            raise TaskError(f"task {self.name!r}: one position, answer and distractor entry per row")
+        if set(self.answer_rows.tolist()) != set(range(batch)):
+            raise TaskError(f"task {self.name!r}: every example needs at least one scored position")
+        if not self.attention_mask[self.answer_rows, self.answer_positions].bool().all():
+            raise TaskError(f"task {self.name!r}: an answer position lies in the padding")
+
+    def __len__(self) -> int:
+        return self.clean_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Padded length in tokens."""
+        return self.clean_ids.shape[1]
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether every row names at least one right answer."""
+        return all(self.answers)
+
+    @property
+    def has_distractors(self) -> bool:
+        """Whether every row names at least one wrong answer."""
+        return all(self.distractors)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Position of every token counted from its example's first real token. [batch, pos]"""
+        return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every token, mask, position and answer: pins the data of a run."""
+        digest = hashlib.sha256()
+        for tensor in (
+            self.clean_ids,
+            self.corrupted_ids,
+            self.attention_mask,
+            self.answer_rows,
+            self.answer_positions,
+        ):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().to(torch.int64).contiguous().numpy().tobytes())
+        digest.update(repr((self.answers, self.distractors)).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised prompt pair before batching.
+
+    Attributes:
+        clean: Token ids of the clean prompt.
+        corrupted: Token ids of the corrupted prompt, as many.
+        answers: Right next tokens, may be empty.
+        distractors: Wrong next tokens, may be empty.
+    """
+
+    clean: Sequence[int]
+    corrupted: Sequence[int]
+    answers: Sequence[int] = ()
+    distractors: Sequence[int] = ()
+
+
+def collate(
+    pairs: Sequence[Pair],
+    *,
+    name: str,
+    metric: MetricName,
+    pad_id: int = 0,
+    padding_side: str = "right",
+    source: dict[str, object] | None = None,
+) -> Task:
+    """Pad pairs into one `Task`; each example is scored at its last token.
+
+    Args:
+        pairs: The prompt pairs.
+        name: Task name.
+        metric: Default metric.
+        pad_id: Token id written into the padding; it is masked, so any valid id does.
+        padding_side: `"right"` or `"left"`.
+        source: Provenance, stored with the task.
+
+    Returns:
+        The batched task.
+
+    Raises:
+        TaskError: If there are no pairs, a prompt is empty, or a pair's lengths differ.
+    """
+    if not pairs:
+        raise TaskError(f"task {name!r} has no examples: give it at least one prompt pair")
+    if padding_side not in ("left", "right"):
+        raise TaskError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
+    for index, pair in enumerate(pairs):
+        if len(pair.clean) == 0:
+            raise TaskError(f"task {name!r}, example {index}: the clean prompt has no tokens")
+        if len(pair.clean) != len(pair.corrupted):
+            raise TaskError(
+                f"task {name!r}, example {index}: the clean prompt has {len(pair.clean)} tokens and the "
+                f"corrupted one {len(pair.corrupted)}; activation patching needs equal lengths"
+            )
+    length = max(len(pair.clean) for pair in pairs)
+    clean = torch.full((len(pairs), length), pad_id, dtype=torch.long)
+    corrupted = clean.clone()
+    mask = torch.zeros_like(clean)
+    positions = torch.empty(len(pairs), dtype=torch.long)
+    for row, pair in enumerate(pairs):
+        start = 0 if padding_side == "right" else length - len(pair.clean)
+        stop = start + len(pair.clean)
+        clean[row, start:stop] = torch.tensor(list(pair.clean))
+        corrupted[row, start:stop] = torch.tensor(list(pair.corrupted))
+        mask[row, start:stop] = 1
+        positions[row] = stop - 1
+    return Task(
+        name=name,
+        clean_ids=clean,
+        corrupted_ids=corrupted,
+        attention_mask=mask,
+        answer_rows=torch.arange(len(pairs)),
+        answer_positions=positions,
+        answers=tuple(tuple(pair.answers) for pair in pairs),
+        distractors=tuple(tuple(pair.distractors) for pair in pairs),
+        metric=metric,
+        source=source or {},
+    )

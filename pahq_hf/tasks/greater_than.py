@@ -1,0 +1,187 @@
+"""Greater-than: "The war lasted from the year 1732 to the year 17" -> any two digits above 32."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pahq_hf.config import MetricName
+from pahq_hf.errors import TaskError
+from pahq_hf.tasks import words
+from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.tokens import (
+    continuation,
+    encode,
+    encode_prompt,
+    has_unknown,
+    pad_id,
+    show,
+    single_token_words,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE = "The {noun} lasted from the year {century}{year:02d} to the year {century}"
+CENTURIES = tuple(range(11, 18))
+CORRUPTED_YEAR = 1
+
+
+@dataclass(frozen=True)
+class YearText:
+    """One prompt pair as text.
+
+    Attributes:
+        clean: The prompt.
+        corrupted: The same prompt, starting in year 01 of the century.
+        stem: The prompt up to the century of its first year.
+        year: Last two digits of the first year.
+    """
+
+    clean: str
+    corrupted: str
+    stem: str
+    year: int
+
+
+def draw(rng: random.Random, nouns: tuple[str, ...], first: int = 2, last: int = 98) -> YearText:
+    """Draw one prompt pair.
+
+    Args:
+        rng: Source of randomness.
+        nouns: At least one noun.
+        first: Smallest two-digit year.
+        last: Largest two-digit year.
+
+    Returns:
+        The pair.
+    """
+    noun, century, year = rng.choice(nouns), rng.choice(CENTURIES), rng.randint(first, last)
+    clean = TEMPLATE.format(noun=noun, century=century, year=year)
+    corrupted = TEMPLATE.format(noun=noun, century=century, year=CORRUPTED_YEAR)
+    return YearText(clean, corrupted, clean[: clean.index(f"{year:02d} to")], year)
+
+
+def make_greater_than(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int = 50,
+    seed: int = 0,
+    corruption: str = "01",
+    metric: MetricName = "prob_diff",
+    padding_side: str = "right",
+) -> Task:
+    """Greater-than for one tokenizer.
+
+    Where two digits are one token, the answers are all two-digit tokens above the year and the
+    distractors all others. Where every digit is its own token, the answers are the first digits above the
+    year's first digit and the distractors those below; the equal digit proves nothing and is left out.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        n: Number of prompt pairs.
+        seed: The same seed and tokenizer give the same task on every machine.
+        corruption: `"01"`, the only one: the first year becomes year 01 of its century.
+        metric: Default metric of the task.
+        padding_side: `"right"` or `"left"`.
+
+    Returns:
+        The task.
+
+    Raises:
+        TaskError: If the corruption is unknown or the tokenizer splits years in neither way.
+    """
+    if corruption != "01":
+        raise TaskError(f"task 'greater_than' has no corruption {corruption!r}; its only one is '01'")
+    # Nouns of one token give the task one prompt length; a small vocabulary uses whatever there is.
+    nouns = single_token_words(tokenizer, words.NOUNS)
+    nouns = nouns if len(nouns) >= 20 else words.NOUNS
+    for splitting in (_two_digit_splitting(tokenizer), _digit_splitting(tokenizer)):
+        pairs = _pairs(tokenizer, splitting, nouns, n, random.Random(seed)) if splitting.tokens else []
+        if pairs:
+            return collate(
+                pairs,
+                name="greater_than",
+                metric=metric,
+                pad_id=pad_id(tokenizer),
+                padding_side=padding_side,
+                source={"generator": "greater_than", "continuation": splitting.name, "n": n, "seed": seed},
+            )
+    sample = TEMPLATE.format(noun="war", century=17, year=32)
+    raise TaskError(
+        "task 'greater_than' needs a tokenizer that splits years into two two-digit tokens or into single "
+        f"digits; this one splits {sample!r} as {show(tokenizer, encode(tokenizer, sample))}"
+    )
+
+
+@dataclass(frozen=True)
+class _Splitting:
+    """How a tokenizer splits the last two digits of a year.
+
+    Attributes:
+        name: Shown in the task's provenance.
+        tokens: Token of every value a continuation can have, empty if the tokenizer lacks some.
+        unit: What one step of the continuation counts: 1 for two digits in one token, 10 for the first digit.
+        first: Smallest year that leaves both answers and distractors.
+        last: Largest such year.
+    """
+
+    name: str
+    tokens: dict[int, int]
+    unit: int
+    first: int
+    last: int
+
+
+def _two_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> _Splitting:
+    vocabulary = tokenizer.get_vocab()
+    tokens = {value: vocabulary[f"{value:02d}"] for value in range(100) if f"{value:02d}" in vocabulary}
+    return _Splitting("two digits", tokens if len(tokens) == 100 else {}, unit=1, first=2, last=98)
+
+
+def _digit_splitting(tokenizer: PreTrainedTokenizerBase) -> _Splitting:
+    found = {value: continuation(tokenizer, "the year 17", str(value)) for value in range(10)}
+    tokens = {value: token for value, token in found.items() if token is not None}
+    return _Splitting("first digit", tokens if len(tokens) == 10 else {}, unit=10, first=10, last=89)
+
+
+def _pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    splitting: _Splitting,
+    nouns: tuple[str, ...],
+    n: int,
+    rng: random.Random,
+) -> list[Pair]:
+    """`n` pairs, or none if the tokenizer does not split years that way."""
+    pairs: list[Pair] = []
+    # A failing pair is redrawn: GPT-2 keeps some years whole.
+    for _ in range(20 * n + 100):
+        pair = _tokenise(tokenizer, draw(rng, nouns, splitting.first, splitting.last), splitting)
+        if pair is not None:
+            pairs.append(pair)
+        if len(pairs) == n:
+            return pairs
+    return []
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: _Splitting) -> Pair | None:
+    """The pair in tokens, or None if its years do not split that way."""
+    clean, corrupted = encode_prompt(tokenizer, text.clean), encode_prompt(tokenizer, text.corrupted)
+    if len(clean) != len(corrupted) or has_unknown(tokenizer, clean):
+        return None
+    tokens, pivot = splitting.tokens, text.year // splitting.unit
+    digits = [tokens[pivot]] if splitting.unit == 1 else [tokens[pivot], tokens[text.year % 10]]
+    # The year must be its century's tokens and then those of its last digits: only then is the century at
+    # the end of the prompt followed by a token of the same kind.
+    start = encode(tokenizer, text.stem) + digits
+    if encode(tokenizer, f"{text.stem}{text.year:02d}") != start:
+        return None
+    if encode(tokenizer, text.clean)[: len(start)] != start:
+        return None
+    answers = tuple(token for value, token in tokens.items() if value > pivot)
+    # With two digits the same year is a wrong answer; the same first digit proves nothing.
+    distractors = tuple(
+        token for value, token in tokens.items() if value < pivot or (value == pivot and splitting.unit == 1)
+    )
+    return Pair(clean, corrupted, answers, distractors)

