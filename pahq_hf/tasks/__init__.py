@@ -84,7 +84,7 @@ def load_task(
                 raise TaskError(f"task {text!r} and corruption={corruption!r} contradict each other")
             options["corruption"] = variant
         return TASKS[name](tokenizer, n=DEFAULT_N if n is None else n, seed=seed, **options)
-    path = Path(text)
+    path = Path(text).expanduser()
     if not text or not path.exists():
         if path.suffix.lower() in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):
             raise TaskError(f"{text}: no such file or dataset folder")
@@ -93,7 +93,7 @@ def load_task(
                 f"unknown task {text!r}; known tasks are {', '.join(available_tasks())}, and a path to a "
                 f"{', '.join(FILE_TYPES)} file, a dataset folder or a Hub dataset id (owner/name) works too"
             )
-    return load_dataset_task(text, tokenizer, n=n, split=split, **options)
+    return load_dataset_task(path if path.exists() else text, tokenizer, n=n, split=split, **options)
 
 
 __all__ = [

@@ -58,7 +58,9 @@ def load_dataset_task(
     rows = read_rows(source, split=split, n=n)
     columns = {column for row in rows for column in row}
     where = str(source)
-    provenance: dict[str, object] = {"dataset": where, "n": n, "split": split}
+    # It is published with the circuit: a file's name says enough, its folder is nobody's business.
+    origin = Path(source).name if Path(source).exists() else where
+    provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split}
     read: Callable[[Row, str], Pair]
     if {"clean_ids", "corrupted_ids"} <= columns:
 
@@ -83,6 +85,10 @@ def load_dataset_task(
             pad_id=pad_id(tokenizer),
             padding_side=padding_side,
             source={**provenance, "corruption": column.removesuffix(_COUNTERFACTUAL), "skipped": skipped},
+        )
+    if corruption is not None:
+        raise TaskError(
+            f"{where}: its corrupted prompts are given, so corruption {corruption!r} cannot be chosen"
         )
     pairs = [read(row, f"{where}, example {index}") for index, row in enumerate(rows)]
     if all(list(pair.clean) == list(pair.corrupted) for pair in pairs):

@@ -106,7 +106,13 @@ def make_greater_than(
                 metric=metric,
                 pad_id=pad_id(tokenizer),
                 padding_side=padding_side,
-                source={"generator": "greater_than", "continuation": splitting.name, "n": n, "seed": seed},
+                source={
+                    "generator": "greater_than",
+                    "corruption": corruption,
+                    "continuation": splitting.name,
+                    "n": n,
+                    "seed": seed,
+                },
             )
     sample = TEMPLATE.format(noun="war", century=17, year=32)
     raise TaskError(

@@ -26,7 +26,7 @@ TEMPLATES: tuple[str, ...] = (
     "While {A} and {B} were at the {PLACE}, {S} sent a {OBJECT} to",
     "Once {A} and {B} got to the {PLACE}, {S} offered a {OBJECT} to",
     "As {A} and {B} waited near the {PLACE}, {S} passed a {OBJECT} to",
-    "Before {A} and {B} returned from the {PLACE}, {S} brought a {OBJECT} to",
+    "Before {A} and {B} returned from the {PLACE}, {S} gave a {OBJECT} to",
     "Because {A} and {B} lived near the {PLACE}, {S} sold a {OBJECT} to",
     "The day {A} and {B} visited the {PLACE}, {S} showed a {OBJECT} to",
     "Then {A} and {B} met. At the {PLACE} {S} lent a {OBJECT} to",

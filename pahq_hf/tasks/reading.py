@@ -30,6 +30,8 @@ def read_rows(source: str | Path, *, split: str | None = None, n: int | None = N
         TaskError: If the data is missing, malformed or empty.
     """
     path = Path(source)
+    if split is not None and path.is_file():
+        raise TaskError(f"{source}: a file has no splits, so {split!r} cannot be chosen")
     rows = _read_file(path) if path.is_file() else _read_dataset(source, split, n)
     if not rows:
         raise TaskError(f"{source}: the dataset is empty; it needs at least one example")
