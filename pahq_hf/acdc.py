@@ -103,11 +103,16 @@ class Search:
 class BatchSize(Protocol):
     """Chooses how many candidates to try at once."""
 
-    def next(self, remaining: int) -> int:
-        """Size of the next batch, at most `remaining`."""
+    def next(self, remaining: int, keep_rate: float) -> int:
+        """Size of the next batch.
 
-    def report(self, tried: int, used: int) -> None:
-        """How many of a batch's results the sequential loop would have asked for."""
+        Args:
+            remaining: Edges of the reader not decided yet.
+            keep_rate: Estimated probability that the next edge stays.
+
+        Returns:
+            At least 1, at most `remaining`.
+        """
 
 
 class FixedBatch:
@@ -120,13 +125,37 @@ class FixedBatch:
     def __init__(self, size: int = 1) -> None:
         self.size = size
 
-    def next(self, remaining: int) -> int:
+    def next(self, remaining: int, keep_rate: float) -> int:
         """Size of the next batch."""
         return min(self.size, remaining)
 
-    def report(self, tried: int, used: int) -> None:
-        """Nothing to learn."""
 
+class AdaptiveBatch:
+    """The batch that costs least per decided edge.
+
+    A batch of K candidates costs `overhead + K` (in units of one candidate's cost) and decides
+    `(1 - (1 - p)^K) / p` edges on average when each stays with probability p: what comes after the
+    first edge that stays has to be tried again. The choice depends on decisions alone, not on a clock,
+    so a run repeats to the bit.
+
+    Args:
+        most: Largest batch.
+        overhead: Cost of a batch beside its candidates.
+    """
+
+    def __init__(self, most: int = 64, overhead: float = 4.0) -> None:
+        self._sizes = np.arange(1, most + 1)
+        self._costs = overhead + self._sizes
+
+    def next(self, remaining: int, keep_rate: float) -> int:
+        """Size of the next batch."""
+        p = min(max(keep_rate, 1e-6), 1 - 1e-6)
+        decided = (1 - (1 - p) ** self._sizes) / p
+        return min(int(self._sizes[np.argmin(self._costs / decided)]), remaining)
+
+
+_RECENT = 16  # readers that tell how often edges stay
+_PRIOR_WEIGHT = 30.0  # edges their testimony counts for within a reader
 
 Observer = Callable[[Search, ReaderRecord], None]
 
@@ -165,14 +194,16 @@ def search(
     else:
         state.metric = state.metric_full = measured
     finished = {record.reader for record in done}
-    for reader in graph.reader_order(config.order):
-        if reader in finished:
-            continue
-        record = _search_reader(engine, config, state, reader, bool(chosen[reader]), batch, on_batch)
-        state.apply(record)
-        if on_reader is not None:
-            on_reader(state, record)
-    engine.finish()
+    try:
+        for reader in graph.reader_order(config.order):
+            if reader in finished:
+                continue
+            record = _search_reader(engine, config, state, reader, bool(chosen[reader]), batch, on_batch)
+            state.apply(record)
+            if on_reader is not None:
+                on_reader(state, record)
+    finally:
+        engine.finish()
     return state
 
 
@@ -196,9 +227,11 @@ def _search_reader(
     cur = state.metric if remeasured is None else remeasured
     scores: dict[int, float] = {}
     kept: list[int] = []
+    prior = _keep_rate(state)
     position = 0
     while position < len(edges):
-        tried = edges[position : position + batch.next(len(edges) - position)]
+        rate = (prior * _PRIOR_WEIGHT + len(kept)) / (_PRIOR_WEIGHT + position)
+        tried = edges[position : position + batch.next(len(edges) - position, rate)]
         values = engine.try_removals(reader, [tried[: k + 1] for k in range(len(tried))])
         accepted, cur = _accept(tried, values, cur, config, scores)
         engine.remove(reader, tried[:accepted])
@@ -206,10 +239,16 @@ def _search_reader(
         if accepted < len(tried):
             kept.append(tried[accepted])
         position += used
-        batch.report(len(tried), used)
         if on_batch is not None:
             on_batch(reader, used)
     return ReaderRecord(reader, True, tuple(sorted(kept)), scores, cur)
+
+
+def _keep_rate(state: Search) -> float:
+    """Share of edges that stayed, over the readers searched last."""
+    recent = [record for record in state.records[-4 * _RECENT :] if record.scores][-_RECENT:]
+    tested = sum(len(record.scores) for record in recent)
+    return (sum(len(record.kept) for record in recent) + 1) / (tested + 50)
 
 
 def _accept(

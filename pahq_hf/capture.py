@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,16 +47,11 @@ class Activations:
 
     def map_writers(self, change: Callable[[Tensor], Tensor]) -> Activations:
         """A copy whose written activations (embedding, z, mlp) are changed one by one."""
-        return Activations(
+        return replace(
+            self,
             embedding=change(self.embedding),
             z=[change(z) for z in self.z],
             mlp=[change(mlp) for mlp in self.mlp],
-            attention_in=self.attention_in,
-            mlp_in=self.mlp_in,
-            final_in=self.final_in,
-            logits=self.logits,
-            masks=self.masks,
-            rotary=self.rotary,
         )
 
 
@@ -174,24 +169,56 @@ def check_vocabulary(model: PatchedModel, task: Task) -> None:
         raise TaskError(f"prompts have {task.length} tokens; the model takes at most {limit}")
 
 
-def ablated(clean: Activations, corrupted: Activations, task: Task, ablation: str) -> Activations:
+def ablated(
+    model: PatchedModel, clean: Activations, corrupted: Activations, task: Task, ablation: str
+) -> Activations:
     """The activations that stand in for removed edges: `c_w` of semantics.md, section 2.
 
     Args:
+        model: The patched model, for what written activations add up to.
         clean: The clean run.
         corrupted: The corrupted run.
         task: Gives the mask for means.
         ablation: `corrupted`, `zero`, `mean` (of the clean run, per position) or `mean-corrupted`.
 
     Returns:
-        Activations whose embedding, z and mlp replace what writers write.
+        Activations whose embedding, z and mlp replace what writers write, and whose streams are what a
+        reader without any kept edge reads.
     """
     if ablation == "corrupted":
         return corrupted
     if ablation == "zero":
-        return corrupted.map_writers(torch.zeros_like)
-    base = clean if ablation == "mean" else corrupted
-    return base.map_writers(lambda values: mean_per_position(values, task))
+        written = corrupted.map_writers(torch.zeros_like)
+    else:
+        base = clean if ablation == "mean" else corrupted
+        written = base.map_writers(lambda values: mean_per_position(values, task))
+    return with_streams(model, written)
+
+
+def with_streams(model: PatchedModel, written: Activations) -> Activations:
+    """The same written activations with the streams they add up to.
+
+    Args:
+        model: The patched model.
+        written: Embedding, z and mlp.
+
+    Returns:
+        A copy whose `attention_in`, `mlp_in` and `final_in` are sums of contributions and output biases.
+    """
+    total = written.embedding
+    attention_in, mlp_in = [], []
+    for number, layer in enumerate(model.layers):
+        attention_in.append(total)
+        with torch.no_grad():
+            total = total + layer.attention.out(written.z[number])
+        if model.spec.mlps:
+            mlp_in.append(total)
+            total = total + written.mlp[number]
+        else:
+            # An attention-only GPT-2 still adds its empty MLP's output bias, a constant.
+            with torch.no_grad():
+                total = total + layer.mlp(layer.mlp_norm(total))
+    return replace(written, attention_in=attention_in, mlp_in=mlp_in, final_in=total)
 
 
 def mean_per_position(values: Tensor, task: Task) -> Tensor:

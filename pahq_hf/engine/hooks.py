@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture import Activations, ablated, answer_logits, capture, first_input, hooks
+from pahq_hf.capture import Activations, ablated, answer_logits, capture, first_input, hooks, with_streams
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.metrics import Metric
@@ -31,6 +31,10 @@ class HooksEngine:
         metric: What to minimise.
         ablation: What stands in for removed edges.
         raise_active: Compute the node of the reader in focus in FP32 (the paper's rule).
+
+    Raises:
+        TaskError: If the prompts do not fit the model.
+        MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
     """
 
     def __init__(
@@ -48,10 +52,13 @@ class HooksEngine:
         clean = capture(model, task, task.clean_ids)
         self._corrupted = capture(model, task, task.corrupted_ids)
         self._fixed = ablation != "corrupted"
-        self.substitute: Activations = ablated(clean, self._corrupted, task, ablation)
+        self.substitute: Activations = ablated(model, clean, self._corrupted, task, ablation)
         self.clean_logits = clean.logits
         self.metric = Metric(metric, task, clean.logits, model.device)
+        for run in (clean, self._corrupted):
+            self.metric(run.logits)  # NaN fails here, before anything is searched or written
         self._raise_active = raise_active
+        self._ablated = self.substitute  # with the streams these writers add up to
         self._removed = self.graph.no_edges()
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
         width = clean.embedding.shape
@@ -109,6 +116,7 @@ class HooksEngine:
         """Leave the model as it was."""
         self.model.precision.deactivate()
         self._undo_substitute()
+        self._ablated = self.substitute
 
     # -- one run ----------------------------------------------------------------------------------
 
@@ -117,7 +125,7 @@ class HooksEngine:
         return self.metric(self._run(removed))
 
     def _run(self, removed: BoolArray) -> Tensor:
-        run = _PatchedRun(self.model, self.substitute, removed, self._differences)
+        run = _PatchedRun(self.model, self._ablated, removed, self._differences)
         with ExitStack() as stack:
             stack.enter_context(hooks(*run.register()))
             return answer_logits(self.model, self.task, self.task.clean_ids)
@@ -130,8 +138,11 @@ class HooksEngine:
         Other components' corrupted activations are constants of the run (semantics.md, section 5).
         """
         self._undo_substitute()
-        if self._fixed or not self.graph.readers[reader].nodes:
-            return
+        if not self._fixed and self.graph.readers[reader].nodes:
+            self._replace_substitute(reader)
+        self._ablated = with_streams(self.model, self.substitute)
+
+    def _replace_substitute(self, reader: int) -> None:
         number = self.graph.readers[reader].layer
         layer, corrupted = self.model.layers[number], self._corrupted
         with torch.no_grad():
@@ -163,8 +174,11 @@ def head_outputs(layer: Layer, run: Activations, number: int) -> Tensor:
 class _PatchedRun:
     """The hooks of one forward pass under one edge set.
 
-    `differences[w]` is `a_w - c_w` for writers that have written in this pass; a reader's input is the
-    stream minus the differences along its removed edges, before its norm (semantics.md, section 2).
+    `differences[w]` is `a_w - c_w` for writers that have written in this pass. A reader's input, before its
+    norm, is the stream minus the differences along its removed edges (semantics.md, section 2). Where most
+    edges are removed it is the ablated stream plus those along its kept edges, which is the same but for
+    rounding: what little is left after taking nearly everything away would be rounding errors, and the norm
+    would blow them up.
     """
 
     def __init__(
@@ -183,7 +197,8 @@ class _PatchedRun:
         handles: list[Any] = [first]
         for number, layer in enumerate(model.layers):
             handles += self._register_layer(number, layer)
-        handles.append(model.final_norm.register_forward_pre_hook(self._patch(self._graph.logits_reader)))
+        on_final = self._patch(self._graph.logits_reader, self._substitute.final_in)
+        handles.append(model.final_norm.register_forward_pre_hook(on_final))
         return handles
 
     def _register_layer(self, number: int, layer: Layer) -> list[Any]:
@@ -216,39 +231,47 @@ class _PatchedRun:
                 self._differences[writer] = output - self._substitute.mlp[number]
 
             reader = self._graph.layer_readers(number, "mlp")[0]
-            handles.append(layer.mlp_norm.register_forward_pre_hook(self._patch(reader)))
+            on_mlp_norm = self._patch(reader, self._substitute.mlp_in[number])
+            handles.append(layer.mlp_norm.register_forward_pre_hook(on_mlp_norm))
             handles.append(layer.mlp.register_forward_hook(on_mlp))
         return handles
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._differences[0] = first_input(args, kwargs) - self._substitute.embedding
 
-    def _patch(self, reader: int) -> Any:
+    def _patch(self, reader: int, ablated: Tensor) -> Any:
         """A pre-hook for a norm that only this reader uses."""
 
         def patch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            gone = self._gone(range(reader, reader + 1))
-            return None if gone is None else (args[0] - gone[0], *args[1:])
+            streams = self._streams(range(reader, reader + 1), args[0], ablated)
+            return None if streams is None else (streams[0], *args[1:])
 
         return patch
 
     def _reader_inputs(self, number: int, layer: Layer, stream: Tensor) -> Any:
         def inputs(kind: str) -> Tensor | None:
-            gone = self._gone(self._graph.layer_readers(number, kind))  # type: ignore[arg-type]
-            if gone is None:
+            readers = self._graph.layer_readers(number, kind)  # type: ignore[arg-type]
+            streams = self._streams(readers, stream, self._substitute.attention_in[number])
+            if streams is None:
                 return None
             # The norm's own forward, not its call: its hooks belong to the shared stream.
-            normed: Tensor = layer.attention_norm.forward(stream - gone)
+            normed: Tensor = layer.attention_norm.forward(streams)
             return normed
 
         return inputs
 
-    def _gone(self, readers: range) -> Tensor | None:
-        """What the removed edges take away from readers. [reader, batch, pos, d_model]"""
-        rows = self._removed[readers.start : readers.stop]
-        columns = np.flatnonzero(rows.any(axis=0))
-        if not len(columns):
+    def _streams(self, readers: range, stream: Tensor, ablated: Tensor) -> Tensor | None:
+        """What each reader reads; None when they all read the stream. [reader, batch, pos, d_model]"""
+        rows = slice(readers.start, readers.stop)
+        removed = self._removed[rows]
+        if not removed.any():
             return None
-        index = torch.from_numpy(columns).to(self._differences.device)
-        choose = torch.from_numpy(rows[:, columns]).to(self._differences)
-        return torch.einsum("rw,wbpd->rbpd", choose, self._differences[index])
+        kept = self._graph.all_edges[rows] & ~removed
+        mostly_kept = 2 * removed.sum(axis=1) <= self._graph.prefix[rows]
+        signs = np.where(mostly_kept[:, None], -removed.astype(np.int8), kept.astype(np.int8))
+        columns = np.flatnonzero(signs.any(axis=0))
+        device = self._differences.device
+        differences = self._differences[torch.from_numpy(columns).to(device)]
+        choose = torch.from_numpy(signs[:, columns]).to(self._differences)
+        start = torch.from_numpy(mostly_kept).to(device)[:, None, None, None]
+        return torch.where(start, stream, ablated) + torch.einsum("rw,wbpd->rbpd", choose, differences)

@@ -3,6 +3,7 @@
 from pahq_hf.precision.control import Component, PrecisionControl
 from pahq_hf.precision.linear import PAHQLinear, Region
 from pahq_hf.precision.low import LowWeight, quantize
+from pahq_hf.precision.product import Product
 from pahq_hf.precision.source import (
     CheckpointSource,
     MemorySource,
@@ -18,6 +19,7 @@ __all__ = [
     "MemorySource",
     "PAHQLinear",
     "PrecisionControl",
+    "Product",
     "Region",
     "SourceBlock",
     "SpillSource",

@@ -46,6 +46,7 @@ class PrecisionControl:
 
         Raises:
             ConfigError: If a name is not a component of this model.
+            ModelLoadError: If the checkpoint is gone or changed; then no component is active.
         """
         for name in components:
             if name not in self._parts:
@@ -54,10 +55,14 @@ class PrecisionControl:
         if wanted == self._active:
             return False
         self.deactivate()
-        for name in components:
-            for linear, region in self._parts[name]:
-                linear.raise_region(region)
         self._active = wanted
+        try:
+            for name in wanted:
+                for linear, region in self._parts[name]:
+                    linear.raise_region(region)
+        except BaseException:
+            self.deactivate()
+            raise
         return True
 
     def deactivate(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.low import LowWeight, quantize
+from pahq_hf.precision.product import Product
 from pahq_hf.precision.source import SourceBlock
 
 
@@ -61,6 +62,8 @@ class PAHQLinear(nn.Module):
         self.low: nn.Module | None = None
         self._block: SourceBlock | None = None
         self._raised: list[tuple[Region, Tensor]] = []
+        self._held: Tensor | None = None
+        self._product: Product | None = None
         self._full = False
 
     # -- precision ------------------------------------------------------------------------------
@@ -74,6 +77,7 @@ class PAHQLinear(nn.Module):
         """
         if self.weight is None:
             raise ConfigError("this projection is kept in low precision already")
+        self.release()
         self.low = cast(nn.Module, quantize(self.weight, fmt))
         self._block = block
         self.weight = None
@@ -81,11 +85,40 @@ class PAHQLinear(nn.Module):
     def raise_region(self, region: Region) -> None:
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is not None:
+            self._product = None
             self._raised.append((region, self._read_full(region)))
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""
-        self._raised.clear()
+        if self._raised:
+            self._product = None
+            self._raised.clear()
+
+    def hold(self, *, packed: bool) -> int:
+        """Keep the low-precision weight decoded, and the effective one packed if asked, until `release`.
+
+        Args:
+            packed: Also keep the weight packed for the processor, for `forward`.
+
+        Returns:
+            Bytes this takes beside the stored weight.
+        """
+        if self.low is not None and self._held is None:
+            self._held = self.base()
+        if packed and self._product is None:
+            self._product = Product(self.dense(), self.bias)
+        return self.held_bytes
+
+    def release(self) -> None:
+        """Free what `hold` keeps."""
+        self._held = None
+        self._product = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that `hold` keeps."""
+        decoded = 0 if self._held is None else self._held.nbytes
+        return decoded + (0 if self._product is None else self._product.nbytes)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -118,12 +151,28 @@ class PAHQLinear(nn.Module):
         wanted = Region(rows, cols)
         if self._full:
             return self._read_full(wanted)
-        weight = cast(LowWeight, self.low).dense(rows, cols)
+        weight = self._stored(wanted)
+        if self._raised and self._held is not None:
+            weight = weight.clone()  # what is held stays as it is stored
         for region, values in self._raised:
             common = region.intersect(wanted)
             if common is not None:
                 weight[common.within(wanted)] = values[common.within(region)]
         return weight
+
+    def base(self) -> Tensor:
+        """The weight as it is stored, without FP32 blocks in use. [out, in]"""
+        return self.weight if self.weight is not None else self._stored(self.region)
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether FP32 blocks are in use."""
+        return bool(self._raised)
+
+    def _stored(self, wanted: Region) -> Tensor:
+        if self._held is not None:
+            return self._held[wanted.rows, wanted.cols]
+        return cast(LowWeight, self.low).dense(wanted.rows, wanted.cols)
 
     def _read_full(self, region: Region) -> Tensor:
         if self._block is None or self.low is None:
@@ -136,6 +185,8 @@ class PAHQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + b`. [..., in] -> [..., out]"""
+        if self._product is not None and not self._full:
+            return self._product(x)
         return F.linear(x, self.dense(), self.bias)
 
     def block(self, x: Tensor, rows: slice) -> Tensor:

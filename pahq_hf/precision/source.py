@@ -45,7 +45,7 @@ class CheckpointSource:
     def __init__(self, files: list[Path]) -> None:
         self._where: dict[str, int] = {}
         self._files = files
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps: list[tuple[int, int, int]] = []
         self._handles = []
         for number, path in enumerate(files):
             try:
@@ -103,7 +103,10 @@ class SpillSource(CheckpointSource):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="pahq_hf-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="pahq_hf-")
+        except OSError as error:
+            raise ModelLoadError(f"cannot make a temporary folder for the FP32 weights: {error}") from error
         path = Path(self._folder.name) / "weights.safetensors"
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -145,6 +148,7 @@ class SourceBlock:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int, int]:
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+    # The inode tells a file renamed into its place, even within one tick of the file system's clock.
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,64 @@
+"""How many candidates fit into memory side by side."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pahq_hf.engine.state import CircuitState
+from pahq_hf.engine.tokens import Liveness
+from pahq_hf.patch import PatchedModel
+
+_SHARE = 0.25  # of the memory that is free
+_COPIES = 4  # intermediate copies of a node's activations while it is computed
+
+
+class MemoryBudget:
+    """Bounds batches of candidates.
+
+    Args:
+        limit: Bytes; a share of the memory that is free by default.
+        model: The patched model.
+    """
+
+    def __init__(self, limit: int | None, model: PatchedModel) -> None:
+        self.limit = limit if limit is not None else int(free_memory(model.device) * _SHARE)
+        self._width = int(model.hf.config.hidden_size)
+        self._hidden = max((linear.out_features for linear in model.linears()), default=self._width)
+        self._size = model.embedding.weight.element_size()
+        self._most = 1 << 30
+
+    def batch(self, state: CircuitState, reader: int) -> int:
+        """Candidates of a reader that fit, at least one."""
+        changes = 0
+        for liveness in state.liveness:
+            if liveness is not Liveness.DEAD:
+                changes += len(state.plan.at(liveness)) * self._width
+        widest = len(state.plan.at(max((*state.liveness, state.reader_liveness(reader)))))
+        working = _COPIES * widest * self._hidden
+        return max(1, min(self._most, self.limit // max(1, (changes + working) * self._size)))
+
+    def halve(self, size: int) -> bool:
+        """After memory ran out with `size` candidates: allow half as many. False if that was one."""
+        self._most = max(1, size // 2)
+        return size > 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device, or in the machine for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    return 1 << 30
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; PyTorch's CPU allocator has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

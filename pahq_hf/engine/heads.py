@@ -1,0 +1,133 @@
+"""Attention of one layer in batches: many circuits, several heads, only the tokens that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pahq_hf.capture import Activations
+from pahq_hf.engine.tokens import Liveness, TokenPlan, TokenSet
+from pahq_hf.patch import Layer
+
+
+class HeadMath:
+    """Head-wise computations of one attention layer over token lists.
+
+    Leading axes: `n` heads or key/value readers, `K` circuits computed side by side.
+
+    Args:
+        layer: The layer.
+        plan: The tokens.
+        run: A captured run: its mask and rotary tables.
+        number: Layer number.
+        batch: Examples.
+    """
+
+    def __init__(self, layer: Layer, plan: TokenPlan, run: Activations, number: int, batch: int) -> None:
+        self._layer = layer
+        self.attention = layer.attention
+        self._plan = plan
+        self._rotary = run.rotary[number]
+        mask = run.masks[number]
+        self._mask = None if mask is None else mask.expand(batch, 1, -1, -1)[:, 0]  # [batch, pos, pos]
+        self._batch = batch
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The layer's norm before the attention. [..., d_model]"""
+        y: Tensor = self._layer.attention_norm(x)
+        return y
+
+    def project(self, kind: str, blocks: Sequence[int], x: Tensor, tokens: TokenSet | None) -> Tensor:
+        """Queries, keys (both rotated) or values, each from an input of its own.
+
+        Args:
+            kind: `q`, `k` or `v`.
+            blocks: Weight block of each entry: head for q, group for k and v.
+            x: Normalised inputs. [n, K, tokens, d_model]
+            tokens: Which tokens those are; None for the whole padded batch in order.
+
+        Returns:
+            [n, K, tokens, d_head]
+        """
+        linear = getattr(self.attention, f"{kind}_proj")
+        d_head = self.attention.d_head
+        weight = linear.dense().unflatten(0, (-1, d_head))[list(blocks)]  # [n, d_head, d_model]
+        y = torch.bmm(x.flatten(1, 2), weight.transpose(1, 2))
+        if linear.bias is not None:
+            y = y + linear.bias.unflatten(0, (-1, d_head))[list(blocks)][:, None, :]
+        y = y.unflatten(1, x.shape[1:3])
+        return y if kind == "v" else self._rotated(y, tokens)
+
+    def _rotated(self, y: Tensor, tokens: TokenSet | None) -> Tensor:
+        if self._rotary is None:
+            return y
+        tables = []
+        for table in self._rotary:  # [batch or 1, pos, rotary]
+            full = table.expand(self._batch, -1, -1)
+            tables.append(full.flatten(0, 1)[None] if tokens is None else tokens.pick(full)[None])
+        # Entries stand in for the batch, circuits for the heads, tokens for the positions.
+        return self.attention.rotate(y, (tables[0], tables[1]))
+
+    def attend(self, q: Tensor, k: Tensor, tokens: TokenSet) -> Tensor:
+        """Attention probabilities of queries at some tokens over all positions.
+
+        Args:
+            q: Rotated queries. [n, K, tokens, d_head]
+            k: Rotated keys of each query's head; one for all circuits when its K is 1.
+                [n, K or 1, batch, pos, d_head]
+            tokens: The query tokens.
+
+        Returns:
+            [n, K, batch, width, pos]
+        """
+        grid = tokens.to_grid(q)  # [n, K, batch, width, d_head]
+        scores = _per_example(grid, k.transpose(-1, -2)) * self.attention.scaling
+        if self._mask is not None:
+            scores = scores + tokens.to_grid(tokens.pick(self._mask))
+        return torch.softmax(scores, dim=-1)
+
+    def read_out(self, probabilities: Tensor, v: Tensor, tokens: TokenSet) -> Tensor:
+        """Z at the query tokens. [n, K, batch, width, pos], [n, K or 1, batch, pos, d] -> [n, K, tokens, d]"""
+        return tokens.from_grid(_per_example(probabilities, v))
+
+    def with_window(self, base: Tensor, new: Tensor) -> Tensor:
+        """Padded keys or values with new ones at the window's tokens.
+
+        Args:
+            base: Present ones. [n, batch, pos, d_head]
+            new: New ones. [n, K, window tokens, d_head]
+
+        Returns:
+            [n, K, batch, pos, d_head]
+        """
+        window = self._plan.window
+        full = base[:, None].expand(-1, new.shape[1], -1, -1, -1).clone()
+        full[:, :, window.example, window.position] = new
+        return full
+
+    def tokens(self, liveness: Liveness) -> TokenSet:
+        """The tokens of a liveness."""
+        return self._plan.at(liveness)
+
+
+def _per_example(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product per example and circuit.
+
+    When `right` is the same for all circuits they are folded into its rows: one larger product instead
+    of many small ones.
+
+    Args:
+        left: [n, K, batch, width, a]
+        right: [n, K or 1, batch, a, b]
+
+    Returns:
+        [n, K, batch, width, b]
+    """
+    n, circuits, batch, width, inner = left.shape
+    if right.shape[1] == circuits:
+        return torch.matmul(left, right)
+    folded = left.transpose(1, 2).reshape(n, batch, circuits * width, inner)
+    product = torch.matmul(folded, right[:, 0])
+    return product.unflatten(2, (circuits, width)).transpose(1, 2)

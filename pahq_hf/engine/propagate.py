@@ -1,0 +1,191 @@
+"""Delta propagation: what removing edges of one reader changes, and nothing else.
+
+Several circuits are computed side by side (`K`). A change of the reader's input changes its node, the
+node's change goes along kept edges to live readers further up, and so on to the logits; every other
+activation is a constant of the current state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pahq_hf.engine.state import HEAD_KINDS, CircuitState
+from pahq_hf.engine.tokens import Liveness
+
+
+class Propagation:
+    """One batch of circuits on its way up.
+
+    Args:
+        state: The current circuit.
+        reader: The reader whose input changes.
+        delta: The change, at the reader's tokens. [K, tokens, d_model]
+    """
+
+    def __init__(self, state: CircuitState, reader: int, delta: Tensor) -> None:
+        self._state = state
+        self._graph = state.graph
+        self._plan = state.plan
+        self._circuits = delta.shape[0]
+        self._changes: dict[int, Tensor] = {}  # node -> change of what it adds [K, tokens, d_model]
+        self._narrowed: dict[int, Tensor] = {}  # the same at the answers, for wider nodes
+        self._start = {reader: delta}
+        self._first_layer = self._graph.readers[reader].layer
+
+    def final(self) -> Tensor:
+        """The stream the final norm reads. [K, rows, d_model]"""
+        spec = self._graph.spec
+        for layer in range(self._first_layer, spec.layers):
+            self._through_attention(layer)
+            if spec.mlps:
+                self._through_mlp(layer)
+        reader = self._graph.logits_reader
+        base = self._state.inputs[reader]
+        change = self._input_change(reader)
+        return base.expand(self._circuits, -1, -1) if change is None else base + change
+
+    # -- inputs -----------------------------------------------------------------------------------
+
+    def _input_change(self, reader: int) -> Tensor | None:
+        """Change of a live reader's input, or None. [K, tokens, d_model]"""
+        if reader in self._start:
+            return self._start[reader]
+        want = self._state.reader_liveness(reader)
+        total: Tensor | None = None
+        owned = False
+        for writer in self._state.kept_writers(reader):
+            change = self._change_at(writer, want)
+            if change is None:
+                continue
+            if total is None:
+                total = change
+            elif owned:
+                total += change
+            else:
+                total, owned = total + change, True
+        return total
+
+    def _change_at(self, writer: int, want: Liveness) -> Tensor | None:
+        change = self._changes.get(writer)
+        have = self._state.liveness[writer]
+        if change is None or have is want:
+            return change
+        if writer not in self._narrowed:
+            self._narrowed[writer] = self._plan.narrow(change, have, want)
+        return self._narrowed[writer]
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    def _through_mlp(self, layer: int) -> None:
+        graph, state = self._graph, self._state
+        node = graph.mlp_writer(layer)
+        if state.liveness[node] is Liveness.DEAD:
+            return
+        reader = graph.layer_readers(layer, "mlp")[0]
+        change = self._input_change(reader)
+        if change is not None:
+            output = state.mlp(layer, state.inputs[reader] + change)
+            self._changes[node] = output.sub_(state.outputs[node])
+
+    def _through_attention(self, layer: int) -> None:
+        state = self._state
+        if layer not in state.attention:
+            return
+        moved: dict[str, dict[int, Tensor]] = {}  # kind -> index in the layer -> change of its input
+        for kind in HEAD_KINDS:
+            readers = self._graph.layer_readers(layer, kind)
+            moved[kind] = {}
+            for reader in state.live_readers(layer, kind):
+                change = self._input_change(reader)
+                if change is not None:
+                    moved[kind][reader - readers.start] = change
+        if not any(moved.values()):
+            return
+        keys = self._project_shared(layer, "k", moved["k"])
+        values = self._project_shared(layer, "v", moved["v"])
+        for liveness, heads in state.attention[layer].heads.items():
+            self._attend(layer, liveness, heads, moved["q"], keys, values)
+
+    def _project_shared(self, layer: int, kind: str, moved: dict[int, Tensor]) -> dict[int, Tensor]:
+        """New keys or values of the readers whose input changed. Each [K, batch, pos, d_head]"""
+        if not moved:
+            return {}
+        state, math = self._state, self._state.math[layer]
+        readers = self._graph.layer_readers(layer, kind)  # type: ignore[arg-type]
+        index = list(moved)
+        x = torch.stack([state.inputs[readers[i]] + moved[i] for i in index])
+        blocks = [state.weight_block(i) for i in index]
+        new = math.project(kind, blocks, math.normed(x), self._plan.window)
+        attention = state.attention[layer]
+        base = attention.k if kind == "k" else attention.v
+        return dict(zip(index, math.with_window(base[index], new), strict=True))
+
+    def _attend(
+        self,
+        layer: int,
+        liveness: Liveness,
+        heads: Sequence[int],
+        queries: dict[int, Tensor],
+        keys: dict[int, Tensor],
+        values: dict[int, Tensor],
+    ) -> None:
+        """Changes of the heads of one liveness."""
+        state, graph = self._state, self._graph
+        slot = {head: number for number, head in enumerate(heads)}
+        kv = {head: graph.kv_of_head(head) for head in heads}
+        looking = [h for h in heads if h in queries or kv[h] in keys]
+        carrying = [h for h in heads if h not in looking and kv[h] in values]
+        math, attention = state.math[layer], state.attention[layer]
+        tokens = self._plan.at(liveness)
+        if looking:
+            q = self._queries(layer, liveness, looking, queries)
+            k = self._shared(attention.k, keys, [kv[h] for h in looking])
+            v = self._shared(attention.v, values, [kv[h] for h in looking])
+            z = math.read_out(math.attend(q, k, tokens), v, tokens)
+            self._write(layer, liveness, looking, z, [slot[h] for h in looking])
+        if carrying:  # the pattern stays, only what is carried changes
+            slots = [slot[h] for h in carrying]
+            pattern = attention.probabilities[liveness][slots]
+            pattern = pattern[:, None].expand(-1, self._circuits, -1, -1, -1)
+            v = self._shared(attention.v, values, [kv[h] for h in carrying])
+            self._write(layer, liveness, carrying, math.read_out(pattern, v, tokens), slots)
+
+    def _queries(
+        self, layer: int, liveness: Liveness, heads: Sequence[int], queries: dict[int, Tensor]
+    ) -> Tensor:
+        """[head, K, tokens, d_head]"""
+        state, math = self._state, self._state.math[layer]
+        readers = self._graph.layer_readers(layer, "q")
+        members = state.attention[layer].heads[liveness]
+        slots = [members.index(h) for h in heads]
+        q = state.attention[layer].q[liveness][slots][:, None].expand(-1, self._circuits, -1, -1)
+        new = [number for number, h in enumerate(heads) if h in queries]
+        if not new:
+            return q
+        x = torch.stack([state.inputs[readers[heads[i]]] + queries[heads[i]] for i in new])
+        projected = math.project("q", [heads[i] for i in new], math.normed(x), self._plan.at(liveness))
+        if len(new) == len(heads):
+            return projected
+        q = q.clone()
+        q[new] = projected
+        return q
+
+    def _shared(self, base: Tensor, new: dict[int, Tensor], readers: Sequence[int]) -> Tensor:
+        """Keys or values of each head. [head, K or 1, batch, pos, d_head]"""
+        if not any(r in new for r in readers):
+            return base[list(readers)][:, None]
+        return torch.stack(
+            [new[r] if r in new else base[r].expand(self._circuits, -1, -1, -1) for r in readers]
+        )
+
+    def _write(
+        self, layer: int, liveness: Liveness, heads: Sequence[int], z: Tensor, slots: Sequence[int]
+    ) -> None:
+        state = self._state
+        change = z - state.attention[layer].z[liveness][list(slots)][:, None]
+        added = state.streams.contribute(layer, heads, change.flatten(1, 2)).unflatten(1, change.shape[1:3])
+        for head, value in zip(heads, added, strict=True):
+            self._changes[self._graph.head_writer(layer, head)] = value

@@ -1,0 +1,133 @@
+"""The metric from the last residual stream, without ever storing logits over the vocabulary.
+
+For KL to a fixed distribution p,
+
+    KL(p || q) = sum p log p  -  x . (W_U^T p)  +  logsumexp(x W_U^T),
+
+where only the last term needs the vocabulary; it is taken in blocks that stay in cache. The other
+metrics need a few columns of the unembedding and, for probabilities, the same logsumexp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pahq_hf.config import MetricName
+from pahq_hf.metrics import Metric, TokenSets
+from pahq_hf.precision import Product
+
+_BLOCK_ELEMENTS = 1 << 18  # logits per block: 1 MiB of FP32, inside a core's L2 cache
+
+
+class Readout:
+    """Evaluates a metric on normalised final hidden states.
+
+    Args:
+        metric: The metric, bound to the task and the full model's logits.
+        unembedding: The model's unembedding.
+        clean_logits: The full model's logits. [rows, vocab]
+    """
+
+    def __init__(self, metric: Metric, unembedding: nn.Linear, clean_logits: Tensor) -> None:
+        self.metric = metric
+        self._weight = unembedding.weight.detach()  # [vocab, d_model]
+        self._bias = None if unembedding.bias is None else unembedding.bias.detach()
+        self._blocks: dict[int, list[Product]] = {}
+        # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
+        self._shift = clean_logits.logsumexp(-1)  # [rows]
+        name: MetricName = metric.name
+        if name == "kl":
+            self._prepare_kl()
+        elif name == "logit_diff":
+            self._direction, self._offset = self._difference()
+
+    def _prepare_kl(self) -> None:
+        log_p = self.metric.reference_log_probs
+        assert log_p is not None
+        p = log_p.exp()
+        direction = torch.zeros(p.shape[0], self._weight.shape[1], dtype=torch.float64, device=p.device)
+        for start in range(0, p.shape[1], 4096):  # in blocks: W_U in float64 would not fit
+            stop = start + 4096
+            direction += p[:, start:stop] @ self._weight[start:stop].to(torch.float64)
+        self._direction = direction  # W_U^T p  [rows, d_model]
+        self._offset = (p * log_p).sum(-1)  # [rows]
+        if self._bias is not None:
+            self._offset = self._offset - p @ self._bias.to(torch.float64)
+
+    def _difference(self) -> tuple[Tensor, Tensor]:
+        """Mean answer column minus mean distractor column. [rows, d_model], [rows]"""
+        right, right_bias = self._mean_column(self.metric.answers)
+        wrong, wrong_bias = self._mean_column(self.metric.distractors)
+        return right - wrong, right_bias - wrong_bias
+
+    def _mean_column(self, sets: TokenSets) -> tuple[Tensor, Tensor]:
+        share = sets.mask / sets.mask.sum(-1, keepdim=True)  # [rows, width]
+        columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]
+        direction = (columns * share[..., None]).sum(1)
+        if self._bias is None:
+            return direction, torch.zeros(len(share), dtype=torch.float64, device=share.device)
+        return direction, (self._bias[sets.ids].to(torch.float64) * share).sum(1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The metric row by row.
+
+        Args:
+            x: Hidden states after the final norm. [batch, rows, d_model]
+
+        Returns:
+            [batch, rows] in float64
+        """
+        name = self.metric.name
+        if name == "logit_diff":
+            return -((x.to(torch.float64) * self._direction).sum(-1) + self._offset)
+        lse = self._logsumexp(x)
+        if name == "kl":
+            return self._offset - (x.to(torch.float64) * self._direction).sum(-1) + lse
+        right = self._probability(x, self.metric.answers, lse)
+        if name == "prob_diff":
+            return self._probability(x, self.metric.distractors, lse) - right
+        return -right.log()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
+        return self.metric.reduce(self.rows(x))
+
+    def _probability(self, x: Tensor, sets: TokenSets, lse: Tensor) -> Tensor:
+        columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]
+        logits = torch.einsum("brd,rwd->brw", x.to(torch.float64), columns)
+        if self._bias is not None:
+            logits = logits + self._bias[sets.ids].to(torch.float64)
+        return sets.total((logits - lse[..., None]).exp())
+
+    # -- logsumexp over the vocabulary --------------------------------------------------------------
+
+    def _logsumexp(self, x: Tensor) -> Tensor:
+        """[batch, rows, d_model] -> [batch, rows] in float64"""
+        batch, rows, _ = x.shape
+        flat = x.reshape(batch * rows, -1)
+        shift = self._shift.repeat(batch)[:, None]
+        total = torch.zeros(batch * rows, dtype=torch.float64, device=x.device)
+        for product in self._vocabulary(batch * rows):
+            total += product(flat).sub_(shift).exp_().sum(-1)
+        good = torch.isfinite(total) & (total > 1e-20) & (total < 1e20)
+        result = total.log() + shift[:, 0].to(torch.float64)
+        if not bool(good.all()):
+            result[~good] = self._exact_logsumexp(flat[~good]).to(torch.float64)
+        return result.view(batch, rows)
+
+    def _exact_logsumexp(self, x: Tensor) -> Tensor:
+        """The textbook form, safe whatever the scale. [n, d_model] -> [n]"""
+        return torch.logsumexp(nn.functional.linear(x, self._weight, self._bias), dim=-1)
+
+    def _vocabulary(self, count: int) -> list[Product]:
+        """The unembedding cut into blocks whose logits stay in cache."""
+        size = 1024
+        while size > 256 and size * count > _BLOCK_ELEMENTS * 2:
+            size //= 2
+        if size not in self._blocks:
+            self._blocks.clear()
+            pieces = self._weight.split(size)
+            biases = [None] * len(pieces) if self._bias is None else self._bias.split(size)
+            self._blocks[size] = [Product(piece, bias) for piece, bias in zip(pieces, biases, strict=True)]
+        return self._blocks[size]

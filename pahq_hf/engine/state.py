@@ -1,0 +1,284 @@
+"""The current circuit's live activations, recomputed from the captured runs whenever edges go.
+
+A node is live when what it adds still reaches the metric. Only live nodes in or above the layer under
+search are held; everything below still has all its edges and is the clean run itself. A node's state is a
+pure function of the edge set, never an accumulation over the history of the search, so nothing drifts
+and a resumed search continues from the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pahq_hf.engine.heads import HeadMath
+from pahq_hf.engine.held import HeldWeights
+from pahq_hf.engine.streams import Streams
+from pahq_hf.engine.tokens import Liveness
+from pahq_hf.graph import BoolArray, Graph, ReaderKind
+from pahq_hf.patch import PatchedModel
+
+HEAD_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v")
+
+
+@dataclass
+class AttentionState:
+    """Live heads of one layer.
+
+    Attributes:
+        heads: Live heads by liveness, ascending.
+        q: Rotated queries. [head, tokens, d_head]
+        k: Rotated keys of every key reader. [reader, batch, pos, d_head]
+        v: Values of every value reader. [reader, batch, pos, d_head]
+        probabilities: Attention. [head, batch, width, pos]
+        z: What heads read out. [head, tokens, d_head]
+    """
+
+    heads: dict[Liveness, list[int]]
+    k: Tensor
+    v: Tensor
+    q: dict[Liveness, Tensor] = field(default_factory=dict)
+    probabilities: dict[Liveness, Tensor] = field(default_factory=dict)
+    z: dict[Liveness, Tensor] = field(default_factory=dict)
+
+
+class CircuitState:
+    """Inputs of live readers and outputs of live nodes under an edge set.
+
+    Args:
+        model: The patched model.
+        streams: The captured constants.
+        math: Head computations per layer.
+        held: Keeps the weights of live nodes ready.
+    """
+
+    def __init__(
+        self, model: PatchedModel, streams: Streams, math: list[HeadMath], held: HeldWeights
+    ) -> None:
+        self._model = model
+        self.graph: Graph = model.graph
+        self.streams = streams
+        self.math = math
+        self._held = held
+        self.plan = streams.plan
+        self.kept: BoolArray = self.graph.all_edges.copy()
+        self.liveness: list[Liveness] = [Liveness.DEAD] * len(self.graph.writers)
+        self.inputs: dict[int, Tensor] = {}  # reader -> [tokens, d_model]
+        self.outputs: dict[int, Tensor] = {}  # MLP node -> what it adds [tokens, d_model]
+        self.shifts: dict[int, Tensor] = {}  # node -> a_w - its clean value [tokens, d_model]
+        self.attention: dict[int, AttentionState] = {}
+        self.substitute_shifts: dict[int, Tensor] = {}  # node -> c_w - its captured value [window, d_model]
+        self._bases: dict[int, Tensor] = {}
+        self._writers: dict[int, list[int]] = {}
+        self._floor = len(self.graph.writers)
+
+    # -- what others ask --------------------------------------------------------------------------
+
+    def kept_writers(self, reader: int) -> list[int]:
+        """Writers of a reader's kept edges."""
+        return self._writers[reader]
+
+    def reader_liveness(self, reader: int) -> Liveness:
+        """At which tokens a reader's input matters."""
+        node = self.graph.readers[reader]
+        if node.kind == "logits":
+            return Liveness.ANSWERS
+        most = max(self.liveness[n] for n in node.nodes)
+        if node.kind in ("k", "v") and most is not Liveness.DEAD:
+            return Liveness.WINDOW
+        return most
+
+    def live_readers(self, layer: int, kind: ReaderKind) -> list[int]:
+        """Live readers of a kind in a layer."""
+        readers = self.graph.layer_readers(layer, kind)
+        return [r for r in readers if self.reader_liveness(r) is not Liveness.DEAD]
+
+    # -- moving on --------------------------------------------------------------------------------
+
+    def update(self, kept: BoolArray, floor: int, changed_nodes: Iterable[int] = ()) -> None:
+        """Bring the state to an edge set.
+
+        Args:
+            kept: The edges. Readers of nodes below `floor` must have all theirs.
+            floor: First node that is held if it is live; writers are numbered from input to output.
+            changed_nodes: Nodes whose weights or substitutes changed without any edge changing.
+        """
+        rows = np.flatnonzero((kept != self.kept).any(axis=1))
+        dirty = {int(row) for row in rows}
+        self.kept = kept.copy()
+        moved = floor != self._floor
+        self._floor = floor
+        if moved or dirty:
+            dirty |= self._update_liveness()
+        self._hold_weights()
+        self._refresh(dirty, set(changed_nodes))
+
+    def _hold_weights(self) -> None:
+        """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
+        graph = self.graph
+        for number, layer in enumerate(self._model.layers):
+            attention = layer.attention
+            self._held.use(attention.o_proj, packed=False)
+            first = graph.head_writer(number, 0)
+            if any(self.liveness[first : first + graph.spec.heads]):
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    self._held.use(linear, packed=False)
+            if graph.spec.mlps and self.liveness[graph.mlp_writer(number)]:
+                for linear in self._model.mlp_linears(layer):
+                    self._held.use(linear, packed=True)
+
+    def _update_liveness(self) -> set[int]:
+        """Recompute liveness from the top; returns readers whose liveness changed."""
+        graph = self.graph
+        before = [self.reader_liveness(r) for r in range(len(graph.readers))]
+        need = np.zeros(len(graph.writers), dtype=np.int64)
+        for reader in reversed(range(len(graph.readers))):
+            node = graph.readers[reader]
+            if node.nodes and node.nodes[0] < self._floor:
+                continue
+            if node.kind == "logits":
+                matters = Liveness.ANSWERS
+            else:
+                most = Liveness(int(need[list(node.nodes)].max()))
+                shared = node.kind in ("k", "v") and most is not Liveness.DEAD
+                matters = Liveness.WINDOW if shared else most
+            np.maximum(need, np.where(self.kept[reader], int(matters), 0), out=need)
+        self.liveness = [
+            Liveness(int(value)) if index >= self._floor else Liveness.DEAD
+            for index, value in enumerate(need)
+        ]
+        return {r for r in range(len(graph.readers)) if self.reader_liveness(r) is not before[r]}
+
+    def _refresh(self, dirty: set[int], changed: set[int]) -> None:
+        for reader in dirty:
+            self._bases.pop(reader, None)
+            self.inputs.pop(reader, None)
+        for layer in range(self.graph.spec.layers):
+            self._refresh_attention(layer, changed)
+            if self.graph.spec.mlps:
+                self._refresh_mlp(layer, changed)
+        self._refresh_input(self.graph.logits_reader, changed)
+
+    def _refresh_input(self, reader: int, changed: set[int]) -> bool:
+        """Recompute a reader's input if it is missing or reads something changed."""
+        row = self.kept[reader]
+        touched = any(w < self.graph.prefix[reader] for w in changed)
+        if reader in self.inputs and not touched:
+            return False
+        liveness = self.reader_liveness(reader)
+        if reader not in self._bases:
+            self._bases[reader] = self.streams.base_input(reader, row, liveness)
+            self._writers[reader] = [int(w) for w in np.flatnonzero(row)]
+        total = self._bases[reader]
+        for writer in self._writers[reader]:
+            shift = self.shifts.get(writer)
+            if shift is not None:
+                total = total + self.plan.narrow(shift, self.liveness[writer], liveness)
+        for writer, shift in self.substitute_shifts.items():
+            if writer < self.graph.prefix[reader] and not row[writer]:
+                total = total + self.plan.narrow(shift, Liveness.WINDOW, liveness)
+        if reader in self.inputs and torch.equal(total, self.inputs[reader]):
+            return False
+        self.inputs[reader] = total
+        return True
+
+    def _refresh_mlp(self, layer: int, changed: set[int]) -> None:
+        reader = self.graph.layer_readers(layer, "mlp")[0]
+        node = self.graph.mlp_writer(layer)
+        liveness = self.liveness[node]
+        if liveness is Liveness.DEAD:
+            self._forget(node)
+            return
+        if not self._refresh_input(reader, changed) and node not in changed and node in self.outputs:
+            return
+        output = self.mlp(layer, self.inputs[reader])
+        clean = self.plan.narrow(self.streams.mlp[layer], Liveness.WINDOW, liveness)
+        self.outputs[node] = output
+        self.shifts[node] = output - clean
+        changed.add(node)
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer's MLP adds. [..., d_model] -> [..., d_model]"""
+        rooms = self._model.layers[layer]
+        output: Tensor = rooms.mlp(rooms.mlp_norm(x))
+        return output
+
+    def _forget(self, node: int) -> None:
+        self.outputs.pop(node, None)
+        self.shifts.pop(node, None)
+
+    # -- attention --------------------------------------------------------------------------------
+
+    def _refresh_attention(self, layer: int, changed: set[int]) -> None:
+        graph = self.graph
+        nodes = [graph.head_writer(layer, head) for head in range(graph.spec.heads)]
+        by_liveness: dict[Liveness, list[int]] = {}
+        for head, node in enumerate(nodes):
+            if self.liveness[node] is Liveness.DEAD:
+                self._forget(node)
+            else:
+                by_liveness.setdefault(self.liveness[node], []).append(head)
+        if not by_liveness:
+            self.attention.pop(layer, None)
+            return
+        moved = False
+        for kind in HEAD_KINDS:
+            for reader in self.live_readers(layer, kind):
+                moved |= self._refresh_input(reader, changed)
+        old = self.attention.get(layer)
+        own = any(node in changed for node in nodes)
+        if old is not None and old.heads == by_liveness and not moved and not own:
+            return
+        state = self._compute_attention(layer, by_liveness)
+        self.attention[layer] = state
+        for liveness, heads in by_liveness.items():
+            clean = self.plan.narrow(self.streams.z[layer].transpose(0, 1)[heads], Liveness.WINDOW, liveness)
+            shift = self.streams.change(layer, heads, state.z[liveness], clean)
+            for head, value in zip(heads, shift, strict=True):
+                self.shifts[nodes[head]] = value
+                changed.add(nodes[head])
+
+    def _compute_attention(self, layer: int, heads: dict[Liveness, list[int]]) -> AttentionState:
+        math = self.math[layer]
+        state = AttentionState(
+            heads=heads, k=self._keys_or_values(layer, "k"), v=self._keys_or_values(layer, "v")
+        )
+        readers = self.graph.layer_readers(layer, "q")
+        for liveness, members in heads.items():
+            tokens = self.plan.at(liveness)
+            x = torch.stack([self.inputs[readers[head]] for head in members])[:, None]
+            q = math.project("q", members, math.normed(x), tokens)
+            kv = [self.graph.kv_of_head(head) for head in members]
+            probabilities = math.attend(q, state.k[kv][:, None], tokens)
+            state.q[liveness] = q[:, 0]
+            state.probabilities[liveness] = probabilities[:, 0]
+            state.z[liveness] = math.read_out(probabilities, state.v[kv][:, None], tokens)[:, 0]
+        return state
+
+    def _keys_or_values(self, layer: int, kind: ReaderKind) -> Tensor:
+        """Keys or values of every reader of a layer. [reader, batch, pos, d_head]"""
+        math = self.math[layer]
+        clean = self.streams.attention_in[layer]  # [batch, pos, d_model]
+        readers = self.graph.layer_readers(layer, kind)
+        blocks = [self.weight_block(index) for index in range(len(readers))]
+        distinct = sorted(set(blocks))
+        x = math.normed(clean).flatten(0, 1).expand(len(distinct), 1, -1, -1)
+        projected = math.project(kind, distinct, x, None)[:, 0]
+        base = projected.unflatten(1, clean.shape[:2])[[distinct.index(block) for block in blocks]]
+        live = self.live_readers(layer, kind)
+        if not live:
+            return base
+        index = [r - readers.start for r in live]
+        inputs = torch.stack([self.inputs[r] for r in live])[:, None]
+        new = math.project(kind, [blocks[i] for i in index], math.normed(inputs), self.plan.window)
+        base = base.clone()
+        base[index] = math.with_window(base[index], new)[:, 0]
+        return base
+
+    def weight_block(self, kv_reader: int) -> int:
+        """Key/value weight group of a key/value reader: several readers when groups are split."""
+        return kv_reader * self.graph.spec.kv_groups // self.graph.spec.kv_readers

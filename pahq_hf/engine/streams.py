@@ -1,0 +1,135 @@
+"""The constants of a sparse search: what the clean and substituted runs wrote and read.
+
+Heads are kept as z, `d_model / d_head` times smaller than what they add to the stream; a contribution
+`z W_O` is computed when it is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pahq_hf.capture import Activations
+from pahq_hf.engine.tokens import Liveness, TokenPlan
+from pahq_hf.graph import Graph
+from pahq_hf.patch import PatchedModel
+
+
+class Streams:
+    """Captured activations at the tokens that matter.
+
+    Args:
+        model: The patched model.
+        plan: The tokens.
+        clean: The clean run.
+        substitute: What takes the place of removed edges.
+    """
+
+    def __init__(
+        self, model: PatchedModel, plan: TokenPlan, clean: Activations, substitute: Activations
+    ) -> None:
+        self._model = model
+        self._graph: Graph = model.graph
+        self.plan = plan
+        window = plan.window
+        self.attention_in = clean.attention_in  # per layer [batch, pos, d_model]
+        self._clean = clean
+        self.z = [window.pick(z) for z in clean.z]  # per layer [tokens, head, d_head]
+        self.mlp = [window.pick(m) for m in clean.mlp]  # per layer [tokens, d_model]
+        self._substitute = substitute
+        self._dz = [z - window.pick(c) for z, c in zip(self.z, substitute.z, strict=True)]
+        self._dmlp = [m - window.pick(c) for m, c in zip(self.mlp, substitute.mlp, strict=True)]
+        self._dembedding = window.pick(clean.embedding - substitute.embedding)
+
+    def differences(self, writers: Sequence[int], liveness: Liveness) -> Tensor:
+        """`a_w - c_w` of the clean run for some writers. [writer, tokens, d_model]"""
+        graph, plan = self._graph, self.plan
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(writers):  # runs of heads of one layer become one batched product
+            writer = graph.writers[writers[start]]
+            stop = start + 1
+            if writer.is_input:
+                values = plan.narrow(self._dembedding, Liveness.WINDOW, liveness)[None]
+            elif writer.head is None:
+                values = plan.narrow(self._dmlp[writer.layer], Liveness.WINDOW, liveness)[None]
+            else:
+                heads = [writer.head]
+                while stop < len(writers) and self._is_head_of(writers[stop], writer.layer):
+                    heads.append(graph.writers[writers[stop]].head or 0)
+                    stop += 1
+                dz = self._dz[writer.layer][:, heads].transpose(0, 1)
+                weight = self._model.layers[writer.layer].attention.o_proj.base()
+                narrow = plan.narrow(dz, Liveness.WINDOW, liveness)
+                values = self._contribute(weight, writer.layer, heads, narrow)
+            parts.append(values)
+            start = stop
+        return torch.cat(parts)
+
+    def _is_head_of(self, index: int, layer: int) -> bool:
+        writer = self._graph.writers[index]
+        return writer.layer == layer and writer.head is not None
+
+    def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+        """What heads add to the stream now. [head, tokens, d_head] -> [head, tokens, d_model]"""
+        return self._contribute(self._model.layers[layer].attention.o_proj.dense(), layer, heads, z)
+
+    def change(self, layer: int, heads: Sequence[int], new: Tensor, captured: Tensor) -> Tensor:
+        """What heads add now against what they added at capture; a raised weight may be another one.
+
+        Args:
+            layer: The layer.
+            heads: Heads.
+            new: Their z now. [head, tokens, d_head]
+            captured: Their z in a captured run. [head, tokens, d_head]
+
+        Returns:
+            [head, tokens, d_model]
+        """
+        linear = self._model.layers[layer].attention.o_proj
+        if not linear.is_raised:
+            return self.contribute(layer, heads, new - captured)
+        before = self._contribute(linear.base(), layer, heads, captured)
+        return self.contribute(layer, heads, new) - before
+
+    def _contribute(self, weight: Tensor, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+        attention = self._model.layers[layer].attention
+        by_head = weight.view(-1, attention.n_heads, attention.d_head)
+        return torch.bmm(z, by_head[:, list(heads)].permute(1, 2, 0))
+
+    def base_input(self, reader: int, kept: np.ndarray, liveness: Liveness) -> Tensor:
+        """A reader's input as far as the clean run decides it.
+
+        Either the clean stream without the removed differences or the substituted one with the kept
+        differences, which are equal; the one with fewer terms has fewer roundings.
+
+        Args:
+            reader: Reader index.
+            kept: Its row of the edge set. [writers]
+            liveness: At which tokens.
+
+        Returns:
+            [tokens, d_model]
+        """
+        row = kept[: self._graph.prefix[reader]]
+        stays, goes = np.flatnonzero(row), np.flatnonzero(~row)
+        # Against zeros the kept terms alone are exact: there is nothing to cancel.
+        against_zero = len(goes) > 0 and not self._substitute.embedding.any()
+        if len(goes) <= len(stays) and not against_zero:
+            base, terms, sign = self._input(self._clean, reader, liveness), goes, -1
+        else:
+            base, terms, sign = self._input(self._substitute, reader, liveness), stays, 1
+        for chunk in np.array_split(terms, max(1, len(terms) // 64)):
+            if len(chunk):
+                base = base + sign * self.differences(chunk.tolist(), liveness).sum(0)
+        return base
+
+    def _input(self, run: Activations, reader: int, liveness: Liveness) -> Tensor:
+        """What a reader reads in a captured run. [tokens, d_model]"""
+        node, tokens = self._graph.readers[reader], self.plan.at(liveness)
+        if node.kind == "logits":
+            return tokens.pick(run.final_in)
+        return tokens.pick((run.mlp_in if node.kind == "mlp" else run.attention_in)[node.layer])

@@ -1,0 +1,253 @@
+"""The sparse engine against its referees: the hooks engine, the float64 referee, and itself done slowly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pahq_hf import PAHQConfig, PAHQModel, load_task
+from pahq_hf.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.config import ACDCConfig
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.patch import PatchedModel
+from tests.models import FAMILIES, random_task
+from tests.referee import Referee
+
+METRICS = ("kl", "logit_diff", "nll", "prob_diff")
+ABLATIONS = ("corrupted", "zero", "mean", "mean-corrupted")
+
+
+def random_edges(graph: Graph, share: float, seed: int) -> BoolArray:
+    """Every edge with the same probability."""
+    chance = np.random.default_rng(seed).random(graph.all_edges.shape)
+    return graph.all_edges & (chance < share)
+
+
+def close(ours: float, theirs: float) -> bool:
+    return abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs))
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_metric_of_random_circuits_is_the_hooks_engines(family: str, padding: str) -> None:
+    model = FAMILIES[family]()
+    task = random_task(model.config.vocab_size, 3, 7, padding=padding, seed=3)
+    patched = PatchedModel(model)
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        share=st.sampled_from([0.05, 0.3, 0.7, 0.97, 1.0]),
+        seed=st.integers(0, 10_000),
+        metric=st.sampled_from(METRICS),
+        # Not "zero": a reader left with almost no input is ill-conditioned in FP32 (its norm amplifies
+        # rounding a thousandfold). The float64 test below covers it.
+        ablation=st.sampled_from([name for name in ABLATIONS if name != "zero"]),
+    )
+    def check(share: float, seed: int, metric: str, ablation: str) -> None:
+        kept = random_edges(patched.graph, share, seed)
+        hooks = HooksEngine(patched, task, metric, ablation=ablation)
+        sparse = SparseEngine(patched, task, metric, ablation=ablation)
+        assert close(sparse.metric_of(kept), hooks.metric_of(kept))
+
+    check()
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_metric_of_random_circuits_is_the_referees_in_float64(family: str, split: bool) -> None:
+    model = FAMILIES[family](dtype=torch.float64)
+    task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=5)
+    arrays = (
+        task.clean_ids,
+        task.corrupted_ids,
+        task.attention_mask,
+        task.answer_rows,
+        task.answer_positions,
+        task.answers,
+        task.distractors,
+    )
+    referees = {
+        (metric, ablation): Referee(model, *arrays, metric=metric, ablation=ablation, split_kv_groups=split)
+        for metric in METRICS
+        for ablation in ABLATIONS
+    }
+    patched = PatchedModel(model, split_kv_groups=split)
+    graph = patched.graph
+    for seed, ((metric, ablation), referee) in enumerate(referees.items()):
+        sparse = SparseEngine(patched, task, metric, ablation=ablation)
+        for share in (0.1, 0.6, 0.95):
+            kept = random_edges(graph, share, seed)
+            removed = {
+                (graph.writers[w].name, graph.readers[r].name)
+                for r, w in np.argwhere(graph.all_edges & ~kept)
+            }
+            assert abs(sparse.metric_of(kept) - referee.metric(removed)) < 1e-8
+
+
+@pytest.mark.parametrize("order", ["acdc", "head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_search_decides_as_the_hooks_engine_does(family: str, order: str) -> None:
+    model = FAMILIES[family]()
+    task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=7)
+    patched = PatchedModel(model)
+    for threshold in (0.003, 0.03, 0.3):
+        config = ACDCConfig(threshold=threshold, order=order)
+        slow = search(HooksEngine(patched, task, "kl"), config)
+        fast = search(SparseEngine(patched, task, "kl"), config, batch=AdaptiveBatch())
+        np.testing.assert_array_equal(slow.kept, fast.kept)
+        np.testing.assert_array_equal(slow.tested, fast.tested)
+        np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 7, 64])
+@pytest.mark.parametrize("metric", ["kl", "logit_diff"])
+def test_speculation_decides_as_the_sequential_loop(size: int, metric: str) -> None:
+    model = FAMILIES["llama"]()
+    task = random_task(model.config.vocab_size, 4, 8, padding="left", seed=11)
+    patched = PatchedModel(model)
+    config = ACDCConfig(threshold=0.02)
+    engine = SparseEngine(patched, task, metric)
+    one = search(engine, config, batch=FixedBatch(1))
+    many = search(engine, config, batch=FixedBatch(size))
+    np.testing.assert_array_equal(one.kept, many.kept)
+    np.testing.assert_allclose(one.scores, many.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_liveness_changes_nothing(padding: str, rows: int) -> None:
+    """Answers at different positions per example, several rows per example, all-positions referee."""
+    model = FAMILIES["llama"]()
+    task = random_task(model.config.vocab_size, 4, 9, padding=padding, seed=13, rows=rows)
+    patched = PatchedModel(model)
+    for ablation in ("corrupted", "zero"):
+        config = ACDCConfig(threshold=0.02, ablation=ablation)
+        live = search(SparseEngine(patched, task, "kl", ablation=ablation), config, batch=FixedBatch(7))
+        full = search(
+            SparseEngine(patched, task, "kl", ablation=ablation, liveness=False), config, batch=FixedBatch(7)
+        )
+        np.testing.assert_array_equal(live.kept, full.kept)
+        np.testing.assert_allclose(live.scores, full.scores, atol=2e-6)
+
+
+@pytest.mark.parametrize("regime", ["rtn", "pahq-literal"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_low_precision_regimes_decide_as_the_hooks_engine_does(family: str, regime: str) -> None:
+    config = PAHQConfig(regime=regime)
+    model = PAHQModel(FAMILIES[family](), config)
+    task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=17)
+    raised = regime == "pahq-literal"
+    for order in ("acdc", "head"):
+        acdc = ACDCConfig(threshold=0.02, order=order)
+        slow = search(HooksEngine(model.patched, task, "kl", raise_active=raised), acdc)
+        fast = search(
+            SparseEngine(model.patched, task, "kl", raise_active=raised), acdc, batch=AdaptiveBatch()
+        )
+        np.testing.assert_array_equal(slow.kept, fast.kept)
+        np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
+        assert not model.patched.precision.active
+
+
+def test_a_search_resumed_anywhere_repeats_to_the_bit() -> None:
+    model = FAMILIES["llama"]()
+    task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=19)
+    patched = PatchedModel(model)
+    config = ACDCConfig(threshold=0.02)
+    whole = search(SparseEngine(patched, task, "kl"), config, batch=AdaptiveBatch())
+    for cut in range(0, len(whole.records), 5):
+        resumed = search(
+            SparseEngine(patched, task, "kl"), config, batch=AdaptiveBatch(), done=whole.records[:cut]
+        )
+        np.testing.assert_array_equal(whole.kept, resumed.kept)
+        np.testing.assert_array_equal(whole.scores, resumed.scores)
+
+
+def test_a_small_memory_budget_changes_batches_not_decisions() -> None:
+    model = FAMILIES["gpt2"]()
+    task = random_task(model.config.vocab_size, 3, 7, seed=23)
+    patched = PatchedModel(model)
+    config = ACDCConfig(threshold=0.02)
+    roomy = search(SparseEngine(patched, task, "kl"), config, batch=FixedBatch(16))
+    tight = search(SparseEngine(patched, task, "kl", memory_budget=1), config, batch=FixedBatch(16))
+    np.testing.assert_array_equal(roomy.kept, tight.kept)
+    np.testing.assert_allclose(roomy.scores, tight.scores, atol=1e-6)
+
+
+def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["gpt2"]()
+    task = random_task(model.config.vocab_size, 3, 7, seed=23)
+    patched = PatchedModel(model)
+    config = ACDCConfig(threshold=0.02)
+    expected = search(SparseEngine(patched, task, "kl"), config, batch=FixedBatch(16))
+    engine = SparseEngine(patched, task, "kl")
+    real, sizes = engine._try, []
+
+    def scarce(reader: int, delta: torch.Tensor) -> list[float]:
+        sizes.append(delta.shape[0])
+        if delta.shape[0] > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+        return real(reader, delta)
+
+    monkeypatch.setattr(engine, "_try", scarce)
+    found = search(engine, config, batch=FixedBatch(16))
+    np.testing.assert_array_equal(expected.kept, found.kept)
+    assert max(sizes) > 3
+    assert max(sizes[-20:]) <= 3
+
+
+def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["gpt2"]()
+    task = random_task(model.config.vocab_size, 3, 7, seed=23)
+    engine = SparseEngine(PatchedModel(model), task, "kl")
+
+    def broken(reader: int, delta: torch.Tensor) -> list[float]:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(engine, "_try", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        search(engine, ACDCConfig(), batch=FixedBatch(4))
+
+
+@pytest.mark.parametrize("task_name", ["ioi", "greater_than"])
+def test_demo_checkpoint(task_name: str) -> None:
+    model = PAHQModel.from_pretrained("demo")
+    task = load_task(task_name, model.tokenizer, n=4)
+    metric = task.metric
+    hooks = HooksEngine(model.patched, task, metric)
+    sparse = SparseEngine(model.patched, task, metric)
+    for share, seed in ((0.02, 0), (0.2, 1), (0.8, 2)):
+        kept = random_edges(model.graph, share, seed)
+        assert close(sparse.metric_of(kept), hooks.metric_of(kept))
+    config = ACDCConfig(threshold=0.1)
+    slow = search(hooks, config)
+    fast = search(sparse, config, batch=AdaptiveBatch())
+    np.testing.assert_array_equal(slow.kept, fast.kept)
+    np.testing.assert_allclose(slow.scores, fast.scores, atol=2e-5)
+
+
+@pytest.mark.smollm2
+def test_smollm2(smollm2_path: object) -> None:
+    model = PAHQModel.from_pretrained(str(smollm2_path))
+    task = load_task("ioi", model.tokenizer, n=2)
+    hooks = HooksEngine(model.patched, task, "kl")
+    sparse = SparseEngine(model.patched, task, "kl")
+    for share, seed in ((0.002, 0), (0.05, 1), (0.5, 2), (1.0, 3)):
+        kept = random_edges(model.graph, share, seed)
+        ours, theirs = sparse.metric_of(kept), hooks.metric_of(kept)
+        assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs)), (share, ours, theirs)
+
+
+def test_readers_restriction_leaves_the_rest_of_the_model_dense() -> None:
+    model = FAMILIES["llama"]()
+    task = random_task(model.config.vocab_size, 3, 7, seed=29)
+    patched = PatchedModel(model)
+    config = ACDCConfig(threshold=0.01, readers="a0.*<q>,m0")
+    slow = search(HooksEngine(patched, task, "kl"), config)
+    fast = search(SparseEngine(patched, task, "kl"), config, batch=FixedBatch(5))
+    np.testing.assert_array_equal(slow.kept, fast.kept)
+    np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
