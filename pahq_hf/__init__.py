@@ -10,17 +10,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
-    from pahq_hf.config import ACDCConfig, PAHQConfig
+    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
     from pahq_hf.model import PAHQModel
     from pahq_hf.tasks import load_task
     from pahq_hf.tasks.base import Task
 
-__all__ = ["ACDCConfig", "Circuit", "PAHQConfig", "PAHQError", "PAHQModel", "Task", "load_task"]
+__all__ = [
+    "ACDCConfig",
+    "Circuit",
+    "EngineConfig",
+    "PAHQConfig",
+    "PAHQError",
+    "PAHQModel",
+    "Task",
+    "load_task",
+]
 
 _ROOMS = {
     "ACDCConfig": "config",
     "Circuit": "circuit",
+    "EngineConfig": "config",
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",

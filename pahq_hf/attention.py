@@ -8,12 +8,14 @@ engines and the forward call the same pieces, so there is one source of numerics
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pahq_hf.architectures import Architecture, Rotate
+from pahq_hf.errors import ConfigError
 from pahq_hf.precision import PAHQLinear
 
 
@@ -217,7 +219,12 @@ def patch_attention(module: nn.Module, row: Architecture, n_heads: int, n_groups
 
     Returns:
         The same object, now a `PAHQAttention` too.
+
+    Raises:
+        ConfigError: If the module is patched already.
     """
+    if isinstance(module, PAHQAttention):
+        raise ConfigError("this model is patched already; wrap a freshly loaded one")
     q, k, v = _split_qkv(module, row, n_heads, n_groups)
     out = linear_from(getattr(module, row.out), row)
     for name in (*row.qkv, row.out):
@@ -229,6 +236,8 @@ def patch_attention(module: nn.Module, row: Architecture, n_heads: int, n_groups
     module.n_heads, module.n_groups = n_heads, n_groups
     module.d_head = q.out_features // n_heads
     module.rotate_fn = row.rotate_of(original)
+    if "_old_forward" in vars(module):  # accelerate's hooks call the forward they found: give them ours
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
     return module
 
 
@@ -243,7 +252,9 @@ def _split_qkv(
     sizes = [n_heads * d_head, n_groups * d_head, n_groups * d_head]
     weights = weight.split(sizes)
     biases = [None] * 3 if bias is None else bias.split(sizes)
-    q, k, v = (PAHQLinear(w.clone(), b) for w, b in zip(weights, biases, strict=True))
+    # A plain clone keeps Conv1D's strides; contiguous rows are what reading one head's weights needs.
+    copies = (w.clone(memory_format=torch.contiguous_format) for w in weights)
+    q, k, v = (PAHQLinear(w, b) for w, b in zip(copies, biases, strict=True))
     return q, k, v
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from pahq_hf.circuit import Circuit
 
+_MARKUP = "\\`*<>[]|"
 _TEMPLATE = """---
 {metadata}
 ---
@@ -49,7 +53,7 @@ def render_card(circuit: Circuit) -> str:
     arguments: dict[str, Any] = run.get("arguments", {})
     base_model = str(circuit.model.get("base_model", "unknown"))
     data = ModelCardData(
-        base_model=base_model if "/" in base_model and not base_model.startswith(("/", ".")) else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
         library_name="pahq_hf",
         license=circuit.model.get("license") or "other",
         tags=["circuit", "pahq", "mechanistic-interpretability"],
@@ -57,9 +61,9 @@ def render_card(circuit: Circuit) -> str:
     task: dict[str, Any] = run.get("task", {})
     return _TEMPLATE.format(
         metadata=data.to_yaml(),
-        base_model=base_model,
-        revision=circuit.model.get("revision") or "unknown",
-        task=task.get("name", "unknown"),
+        base_model=_cell(base_model),
+        revision=_cell(circuit.model.get("revision") or "unknown"),
+        task=_cell(task.get("name", "unknown")),
         examples=task.get("examples", "?"),
         metric=metric.get("name", "metric"),
         threshold=arguments.get("threshold", "?"),
@@ -73,6 +77,23 @@ def render_card(circuit: Circuit) -> str:
         final=_number(metric.get("fp32")),
         empty=_number(metric.get("empty")),
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a model's name can stand for a Hub model; folders and the bundled demo cannot."""
+    if name in ("demo", "unknown") or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _cell(value: object) -> str:
+    """Text that stays in its table cell and is not markup."""
+    text = " ".join(str(value).encode("utf-8", "replace").decode().split())
+    return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)
 
 
 def _precision(precision: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,17 @@ from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
-_LOAD_ERRORS = (OSError, ValueError, HFValidationError, SafetensorError, KeyError, RuntimeError, ImportError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    HFValidationError,
+    SafetensorError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    struct.error,  # a truncated GGUF file
+    OverflowError,  # a damaged one
+)
 
 
 def resolve(name: str) -> str:
@@ -112,9 +123,11 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any | None:
         key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if key in kwargs
     }
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), **wanted)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **wanted)
     except _LOAD_ERRORS:
         return None  # a model without a tokenizer is fine: tasks may give token ids
+    # Where there are no files, GPT-2's class makes a tokenizer that knows its special tokens only.
+    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
 
 
 def safetensors_files(name: str, **kwargs: Any) -> list[Path]:

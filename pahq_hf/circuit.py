@@ -24,6 +24,7 @@ SCORES_NAME = "scores.safetensors"
 DISCOVERY_NAME = "discovery.json"
 CARD_NAME = "README.md"
 _MAX_JSON_BYTES = 1 << 30
+_SECTIONS = ("header", "arguments", "precision", "task", "edges", "metric", "seconds")
 
 
 @dataclass
@@ -152,7 +153,10 @@ class Circuit:
             "readers": json.dumps([reader.name for reader in self.graph.readers]),
             "writers": json.dumps([writer.name for writer in self.graph.writers]),
         }
-        save_file(tensors, path, metadata=notes)
+        try:
+            save_file(tensors, path, metadata=notes)
+        except SafetensorError as error:
+            raise RunError(f"cannot write the scores to {path.parent}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Circuit:
@@ -172,22 +176,24 @@ class Circuit:
         cfg, edges = document.get("cfg"), document.get("edges")
         if not isinstance(cfg, dict) or not isinstance(edges, dict):
             raise CircuitError(f"{folder / CIRCUIT_NAME} has no 'cfg' and 'edges'; it is not a circuit")
-        graph = Graph(_spec_from(cfg, folder))
+        spec = _spec_from(cfg, folder)
+        tensors = _read_scores(folder / SCORES_NAME, spec)
+        graph = Graph(spec)
         kept = graph.no_edges()
         for name, facts in edges.items():
             if not isinstance(facts, dict):
                 raise CircuitError(f"{folder / CIRCUIT_NAME}: edge {name[:80]!r} has no facts")
             if facts.get("in_graph", True):
                 kept[graph.parse_edge(name)] = True
-        scores, tested = _read_scores(folder / SCORES_NAME, graph, kept)
-        discovery = folder / DISCOVERY_NAME
+        if not np.array_equal(tensors["in_graph"].astype(bool), kept):
+            raise CircuitError(f"{folder}: {SCORES_NAME} and {CIRCUIT_NAME} disagree on the kept edges")
         return cls(
             graph=graph,
             kept=kept,
-            scores=scores,
-            tested=tested,
+            scores=tensors["score"].astype(np.float64),
+            tested=tensors["tested"].astype(bool),
             model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
-            discovery=_read_json(discovery) if discovery.exists() else {},
+            discovery=_read_discovery(folder / DISCOVERY_NAME),
         )
 
 
@@ -217,21 +223,36 @@ def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
             parallel=bool(cfg.get("parallel_attn_mlp", False)),
             split_kv_groups=bool(cfg.get("split_kv_groups", False)),
         )
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CircuitError(f"{folder / CIRCUIT_NAME}: unusable cfg ({error!r})") from error
 
 
-def _read_scores(path: Path, graph: Graph, kept: BoolArray) -> tuple[NDArray[np.float64], BoolArray]:
+def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
+    """The tensors of a circuit, checked against the shape of its graph before that is built."""
     try:
         tensors = load_file(path)
-        score, tested, in_graph = tensors["score"], tensors["tested"], tensors["in_graph"]
+        found = {name: tensors[name] for name in ("score", "tested", "in_graph")}
     except (OSError, SafetensorError, KeyError) as error:
         raise CircuitError(f"cannot read {path}: {error}") from error
-    if score.shape != kept.shape or tested.shape != kept.shape or in_graph.shape != kept.shape:
-        raise CircuitError(f"{path} has shape {score.shape}; this graph needs {kept.shape}")
-    if not np.array_equal(in_graph.astype(bool), kept):
-        raise CircuitError(f"{path} and {CIRCUIT_NAME} disagree on the kept edges; the folder is damaged")
-    return score.astype(np.float64), tested.astype(bool)
+    mlp = int(spec.mlps)
+    shape = (
+        1 + spec.layers * (spec.heads + 2 * spec.kv_readers + mlp),
+        1 + spec.layers * (spec.heads + mlp),
+    )
+    for name, tensor in found.items():
+        if tensor.shape != shape:
+            raise CircuitError(
+                f"{path}: {name} has shape {tensor.shape}; the graph in {CIRCUIT_NAME} has {shape}"
+            )
+    return found
+
+
+def _read_discovery(path: Path) -> dict[str, Any]:
+    facts = _read_json(path) if path.exists() else {}
+    for name in _SECTIONS:
+        if not isinstance(facts.get(name, {}), dict):
+            raise CircuitError(f"{path} is damaged: {name!r} does not hold an object")
+    return facts
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,7 +262,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CircuitError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CircuitError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise CircuitError(f"{path} does not hold a JSON object")

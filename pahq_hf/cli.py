@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pahq_hf.config import Ablation, Format, MetricName, Order, Regime
+from pahq_hf.config import Ablation, EngineName, Format, MetricName, Order, Regime
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_INTERRUPTED = 130
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -65,10 +67,24 @@ def _load_arguments(
     }
     if device is not None:
         try:
-            arguments["device_map"] = {"": torch.device(device)}
-        except RuntimeError as error:
-            raise ConfigError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from error
+            arguments["device_map"] = {"": torch.empty(0, device=device).device}
+        except (RuntimeError, AssertionError, ValueError) as error:  # unknown, or not on this machine
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def _bytes(text: str | None) -> int | None:
+    """Parse a size such as `500MB` or `4GiB`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if found is None or found[2] not in _UNITS:
+        raise ConfigError(f"cannot read the size {text!r}; write it like 500MB or 4GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @app.command()
@@ -121,6 +137,15 @@ def discover(
     readers: Annotated[
         str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
     ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
+    ] = "sparse",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Candidates tried at once; adaptive if unset.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
+    ] = None,
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -133,7 +158,7 @@ def discover(
 ) -> None:
     """Find the circuit of a task with ACDC and write it to a folder."""
     from pahq_hf import PAHQModel, load_task
-    from pahq_hf.config import ACDCConfig, PAHQConfig
+    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import run_table
 
     acdc = ACDCConfig(
@@ -145,10 +170,13 @@ def discover(
         readers=readers,
     )
     pahq = PAHQConfig(regime=precision, format=fmt, split_kv_groups=split_kv_groups)
+    compute = EngineConfig(engine=engine, batch=batch, memory_budget=_bytes(memory_budget))
     arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
-    circuit = wrapped.discover(data, config=acdc, out=out, resume=resume, progress=not as_json)
+    circuit = wrapped.discover(
+        data, config=acdc, engine=compute, out=out, resume=resume, progress=not as_json
+    )
     if as_json:
         _print_json({"out": str(out), **circuit.discovery})
     else:
@@ -225,32 +253,36 @@ def main() -> None:
     """Entry point of the console script."""
     _quiet_start()
     try:
-        app(standalone_mode=False)
+        # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
+        code = app(standalone_mode=False)
     except PAHQError as error:
         _fail(str(error))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was done is kept: continue with --resume\n")
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
     except Exception as error:
-        # Typer vendors or imports click by version; its usage errors know how to show themselves.
-        show_usage = getattr(error, "show", None)
-        if show_usage is None:
+        # Typer vendors or imports click by version; its usage errors know how to describe themselves.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
             raise
-        show_usage()
-        sys.exit(2)
+        if len(sys.argv) == 1:  # the bare command, which has shown its help
+            sys.exit(2)
+        _fail(describe())
+    if code == _INTERRUPTED:
+        sys.stderr.write("pahq: interrupted; a discovery's journal is kept: continue it with --resume\n")
+    if code:
+        sys.exit(code)
 
 
 def _quiet_start() -> None:
-    """Keep torchao's notices about CUDA libraries and enums out of the terminal."""
+    """Keep torchao's notices about CUDA libraries and enums, and bars in log files, out of stderr."""
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     sys.stderr.write("pahq: " + " ".join(message.split()) + "\n")
     sys.exit(2)

@@ -16,6 +16,7 @@ Format = Literal["fp8", "int8", "bf16"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
+EngineName = Literal["sparse", "hooks"]
 SelfT = TypeVar("SelfT", bound="_JsonConfig")
 
 
@@ -121,3 +122,27 @@ class ACDCConfig(_JsonConfig):
             _choice("metric", self.metric, MetricName)
         _choice("order", self.order, Order)
         _choice("ablation", self.ablation, Ablation)
+
+
+@dataclass(frozen=True)
+class EngineConfig(_JsonConfig):
+    """How metrics are computed. Nothing here changes a decision, so a run may resume with other values.
+
+    Attributes:
+        engine: `sparse` computes what an edge can change; `hooks` runs the whole model for every test.
+        batch: Candidates tried at once; None adapts to how often edges stay.
+        memory_budget: Bytes for candidates side by side and for decoded weights; None takes a share
+            of what is free.
+    """
+
+    engine: EngineName = "sparse"
+    batch: int | None = None
+    memory_budget: int | None = None
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        _choice("engine", self.engine, EngineName)
+        if self.batch is not None and self.batch < 1:
+            raise ConfigError(f"batch must be at least 1; got {self.batch}")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ConfigError(f"memory_budget must be at least 1 byte; got {self.memory_budget}")

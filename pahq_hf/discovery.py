@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -14,11 +15,21 @@ import torch
 from tqdm import tqdm
 
 import pahq_hf
-from pahq_hf.acdc import ReaderRecord, Search, search
+from pahq_hf.acdc import (
+    AdaptiveBatch,
+    BatchSize,
+    Engine,
+    FixedBatch,
+    ReaderRecord,
+    Search,
+    search,
+)
 from pahq_hf.circuit import CIRCUIT_NAME, DISCOVERY_NAME, Circuit, make_folder
-from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.errors import RunError
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import DriftError, RunError
 from pahq_hf.evaluation import Evaluator
 from pahq_hf.journal import JOURNAL_NAME, Journal, check_header
 from pahq_hf.memory import PeakMemory
@@ -26,6 +37,9 @@ from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
+# The two engines round differently; more than this is a mistake (semantics.md, design.md).
+_DRIFT_RELATIVE = 1e-4
+_DRIFT_ABSOLUTE = 1e-6
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
@@ -38,6 +52,7 @@ class Discovery:
         task: The prompts.
         pahq: The model's precision.
         acdc: The search.
+        engine: How metrics are computed.
         progress: Show a progress bar on stderr.
     """
 
@@ -48,6 +63,7 @@ class Discovery:
         task: Task,
         pahq: PAHQConfig,
         acdc: ACDCConfig,
+        engine: EngineConfig | None = None,
         *,
         progress: bool = True,
     ) -> None:
@@ -56,6 +72,7 @@ class Discovery:
         self.task = task
         self.pahq = pahq
         self.acdc = acdc
+        self.engine = engine or EngineConfig()
         self.metric: MetricName = acdc.metric or task.metric
         check_metric(self.metric, task)
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
@@ -67,6 +84,7 @@ class Discovery:
         return {
             "model": self.identity.get("fingerprint"),
             "task": self.task.fingerprint(),
+            "dtype": str(self.model.hf.dtype).removeprefix("torch."),
             "precision": self.pahq.to_dict(),
             "acdc": self.acdc.to_dict() | {"metric": self.metric},
         }
@@ -84,10 +102,11 @@ class Discovery:
 
         Raises:
             RunError: If `out` cannot be written or holds another run.
+            DriftError: If the engine's final metric is not the hooks engine's.
         """
-        folder = None if out is None else make_folder(out)
+        folder = None if out is None else Path(out)
         if folder is not None:
-            if (folder / CIRCUIT_NAME).exists() and resume:
+            if resume and os.path.exists(folder / CIRCUIT_NAME):
                 return self._finished(folder)
             self._refuse_overwrite(folder, resume)
         with PeakMemory() as peak:
@@ -98,21 +117,18 @@ class Discovery:
             resumed = 0 if journal is None else len(journal.records)
             with self._phase("search"):
                 state = self._search(engine, journal)
-            engine_final = engine.metric_of(state.kept)
+            final = state.metric
+            if self.pahq.regime == "pahq-literal":  # state.metric is with the last component raised
+                final = engine.metric_of(state.kept)
+            facts = self._facts(state, engine)
+            del engine  # its captured runs make room for the evaluation's
             with self._phase("evaluate"):
-                evaluator = Evaluator(self.model, self.task, self.metric, self.acdc.ablation)
-                fp32 = evaluator.metric_of(state.kept)
+                metric = self._evaluate(state, final)
             self._seconds["total"] = time.perf_counter() - started
-        facts = self._facts(state, engine, peak)
-        facts["resumed_readers"] = resumed
-        facts["metric"] = {
-            "name": self.metric,
-            "full": evaluator.full,
-            "empty": evaluator.empty,
-            "final": state.metric,
-            "final_recomputed": engine_final,
-            "fp32": fp32,
-        }
+        self._seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
+        facts["seconds"] = {name: round(value, 3) for name, value in self._seconds.items()}
+        facts["peak_memory"] |= peak.report()
+        facts |= {"resumed_readers": resumed, "metric": metric}
         circuit = Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts)
         if folder is not None:
             circuit.save_pretrained(folder)
@@ -120,18 +136,33 @@ class Discovery:
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def _engine(self) -> HooksEngine:
-        return HooksEngine(
-            self.model,
-            self.task,
-            self.metric,
-            ablation=self.acdc.ablation,
-            raise_active=self.pahq.regime == "pahq-literal",
-        )
+    def _engine(self) -> HooksEngine | SparseEngine:
+        return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine)
+
+    def _evaluate(self, state: Search, final: float) -> dict[str, Any]:
+        """The circuit's metric again by the hooks engine, at the search's precision and in FP32."""
+        evaluator = Evaluator(self.model, self.task, self.metric, self.acdc.ablation)
+        fp32 = recomputed = evaluator.metric_of(state.kept)
+        if self.pahq.is_low:
+            low = HooksEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation)
+            recomputed = low.metric_of(state.kept)
+        if abs(final - recomputed) > max(_DRIFT_ABSOLUTE, _DRIFT_RELATIVE * abs(recomputed)):
+            raise DriftError(
+                f"the search ended at {self.metric} {final!r}, the hooks engine finds {recomputed!r} for the "
+                "same circuit; this is a bug, please report it"
+            )
+        return {
+            "name": self.metric,
+            "full": evaluator.full,
+            "empty": evaluator.empty,
+            "final": final,
+            "final_recomputed": recomputed,
+            "fp32": fp32,
+        }
 
     def _refuse_overwrite(self, folder: Path, resume: bool) -> None:
         for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
-            if (folder / name).exists() and not resume:
+            if os.path.exists(folder / name) and not resume:
                 raise RunError(
                     f"{folder} holds another run ({name}); continue it with --resume or choose another folder"
                 )
@@ -144,11 +175,14 @@ class Discovery:
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
         if folder is None:
             return None
+        make_folder(folder)
         if resume and (folder / JOURNAL_NAME).exists():
-            return Journal.resume(folder, self.header())
+            journal = Journal.resume(folder, self.header())
+            journal.check(self.model.graph, self.acdc.order)
+            return journal
         return Journal.create(folder, self.header())
 
-    def _search(self, engine: HooksEngine, journal: Journal | None) -> Search:
+    def _search(self, engine: Engine, journal: Journal | None) -> Search:
         graph = self.model.graph
         done = [] if journal is None else list(journal.records)
         chosen = graph.match_readers(self.acdc.readers)
@@ -168,7 +202,15 @@ class Discovery:
             bar.update(decided)
 
         with bar:
-            return search(engine, self.acdc, done=done, on_reader=on_reader, on_batch=on_batch)
+            return search(
+                engine, self.acdc, batch=self._batch(), done=done, on_reader=on_reader, on_batch=on_batch
+            )
+
+    def _batch(self) -> BatchSize:
+        if self.engine.batch is not None:
+            return FixedBatch(self.engine.batch)
+        # The hooks engine gains nothing from trying candidates it may not need.
+        return AdaptiveBatch() if self.engine.engine == "sparse" else FixedBatch(1)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -176,7 +218,7 @@ class Discovery:
         yield
         self._seconds[name] = time.perf_counter() - started
 
-    def _facts(self, state: Search, engine: HooksEngine, peak: PeakMemory) -> dict[str, Any]:
+    def _facts(self, state: Search, engine: HooksEngine | SparseEngine) -> dict[str, Any]:
         graph = self.model.graph
         tested = int(state.tested.sum())
         weights = self.model.precision
@@ -184,9 +226,9 @@ class Discovery:
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
-            "engine": "hooks",
+            "engine": self.engine.engine,
             "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
-            "versions": versions(),
+            "versions": versions() | {"device": str(self.model.device)},
             "edges": {
                 "total": graph.edge_count,
                 "tested": tested,
@@ -195,9 +237,8 @@ class Discovery:
                 "live": int(graph.live_edges(state.kept).sum()),
             },
             "evaluations": engine.evaluations,
-            "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
+            "phases": engine.phases.seconds if isinstance(engine, SparseEngine) else {},
             "peak_memory": {
-                **peak.report(),
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,
             },
@@ -208,7 +249,4 @@ def versions() -> dict[str, str]:
     """Versions of everything that could change a number."""
     found = {"pahq_hf": pahq_hf.__version__, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in _LIBRARIES}
-    return found | {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": str(torch.get_num_threads()),
-    }
+    return found | {"threads": str(torch.get_num_threads())}

@@ -41,3 +41,7 @@ class CircuitError(PAHQError):
 
 class RunError(PAHQError):
     """An output folder cannot be written, or holds a different run."""
+
+
+class DriftError(PAHQError):
+    """A search's final metric is not what the hooks engine finds for its circuit: a bug, please report it."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.errors import CircuitError
+from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.graph import BoolArray
 from pahq_hf.metrics import Metric, accuracy
 from pahq_hf.patch import PatchedModel
@@ -22,9 +22,15 @@ class Evaluator:
         task: The prompts.
         metric: The metric whose faithfulness is reported.
         ablation: What stands in for removed edges.
+
+    Raises:
+        ConfigError: If the ablation is unknown.
+        MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
     """
 
     def __init__(self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation) -> None:
+        if ablation not in get_args(Ablation):
+            raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}; got {ablation!r}")
         self._model = model
         self._task = task
         model.precision.deactivate()

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pahq_hf.acdc import ReaderRecord
+from pahq_hf.config import Order
 from pahq_hf.errors import RunError
 from pahq_hf.files import write_text
+from pahq_hf.graph import Graph
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -66,15 +68,28 @@ class Journal:
         if not whole:
             return cls.create(folder, header)
         try:
-            found = json.loads(whole[0])
+            found = dict(json.loads(whole[0]))
             records = [_record(json.loads(line)) for line in whole[1:]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged ({error}); remove the folder and start anew") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, error) from error
         check_header(found, header, folder)
         journal = cls(folder, found, records)
         if lines[-1]:
             _truncate(path, len(raw) - len(lines[-1]))
         return journal
+
+    def check(self, graph: Graph, order: Order) -> None:
+        """Check that the records are the first steps of a search of this graph.
+
+        Raises:
+            RunError: If not.
+        """
+        expected = graph.reader_order(order)[: len(self.records)]
+        if [record.reader for record in self.records] != expected:
+            raise _damaged(self.path, "its readers are not in the order of a search")
+        for record in self.records:
+            if not all(0 <= w < graph.prefix[record.reader] for w in (*record.kept, *record.scores)):
+                raise _damaged(self.path, f"reader {record.reader} has edges that do not exist")
 
     def append(self, record: ReaderRecord) -> None:
         """Add a finished reader; it is on disk when this returns.
@@ -105,6 +120,10 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
                 f"{folder} holds another run: its {key} is {_short(found.get(key))}, not {_short(value)}; "
                 "choose another folder"
             )
+
+
+def _damaged(path: Path, reason: object) -> RunError:
+    return RunError(f"{path} is damaged ({reason}); remove the folder and start anew")
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -99,10 +100,12 @@ class Metric:
             assert self.reference_log_probs is not None
             reference = self.reference_log_probs
             return (reference.exp() * (reference - log_probs)).sum(-1)
-        right = self.answers.total(self.answers.gather(log_probs).exp())
+        right = self.answers.gather(log_probs)
         if self.name == "prob_diff":
-            return self.distractors.total(self.distractors.gather(log_probs).exp()) - right
-        return -right.log()
+            wrong = self.distractors.gather(log_probs)
+            return self.distractors.total(wrong.exp()) - self.answers.total(right.exp())
+        # Not the log of a sum of probabilities: a hopeless answer's would be log 0.
+        return -right.masked_fill(self.answers.mask == 0, -torch.inf).logsumexp(-1)
 
     def reduce(self, rows: Tensor) -> Tensor:
         """Mean over examples. [..., rows] -> [...]"""
@@ -118,20 +121,20 @@ class Metric:
             The minimised value.
 
         Raises:
-            MetricError: If it is not a number.
+            MetricError: If it is NaN or infinite.
         """
         return checked(float(self.reduce(self.rows(logits))), self.name)
 
 
 def checked(value: float, name: str) -> float:
-    """`value`, unless it is NaN.
+    """`value`, unless it is NaN or infinite: no comparison with a threshold means anything then.
 
     Raises:
         MetricError: If it is.
     """
-    if value != value:
+    if not math.isfinite(value):
         raise MetricError(
-            f"metric {name} came out as NaN: the model's logits hold NaN or infinity on this data; "
+            f"metric {name} came out as {value}: the model's logits hold NaN or infinity on this data; "
             "check the checkpoint and the prompts"
         )
     return value

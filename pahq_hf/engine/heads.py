@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pahq_hf.capture import Activations
 from pahq_hf.engine.tokens import Liveness, TokenPlan, TokenSet
 from pahq_hf.patch import Layer
+from pahq_hf.precision import PAHQLinear, Product, in_chunks
 
 
 class HeadMath:
@@ -26,7 +27,7 @@ class HeadMath:
     """
 
     def __init__(self, layer: Layer, plan: TokenPlan, run: Activations, number: int, batch: int) -> None:
-        self._layer = layer
+        self._norm = layer.attention_norm
         self.attention = layer.attention
         self._plan = plan
         self._rotary = run.rotary[number]
@@ -34,30 +35,25 @@ class HeadMath:
         self._mask = None if mask is None else mask.expand(batch, 1, -1, -1)[:, 0]  # [batch, pos, pos]
         self._batch = batch
 
-    def normed(self, x: Tensor) -> Tensor:
-        """The layer's norm before the attention. [..., d_model]"""
-        y: Tensor = self._layer.attention_norm(x)
-        return y
-
     def project(self, kind: str, blocks: Sequence[int], x: Tensor, tokens: TokenSet | None) -> Tensor:
         """Queries, keys (both rotated) or values, each from an input of its own.
 
         Args:
             kind: `q`, `k` or `v`.
             blocks: Weight block of each entry: head for q, group for k and v.
-            x: Normalised inputs. [n, K, tokens, d_model]
+            x: Inputs before the layer's norm. [n, K, tokens, d_model]
             tokens: Which tokens those are; None for the whole padded batch in order.
 
         Returns:
             [n, K, tokens, d_head]
         """
-        linear = getattr(self.attention, f"{kind}_proj")
-        d_head = self.attention.d_head
-        weight = linear.dense().unflatten(0, (-1, d_head))[list(blocks)]  # [n, d_head, d_model]
-        y = torch.bmm(x.flatten(1, 2), weight.transpose(1, 2))
-        if linear.bias is not None:
-            y = y + linear.bias.unflatten(0, (-1, d_head))[list(blocks)][:, None, :]
-        y = y.unflatten(1, x.shape[1:3])
+        attention = self.attention
+        linear: PAHQLinear = getattr(attention, f"{kind}_proj")
+        parts = []
+        for block, stream in zip(blocks, x, strict=True):
+            product = linear.piece(attention.head_rows(block), linear.region.cols)
+            parts.append(in_chunks(_Chain(self._norm, product), stream))
+        y = torch.stack(parts)
         return y if kind == "v" else self._rotated(y, tokens)
 
     def _rotated(self, y: Tensor, tokens: TokenSet | None) -> Tensor:
@@ -89,7 +85,16 @@ class HeadMath:
         return torch.softmax(scores, dim=-1)
 
     def read_out(self, probabilities: Tensor, v: Tensor, tokens: TokenSet) -> Tensor:
-        """Z at the query tokens. [n, K, batch, width, pos], [n, K or 1, batch, pos, d] -> [n, K, tokens, d]"""
+        """What is read out at the query tokens.
+
+        Args:
+            probabilities: [n, K, batch, width, pos]
+            v: [n, K or 1, batch, pos, d_head]
+            tokens: The query tokens.
+
+        Returns:
+            z. [n, K, tokens, d_head]
+        """
         return tokens.from_grid(_per_example(probabilities, v))
 
     def with_window(self, base: Tensor, new: Tensor) -> Tensor:
@@ -110,6 +115,17 @@ class HeadMath:
     def tokens(self, liveness: Liveness) -> TokenSet:
         """The tokens of a liveness."""
         return self._plan.at(liveness)
+
+
+class _Chain:
+    """A norm, then a product."""
+
+    def __init__(self, norm: nn.Module, product: Product) -> None:
+        self._norm = norm
+        self._product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(self._norm(x))
 
 
 def _per_example(left: Tensor, right: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Propagation:
         index = list(moved)
         x = torch.stack([state.inputs[readers[i]] + moved[i] for i in index])
         blocks = [state.weight_block(i) for i in index]
-        new = math.project(kind, blocks, math.normed(x), self._plan.window)
+        new = math.project(kind, blocks, x, self._plan.window)
         attention = state.attention[layer]
         base = attention.k if kind == "k" else attention.v
         return dict(zip(index, math.with_window(base[index], new), strict=True))
@@ -166,7 +166,7 @@ class Propagation:
         if not new:
             return q
         x = torch.stack([state.inputs[readers[heads[i]]] + queries[heads[i]] for i in new])
-        projected = math.project("q", [heads[i] for i in new], math.normed(x), self._plan.at(liveness))
+        projected = math.project("q", [heads[i] for i in new], x, self._plan.at(liveness))
         if len(new) == len(heads):
             return projected
         q = q.clone()

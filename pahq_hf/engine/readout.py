@@ -10,6 +10,8 @@ metrics need a few columns of the unembedding and, for probabilities, the same l
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,8 @@ class Readout:
     def __init__(self, metric: Metric, unembedding: nn.Linear, clean_logits: Tensor) -> None:
         self.metric = metric
         self._weight = unembedding.weight.detach()  # [vocab, d_model]
-        self._bias = None if unembedding.bias is None else unembedding.bias.detach()
+        bias = cast("nn.Parameter | None", unembedding.bias)  # nn.Linear's annotation forgets None
+        self._bias: Tensor | None = None if bias is None else bias.detach()
         self._blocks: dict[int, list[Product]] = {}
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
         self._shift = clean_logits.logsumexp(-1)  # [rows]
@@ -127,7 +130,8 @@ class Readout:
             size //= 2
         if size not in self._blocks:
             self._blocks.clear()
-            pieces = self._weight.split(size)
-            biases = [None] * len(pieces) if self._bias is None else self._bias.split(size)
-            self._blocks[size] = [Product(piece, bias) for piece, bias in zip(pieces, biases, strict=True)]
+            self._blocks[size] = [
+                Product(self._weight[i : i + size], None if self._bias is None else self._bias[i : i + size])
+                for i in range(0, self._weight.shape[0], size)
+            ]
         return self._blocks[size]

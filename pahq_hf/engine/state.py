@@ -21,6 +21,7 @@ from pahq_hf.engine.streams import Streams
 from pahq_hf.engine.tokens import Liveness
 from pahq_hf.graph import BoolArray, Graph, ReaderKind
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import in_chunks
 
 HEAD_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v")
 
@@ -204,8 +205,7 @@ class CircuitState:
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds. [..., d_model] -> [..., d_model]"""
         rooms = self._model.layers[layer]
-        output: Tensor = rooms.mlp(rooms.mlp_norm(x))
-        return output
+        return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
 
     def _forget(self, node: int) -> None:
         self.outputs.pop(node, None)
@@ -251,7 +251,7 @@ class CircuitState:
         for liveness, members in heads.items():
             tokens = self.plan.at(liveness)
             x = torch.stack([self.inputs[readers[head]] for head in members])[:, None]
-            q = math.project("q", members, math.normed(x), tokens)
+            q = math.project("q", members, x, tokens)
             kv = [self.graph.kv_of_head(head) for head in members]
             probabilities = math.attend(q, state.k[kv][:, None], tokens)
             state.q[liveness] = q[:, 0]
@@ -266,7 +266,7 @@ class CircuitState:
         readers = self.graph.layer_readers(layer, kind)
         blocks = [self.weight_block(index) for index in range(len(readers))]
         distinct = sorted(set(blocks))
-        x = math.normed(clean).flatten(0, 1).expand(len(distinct), 1, -1, -1)
+        x = clean.flatten(0, 1).expand(len(distinct), 1, -1, -1)
         projected = math.project(kind, distinct, x, None)[:, 0]
         base = projected.unflatten(1, clean.shape[:2])[[distinct.index(block) for block in blocks]]
         live = self.live_readers(layer, kind)
@@ -274,7 +274,7 @@ class CircuitState:
             return base
         index = [r - readers.start for r in live]
         inputs = torch.stack([self.inputs[r] for r in live])[:, None]
-        new = math.project(kind, [blocks[i] for i in index], math.normed(inputs), self.plan.window)
+        new = math.project(kind, [blocks[i] for i in index], inputs, self.plan.window)
         base = base.clone()
         base[index] = math.with_window(base[index], new)[:, 0]
         return base

@@ -75,7 +75,10 @@ class Streams:
 
     def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
         """What heads add to the stream now. [head, tokens, d_head] -> [head, tokens, d_model]"""
-        return self._contribute(self._model.layers[layer].attention.o_proj.dense(), layer, heads, z)
+        attention = self._model.layers[layer].attention
+        linear = attention.o_proj
+        pieces = [linear.piece(linear.region.rows, attention.head_rows(head)) for head in heads]
+        return torch.stack([piece(values) for piece, values in zip(pieces, z, strict=True)])
 
     def change(self, layer: int, heads: Sequence[int], new: Tensor, captured: Tensor) -> Tensor:
         """What heads add now against what they added at capture; a raised weight may be another one.

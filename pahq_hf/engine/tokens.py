@@ -44,7 +44,9 @@ class TokenSet:
     def of(cls, positions: list[list[int]], device: torch.device) -> TokenSet:
         """Build from the positions wanted in each example."""
         width = max(map(len, positions))
-        example, position, cells = [], [], []
+        example: list[int] = []
+        position: list[int] = []
+        cells: list[int] = []
         grid = torch.zeros(len(positions), width, dtype=torch.long)
         for number, wanted in enumerate(positions):
             for slot in range(width):
@@ -52,9 +54,12 @@ class TokenSet:
             cells += [number * width + slot for slot in range(len(wanted))]
             example += [number] * len(wanted)
             position += wanted
-        lists = (torch.tensor(values, device=device) for values in (example, position))
-        first, second = lists
-        return cls(first, second, grid.to(device), torch.tensor(cells, device=device))
+        return cls(
+            torch.tensor(example, device=device),
+            torch.tensor(position, device=device),
+            grid.to(device),
+            torch.tensor(cells, device=device),
+        )
 
     def __len__(self) -> int:
         return self.example.numel()

@@ -3,7 +3,7 @@
 from pahq_hf.precision.control import Component, PrecisionControl
 from pahq_hf.precision.linear import PAHQLinear, Region
 from pahq_hf.precision.low import LowWeight, quantize
-from pahq_hf.precision.product import Product
+from pahq_hf.precision.product import Product, in_chunks
 from pahq_hf.precision.source import (
     CheckpointSource,
     MemorySource,
@@ -24,5 +24,6 @@ __all__ = [
     "SourceBlock",
     "SpillSource",
     "WeightSource",
+    "in_chunks",
     "quantize",
 ]

@@ -64,6 +64,7 @@ class PAHQLinear(nn.Module):
         self._raised: list[tuple[Region, Tensor]] = []
         self._held: Tensor | None = None
         self._product: Product | None = None
+        self._pieces: dict[tuple[int, int, int, int], Product] = {}
         self._full = False
 
     # -- precision ------------------------------------------------------------------------------
@@ -85,13 +86,13 @@ class PAHQLinear(nn.Module):
     def raise_region(self, region: Region) -> None:
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is not None:
-            self._product = None
+            self._drop_products()
             self._raised.append((region, self._read_full(region)))
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""
         if self._raised:
-            self._product = None
+            self._drop_products()
             self._raised.clear()
 
     def hold(self, *, packed: bool) -> int:
@@ -105,20 +106,25 @@ class PAHQLinear(nn.Module):
         """
         if self.low is not None and self._held is None:
             self._held = self.base()
-        if packed and self._product is None:
+        if packed and self._product is None and not self._full:  # in full precision it would go unused
             self._product = Product(self.dense(), self.bias)
         return self.held_bytes
 
     def release(self) -> None:
         """Free what `hold` keeps."""
         self._held = None
+        self._drop_products()
+
+    def _drop_products(self) -> None:
         self._product = None
+        self._pieces.clear()
 
     @property
     def held_bytes(self) -> int:
         """Bytes that `hold` keeps."""
         decoded = 0 if self._held is None else self._held.nbytes
-        return decoded + (0 if self._product is None else self._product.nbytes)
+        products = [*self._pieces.values(), *([] if self._product is None else [self._product])]
+        return decoded + sum(product.nbytes for product in products)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -192,6 +198,18 @@ class PAHQLinear(nn.Module):
     def block(self, x: Tensor, rows: slice) -> Tensor:
         """The same for some outputs only. [..., in] -> [..., rows]"""
         return F.linear(x, self.dense(rows), None if self.bias is None else self.bias[rows])
+
+    def piece(self, rows: slice, cols: slice) -> Product:
+        """A block of the effective weight packed for many products; kept until `release`.
+
+        Includes the bias of its rows when the block spans all columns.
+        """
+        key = (rows.start, rows.stop, cols.start, cols.stop)
+        if key not in self._pieces:
+            whole = cols.start == 0 and cols.stop == self.in_features
+            bias = self.bias[rows] if whole and self.bias is not None else None
+            self._pieces[key] = Product(self.dense(rows, cols), bias)
+        return self._pieces[key]
 
     def extra_repr(self) -> str:
         """Sizes and precision, for `print(model)`."""

@@ -7,9 +7,13 @@ idle; oneDNN, which PyTorch also ships, does the same sums with the same FP32 fu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_CHUNK = 256  # tokens: activations of a layer stay in a core's L2 cache
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -44,3 +48,19 @@ class Product:
             return F.linear(x, self._weight, self._bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a token-wise function piece by piece, so that its intermediates stay in cache.
+
+    Args:
+        function: [tokens, in] -> [tokens, out]
+        x: [..., in]
+
+    Returns:
+        [..., out]
+    """
+    flat = x.flatten(0, -2)
+    if x.device.type != "cpu" or flat.shape[0] <= _CHUNK:
+        return function(x)
+    return torch.cat([function(piece) for piece in flat.split(_CHUNK)]).unflatten(0, x.shape[:-1])

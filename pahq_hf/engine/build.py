@@ -1,0 +1,43 @@
+"""Make the engine a run asks for."""
+
+from __future__ import annotations
+
+from pahq_hf.config import Ablation, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+
+def make_engine(
+    model: PatchedModel,
+    task: Task,
+    metric: MetricName,
+    ablation: Ablation,
+    pahq: PAHQConfig,
+    config: EngineConfig,
+) -> HooksEngine | SparseEngine:
+    """Build an engine and let it capture its runs.
+
+    Args:
+        model: The patched model.
+        task: The prompts.
+        metric: What to minimise.
+        ablation: What stands in for removed edges.
+        pahq: Precision regime.
+        config: Which engine, and its limits.
+
+    Returns:
+        The engine.
+    """
+    raise_active = pahq.regime == "pahq-literal"
+    if config.engine == "hooks":
+        return HooksEngine(model, task, metric, ablation=ablation, raise_active=raise_active)
+    return SparseEngine(
+        model,
+        task,
+        metric,
+        ablation=ablation,
+        raise_active=raise_active,
+        memory_budget=config.memory_budget,
+    )

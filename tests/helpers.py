@@ -1,0 +1,179 @@
+"""What the tests of engines, searches, runs and the command line share."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pahq_hf import PAHQConfig, PAHQModel, Task
+from pahq_hf.acdc import ReaderRecord, Search
+from pahq_hf.cli import main
+from pahq_hf.graph import BoolArray, Graph, edge_list
+from tests.models import FAMILIES
+from tests.referee import Edge, Referee, Result
+
+# Family of tests/models.py, and whether key/value groups are split per head.
+GRAPHS = {name: (name, False) for name in FAMILIES} | {"llama_split": ("llama", True)}
+
+
+@cache
+def wrapped(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    seed: int = 0,
+    regime: Any = "fp32",
+    fmt: Any = "fp8",
+) -> PAHQModel:
+    """A tiny model of `GRAPHS`, patched. It is shared by all tests of the process: leave it as it was."""
+    family, split = GRAPHS[name]
+    config = PAHQConfig(regime=regime, format=fmt, split_kv_groups=split)
+    return PAHQModel(FAMILIES[family](dtype=dtype, layers=layers, seed=seed), config)
+
+
+def referee(name: str, task: Task, *, layers: int = 2, seed: int = 0, **options: Any) -> Referee:
+    """The referee of the same model and a task."""
+    family, split = GRAPHS[name]
+    kind = WindowedReferee if family == "mistral_window" else Referee
+    return kind(
+        FAMILIES[family](layers=layers, seed=seed),
+        task.clean_ids,
+        task.corrupted_ids,
+        task.attention_mask,
+        task.answer_rows,
+        task.answer_positions,
+        task.answers,
+        task.distractors,
+        split_kv_groups=split,
+        **options,
+    )
+
+
+class WindowedReferee(Referee):
+    """The referee of a Mistral whose sliding window is in effect: a token sees the last `window` ones."""
+
+    def _rotary(self, config: Any) -> tuple[Tensor, Tensor]:
+        index = torch.arange(self.mask.shape[1])
+        self.allowed = self.allowed & (index[:, None] - index[None, :] < config.sliding_window)
+        config.sliding_window = None
+        return super()._rotary(config)
+
+
+# -- edge sets --------------------------------------------------------------------------------------
+
+
+def named(graph: Graph, edges: BoolArray) -> set[Edge]:
+    """An edge set as the referee names it."""
+    return {(graph.writers[w].name, graph.readers[r].name) for r, w in edge_list(edges)}
+
+
+def random_edges(graph: Graph, share: float, seed: int) -> BoolArray:
+    """About this share of all edges. [readers, writers]"""
+    return graph.all_edges & (np.random.default_rng(seed).random(graph.all_edges.shape) < share)
+
+
+def tested_in_order(graph: Graph, records: list[ReaderRecord]) -> list[Edge]:
+    """The tested edges in the order of their tests."""
+    return [(graph.writers[w].name, graph.readers[r.reader].name) for r in records for w in r.scores]
+
+
+def assert_same_search(ours: Search, theirs: Result, tolerance: float) -> None:
+    """Assert that a search took the referee's decisions, in its order, and agrees on the numbers."""
+    graph = ours.graph
+    assert tested_in_order(graph, ours.records) == theirs.tested
+    assert named(graph, ours.kept) == theirs.kept
+    assert named(graph, graph.all_edges & ~ours.tested) == theirs.untested
+    for edge, score in theirs.scores.items():
+        r, w = graph.reader_index(edge[1]), graph.writer_index(edge[0])
+        assert abs(ours.scores[r, w] - score) <= tolerance, edge
+    assert abs(ours.metric - theirs.final) <= tolerance
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def save_tiny(folder: Path, name: str = "llama", **options: Any) -> Path:
+    """A tiny model as a checkpoint folder without tokenizer."""
+    model: PreTrainedModel = FAMILIES[name](**options)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def id_rows(task: Task, *, answers: bool = True) -> list[dict[str, Any]]:
+    """A task without padding and with one row per example as token-id columns."""
+    rows: list[dict[str, Any]] = []
+    for i in range(len(task)):
+        row: dict[str, Any] = {
+            "clean_ids": task.clean_ids[i].tolist(),
+            "corrupted_ids": task.corrupted_ids[i].tolist(),
+        }
+        if answers:
+            row |= {"answer_ids": list(task.answers[i]), "distractor_ids": list(task.distractors[i])}
+        rows.append(row)
+    return rows
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """No file of this process can grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# -- processes --------------------------------------------------------------------------------------
+
+
+def start_pahq(*arguments: str) -> subprocess.Popen[str]:
+    """`python -m pahq_hf ...` in a process of its own, with as many threads as this one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pahq_hf", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def run_main(*arguments: str) -> int:
+    """The `pahq` command within this process. Returns its exit code."""
+    before, sys.argv = sys.argv, ["pahq", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,527 @@
+"""Whole runs: what they write, and that an interrupted one ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pahq_hf.discovery
+from pahq_hf import ACDCConfig, Circuit, PAHQConfig, PAHQModel, Task, load_task
+from pahq_hf.acdc import ReaderRecord
+from pahq_hf.capture import answer_logits
+from pahq_hf.errors import ConfigError, MetricError, RunError
+from pahq_hf.evaluation import faithfulness
+from pahq_hf.journal import Journal
+from tests.helpers import (
+    files_of,
+    id_rows,
+    named,
+    referee,
+    run_main,
+    save_tiny,
+    small_disk,
+    start_pahq,
+    wrapped,
+    write_rows,
+)
+from tests.models import FAMILIES, random_task
+
+FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
+TASK = random_task(batch=3, seed=21, metric="logit_diff")
+TAU = 0.05
+
+
+def discover(model: PAHQModel, out: Path | None = None, task: Task = TASK, **options: Any) -> Circuit:
+    return model.discover(task, out=out, progress=False, **({"threshold": TAU} | options))
+
+
+def journal_lines(folder: Path) -> list[bytes]:
+    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def assert_same_circuit(ours: Circuit, theirs: Circuit) -> None:
+    assert np.array_equal(ours.kept, theirs.kept)
+    assert np.array_equal(ours.tested, theirs.tested)
+    assert np.array_equal(ours.scores, theirs.scores)
+    assert ours.model == theirs.model
+    assert ours.discovery["metric"] == theirs.discovery["metric"]
+    assert ours.discovery["edges"] == theirs.discovery["edges"]
+    assert ours.discovery["header"] == theirs.discovery["header"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    discover(wrapped("llama"), folder)
+    return folder
+
+
+def interrupted(finished: Path, folder: Path, records: int, rest: bytes = b"") -> Path:
+    """A copy of a run as it stood after so many readers."""
+    folder.mkdir()
+    (folder / "journal.jsonl").write_bytes(b"".join(journal_lines(finished)[: 1 + records]) + rest)
+    return folder
+
+
+# -- what a run writes ----------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(finished: Path) -> None:
+    assert set(files_of(finished)) == FILES
+    circuit = Circuit.from_pretrained(finished)
+    graph = circuit.graph
+    document = json.loads((finished / "circuit.json").read_text())
+    assert list(document) == ["cfg", "nodes", "edges"]
+    assert document["edges"] == {n: {"score": s, "in_graph": True} for n, s in circuit.edges}
+    assert document["nodes"] == {n: {"in_graph": True} for n in circuit.nodes}
+    assert document["cfg"]["model_type"] == "llama" and document["cfg"]["d_model"] == 32
+    facts = json.loads((finished / "discovery.json").read_text())
+    assert {"edges", "evaluations", "seconds", "peak_memory", "metric", "versions", "arguments"} <= set(facts)
+    assert {"total", "tested", "untested", "kept"} <= set(facts["edges"])
+    assert facts["edges"]["total"] == graph.edge_count == 82
+    assert facts["edges"]["tested"] == int(circuit.tested.sum())
+    assert facts["edges"]["tested"] + facts["edges"]["untested"] == graph.edge_count
+    assert facts["edges"]["kept"] == circuit.edge_count > 0
+    assert facts["edges"]["live"] == int(circuit.live.sum())
+    assert facts["evaluations"] >= facts["edges"]["tested"] + 1
+    assert {"name", "full", "empty", "final", "final_recomputed", "fp32"} == set(facts["metric"])
+    seconds = facts["seconds"]
+    assert seconds["total"] >= seconds["search"] > 0 and seconds["capture"] > 0
+    assert facts["peak_memory"]["rss"] > 10_000_000
+    assert all(isinstance(value, int) for value in facts["peak_memory"].values())
+    assert facts["arguments"]["threshold"] == TAU and facts["arguments"]["metric"] == "logit_diff"
+    assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["device"] == "cpu"
+    assert facts["task"]["examples"] == 3
+    lines = journal_lines(finished)
+    assert len(lines) == 1 + len(graph.readers)
+    assert "tested" in (finished / "README.md").read_text()
+
+
+def test_a_run_finds_what_the_referee_finds(finished: Path) -> None:
+    circuit = Circuit.from_pretrained(finished)
+    judge = referee("llama", TASK, metric="logit_diff")
+    expected = judge.acdc(TAU)
+    assert named(circuit.graph, circuit.kept) == expected.kept
+    assert named(circuit.graph, circuit.graph.all_edges & ~circuit.tested) == expected.untested
+    for edge, score in expected.scores.items():
+        r, w = circuit.graph.parse_edge("->".join(edge))
+        assert circuit.scores[r, w] == pytest.approx(score, abs=1e-5)
+    metric = circuit.discovery["metric"]
+    assert metric["full"] == pytest.approx(judge.metric(set()), abs=1e-5)
+    assert metric["empty"] == pytest.approx(judge.metric(judge.edge_set), abs=1e-5)
+    for name in ("final", "final_recomputed", "fp32"):
+        assert metric[name] == pytest.approx(expected.final, abs=1e-5)
+
+
+def test_what_is_returned_is_what_is_saved(tmp_path: Path) -> None:
+    circuit = discover(wrapped("gpt2"), tmp_path / "out", metric="kl", order="head")
+    again = Circuit.from_pretrained(tmp_path / "out")
+    assert_same_circuit(again, circuit)
+    assert again.discovery == json.loads(json.dumps(circuit.discovery))
+    assert again.discovery["metric"]["full"] == pytest.approx(0, abs=1e-9)
+    assert circuit.model["base_model"]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    circuit = discover(wrapped("llama"))
+    assert circuit.edge_count and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq-literal", "rtn"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_quoted_metric_is_that_of_the_circuit_in_fp32(name: str, regime: Any) -> None:
+    """Whatever the search saw; and the search in low precision saw something else."""
+    circuit = discover(wrapped(name, regime=regime), metric="kl")
+    judge = referee(name, TASK)
+    removed = judge.edge_set - named(circuit.graph, circuit.kept)
+    metric = circuit.discovery["metric"]
+    assert metric["fp32"] == pytest.approx(judge.metric(removed), abs=1e-5)
+    assert metric["empty"] == pytest.approx(judge.metric(judge.edge_set), abs=1e-5)
+    assert metric["full"] == pytest.approx(0, abs=1e-9)
+    gap = abs(metric["final_recomputed"] - metric["fp32"])
+    if regime == "fp32":
+        assert metric["final"] == pytest.approx(metric["fp32"], abs=1e-6)
+        assert gap < 1e-6
+    else:
+        assert gap > 1e-4
+    if regime == "rtn":
+        assert metric["final"] == pytest.approx(metric["final_recomputed"], abs=1e-6)
+    precision = circuit.discovery["precision"]
+    assert precision["regime"] == regime
+    memory = circuit.discovery["peak_memory"]
+    low = memory["linear_weights"] < 0.5 * memory["linear_weights_fp32"]
+    assert low == (regime != "fp32")
+
+
+@pytest.mark.parametrize("fmt", ["int8", "bf16"])
+def test_other_formats(fmt: Any) -> None:
+    circuit = discover(wrapped("llama", regime="rtn", fmt=fmt), metric="kl")
+    judge = referee("llama", TASK)
+    removed = judge.edge_set - named(circuit.graph, circuit.kept)
+    assert circuit.discovery["metric"]["fp32"] == pytest.approx(judge.metric(removed), abs=1e-5)
+    assert circuit.discovery["precision"]["format"] == fmt
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_ablations_reach_search_and_evaluation(ablation: Any) -> None:
+    circuit = discover(wrapped("llama", dtype=torch.float64), ablation=ablation)
+    judge = referee("llama", TASK, metric="logit_diff", ablation=ablation)
+    expected = judge.acdc(TAU)
+    assert named(circuit.graph, circuit.kept) == expected.kept
+    assert circuit.discovery["metric"]["fp32"] == pytest.approx(expected.final, abs=1e-9)
+    assert circuit.discovery["metric"]["empty"] == pytest.approx(judge.metric(judge.edge_set), abs=1e-9)
+
+
+def test_a_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = wrapped("llama", regime="pahq-literal")
+    before = answer_logits(model.patched, TASK, TASK.clean_ids)
+    size = model.patched.precision.nbytes
+    discover(model)
+    assert torch.equal(answer_logits(model.patched, TASK, TASK.clean_ids), before)
+    assert model.patched.precision.nbytes == size
+
+
+def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped("llama")
+    monkeypatch.setattr(pahq_hf.discovery, "HooksEngine", None)
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="threshold must be a number >= 0"):
+        discover(model, out, threshold=-1)
+    with pytest.raises(ConfigError, match="no reader matches"):
+        discover(model, out, readers="logits,b*")
+    with pytest.raises(ConfigError, match="no field 'tau'"):
+        discover(model, out, tau=1)
+    with pytest.raises(ConfigError, match="not both"):
+        model.discover(TASK, config=ACDCConfig(), threshold=1.0)
+    with pytest.raises(MetricError, match="needs an answer"):
+        discover(model, out, task=replace(TASK, answers=((),) * 3))
+    assert not out.exists()
+
+
+# -- going on -------------------------------------------------------------------------------------------
+
+
+def test_resuming_at_any_reader_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
+    whole = Circuit.from_pretrained(finished)
+    for records in range(len(journal_lines(finished))):
+        folder = interrupted(finished, tmp_path / str(records), records)
+        circuit = discover(wrapped("llama"), folder, resume=True)
+        assert circuit.discovery["resumed_readers"] == records
+        assert_same_circuit(circuit, whole)
+        assert_same_circuit(Circuit.from_pretrained(folder), whole)
+        assert journal_lines(folder) == journal_lines(finished)
+        assert set(files_of(folder)) == FILES
+
+
+@pytest.mark.parametrize("cut", [1, 9, 40, -1])
+def test_a_torn_last_line_is_measured_again(finished: Path, tmp_path: Path, cut: int) -> None:
+    lines = journal_lines(finished)
+    folder = interrupted(finished, tmp_path / "torn", 5, lines[6][:cut])
+    assert (folder / "journal.jsonl").read_bytes()[-1:] != b"\n"
+    circuit = discover(wrapped("llama"), folder, resume=True)
+    assert circuit.discovery["resumed_readers"] == 5
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+    assert journal_lines(folder) == lines
+
+
+def test_an_empty_journal_starts_anew(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(journal_lines(finished)[0][:30])
+    assert_same_circuit(discover(wrapped("llama"), tmp_path, resume=True), Circuit.from_pretrained(finished))
+    assert journal_lines(tmp_path) == journal_lines(finished)
+
+
+def test_a_run_that_died_while_saving_is_completed(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    (folder / "circuit.json").unlink()
+    (folder / "scores.safetensors").write_bytes(b"of a writer that was not atomic")
+    circuit = discover(wrapped("llama"), folder, resume=True)
+    assert_same_circuit(Circuit.from_pretrained(folder), circuit)
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+
+
+def test_resuming_a_finished_run_does_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the model ran")
+
+    before = files_of(finished)
+    times = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    monkeypatch.setattr(nn.Module, "__call__", forbidden)
+    circuit = discover(wrapped("llama"), finished, resume=True)
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+    assert files_of(finished) == before
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == times
+
+
+def test_resuming_where_there_is_no_run_starts_one(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    circuit = discover(wrapped("llama"), tmp_path, resume=True)
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+    assert circuit.discovery["resumed_readers"] == 0
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_full_disk_stops_the_run_and_leaves_it_resumable(finished: Path, tmp_path: Path) -> None:
+    lines = journal_lines(finished)
+    # Room for the header, two records and half of the third.
+    with (
+        small_disk(len(b"".join(lines[:3])) + len(lines[3]) // 2),
+        pytest.raises(RunError, match="cannot write"),
+    ):
+        discover(wrapped("llama"), tmp_path / "out")
+    assert set(files_of(tmp_path / "out")) == {"journal.jsonl"}
+    circuit = discover(wrapped("llama"), tmp_path / "out", resume=True)
+    assert circuit.discovery["resumed_readers"] == 2
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+    assert journal_lines(tmp_path / "out") == lines
+
+
+@pytest.mark.parametrize("regime", ["pahq-literal", "rtn"])
+def test_low_precision_runs_resume_too(tmp_path: Path, regime: Any) -> None:
+    model = wrapped("llama", regime=regime)
+    whole = discover(model, tmp_path / "whole", order="head")
+    for records in (1, 6, 13):
+        folder = interrupted(tmp_path / "whole", tmp_path / str(records), records)
+        assert_same_circuit(discover(model, folder, resume=True, order="head"), whole)
+
+
+# -- other runs are refused ------------------------------------------------------------------------------
+
+OTHER: dict[str, tuple[Callable[[], PAHQModel], Task, dict[str, Any], str]] = {
+    "weights": (lambda: wrapped("llama", seed=1), TASK, {}, "model"),
+    "family": (lambda: wrapped("mistral"), TASK, {}, "model"),
+    "groups": (lambda: wrapped("llama_split"), TASK, {}, "model"),
+    "dtype": (lambda: wrapped("llama", dtype=torch.float64), TASK, {}, "dtype"),
+    "precision": (lambda: wrapped("llama", regime="rtn"), TASK, {}, "precision"),
+    "prompts": (lambda: wrapped("llama"), random_task(seed=22, metric="logit_diff"), {}, "task"),
+    "answers": (lambda: wrapped("llama"), replace(TASK, answers=((1,), (2,), (3,))), {}, "task"),
+    "threshold": (lambda: wrapped("llama"), TASK, {"threshold": 0.06}, "acdc"),
+    "metric": (lambda: wrapped("llama"), TASK, {"metric": "kl"}, "acdc"),
+    "order": (lambda: wrapped("llama"), TASK, {"order": "head"}, "acdc"),
+    "ablation": (lambda: wrapped("llama"), TASK, {"ablation": "zero"}, "acdc"),
+    "readers": (lambda: wrapped("llama"), TASK, {"readers": "logits"}, "acdc"),
+    "sign": (lambda: wrapped("llama"), TASK, {"absolute": True}, "acdc"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+@pytest.mark.parametrize("done", [True, False], ids=["finished", "interrupted"])
+def test_another_run_is_not_continued(finished: Path, tmp_path: Path, case: str, done: bool) -> None:
+    folder = finished if done else interrupted(finished, tmp_path / "half", 4)
+    before = files_of(folder)
+    model, task, options, what = OTHER[case]
+    with pytest.raises(RunError, match=f"holds another run: its {what} is .*; choose another folder"):
+        discover(model(), folder, task, resume=True, **options)
+    assert files_of(folder) == before
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
+    for name in ("circuit.json", "discovery.json", "journal.jsonl"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        shutil.copy(finished / name, folder / name)
+        with pytest.raises(RunError, match=rf"holds another run \({name}\); continue it with --resume"):
+            discover(wrapped("llama"), folder)
+        assert set(files_of(folder)) == {name}
+
+
+DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "garbage": lambda lines: [*lines[:3], b"garbage\n", *lines[3:]],
+    "an empty line": lambda lines: [*lines[:3], b"\n", *lines[3:]],
+    "a record of nothing": lambda lines: [*lines[:3], b"{}\n"],
+    "a record that is a list": lambda lines: [*lines[:3], b"[]\n"],
+    "a record twice": lambda lines: [*lines[:3], lines[2]],
+    "a record missing": lambda lines: [lines[0], *lines[2:5]],
+    "edges that do not exist": lambda lines: [
+        *lines[:2],
+        json.dumps(json.loads(lines[2]) | {"kept": [99]}).encode() + b"\n",
+    ],
+    "scores of nowhere": lambda lines: [
+        *lines[:2],
+        json.dumps(json.loads(lines[2]) | {"scores": {"-1": 0.5}}).encode() + b"\n",
+    ],
+    "a header that is a number": lambda lines: [b"7\n", *lines[1:3]],
+    "depth": lambda lines: [lines[0], b"[" * 200_000 + b"\n"],
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_journal_is_refused(finished: Path, tmp_path: Path, case: str) -> None:
+    raw = b"".join(DAMAGE[case](journal_lines(finished)))
+    (tmp_path / "journal.jsonl").write_bytes(raw)
+    with pytest.raises(RunError, match=r"journal\.jsonl is damaged .*remove the folder and start anew"):
+        discover(wrapped("llama"), tmp_path, resume=True)
+    assert files_of(tmp_path) == {"journal.jsonl": raw}
+
+
+def test_a_journal_gives_back_its_records(tmp_path: Path) -> None:
+    """To the last bit, in order."""
+    header = {"model": "x", "n": 1}
+    records = [
+        ReaderRecord(5, True, (0, 3), {7: 0.1 + 0.2, 3: -1e-300, 0: 2.0}, 1 / 3),
+        ReaderRecord(2, False, (), {}, -0.0),
+    ]
+    journal = Journal.create(tmp_path, header)
+    for record in records:
+        journal.append(record)
+    again = Journal.resume(tmp_path, header)
+    assert again.records == records
+    assert list(again.records[0].scores) == [7, 3, 0]
+    with pytest.raises(RunError, match="its n is 1, not 2; choose another folder"):
+        Journal.resume(tmp_path, header | {"n": 2})
+
+
+def test_a_record_is_on_disk_before_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the journal's whole length: a power cut loses nothing that was reported."""
+    journal = Journal.create(tmp_path, {})
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    for reader in range(3):
+        journal.append(ReaderRecord(reader, True, (), {0: 0.5}, 1.0))
+        assert synced[reader:] == [journal.path.stat().st_size]
+
+
+# -- judging a circuit ------------------------------------------------------------------------------------
+
+
+def test_faithfulness() -> None:
+    assert faithfulness(0.5, 0.0, 2.0) == 0.75
+    assert faithfulness(-3.0, -1.0, 1.0) == 2.0  # better than the full model
+    assert faithfulness(1.0, 1.0, 1.0) is None
+
+
+def test_evaluation_takes_the_circuits_own_metric_and_ablation() -> None:
+    model = wrapped("llama", dtype=torch.float64)
+    circuit = discover(model, metric="prob_diff", ablation="mean")
+    facts = model.evaluate(circuit, TASK)
+    judge = referee("llama", TASK, metric="prob_diff", ablation="mean")
+    removed = judge.edge_set - named(circuit.graph, circuit.kept)
+    assert facts["metric"]["name"] == "prob_diff"
+    assert facts["metric"]["value"] == pytest.approx(judge.metric(removed), abs=1e-9)
+    assert facts["metric"]["empty"] == pytest.approx(judge.metric(judge.edge_set), abs=1e-9)
+    full, empty = judge.metric(set()), judge.metric(judge.edge_set)
+    assert facts["faithfulness"] == pytest.approx((judge.metric(removed) - empty) / (full - empty), abs=1e-6)
+    assert facts["kl"] == pytest.approx(referee("llama", TASK, ablation="mean").metric(removed), abs=1e-9)
+
+
+def test_an_unknown_ablation_in_a_circuit_file_is_refused() -> None:
+    circuit = discover(wrapped("llama"))
+    circuit.discovery["arguments"]["ablation"] = "noise"
+    with pytest.raises(ConfigError, match=r"ablation must be one of corrupted, .*; got 'noise'"):
+        wrapped("llama").evaluate(circuit, TASK)
+
+
+# -- folders that cannot be written -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("below", ["file/out", "file", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, below: str, resume: bool) -> None:
+    (tmp_path / "file").write_text("a regular file")
+    with pytest.raises(RunError, match="cannot create the output folder"):
+        discover(wrapped("llama"), tmp_path / below, resume=resume)
+    assert files_of(tmp_path) == {"file": b"a regular file"}
+
+
+def test_nan_leaves_no_folder(tmp_path: Path) -> None:
+    """The poisoned token stands in a prompt of the task, and not in those of the check at load."""
+    model = PAHQModel(FAMILIES["llama"]())
+    model.patched.embedding.weight[int(TASK.clean_ids[0, -1])] = float("nan")
+    with pytest.raises(MetricError, match="came out as nan"):
+        discover(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- real processes ----------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A checkpoint of four layers, its task, and the run that nobody interrupts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = save_tiny(folder / "model", "llama", layers=4)
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=12, length=24, seed=23)))
+        self.folder = folder
+        assert run_main(*self.arguments("whole")) == 0
+        self.whole = Circuit.from_pretrained(folder / "whole")
+
+    def arguments(self, out: str, *more: str) -> list[str]:
+        where = ["--task", str(self.data), "--out", str(self.folder / out)]
+        return ["discover", str(self.model), *where, "--threshold", "0.0005", "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("scene"))
+
+
+def signalled(scene: Scene, out: str, number: signal.Signals) -> tuple[int, str, str]:
+    """Start the run, signal it after a few readers, and wait. Returns exit code, stdout and stderr."""
+    process = start_pahq(*scene.arguments(out))
+    journal = scene.folder / out / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert journal.read_bytes().count(b"\n") < 1 + len(scene.whole.graph.readers)
+    return process.returncode, stdout, stderr
+
+
+def resumed(scene: Scene, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Continue on the command line, and compare with the run that nobody interrupted."""
+    capsys.readouterr()
+    assert run_main(*scene.arguments(out, "--resume")) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["resumed_readers"] >= 3
+    folder = scene.folder / out
+    assert_same_circuit(Circuit.from_pretrained(folder), scene.whole)
+    assert journal_lines(folder) == journal_lines(scene.folder / "whole")
+    assert (folder / "circuit.json").read_bytes() == (scene.folder / "whole" / "circuit.json").read_bytes()
+    assert set(files_of(folder)) == FILES
+
+
+def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, _ = signalled(scene, "killed", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert stdout == ""
+    assert set(files_of(scene.folder / "killed")) == {"journal.jsonl"}
+    assert run_main(*scene.arguments("killed")) == 2  # without --resume it is another run's folder
+    resumed(scene, "killed", capsys)
+
+
+def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, stderr = signalled(scene, "interrupted", signal.SIGINT)
+    assert code == 130
+    assert stdout == ""
+    assert stderr == "pahq: interrupted; a discovery's journal is kept: continue it with --resume\n"
+    assert set(files_of(scene.folder / "interrupted")) == {"journal.jsonl"}
+    resumed(scene, "interrupted", capsys)
+
+
+def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
+    model = PAHQModel.from_pretrained(scene.model, PAHQConfig())
+    task = load_task(str(scene.data))
+    circuit = discover(model, task=task, threshold=0.0005)
+    assert_same_circuit(circuit, scene.whole)
+    judge = referee("llama", task, layers=4)
+    state = judge.acdc(0.0005)
+    assert named(circuit.graph, circuit.kept) == state.kept

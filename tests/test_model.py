@@ -1,0 +1,594 @@
+"""`PAHQModel` against the untouched Hugging Face model, from memory and from checkpoints of every kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
+
+from pahq_hf import architectures
+from pahq_hf.config import PAHQConfig
+from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
+from pahq_hf.model import PAHQModel
+from pahq_hf.precision import CheckpointSource, PAHQLinear
+from tests.models import (
+    COMMON,
+    FAMILIES,
+    HEADS,
+    PADDINGS,
+    VOCAB,
+    WIDTH,
+    padded_prompts,
+    random_task_arrays,
+    relative_error,
+    tiny_attention_only,
+    tiny_gpt2,
+    tiny_llama,
+    word_tokenizer,
+)
+from tests.referee import Referee
+
+TOLERANCE = 1e-5
+RTN = PAHQConfig("rtn")
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pair(family: str) -> tuple[PAHQModel, Any]:
+    """A patched model and an untouched one with the same weights."""
+    return PAHQModel(FAMILIES[family]()), FAMILIES[family]()
+
+
+@pytest.fixture
+def spill_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that takes the place of /tmp."""
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny model of a family, and return its folder."""
+
+    def save(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        folder = tmp_path / family
+        FAMILIES[family](dtype=dtype).save_pretrained(folder, **options)
+        return folder
+
+    return save
+
+
+def linears(model: PAHQModel) -> list[PAHQLinear]:
+    return list(model.patched.linears())
+
+
+# -- the same model -------------------------------------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.no_grad()
+def test_logits_equal_hugging_face(family: str, padding: str) -> None:
+    model, hf = pair(family)
+    prompts = padded_prompts(padding)
+    real = prompts["attention_mask"].bool()
+    ours, theirs = (m(**prompts, use_cache=False).logits[real] for m in (model, hf))
+    assert relative_error(ours, theirs) < TOLERANCE
+
+
+@families
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_unchanged(family: str) -> None:
+    model, hf = pair(family)
+    ids = padded_prompts()["input_ids"]
+    ours, theirs = (m(ids, output_attentions=True, output_hidden_states=True) for m in (model, hf))
+    for kind in ("attentions", "hidden_states"):
+        assert len(ours[kind]) == len(theirs[kind]) >= 2
+        for mine, its in zip(ours[kind], theirs[kind], strict=True):
+            assert mine.shape == its.shape and relative_error(mine, its) < TOLERANCE
+    weights = ours.attentions[0]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@families
+@pytest.mark.parametrize("padding", ["none", "left"])
+@torch.no_grad()
+def test_a_cache_step_by_step(family: str, padding: str) -> None:
+    """A first piece, a longer one, then single tokens, each on the cache of those before."""
+    model, hf = pair(family)
+    prompts = padded_prompts(padding)
+    real = prompts["attention_mask"].bool()
+    expected = hf(**prompts, use_cache=False).logits[real]
+    for subject in (model, hf):
+        cache, logits, start = None, [], 0
+        for stop in (3, 5, 6, 7, 8, 9):
+            output = subject(
+                input_ids=prompts["input_ids"][:, start:stop],
+                attention_mask=prompts["attention_mask"][:, :stop],
+                position_ids=prompts["position_ids"][:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, start = output.past_key_values, stop
+            logits.append(output.logits)
+        assert relative_error(torch.cat(logits, dim=1)[real], expected) < TOLERANCE
+
+
+@families
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_generate_is_unchanged(family: str, padding: str, options: dict[str, Any]) -> None:
+    model, hf = pair(family)
+    prompts = {key: value for key, value in padded_prompts(padding).items() if key != "position_ids"}
+    options = {"max_new_tokens": 10, "do_sample": False, **options}
+    ours, theirs = model.generate(**prompts, **options), hf.generate(**prompts, **options)
+    assert torch.equal(ours, theirs)
+    assert len(ours[:, 9:].unique()) > 2  # it says something
+
+
+def test_sampling_is_unchanged() -> None:
+    model, hf = pair("llama")
+    texts = []
+    for subject in (model, hf):
+        torch.manual_seed(1)
+        texts.append(subject.generate(padded_prompts()["input_ids"], max_new_tokens=10, do_sample=True))
+    assert torch.equal(*texts)
+
+
+@families
+@pytest.mark.parametrize("wrapper", [True, False])
+def test_text_generation_pipeline(family: str, wrapper: bool) -> None:
+    """Both the wrapper and its `base_model`; prompts of different lengths in one batch."""
+    model, hf = pair(family)
+    make: Any = pipeline  # its overloads know no wrappers
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)  # it does not know our wrapper's name
+    try:
+        pipes = [
+            make("text-generation", model=subject, tokenizer=word_tokenizer(), device="cpu")
+            for subject in (model if wrapper else model.base_model, hf)
+        ]
+    finally:
+        logging.getLogger("transformers").setLevel(logging.WARNING)
+    ours, theirs = (
+        pipe(["w3 w14 w15 w9", "w26"], batch_size=2, max_new_tokens=6, do_sample=False) for pipe in pipes
+    )
+    assert ours == theirs
+    assert [text[0]["generated_text"].count("w") for text in ours] == [4 + 6, 1 + 6]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
+def test_float64_is_float64_throughout(family: str, padding: str) -> None:
+    """RMS norms and softmax too, which Hugging Face fixes to float32; against the referee."""
+    model = PAHQModel(FAMILIES[family](dtype=torch.float64))
+    arrays = random_task_arrays(padding=padding)
+    logits = Referee(FAMILIES[family](), *arrays).circuit_logits(set())
+    positions = (arrays.attention_mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        output = model(arrays.clean_ids, attention_mask=arrays.attention_mask, position_ids=positions).logits
+    assert output.dtype == torch.float64
+    assert relative_error(output[arrays.answer_rows, arrays.answer_positions], logits) < 1e-12
+
+
+def test_attributes_fall_through() -> None:
+    model = PAHQModel(tiny_llama())
+    assert model.config is model.base_model.config
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32
+    assert model.get_input_embeddings() is model.base_model.model.embed_tokens
+    assert not model.base_model.training
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.no_such_thing
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=1, n_head=HEADS)),
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1)),
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=HEADS)
+        ),
+    ],
+    ids=["bloom", "mamba", "t5"],
+)
+def test_unknown_families_are_refused_by_name(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    hf = make()
+    match = f"'{hf.config.model_type}' is not supported; known families: .*llama"
+    with pytest.raises(UnsupportedModelError, match=match):
+        PAHQModel(hf)
+    hf.config.save_pretrained(tmp_path)  # told from the config: the weights need not even be there
+    with pytest.raises(UnsupportedModelError, match=match):
+        PAHQModel.from_pretrained(tmp_path)
+
+
+def test_a_config_without_a_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    with pytest.raises((UnsupportedModelError, ModelLoadError), match=str(tmp_path)):
+        PAHQModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_refused(dtype: torch.dtype, saved: Callable[..., Path]) -> None:
+    match = f"the model is in {dtype}.*dtype=torch.float32"
+    with pytest.raises(ConfigError, match=match):
+        PAHQModel(tiny_llama(dtype=dtype))
+    with pytest.raises(ConfigError, match=match):
+        PAHQModel.from_pretrained(saved("llama", dtype), dtype="auto")
+
+
+def test_float64_goes_with_the_fp32_regime_only() -> None:
+    with pytest.raises(ConfigError, match=r"dtype=torch\.float32"):
+        PAHQModel(tiny_gpt2(dtype=torch.float64), RTN)
+
+
+def test_other_attention_implementations(saved: Callable[..., Path]) -> None:
+    """Asked for, they are refused; a model in memory that has one is changed over."""
+    with pytest.raises(ConfigError, match="must be 'eager'"):
+        PAHQModel.from_pretrained(saved("llama"), attn_implementation="sdpa")
+    hf, reference = tiny_llama(), tiny_llama()
+    hf.set_attn_implementation("sdpa")
+    model = PAHQModel(hf)
+    prompts = padded_prompts("right")
+    real = prompts["attention_mask"].bool()
+    assert relative_error(model(**prompts).logits[real], reference(**prompts).logits[real]) < TOLERANCE
+
+
+def test_a_patched_model_is_not_patched_again() -> None:
+    model = PAHQModel(tiny_gpt2())
+    before = model(padded_prompts()["input_ids"]).logits
+    with pytest.raises(ConfigError, match="patched already"):
+        PAHQModel(model.base_model)
+    assert torch.equal(model(padded_prompts()["input_ids"]).logits, before)
+
+
+def plain_heads(**change: Any) -> LlamaForCausalLM:
+    """A Llama whose q, k and v projections have one shape, so that any two can be taken for each other."""
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, **sizes, num_attention_heads=HEADS, **change))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"qkv": ("k_proj", "q_proj", "v_proj")}, "logits"),
+        ({"qkv": ("q_proj", "v_proj", "k_proj")}, "logits"),
+        ({"rotary": False}, "logits"),
+        ({"attention_norm": "post_attention_layernorm"}, "the attention of layer 0"),
+        ({"mlp_norm": "input_layernorm"}, "the MLP of layer 0"),
+        ({"mlp": "self_attn.o_proj", "mlp_linears": ()}, "the attention of layer 1"),
+        ({"final_norm": "model.layers.1.input_layernorm"}, "logits reads"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_self_check_finds_a_wrong_row_of_the_table(
+    change: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PAHQModel(plain_heads())
+    wrong = dataclasses.replace(architectures.find_architecture(LlamaConfig()), **change)
+    monkeypatch.setitem(architectures._TABLE, "llama", wrong)
+    with pytest.raises(SelfCheckError, match=f"self-check failed.*{what}.*differ by"):
+        PAHQModel(plain_heads())
+
+
+def test_self_check_finds_wrong_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that forgets the attention mask."""
+    from pahq_hf.attention import PAHQAttention
+
+    weights = PAHQAttention.weights
+    monkeypatch.setattr(PAHQAttention, "weights", lambda self, q, k, mask: weights(self, q, k, None))
+    with pytest.raises(SelfCheckError, match="logits"):
+        PAHQModel(tiny_gpt2())
+
+
+def test_a_model_that_gives_nan_is_refused() -> None:
+    hf = tiny_llama()
+    hf.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(SelfCheckError, match="NaN"):
+        PAHQModel(hf)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def expect_reread(folder: Path, spill_folder: Path, **options: Any) -> PAHQModel:
+    """Load in low precision; every FP32 value must come from the checkpoint, and be the loaded one."""
+    full = PAHQModel.from_pretrained(folder, **options)
+    low = PAHQModel.from_pretrained(folder, RTN, **options)
+    assert not list(spill_folder.rglob("*.safetensors"))
+    for whole, block in zip(linears(full), linears(low), strict=True):
+        assert not torch.equal(block.dense(), whole.dense())
+        with block.full_precision():
+            assert torch.equal(block.dense(), whole.dense())
+            assert torch.equal(block.dense(slice(3, 7), slice(1, 5)), whole.dense(slice(3, 7), slice(1, 5)))
+    return low
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [False, True])
+def test_fp32_comes_back_from_the_checkpoint(
+    family: str, dtype: torch.dtype, shards: bool, saved: Callable[..., Path], spill_folder: Path
+) -> None:
+    folder = saved(family, dtype, **({"max_shard_size": "20KB"} if shards else {}))
+    assert (len(list(folder.glob("*.safetensors"))) > 2) == shards
+    low = expect_reread(folder, spill_folder)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids = padded_prompts()["input_ids"]
+    with low.patched.precision.full_precision():
+        assert relative_error(low(ids).logits, exact(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpoint_of_the_inner_model(family: str, saved: Callable[..., Path], spill_folder: Path) -> None:
+    """Keys that lack the `transformer.` prefix, as in the Hub's own gpt2."""
+    folder = saved(family)
+    path, prefix = folder / "model.safetensors", {"gpt2": "transformer.", "llama": "model."}[family]
+    tensors = load_file(path)
+    assert any(name.startswith(prefix) for name in tensors)
+    save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    low = expect_reread(folder, spill_folder)
+    ids = padded_prompts()["input_ids"]
+    with low.patched.precision.full_precision():
+        assert relative_error(low(ids).logits, FAMILIES[family]()(ids).logits) < TOLERANCE
+
+
+def test_pickled_checkpoints_go_to_a_spill_file(saved: Callable[..., Path], spill_folder: Path) -> None:
+    folder = saved("gpt2")
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    path.unlink()
+    low = PAHQModel.from_pretrained(folder, RTN)
+    assert len(list(spill_folder.rglob("*.safetensors"))) == 1
+    expect_exact_in_full_precision(low, "gpt2")
+
+
+def test_what_the_checkpoint_does_not_hold_goes_to_a_spill_file(
+    saved: Callable[..., Path], spill_folder: Path
+) -> None:
+    """One matrix was edited after loading: its FP32 values are those of the model, not of the file."""
+    source = CheckpointSource([saved("llama") / "model.safetensors"])
+    hf, edited = tiny_llama(), "model.layers.1.self_attn.v_proj.weight"
+    hf.get_parameter(edited).data[2, 3] += 1
+    wanted = {name: value.clone() for name, value in hf.state_dict().items()}
+    model = PAHQModel(hf, RTN, source=source)
+    (spilled,) = spill_folder.rglob("*.safetensors")
+    assert list(load_file(spilled)) == [edited.removesuffix(".weight")]
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, PAHQLinear):
+            with module.full_precision():
+                assert torch.equal(module.dense(), wanted[f"{name}.weight"])
+
+
+@families
+def test_models_in_memory_go_to_a_spill_file(family: str, spill_folder: Path) -> None:
+    model = PAHQModel(FAMILIES[family](), RTN)
+    assert len(list(spill_folder.rglob("*.safetensors"))) == 1
+    expect_exact_in_full_precision(model, family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del model
+        gc.collect()
+    assert not list(spill_folder.iterdir())
+
+
+def test_the_fp32_regime_writes_nothing(spill_folder: Path) -> None:
+    model = PAHQModel(tiny_llama())
+    assert not model.patched.precision.is_low and not list(spill_folder.iterdir())
+    model.activate("a0.h0", "m1")
+    assert model.patched.precision.nbytes == model.patched.precision.nbytes_fp32
+
+
+def expect_exact_in_full_precision(model: PAHQModel, family: str) -> None:
+    whole = PAHQModel(FAMILIES[family]())
+    for block, original in zip(linears(model), linears(whole), strict=True):
+        with block.full_precision():
+            assert torch.equal(block.dense(), original.dense())
+
+
+def test_a_checkpoint_changed_after_loading(saved: Callable[..., Path]) -> None:
+    folder = saved("llama")
+    model = PAHQModel.from_pretrained(folder, RTN)
+    low = model.patched.precision.nbytes
+    model.activate("a0.h0")
+    FAMILIES["llama"](seed=1).save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match="changed on disk"):
+        model.activate("m1")
+    assert not model.patched.precision.active and model.patched.precision.nbytes == low
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_the_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{not json")
+
+
+def remove_the_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_weights,
+        truncate_weights,
+        empty_weights,
+        drop_a_tensor,
+        cut_a_tensor,
+        spoil_the_config,
+        remove_the_folder,
+    ],
+)
+@pytest.mark.parametrize("config", [None, RTN], ids=["fp32", "rtn"])
+def test_damaged_checkpoints(
+    damage: Callable[[Path], None], config: PAHQConfig | None, saved: Callable[..., Path]
+) -> None:
+    folder = saved("llama")
+    damage(folder)
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(folder, config)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    if damage is drop_a_tensor:
+        assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "not a name", "../nowhere", ""])
+def test_a_name_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(name)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+GGUF_IDS = ["absent", "empty", "cut", "wild", "other"]
+CUT_GGUF = b"GGUF\x03\x00"
+# One metadata entry whose name has 2**64 - 1 letters.
+WILD_GGUF = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 2**64 - 1) + b"\x00" * 64
+
+
+@pytest.mark.parametrize("content", [None, b"", CUT_GGUF, WILD_GGUF, b"something else"], ids=GGUF_IDS)
+def test_a_gguf_file_that_is_none(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_shard(saved: Callable[..., Path]) -> None:
+    folder = saved("llama", max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_subfolder_and_tokenizer(tmp_path: Path, spill_folder: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "inner")
+    word_tokenizer().save_pretrained(tmp_path / "inner")
+    model = expect_reread(tmp_path, spill_folder, subfolder="inner")
+    assert model.tokenizer("w7 w8")["input_ids"] == [7, 8]
+
+
+def test_a_model_without_tokenizer_loads(saved: Callable[..., Path]) -> None:
+    assert PAHQModel.from_pretrained(saved("llama")).tokenizer is None
+
+
+def test_attention_only_checkpoint(tmp_path: Path) -> None:
+    tiny_attention_only().save_pretrained(tmp_path)
+    model = PAHQModel.from_pretrained(tmp_path, RTN)
+    expected = PAHQModel(tiny_attention_only())(padded_prompts()["input_ids"]).logits
+    with model.patched.precision.full_precision():
+        assert torch.equal(model(padded_prompts()["input_ids"]).logits, expected)
+
+
+# -- accelerate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [None, RTN], ids=["fp32", "rtn"])
+def test_device_map(config: PAHQConfig | None, saved: Callable[..., Path], spill_folder: Path) -> None:
+    folder = saved("llama")
+    mapped = PAHQModel.from_pretrained(folder, config, device_map={"": "cpu"})
+    plain = PAHQModel.from_pretrained(folder, config)
+    ids = padded_prompts()["input_ids"]
+    assert torch.equal(mapped(ids).logits, plain(ids).logits)
+    assert torch.equal(mapped.generate(ids, max_new_tokens=5), plain.generate(ids, max_new_tokens=5))
+    assert not list(spill_folder.iterdir())
+
+
+def silence_head(model: PAHQModel, head: int) -> Tensor:
+    """Logits when one head of layer 1 reads zeros through a reader input of its own."""
+    layer = model.patched.layers[1]
+    normed: list[Tensor] = []
+
+    def inputs(kind: str) -> Tensor | None:
+        if kind != "q":
+            return None
+        each = normed[-1].repeat(HEADS, 1, 1, 1)
+        each[head] = 0
+        return each
+
+    with (
+        layer.attention_norm.register_forward_hook(lambda _, __, output: normed.append(output)),
+        layer.attention.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "reader_inputs": inputs}), with_kwargs=True
+        ),
+    ):
+        logits: Tensor = model(padded_prompts()["input_ids"]).logits
+    return logits
+
+
+@families
+def test_models_with_accelerates_hooks_use_the_patched_attention(family: str) -> None:
+    """Its hooks keep a reference to the forward they replaced: that one must be ours."""
+    hooked = PAHQModel(dispatch_model(FAMILIES[family](), device_map={"": "cpu"}, force_hooks=True))
+    plain = PAHQModel(FAMILIES[family]())
+    ids = padded_prompts()["input_ids"]
+    assert torch.equal(hooked(ids).logits, plain(ids).logits)
+    assert torch.equal(silence_head(hooked, 2), silence_head(plain, 2))
+    assert not torch.allclose(silence_head(hooked, 2), plain(ids).logits)
+    assert torch.equal(hooked.generate(ids, max_new_tokens=5), plain.generate(ids, max_new_tokens=5))
+
+
+def test_offloaded_weights_are_refused() -> None:
+    with pytest.raises(ConfigError, match="offloaded"):
+        PAHQModel(cpu_offload(tiny_llama(), execution_device=torch.device("cpu")))
