@@ -67,11 +67,13 @@ class PAHQModel(nn.Module):
             model.set_attn_implementation("eager")
         model.eval()
         repair_empty_mlps(model)
+        print_of_weights = fingerprint(model)
         probe = probe_task(model)
         reference = reference_logits(model, probe)
         self.patched = PatchedModel(model, split_kv_groups=self.pahq_config.split_kv_groups)
         check_patched(self.patched, probe, reference)
-        self.identity = self._identify(base_model or model.config.name_or_path or "unknown")
+        name = base_model or model.config.name_or_path or "unknown"
+        self.identity = self._identify(name, print_of_weights)
         if self.pahq_config.is_low:
             self.patched.lower(self.pahq_config.format, source)
 
@@ -125,6 +127,17 @@ class PAHQModel(nn.Module):
         """The wrapped model's generate."""
         return self._wrapped.generate(*args, **kwargs)
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse: a patched model's weights are cut into heads, and maybe low precision.
+
+        Raises:
+            ConfigError: Always; the checkpoint the model came from is unchanged, save circuits instead.
+        """
+        raise ConfigError(
+            "a patched model is not a checkpoint to save: the one it was loaded from is unchanged; "
+            "save circuits with Circuit.save_pretrained"
+        )
+
     @property
     def _wrapped(self) -> Any:
         return self.base_model
@@ -134,14 +147,14 @@ class PAHQModel(nn.Module):
         """The residual-stream graph."""
         return self.patched.graph
 
-    def _identify(self, base_model: str) -> dict[str, Any]:
+    def _identify(self, base_model: str, weights: str) -> dict[str, Any]:
         config = self.base_model.config
         return {
             "base_model": base_model,
             "revision": getattr(config, "_commit_hash", None),
             "model_type": config.model_type,
             "d_model": config.hidden_size,
-            "fingerprint": fingerprint(self.patched),
+            "fingerprint": weights,
         }
 
     # -- precision --------------------------------------------------------------------------------
@@ -213,11 +226,21 @@ class PAHQModel(nn.Module):
         return evaluator.report(circuit)
 
 
-def fingerprint(model: PatchedModel) -> str:
-    """A short hash of the model's shape and of some rows of every projection, taken in full precision."""
-    digest = hashlib.sha256(repr((model.hf.config.model_type, model.spec, model.vocab_size)).encode())
-    for linear in model.linears():
-        for row in (0, linear.out_features - 1):
-            values = linear.dense(slice(row, row + 1))
-            digest.update(values.to("cpu", torch.float32).contiguous().numpy().tobytes())
+def fingerprint(model: PreTrainedModel) -> str:
+    """A short hash of a model's shape and every weight, the same in all precision regimes.
+
+    Each row of each parameter enters as the sum of its FP32 bit patterns: exact whatever the order of
+    summation, and as fast as memory.
+
+    Args:
+        model: The model before it is patched or quantised.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().to(torch.float32).contiguous().view(torch.int32)
+        digest.update(repr((name, tuple(bits.shape))).encode())
+        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -216,6 +216,10 @@ BAD: Bad = {
     "an unknown precision": (lambda w: w.discover("model", "ids.jsonl", "--precision", "fp4"), "--precision"),
     "an unknown format": (lambda w: w.discover("model", "ids.jsonl", "--format", "fp4"), "--format"),
     "an unknown ablation": (lambda w: w.discover("model", "ids.jsonl", "--ablation", "none"), "--ablation"),
+    "an unknown engine": (lambda w: w.discover("model", "ids.jsonl", "--engine", "steam"), "--engine"),
+    "an empty batch": (lambda w: w.discover("model", "ids.jsonl", "--batch", "0"), "batch"),
+    "a budget of words": (lambda w: w.discover("model", "ids.jsonl", "--memory-budget", "much"), "much"),
+    "a budget of nothing": (lambda w: w.discover("model", "ids.jsonl", "--memory-budget=0"), "budget"),
     "no examples": (lambda w: w.discover("model", "ids.jsonl", "--n", "0"), "--n"),
     "an unknown option": (lambda w: w.discover("model", "ids.jsonl", "--tau", "1"), "--tau"),
     "an unknown command": (lambda w: ["find"], "find"),
@@ -268,7 +272,7 @@ FINE: dict[str, Callable[[World], list[str]]] = {
     "discover more": lambda w: w.discover(
         "model", "ids.jsonl", "--precision", "rtn", "--format", "int8", "--order", "head", "--ablation",
         "mean", "--split-kv-groups", "--n", "2", "--readers", "logits,m*", "--absolute", "--resume", "--json",
-        "--device", "cpu", out="fine/c",
+        "--device", "cpu", "--engine", "hooks", "--batch", "5", "--memory-budget", "1G", out="fine/c",
     ),
     "evaluate json": lambda w: w.evaluate("run", "model", "--json"),
     "evaluate": lambda w: w.evaluate("run", "model", "--metric", "logit_diff"),
@@ -449,7 +453,7 @@ def test_discover_takes_its_options(results: dict[str, Result]) -> None:
     arguments = facts["arguments"]
     assert (arguments["order"], arguments["ablation"], arguments["absolute"]) == ("head", "mean", True)
     assert arguments["readers"] == "logits,m*"
-    assert facts["task"]["examples"] == 2
+    assert facts["task"]["examples"] == 2 and facts["engine"] == "hooks"
     assert facts["edges"]["total"] == 110
     assert facts["edges"]["tested"] <= 11 + 10 + 5
 

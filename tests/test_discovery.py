@@ -21,6 +21,7 @@ import pahq_hf.discovery
 from pahq_hf import ACDCConfig, Circuit, PAHQConfig, PAHQModel, Task, load_task
 from pahq_hf.acdc import ReaderRecord
 from pahq_hf.capture import answer_logits
+from pahq_hf.config import EngineConfig
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.journal import Journal
@@ -197,7 +198,7 @@ def test_a_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped("llama")
-    monkeypatch.setattr(pahq_hf.discovery, "HooksEngine", None)
+    monkeypatch.setattr(pahq_hf.discovery, "make_engine", None)
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="threshold must be a number >= 0"):
         discover(model, out, threshold=-1)
@@ -225,6 +226,31 @@ def test_resuming_at_any_reader_gives_the_same_run(finished: Path, tmp_path: Pat
         assert_same_circuit(Circuit.from_pretrained(folder), whole)
         assert journal_lines(folder) == journal_lines(finished)
         assert set(files_of(folder)) == FILES
+
+
+def test_the_engine_changes_no_decision_and_may_change_on_the_way(finished: Path, tmp_path: Path) -> None:
+    """One run by each engine, and one that goes from each to the other."""
+    model, sparse = wrapped("llama"), Circuit.from_pretrained(finished)
+    slow, fast = EngineConfig(engine="hooks"), EngineConfig(engine="sparse", batch=3)
+    hooks = discover(model, tmp_path / "hooks", engine=slow)
+    assert (sparse.discovery["engine"], hooks.discovery["engine"]) == ("sparse", "hooks")
+    assert hooks.discovery["evaluations"] == hooks.discovery["edges"]["tested"] + 1
+    for records in (3, 8, 15):
+        folder = interrupted(tmp_path / "hooks", tmp_path / f"same{records}", records)
+        assert_same_circuit(discover(model, folder, engine=slow, resume=True), hooks)
+    there = interrupted(tmp_path / "hooks", tmp_path / "there", 7)
+    back = interrupted(finished, tmp_path / "back", 7)
+    others = [
+        discover(model, there, engine=fast, resume=True),
+        discover(model, back, engine=slow, resume=True),
+    ]
+    for other in (hooks, *others):
+        assert np.array_equal(other.kept, sparse.kept)
+        assert np.array_equal(other.tested, sparse.tested)
+        assert np.abs(other.scores - sparse.scores).max() < 1e-5
+        assert other.discovery["metric"]["final"] == pytest.approx(
+            sparse.discovery["metric"]["final"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 9, 40, -1])
@@ -304,7 +330,7 @@ def test_low_precision_runs_resume_too(tmp_path: Path, regime: Any) -> None:
 OTHER: dict[str, tuple[Callable[[], PAHQModel], Task, dict[str, Any], str]] = {
     "weights": (lambda: wrapped("llama", seed=1), TASK, {}, "model"),
     "family": (lambda: wrapped("mistral"), TASK, {}, "model"),
-    "groups": (lambda: wrapped("llama_split"), TASK, {}, "model"),
+    "groups": (lambda: wrapped("llama_split"), TASK, {}, "precision"),
     "dtype": (lambda: wrapped("llama", dtype=torch.float64), TASK, {}, "dtype"),
     "precision": (lambda: wrapped("llama", regime="rtn"), TASK, {}, "precision"),
     "prompts": (lambda: wrapped("llama"), random_task(seed=22, metric="logit_diff"), {}, "task"),

@@ -35,7 +35,7 @@ from transformers import (
 from pahq_hf import architectures
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
-from pahq_hf.model import PAHQModel
+from pahq_hf.model import PAHQModel, fingerprint
 from pahq_hf.precision import CheckpointSource, PAHQLinear
 from tests.models import (
     COMMON,
@@ -592,3 +592,16 @@ def test_models_with_accelerates_hooks_use_the_patched_attention(family: str) ->
 def test_offloaded_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="offloaded"):
         PAHQModel(cpu_offload(tiny_llama(), execution_device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fingerprint_sees_every_weight_and_no_precision(family: str) -> None:
+    original = FAMILIES[family]()
+    mark = fingerprint(original)
+    assert fingerprint(FAMILIES[family]()) == mark
+    assert PAHQModel(FAMILIES[family](), PAHQConfig(regime="rtn")).identity["fingerprint"] == mark
+    for name, _ in original.named_parameters():
+        edited = FAMILIES[family]()
+        with torch.no_grad():
+            edited.get_parameter(name).flatten()[-1] += 1e-3
+        assert fingerprint(edited) != mark, name

@@ -74,6 +74,8 @@ class SparseEngine:
             )
             self.clean_logits = clean.logits
             self.metric = Metric(metric, task, clean.logits, model.device)
+            for run in (clean, self._corrupted):
+                self.metric(run.logits)  # NaN fails here, before anything is searched or written
             self._readout = Readout(self.metric, model.unembedding, clean.logits)
             self._streams = Streams(model, plan, clean, self._substitute)
         self._clean: Activations = clean
