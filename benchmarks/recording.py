@@ -1,0 +1,182 @@
+"""What a search asked of its engine, and the means to set any single test of it up again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pahq_hf.acdc import Engine
+from pahq_hf.graph import BoolArray, Graph
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test that decided an edge.
+
+    Attributes:
+        reader: The edge's reader.
+        writer: The edge's writer.
+        value: Metric without the edge.
+        removals: How many edges were gone when it was tested.
+    """
+
+    __test__ = False  # for pytest
+
+    reader: int
+    writer: int
+    value: float
+    removals: int
+
+
+@dataclass
+class Log:
+    """What happened in a search.
+
+    Attributes:
+        graph: The model's graph.
+        tests: Every test that decided an edge, in order.
+        removals: Every edge that went, as (reader, writer), in order.
+        batches: Calls of `try_removals`.
+        candidates: Metric values these calls returned; more than `tests` when speculation went too far.
+    """
+
+    graph: Graph
+    tests: list[Test] = field(default_factory=list)
+    removals: list[tuple[int, int]] = field(default_factory=list)
+    batches: int = 0
+    candidates: int = 0
+
+    def sample(self, count: int) -> list[Test]:
+        """At most `count` tests, evenly spaced over the run."""
+        count = min(count, len(self.tests))
+        return [self.tests[int((number + 0.5) * len(self.tests) / count)] for number in range(count)]
+
+    def kept_before(self, test: Test) -> BoolArray:
+        """The edges there were when a test was made. [readers, writers]"""
+        kept = self.graph.all_edges.copy()
+        gone = np.array(self.removals[: test.removals], dtype=np.int64).reshape(-1, 2)
+        kept[gone[:, 0], gone[:, 1]] = False
+        return kept
+
+
+class Recorder:
+    """An engine that passes everything on to another one and keeps a log.
+
+    Args:
+        engine: The engine that does the work.
+
+    Attributes:
+        log: What happened so far.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.graph: Graph = engine.graph
+        self.evaluations = engine.evaluations
+        self.log = Log(engine.graph)
+        self._batch: tuple[list[int], list[float]] | None = None
+
+    def begin(self, kept: BoolArray) -> float:
+        """Start from an edge set."""
+        value = self._engine.begin(kept)
+        self.evaluations = self._engine.evaluations
+        return value
+
+    def focus(self, reader: int) -> float | None:
+        """Turn to a reader."""
+        value = self._engine.focus(reader)
+        self.evaluations = self._engine.evaluations
+        return value
+
+    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Try a batch; what it decided is known when `remove` is called."""
+        values = self._engine.try_removals(reader, candidates)
+        self.evaluations = self._engine.evaluations
+        self.log.batches += 1
+        self.log.candidates += len(values)
+        self._batch = ([candidate[-1] for candidate in candidates], values)
+        return values
+
+    def remove(self, reader: int, writers: Sequence[int]) -> None:
+        """Write down what the last batch decided: these edges went, the one after them stays."""
+        self._engine.remove(reader, writers)
+        tried, values = self._batch or ([], [])
+        gone = len(self.log.removals)
+        for number, (writer, value) in enumerate(zip(tried, values, strict=True)):
+            if number > len(writers):
+                break  # beyond the edge that stayed: nothing was decided
+            self.log.tests.append(Test(reader, writer, value, gone + number))
+        self.log.removals += [(reader, writer) for writer in writers]
+        self._batch = None
+
+    def finish(self) -> None:
+        """Release what `focus` took."""
+        self._engine.finish()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Single tests made again by some engine.
+
+    Attributes:
+        tests: How many.
+        mean_ms: Mean milliseconds of a test.
+        min_ms: The fastest.
+        max_ms: The slowest.
+        deviation: Largest difference from the metric values of the recorded run.
+        relative_deviation: Largest difference divided by the value itself.
+        agrees: Whether no value differs by more than 1e-5, relative to values above 1.
+    """
+
+    tests: int
+    mean_ms: float
+    min_ms: float
+    max_ms: float
+    deviation: float
+    relative_deviation: float
+    agrees: bool
+
+
+_TOLERANCE = 1e-5
+
+
+def repeat_tests(engine: Engine, log: Log, count: int, *, warm: bool) -> Sample:
+    """Make evenly spaced tests of a recorded run again, each exactly at its place in the run.
+
+    Only `try_removals` is timed: neither going to that place nor turning to the reader.
+
+    Args:
+        engine: The engine to time.
+        log: The run.
+        count: Number of tests.
+        warm: Time the second of two equal calls: within a run, all but a reader's first test find its
+            weights at hand.
+
+    Returns:
+        Times, and how far values are from the run's.
+    """
+    seconds, ours, theirs = [], [], []
+    for test in log.sample(count):
+        engine.begin(log.kept_before(test))
+        engine.focus(test.reader)
+        if warm:
+            engine.try_removals(test.reader, [[test.writer]])
+        started = time.perf_counter()
+        ours.append(engine.try_removals(test.reader, [[test.writer]])[0])
+        seconds.append(time.perf_counter() - started)
+        theirs.append(test.value)
+        engine.finish()
+    times, values = 1000 * np.array(seconds), np.array(theirs)
+    differences = np.abs(np.array(ours) - values)
+    return Sample(
+        tests=len(times),
+        mean_ms=float(times.mean()),
+        min_ms=float(times.min()),
+        max_ms=float(times.max()),
+        deviation=float(differences.max()),
+        relative_deviation=float((differences / np.maximum(np.abs(values), 1e-12)).max()),
+        agrees=bool((differences <= _TOLERANCE * np.maximum(1, np.abs(values))).all()),
+    )

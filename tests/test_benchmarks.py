@@ -1,0 +1,184 @@
+"""The benchmarks measure what they say, on problems too small for their times to mean anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import acdc_speed, growth
+from benchmarks.recording import Recorder, repeat_tests
+from benchmarks.rows import ENGINES
+from pahq_hf import PAHQModel
+from pahq_hf.acdc import FixedBatch, search
+from pahq_hf.config import ACDCConfig
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
+from tests import helpers
+from tests.models import random_task, tiny_llama
+
+SMALL = ("demo", "--n", "2", "--threshold", "0.5", "--sample", "6")
+
+
+def speed(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """The document of a run of acdc_speed on the demo checkpoint."""
+    file = tmp_path / "speed.json"
+    assert acdc_speed.main([*SMALL, "--json", str(file), *arguments]) == 0
+    document: dict[str, Any] = json.loads(file.read_text())
+    return document
+
+
+def check_arithmetic(document: dict[str, Any]) -> None:
+    """Figures that follow from others do."""
+    forward = document["forward"]["seconds"]
+    slow = document["rows"][0]
+    assert slow["engine"] == "hooks"
+    assert slow["hooks_ratio"] == 1
+    for row in document["rows"]:
+        assert sum(row["phases"].values()) == pytest.approx(row["seconds"])
+        assert row["ms_per_test"] == pytest.approx(1000 * row["seconds"] / row["tests"])
+        assert row["acceptance"] == pytest.approx(row["tests"] / row["candidates"])
+        assert row["forward_ratio"] == pytest.approx(row["tests"] * forward / row["seconds"])
+        assert row["hooks_ratio"] == pytest.approx(slow["ms_per_test"] / row["ms_per_test"])
+        assert row["anonymous"] > 0
+        if row["engine"] != "speculative":
+            assert row["batches"] == row["candidates"] == row["tests"]
+            assert row["sample"]["tests"] == 6
+            assert row["sample"]["min_ms"] <= row["sample"]["mean_ms"] <= row["sample"]["max_ms"]
+            assert row["sample"]["agrees"]
+            assert row["sample"]["deviation"] < 1e-5
+
+
+def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = speed(tmp_path, "--hooks-regimes", "fp32,pahq-literal")
+    rows = document["rows"]
+    assert [(row["regime"], row["engine"]) for row in rows] == [
+        *(("fp32", engine) for engine in ENGINES),
+        ("rtn", "sequential"),
+        ("rtn", "speculative"),
+        *(("pahq-literal", engine) for engine in ENGINES),
+    ]
+    check_arithmetic(document)
+    for row in rows:
+        assert row["complete"]
+        assert row["same_edges"]
+        (fast,) = (r for r in rows if (r["regime"], r["engine"]) == (row["regime"], "speculative"))
+        assert (row["kept"], row["tests"]) == (fast["kept"], fast["tests"])
+        assert row["final"] == pytest.approx(fast["final"], abs=1e-5)
+        assert 0 < row["kept"] < document["graph"]["edges"]
+        remeasured = row["evaluations"] - row["candidates"]
+        assert remeasured > 1 if row["regime"] == "pahq-literal" else remeasured == 1
+        if row["engine"] == "speculative":
+            assert row["batches"] < row["tests"] <= row["candidates"]
+    output = capsys.readouterr().out
+    assert all(title in output for title in ("Speed", "Work", "Seconds by phase", "Sampled tests"))
+
+
+def test_speed_extrapolates_what_would_take_too_long(tmp_path: Path) -> None:
+    document = speed(tmp_path, "--regimes", "fp32", "--slow-limit", "0")
+    check_arithmetic(document)
+    hooks, sequential, speculative = document["rows"]
+    assert speculative["complete"]
+    for row in (hooks, sequential):
+        assert not row["complete"]
+        assert row["kept"] is row["final"] is row["evaluations"] is row["same_edges"] is None
+        assert row["tests"] == speculative["tests"]
+        assert row["phases"]["tests"] == pytest.approx(row["tests"] * row["sample"]["mean_ms"] / 1000)
+    assert sequential["phases"]["refresh"] == speculative["phases"]["refresh"]
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_recorded_run_can_be_visited_at_any_test(size: int) -> None:
+    model = PAHQModel(tiny_llama()).patched
+    task = random_task(model.vocab_size, 3, 7, padding="right", seed=31)
+    engine = SparseEngine(model, task, "kl")
+    recorder = Recorder(engine)
+    state = search(recorder, ACDCConfig(threshold=0.05), batch=FixedBatch(size))
+    log, graph = recorder.log, model.graph
+    tested = [(graph.writers[t.writer].name, graph.readers[t.reader].name) for t in log.tests]
+    assert tested == helpers.tested_in_order(graph, state.records)
+    assert len(log.removals) == int((graph.all_edges & ~state.kept).sum())
+    for test in log.tests:
+        kept = log.kept_before(test)
+        assert kept[test.reader, test.writer]
+        kept[test.reader, test.writer] = False
+        assert abs(engine.metric_of(kept) - test.value) < 1e-5
+    sample = repeat_tests(HooksEngine(model, task, "kl"), log, 10, warm=False)
+    assert sample.agrees
+    assert sample.tests == 10
+    assert log.sample(10**6) == log.tests
+
+
+def test_a_wrong_engine_is_noticed() -> None:
+    model = PAHQModel(tiny_llama()).patched
+    task, other = (random_task(model.vocab_size, 3, 7, seed=seed) for seed in (31, 32))
+    recorder = Recorder(SparseEngine(model, task, "kl"))
+    search(recorder, ACDCConfig(threshold=0.05))
+    assert not repeat_tests(HooksEngine(model, other, "kl"), recorder.log, 5, warm=True).agrees
+
+
+def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "growth.json"
+    axes = ["--length", "8", "12", "--layers", "1", "2", "--examples", "--width"]
+    assert growth.main([*axes, "--sample", "2", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(r["axis"], r["setting"][r["axis"]]) for r in rows] == [
+        ("length", 8), ("length", 12), ("layers", 1), ("layers", 2)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["agrees"]
+        assert 0 < row["kept"] < row["tests"] <= row["edges"]
+        assert row["ratio"] == pytest.approx(row["hooks_ms"] / row["sparse_ms"])
+    # The length changes neither the graph nor the circuit: times are comparable.
+    assert [rows[0][name] for name in ("tests", "kept")] == [rows[1][name] for name in ("tests", "kept")]
+    output = capsys.readouterr().out
+    assert "against length" in output
+    assert "against width" not in output
+
+
+def test_growth_keeps_the_circuit_it_decided_on() -> None:
+    setting = growth.Setting(length=8, examples=2, layers=2, width=32)
+    model, task = growth.random_model(setting).patched, growth.random_task(setting)
+    circuit = growth.random_circuit(model.graph, 3)
+    recorder = growth.Decided(SparseEngine(model, task, "kl"), circuit)
+    state = search(recorder, ACDCConfig(threshold=growth.Decided.threshold), batch=FixedBatch(4))
+    searched = np.array([bool(row.any()) for row in state.tested])
+    np.testing.assert_array_equal(state.kept[searched], circuit[searched])
+    assert not state.kept[~searched].any()
+    assert len({round(test.value, 9) for test in recorder.log.tests}) > 2  # the engine's own values
+
+
+@pytest.mark.parametrize("benchmark", [acdc_speed, growth])
+def test_help_explains_the_figures(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    names = {
+        acdc_speed: ("ms/test", "x hooks", "x forward", "acceptance", "batches", "propagation", "refresh"),
+        growth: ("edges, tests", "kept", "hooks/sparse", "growth"),
+    }
+    assert all(f"\n  {name}" in text for name in names[benchmark])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--regimes", "fp16"], ["--engines", ""], ["--sample", "0"], ["--json", "/nowhere/file.json"]],
+)
+def test_wrong_options_are_refused_before_anything_runs(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        acdc_speed.main(["demo", *wrong])
+    assert stop.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+
+
+def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert acdc_speed.main(["demo", "--task", "nonsense"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("acdc_speed: ")
+    assert error.count("\n") == 1
