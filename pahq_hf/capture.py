@@ -208,11 +208,15 @@ def with_streams(model: PatchedModel, written: Activations) -> Activations:
     total = written.embedding
     attention_in, mlp_in = [], []
     for number, layer in enumerate(model.layers):
-        attention_in.append(total)
+        before = total
+        attention_in.append(before)
+        attention = layer.attention
         with torch.no_grad():
-            total = total + layer.attention.out(written.z[number])
+            total = total + attention.contributions(written.z[number]).sum(-2)
+        if attention.o_proj.bias is not None:
+            total = total + attention.o_proj.bias
         if model.spec.mlps:
-            mlp_in.append(total)
+            mlp_in.append(before if model.spec.parallel else total)
             total = total + written.mlp[number]
         else:
             # An attention-only GPT-2 still adds its empty MLP's output bias, a constant.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf.capture import Activations, capture
+from pahq_hf.capture import capture, with_streams
 from pahq_hf.errors import SelfCheckError
 from pahq_hf.patch import PatchedModel, token_embedding
 from pahq_hf.tasks.base import Task
@@ -68,35 +66,13 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
             "the model's logits hold NaN or infinity on a random prompt; check the checkpoint"
         )
     _compare("logits of the patched model and the Hugging Face forward", run.logits, reference)
-    for reader, summed, read in streams(model, run):
-        _compare(f"the sum of writer contributions and the residual stream that {reader} reads", summed, read)
-
-
-def streams(model: PatchedModel, run: Activations) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What every reader should read, and what it read.
-
-    Args:
-        model: The patched model.
-        run: A recorded run of it.
-
-    Yields:
-        The reader; embedding, contributions of the writers before it and output biases, added up; and
-        the recorded stream. [batch, pos, d_model]
-    """
-    total = run.embedding
-    for number, layer in enumerate(model.layers):
-        attention, before = layer.attention, total
-        yield f"the attention of layer {number}", total, run.attention_in[number]
-        total = total + attention.contributions(run.z[number]).sum(-2)
-        if attention.o_proj.bias is not None:
-            total = total + attention.o_proj.bias
-        if model.spec.mlps:
-            yield f"the MLP of layer {number}", before if model.spec.parallel else total, run.mlp_in[number]
-            total = total + run.mlp[number]
-        else:
-            # An attention-only GPT-2 still adds its empty MLP's bias, a constant.
-            total = total + layer.mlp(layer.mlp_norm(total))
-    yield "logits", total, run.final_in
+    added = with_streams(model, run)
+    what = "the sum of writer contributions and the residual stream that"
+    for number, (ours, theirs) in enumerate(zip(added.attention_in, run.attention_in, strict=True)):
+        _compare(f"{what} the attention of layer {number} reads", ours, theirs)
+    for number, (ours, theirs) in enumerate(zip(added.mlp_in, run.mlp_in, strict=True)):
+        _compare(f"{what} the MLP of layer {number} reads", ours, theirs)
+    _compare(f"{what} logits reads", added.final_in, run.final_in)
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:

@@ -11,11 +11,10 @@ from torchao.quantization import Float8Tensor, PerRow
 from transformers import PreTrainedModel
 
 from pahq_hf.attention import PAHQAttention
-from pahq_hf.capture import Activations, capture
+from pahq_hf.capture import Activations, capture, with_streams
 from pahq_hf.config import Format, PAHQConfig
 from pahq_hf.model import PAHQModel
 from pahq_hf.precision import PAHQLinear
-from pahq_hf.selfcheck import streams
 from tests.models import (
     FAMILIES,
     HEADS,
@@ -97,10 +96,12 @@ def test_contributions_sum_to_the_residual_stream(family: str, padding: str) -> 
     model = wrap(family)
     task = random_task(padding=padding)
     run = capture(model.patched, task, task.clean_ids)
-    checked = list(streams(model.patched, run))
-    assert len(checked) == 2 * len(model.patched.layers) + 1
-    for reader, summed, read in checked:
-        assert relative_error(summed, read) < 1e-5, reader
+    added = with_streams(model.patched, run)
+    summed = [*added.attention_in, *added.mlp_in, added.final_in]
+    read = [*run.attention_in, *run.mlp_in, run.final_in]
+    assert len(summed) == len(read) == 2 * len(model.patched.layers) + 1
+    for number, (ours, theirs) in enumerate(zip(summed, read, strict=True)):
+        assert relative_error(ours, theirs) < 1e-5, number
 
 
 @families
