@@ -478,11 +478,14 @@ def test_nan_leaves_no_folder(tmp_path: Path) -> None:
 
 
 class Scene:
-    """A checkpoint of four layers, its task, and the run that nobody interrupts."""
+    """A checkpoint of four layers, its task, and the run that nobody interrupts.
+
+    The task is large enough for the run to take seconds: a signal must find it at work.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.model = save_tiny(folder / "model", "llama", layers=4)
-        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=12, length=24, seed=23)))
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=32, length=32, seed=23)))
         self.folder = folder
         assert run_main(*self.arguments("whole")) == 0
         self.whole = Circuit.from_pretrained(folder / "whole")
