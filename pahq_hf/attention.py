@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from pahq_hf.architectures import Architecture, Rotate
 from pahq_hf.errors import ConfigError
+from pahq_hf.graph import ReaderKind
 from pahq_hf.precision import PAHQLinear
 
 
 class ReaderInputs(Protocol):
     """Normalised inputs of the individual readers of one attention layer."""
 
-    def __call__(self, kind: str) -> Tensor | None:
+    def __call__(self, kind: ReaderKind) -> Tensor | None:
         """Inputs of all readers of a kind, or None when they all read the shared stream.
 
         Returns:
@@ -184,7 +185,9 @@ class PAHQAttention(nn.Module):
             y = torch.cat([linear.block(x, self.head_rows(block)) for block in blocks], dim=-1)
         return y.unflatten(-1, (-1, self.d_head)).transpose(-2, -3)
 
-    def _read(self, linear: PAHQLinear, kind: str, shared: Tensor, inputs: ReaderInputs | None) -> Tensor:
+    def _read(
+        self, linear: PAHQLinear, kind: ReaderKind, shared: Tensor, inputs: ReaderInputs | None
+    ) -> Tensor:
         each = None if inputs is None else inputs(kind)
         if each is None:
             return self._project(linear, shared, None)

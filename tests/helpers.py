@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,14 +157,23 @@ def small_disk(limit: int) -> Iterator[None]:
 # -- processes --------------------------------------------------------------------------------------
 
 
+def _take_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_pahq(*arguments: str) -> subprocess.Popen[str]:
-    """`python -m pahq_hf ...` in a process of its own, with as many threads as this one."""
+    """`python -m pahq_hf ...` in a process of its own, with as many threads as this one.
+
+    It takes Ctrl-C even where this process ignores it: shells start background jobs that way, and what
+    is ignored is inherited.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "pahq_hf", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        preexec_fn=_take_interrupts,
     )
 
 

@@ -15,8 +15,8 @@ from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.patch import PatchedModel
+from tests.helpers import GRAPHS, referee, wrapped
 from tests.models import FAMILIES, random_task
-from tests.referee import Referee
 
 METRICS = ("kl", "logit_diff", "nll", "prob_diff")
 ABLATIONS = ("corrupted", "zero", "mean", "mean-corrupted")
@@ -57,28 +57,17 @@ def test_metric_of_random_circuits_is_the_hooks_engines(family: str, padding: st
     check()
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_metric_of_random_circuits_is_the_referees_in_float64(family: str, split: bool) -> None:
-    model = FAMILIES[family](dtype=torch.float64)
-    task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=5)
-    arrays = (
-        task.clean_ids,
-        task.corrupted_ids,
-        task.attention_mask,
-        task.answer_rows,
-        task.answer_positions,
-        task.answers,
-        task.distractors,
-    )
+@pytest.mark.parametrize("name", GRAPHS)
+def test_metric_of_random_circuits_is_the_referees_in_float64(name: str) -> None:
+    task = random_task(batch=3, length=7, padding="right", seed=5)
     referees = {
-        (metric, ablation): Referee(model, *arrays, metric=metric, ablation=ablation, split_kv_groups=split)
+        (metric, ablation): referee(name, task, metric=metric, ablation=ablation)
         for metric in METRICS
         for ablation in ABLATIONS
     }
-    patched = PatchedModel(model, split_kv_groups=split)
+    patched = wrapped(name, dtype=torch.float64).patched
     graph = patched.graph
-    for seed, ((metric, ablation), referee) in enumerate(referees.items()):
+    for seed, ((metric, ablation), judge) in enumerate(referees.items()):
         sparse = SparseEngine(patched, task, metric, ablation=ablation)
         for share in (0.1, 0.6, 0.95):
             kept = random_edges(graph, share, seed)
@@ -86,7 +75,7 @@ def test_metric_of_random_circuits_is_the_referees_in_float64(family: str, split
                 (graph.writers[w].name, graph.readers[r].name)
                 for r, w in np.argwhere(graph.all_edges & ~kept)
             }
-            assert abs(sparse.metric_of(kept) - referee.metric(removed)) < 1e-8
+            assert abs(sparse.metric_of(kept) - judge.metric(removed)) < 1e-8
 
 
 @pytest.mark.parametrize("order", ["acdc", "head"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pahq_hf.capture import Activations, ablated, answer_logits, capture, first_input, hooks, with_streams
 from pahq_hf.config import Ablation, MetricName
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.graph import BoolArray, Graph, ReaderKind
 from pahq_hf.metrics import Metric
 from pahq_hf.patch import Layer, PatchedModel
 from pahq_hf.tasks.base import Task
@@ -249,8 +249,8 @@ class _PatchedRun:
         return patch
 
     def _reader_inputs(self, number: int, layer: Layer, stream: Tensor) -> Any:
-        def inputs(kind: str) -> Tensor | None:
-            readers = self._graph.layer_readers(number, kind)  # type: ignore[arg-type]
+        def inputs(kind: ReaderKind) -> Tensor | None:
+            readers = self._graph.layer_readers(number, kind)
             streams = self._streams(readers, stream, self._substitute.attention_in[number])
             if streams is None:
                 return None

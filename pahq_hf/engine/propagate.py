@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pahq_hf.engine.state import HEAD_KINDS, CircuitState
 from pahq_hf.engine.tokens import Liveness
+from pahq_hf.graph import ReaderKind
 
 
 class Propagation:
@@ -94,7 +95,7 @@ class Propagation:
         state = self._state
         if layer not in state.attention:
             return
-        moved: dict[str, dict[int, Tensor]] = {}  # kind -> index in the layer -> change of its input
+        moved: dict[ReaderKind, dict[int, Tensor]] = {}  # kind -> index in the layer -> change of its input
         for kind in HEAD_KINDS:
             readers = self._graph.layer_readers(layer, kind)
             moved[kind] = {}
@@ -109,12 +110,12 @@ class Propagation:
         for liveness, heads in state.attention[layer].heads.items():
             self._attend(layer, liveness, heads, moved["q"], keys, values)
 
-    def _project_shared(self, layer: int, kind: str, moved: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _project_shared(self, layer: int, kind: ReaderKind, moved: dict[int, Tensor]) -> dict[int, Tensor]:
         """New keys or values of the readers whose input changed. Each [K, batch, pos, d_head]"""
         if not moved:
             return {}
         state, math = self._state, self._state.math[layer]
-        readers = self._graph.layer_readers(layer, kind)  # type: ignore[arg-type]
+        readers = self._graph.layer_readers(layer, kind)
         index = list(moved)
         x = torch.stack([state.inputs[readers[i]] + moved[i] for i in index])
         blocks = [state.weight_block(i) for i in index]

@@ -1,0 +1,280 @@
+"""Loading checkpoints: files, shards, dtypes, GGUF, and FP32 values read again from them."""
+
+from __future__ import annotations
+
+import gc
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+)
+
+from pahq_hf.config import PAHQConfig
+from pahq_hf.errors import ModelLoadError
+from pahq_hf.model import PAHQModel
+from pahq_hf.precision import CheckpointSource, PAHQLinear
+from tests.models import (
+    FAMILIES,
+    padded_prompts,
+    relative_error,
+    tiny_attention_only,
+    tiny_llama,
+    word_tokenizer,
+)
+
+TOLERANCE = 1e-5
+RTN = PAHQConfig("rtn")
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def spill_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that takes the place of /tmp."""
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny model of a family, and return its folder."""
+
+    def save(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        folder = tmp_path / family
+        FAMILIES[family](dtype=dtype).save_pretrained(folder, **options)
+        return folder
+
+    return save
+
+
+def linears(model: PAHQModel) -> list[PAHQLinear]:
+    return list(model.patched.linears())
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def expect_reread(folder: Path, spill_folder: Path, **options: Any) -> PAHQModel:
+    """Load in low precision; every FP32 value must come from the checkpoint, and be the loaded one."""
+    full = PAHQModel.from_pretrained(folder, **options)
+    low = PAHQModel.from_pretrained(folder, RTN, **options)
+    assert not list(spill_folder.rglob("*.safetensors"))
+    for whole, block in zip(linears(full), linears(low), strict=True):
+        assert not torch.equal(block.dense(), whole.dense())
+        with block.full_precision():
+            assert torch.equal(block.dense(), whole.dense())
+            assert torch.equal(block.dense(slice(3, 7), slice(1, 5)), whole.dense(slice(3, 7), slice(1, 5)))
+    return low
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [False, True])
+def test_fp32_comes_back_from_the_checkpoint(
+    family: str, dtype: torch.dtype, shards: bool, saved: Callable[..., Path], spill_folder: Path
+) -> None:
+    folder = saved(family, dtype, **({"max_shard_size": "20KB"} if shards else {}))
+    assert (len(list(folder.glob("*.safetensors"))) > 2) == shards
+    low = expect_reread(folder, spill_folder)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids = padded_prompts()["input_ids"]
+    with low.patched.precision.full_precision():
+        assert relative_error(low(ids).logits, exact(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpoint_of_the_inner_model(family: str, saved: Callable[..., Path], spill_folder: Path) -> None:
+    """Keys that lack the `transformer.` prefix, as in the Hub's own gpt2."""
+    folder = saved(family)
+    path, prefix = folder / "model.safetensors", {"gpt2": "transformer.", "llama": "model."}[family]
+    tensors = load_file(path)
+    assert any(name.startswith(prefix) for name in tensors)
+    save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    low = expect_reread(folder, spill_folder)
+    ids = padded_prompts()["input_ids"]
+    with low.patched.precision.full_precision():
+        assert relative_error(low(ids).logits, FAMILIES[family]()(ids).logits) < TOLERANCE
+
+
+def test_pickled_checkpoints_go_to_a_spill_file(saved: Callable[..., Path], spill_folder: Path) -> None:
+    folder = saved("gpt2")
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    path.unlink()
+    low = PAHQModel.from_pretrained(folder, RTN)
+    assert len(list(spill_folder.rglob("*.safetensors"))) == 1
+    expect_exact_in_full_precision(low, "gpt2")
+
+
+def test_what_the_checkpoint_does_not_hold_goes_to_a_spill_file(
+    saved: Callable[..., Path], spill_folder: Path
+) -> None:
+    """One matrix was edited after loading: its FP32 values are those of the model, not of the file."""
+    source = CheckpointSource([saved("llama") / "model.safetensors"])
+    hf, edited = tiny_llama(), "model.layers.1.self_attn.v_proj.weight"
+    hf.get_parameter(edited).data[2, 3] += 1
+    wanted = {name: value.clone() for name, value in hf.state_dict().items()}
+    model = PAHQModel(hf, RTN, source=source)
+    (spilled,) = spill_folder.rglob("*.safetensors")
+    assert list(load_file(spilled)) == [edited.removesuffix(".weight")]
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, PAHQLinear):
+            with module.full_precision():
+                assert torch.equal(module.dense(), wanted[f"{name}.weight"])
+
+
+@families
+def test_models_in_memory_go_to_a_spill_file(family: str, spill_folder: Path) -> None:
+    model = PAHQModel(FAMILIES[family](), RTN)
+    assert len(list(spill_folder.rglob("*.safetensors"))) == 1
+    expect_exact_in_full_precision(model, family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del model
+        gc.collect()
+    assert not list(spill_folder.iterdir())
+
+
+def test_the_fp32_regime_writes_nothing(spill_folder: Path) -> None:
+    model = PAHQModel(tiny_llama())
+    assert not model.patched.precision.is_low and not list(spill_folder.iterdir())
+    model.activate("a0.h0", "m1")
+    assert model.patched.precision.nbytes == model.patched.precision.nbytes_fp32
+
+
+def expect_exact_in_full_precision(model: PAHQModel, family: str) -> None:
+    whole = PAHQModel(FAMILIES[family]())
+    for block, original in zip(linears(model), linears(whole), strict=True):
+        with block.full_precision():
+            assert torch.equal(block.dense(), original.dense())
+
+
+def test_a_checkpoint_changed_after_loading(saved: Callable[..., Path]) -> None:
+    folder = saved("llama")
+    model = PAHQModel.from_pretrained(folder, RTN)
+    low = model.patched.precision.nbytes
+    model.activate("a0.h0")
+    FAMILIES["llama"](seed=1).save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match="changed on disk"):
+        model.activate("m1")
+    assert not model.patched.precision.active and model.patched.precision.nbytes == low
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_the_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{not json")
+
+
+def remove_the_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_weights,
+        truncate_weights,
+        empty_weights,
+        drop_a_tensor,
+        cut_a_tensor,
+        spoil_the_config,
+        remove_the_folder,
+    ],
+)
+@pytest.mark.parametrize("config", [None, RTN], ids=["fp32", "rtn"])
+def test_damaged_checkpoints(
+    damage: Callable[[Path], None], config: PAHQConfig | None, saved: Callable[..., Path]
+) -> None:
+    folder = saved("llama")
+    damage(folder)
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(folder, config)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    if damage is drop_a_tensor:
+        assert "model.layers.1.mlp.up_proj.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "not a name", "../nowhere", ""])
+def test_a_name_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(name)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+GGUF_IDS = ["absent", "empty", "cut", "wild", "other"]
+CUT_GGUF = b"GGUF\x03\x00"
+# One metadata entry whose name has 2**64 - 1 letters.
+WILD_GGUF = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 2**64 - 1) + b"\x00" * 64
+
+
+@pytest.mark.parametrize("content", [None, b"", CUT_GGUF, WILD_GGUF, b"something else"], ids=GGUF_IDS)
+def test_a_gguf_file_that_is_none(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_shard(saved: Callable[..., Path]) -> None:
+    folder = saved("llama", max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelLoadError) as caught:
+        PAHQModel.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_subfolder_and_tokenizer(tmp_path: Path, spill_folder: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "inner")
+    word_tokenizer().save_pretrained(tmp_path / "inner")
+    model = expect_reread(tmp_path, spill_folder, subfolder="inner")
+    assert model.tokenizer("w7 w8")["input_ids"] == [7, 8]
+
+
+def test_a_model_without_tokenizer_loads(saved: Callable[..., Path]) -> None:
+    assert PAHQModel.from_pretrained(saved("llama")).tokenizer is None
+
+
+def test_attention_only_checkpoint(tmp_path: Path) -> None:
+    tiny_attention_only().save_pretrained(tmp_path)
+    model = PAHQModel.from_pretrained(tmp_path, RTN)
+    expected = PAHQModel(tiny_attention_only())(padded_prompts()["input_ids"]).logits
+    with model.patched.precision.full_precision():
+        assert torch.equal(model(padded_prompts()["input_ids"]).logits, expected)

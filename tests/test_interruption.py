@@ -1,0 +1,146 @@
+"""Runs killed or interrupted in real processes, and what `--resume` makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task, load_task
+from tests.helpers import (
+    files_of,
+    id_rows,
+    named,
+    referee,
+    run_main,
+    save_tiny,
+    start_pahq,
+    wrapped,
+    write_rows,
+)
+from tests.models import random_task
+
+FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
+TASK = random_task(batch=3, seed=21, metric="logit_diff")
+TAU = 0.05
+
+
+def discover(model: PAHQModel, out: Path | None = None, task: Task = TASK, **options: Any) -> Circuit:
+    return model.discover(task, out=out, progress=False, **({"threshold": TAU} | options))
+
+
+def journal_lines(folder: Path) -> list[bytes]:
+    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def assert_same_circuit(ours: Circuit, theirs: Circuit) -> None:
+    assert np.array_equal(ours.kept, theirs.kept)
+    assert np.array_equal(ours.tested, theirs.tested)
+    assert np.array_equal(ours.scores, theirs.scores)
+    assert ours.model == theirs.model
+    assert ours.discovery["metric"] == theirs.discovery["metric"]
+    assert ours.discovery["edges"] == theirs.discovery["edges"]
+    assert ours.discovery["header"] == theirs.discovery["header"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    discover(wrapped("llama"), folder)
+    return folder
+
+
+def interrupted(finished: Path, folder: Path, records: int, rest: bytes = b"") -> Path:
+    """A copy of a run as it stood after so many readers."""
+    folder.mkdir()
+    (folder / "journal.jsonl").write_bytes(b"".join(journal_lines(finished)[: 1 + records]) + rest)
+    return folder
+
+
+# -- real processes ----------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A checkpoint of four layers, its task, and the run that nobody interrupts.
+
+    The task is large enough for the run to take seconds: a signal must find it at work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model = save_tiny(folder / "model", "llama", layers=4)
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=32, length=32, seed=23)))
+        self.folder = folder
+        assert run_main(*self.arguments("whole")) == 0
+        self.whole = Circuit.from_pretrained(folder / "whole")
+
+    def arguments(self, out: str, *more: str) -> list[str]:
+        where = ["--task", str(self.data), "--out", str(self.folder / out)]
+        return ["discover", str(self.model), *where, "--threshold", "0.0005", "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("scene"))
+
+
+def signalled(scene: Scene, out: str, number: signal.Signals) -> tuple[int, str, str]:
+    """Start the run, signal it after a few readers, and wait. Returns exit code, stdout and stderr."""
+    process = start_pahq(*scene.arguments(out))
+    journal = scene.folder / out / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert journal.read_bytes().count(b"\n") < 1 + len(scene.whole.graph.readers)
+    return process.returncode, stdout, stderr
+
+
+def resumed(scene: Scene, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Continue on the command line, and compare with the run that nobody interrupted."""
+    capsys.readouterr()
+    assert run_main(*scene.arguments(out, "--resume")) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["resumed_readers"] >= 3
+    folder = scene.folder / out
+    assert_same_circuit(Circuit.from_pretrained(folder), scene.whole)
+    assert journal_lines(folder) == journal_lines(scene.folder / "whole")
+    assert (folder / "circuit.json").read_bytes() == (scene.folder / "whole" / "circuit.json").read_bytes()
+    assert set(files_of(folder)) == FILES
+
+
+def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, _ = signalled(scene, "killed", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert stdout == ""
+    assert set(files_of(scene.folder / "killed")) == {"journal.jsonl"}
+    assert run_main(*scene.arguments("killed")) == 2  # without --resume it is another run's folder
+    resumed(scene, "killed", capsys)
+
+
+def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, stderr = signalled(scene, "interrupted", signal.SIGINT)
+    assert code == 130
+    assert stdout == ""
+    assert stderr == "pahq: interrupted; a discovery's journal is kept: continue it with --resume\n"
+    assert set(files_of(scene.folder / "interrupted")) == {"journal.jsonl"}
+    resumed(scene, "interrupted", capsys)
+
+
+def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
+    model = PAHQModel.from_pretrained(scene.model, PAHQConfig())
+    task = load_task(str(scene.data))
+    circuit = discover(model, task=task, threshold=0.0005)
+    assert_same_circuit(circuit, scene.whole)
+    judge = referee("llama", task, layers=4)
+    state = judge.acdc(0.0005)
+    assert named(circuit.graph, circuit.kept) == state.kept
