@@ -13,19 +13,12 @@ from pahq_hf.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.patch import PatchedModel
-from tests.helpers import GRAPHS, referee, wrapped
+from tests.helpers import GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 
 METRICS = ("kl", "logit_diff", "nll", "prob_diff")
 ABLATIONS = ("corrupted", "zero", "mean", "mean-corrupted")
-
-
-def random_edges(graph: Graph, share: float, seed: int) -> BoolArray:
-    """Every edge with the same probability."""
-    chance = np.random.default_rng(seed).random(graph.all_edges.shape)
-    return graph.all_edges & (chance < share)
 
 
 def close(ours: float, theirs: float) -> bool:
@@ -76,6 +69,23 @@ def test_metric_of_random_circuits_is_the_referees_in_float64(name: str) -> None
                 for r, w in np.argwhere(graph.all_edges & ~kept)
             }
             assert abs(sparse.metric_of(kept) - judge.metric(removed)) < 1e-8
+
+
+@pytest.mark.parametrize("order", ["acdc", "head"])
+@pytest.mark.parametrize("ablation", ["corrupted", "zero"])
+@pytest.mark.parametrize("metric", ["kl", "logit_diff"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_split"])
+def test_speculative_search_is_the_referees_in_float64(
+    name: str, metric: str, ablation: str, order: str
+) -> None:
+    task = random_task(batch=3, length=7, padding="right", seed=31)
+    judge = referee(name, task, metric=metric, ablation=ablation)
+    patched = wrapped(name, dtype=torch.float64).patched
+    for threshold in (0.003, 0.03, 0.3):
+        config = ACDCConfig(threshold=threshold, order=order, ablation=ablation)
+        engine = SparseEngine(patched, task, metric, ablation=ablation)
+        ours = search(engine, config, batch=AdaptiveBatch())
+        assert_same_search(ours, judge.acdc(threshold, order=order), 1e-8)
 
 
 @pytest.mark.parametrize("order", ["acdc", "head"])
