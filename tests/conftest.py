@@ -20,12 +20,17 @@ if WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 import random
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fetch_smollm2 import fetch, fetch_gguf
+
+from tests.models import FAMILIES
 
 torch.set_num_threads(THREADS)
 
@@ -57,3 +62,24 @@ def smollm2_path() -> Path:
 def smollm2_gguf() -> Path:
     """The same model as its original GGUF file."""
     return fetch_gguf()
+
+
+@pytest.fixture
+def spill_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that takes the place of /tmp."""
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny model of a family, and return its folder."""
+
+    def save(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+        folder = tmp_path / family
+        FAMILIES[family](dtype=dtype).save_pretrained(folder, **options)
+        return folder
+
+    return save

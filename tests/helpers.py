@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf import PAHQConfig, PAHQModel, Task
+from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.acdc import ReaderRecord, Search
 from pahq_hf.cli import main
 from pahq_hf.graph import BoolArray, Graph, edge_list
@@ -187,3 +188,41 @@ def run_main(*arguments: str) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+# -- runs -------------------------------------------------------------------------------------------
+
+FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
+
+
+def journal_lines(folder: Path) -> list[bytes]:
+    """The journal of a run, line by line."""
+    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def assert_same_circuit(ours: Circuit, theirs: Circuit) -> None:
+    """Assert that two runs ended alike, to the bit."""
+    assert np.array_equal(ours.kept, theirs.kept)
+    assert np.array_equal(ours.tested, theirs.tested)
+    assert np.array_equal(ours.scores, theirs.scores)
+    assert ours.model == theirs.model
+    assert ours.discovery["metric"] == theirs.discovery["metric"]
+    assert ours.discovery["edges"] == theirs.discovery["edges"]
+    assert ours.discovery["header"] == theirs.discovery["header"]
+
+
+# -- weights ----------------------------------------------------------------------------------------
+
+
+def weight_of(rows: int, cols: int, seed: int, spread: float = 0.0) -> Tensor:
+    """A random matrix whose rows differ in size by up to `10**spread`."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (spread * (2 * torch.rand(rows, 1, generator=generator) - 1))
+    return torch.randn(rows, cols, generator=generator) * sizes
+
+
+@st.composite
+def ranges(draw: st.DrawFn, size: int) -> slice:
+    """A non-empty range of an axis."""
+    start = draw(st.integers(0, size - 1))
+    return slice(start, draw(st.integers(start + 1, size)))

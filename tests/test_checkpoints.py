@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,27 +33,6 @@ TOLERANCE = 1e-5
 RTN = PAHQConfig("rtn")
 
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture
-def spill_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that takes the place of /tmp."""
-    folder = tmp_path / "spill"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Save a tiny model of a family, and return its folder."""
-
-    def save(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        folder = tmp_path / family
-        FAMILIES[family](dtype=dtype).save_pretrained(folder, **options)
-        return folder
-
-    return save
 
 
 def linears(model: PAHQModel) -> list[PAHQLinear]:

@@ -24,7 +24,10 @@ from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.journal import Journal
 from tests.helpers import (
+    FILES,
+    assert_same_circuit,
     files_of,
+    journal_lines,
     named,
     referee,
     small_disk,
@@ -32,27 +35,12 @@ from tests.helpers import (
 )
 from tests.models import FAMILIES, random_task
 
-FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
 TASK = random_task(batch=3, seed=21, metric="logit_diff")
 TAU = 0.05
 
 
 def discover(model: PAHQModel, out: Path | None = None, task: Task = TASK, **options: Any) -> Circuit:
     return model.discover(task, out=out, progress=False, **({"threshold": TAU} | options))
-
-
-def journal_lines(folder: Path) -> list[bytes]:
-    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-
-
-def assert_same_circuit(ours: Circuit, theirs: Circuit) -> None:
-    assert np.array_equal(ours.kept, theirs.kept)
-    assert np.array_equal(ours.tested, theirs.tested)
-    assert np.array_equal(ours.scores, theirs.scores)
-    assert ours.model == theirs.model
-    assert ours.discovery["metric"] == theirs.discovery["metric"]
-    assert ours.discovery["edges"] == theirs.discovery["edges"]
-    assert ours.discovery["header"] == theirs.discovery["header"]
 
 
 @pytest.fixture(scope="module")

@@ -7,62 +7,24 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task, load_task
+from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
 from tests.helpers import (
+    FILES,
+    assert_same_circuit,
     files_of,
     id_rows,
+    journal_lines,
     named,
     referee,
     run_main,
     save_tiny,
     start_pahq,
-    wrapped,
     write_rows,
 )
 from tests.models import random_task
-
-FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
-TASK = random_task(batch=3, seed=21, metric="logit_diff")
-TAU = 0.05
-
-
-def discover(model: PAHQModel, out: Path | None = None, task: Task = TASK, **options: Any) -> Circuit:
-    return model.discover(task, out=out, progress=False, **({"threshold": TAU} | options))
-
-
-def journal_lines(folder: Path) -> list[bytes]:
-    return (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-
-
-def assert_same_circuit(ours: Circuit, theirs: Circuit) -> None:
-    assert np.array_equal(ours.kept, theirs.kept)
-    assert np.array_equal(ours.tested, theirs.tested)
-    assert np.array_equal(ours.scores, theirs.scores)
-    assert ours.model == theirs.model
-    assert ours.discovery["metric"] == theirs.discovery["metric"]
-    assert ours.discovery["edges"] == theirs.discovery["edges"]
-    assert ours.discovery["header"] == theirs.discovery["header"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of the tiny Llama."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    discover(wrapped("llama"), folder)
-    return folder
-
-
-def interrupted(finished: Path, folder: Path, records: int, rest: bytes = b"") -> Path:
-    """A copy of a run as it stood after so many readers."""
-    folder.mkdir()
-    (folder / "journal.jsonl").write_bytes(b"".join(journal_lines(finished)[: 1 + records]) + rest)
-    return folder
-
 
 # -- real processes ----------------------------------------------------------------------------------------
 
@@ -139,7 +101,7 @@ def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) 
 def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
     model = PAHQModel.from_pretrained(scene.model, PAHQConfig())
     task = load_task(str(scene.data))
-    circuit = discover(model, task=task, threshold=0.0005)
+    circuit = model.discover(task, threshold=0.0005, progress=False)
     assert_same_circuit(circuit, scene.whole)
     judge = referee("llama", task, layers=4)
     state = judge.acdc(0.0005)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,27 +55,6 @@ families = pytest.mark.parametrize("family", FAMILIES)
 def pair(family: str) -> tuple[PAHQModel, Any]:
     """A patched model and an untouched one with the same weights."""
     return PAHQModel(FAMILIES[family]()), FAMILIES[family]()
-
-
-@pytest.fixture
-def spill_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that takes the place of /tmp."""
-    folder = tmp_path / "spill"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Save a tiny model of a family, and return its folder."""
-
-    def save(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        folder = tmp_path / family
-        FAMILIES[family](dtype=dtype).save_pretrained(folder, **options)
-        return folder
-
-    return save
 
 
 # -- the same model -------------------------------------------------------------------------------

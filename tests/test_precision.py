@@ -25,6 +25,7 @@ from pahq_hf.precision import (
     quantize,
 )
 from pahq_hf.precision.float8 import decode_e4m3
+from tests.helpers import ranges, weight_of
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
 ROWS, COLS = 12, 10
@@ -44,19 +45,6 @@ def torchao_values(weight: Tensor, fmt: Format) -> Tensor:
     kind: Any = Float8Tensor if fmt == "fp8" else Int8Tensor
     values: Tensor = kind.from_hp(weight, granularity=PerRow()).dequantize(torch.float32)
     return values
-
-
-def weight_of(rows: int, cols: int, seed: int, spread: float = 0.0) -> Tensor:
-    """A random matrix whose rows differ in size by up to `10**spread`."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 10 ** (spread * (2 * torch.rand(rows, 1, generator=generator) - 1))
-    return torch.randn(rows, cols, generator=generator) * sizes
-
-
-@st.composite
-def ranges(draw: st.DrawFn, size: int) -> slice:
-    start = draw(st.integers(0, size - 1))
-    return slice(start, draw(st.integers(start + 1, size)))
 
 
 # -- formats --------------------------------------------------------------------------------------

@@ -26,21 +26,9 @@ from pahq_hf.precision import (
     SpillSource,
     WeightSource,
 )
+from tests.helpers import ranges, weight_of
 
 ROWS, COLS = 12, 10
-
-
-def weight_of(rows: int, cols: int, seed: int, spread: float = 0.0) -> Tensor:
-    """A random matrix whose rows differ in size by up to `10**spread`."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 10 ** (spread * (2 * torch.rand(rows, 1, generator=generator) - 1))
-    return torch.randn(rows, cols, generator=generator) * sizes
-
-
-@st.composite
-def ranges(draw: st.DrawFn, size: int) -> slice:
-    start = draw(st.integers(0, size - 1))
-    return slice(start, draw(st.integers(start + 1, size)))
 
 
 # -- sources --------------------------------------------------------------------------------------

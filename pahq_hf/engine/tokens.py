@@ -124,13 +124,7 @@ class TokenPlan:
             changing = start[example].nonzero().flatten().tolist()
             first = min([*changing[:1], *scored])
             window.append([p for p in range(first, max(scored) + 1) if real[example, p]])
-        where = {}
-        for number, (example, position) in enumerate(
-            (e, p) for e, positions in enumerate(window) for p in positions
-        ):
-            where[example, position] = number
-        rows = zip(task.answer_rows.tolist(), task.answer_positions.tolist(), strict=True)
-        inside = torch.tensor([where[row] for row in rows], device=device)
+        inside = _numbers_of_rows(window, task).to(device)
         return cls(TokenSet.of(wanted, device), TokenSet.of(window, device), inside)
 
     @classmethod
@@ -138,11 +132,7 @@ class TokenPlan:
         """A plan without liveness: every node at every real token. The referee of the other plans."""
         answers = cls.of(task, from_start=True, device=device)
         window = [row.nonzero().flatten().tolist() for row in task.attention_mask.bool()]
-        where = {}
-        for number, key in enumerate((e, p) for e, positions in enumerate(window) for p in positions):
-            where[key] = number
-        rows = zip(task.answer_rows.tolist(), task.answer_positions.tolist(), strict=True)
-        inside = torch.tensor([where[row] for row in rows], device=device)
+        inside = _numbers_of_rows(window, task).to(device)
         return cls(answers.answers, TokenSet.of(window, device), inside)
 
     def at(self, liveness: Liveness) -> TokenSet:
@@ -154,3 +144,11 @@ class TokenPlan:
         if have is want:
             return values
         return values.index_select(-2, self.answers_in_window)
+
+
+def _numbers_of_rows(window: list[list[int]], task: Task) -> Tensor:
+    """Where each row's token stands in the window's flat list. [rows]"""
+    tokens = [(example, position) for example, positions in enumerate(window) for position in positions]
+    number = {token: index for index, token in enumerate(tokens)}
+    rows = zip(task.answer_rows.tolist(), task.answer_positions.tolist(), strict=True)
+    return torch.tensor([number[row] for row in rows])
