@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pahq_hf.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import TaskError
 from pahq_hf.patch import PatchedModel
 from tests.helpers import GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
@@ -250,3 +253,13 @@ def test_readers_restriction_leaves_the_rest_of_the_model_dense() -> None:
     fast = search(SparseEngine(patched, task, "kl"), config, batch=FixedBatch(5))
     np.testing.assert_array_equal(slow.kept, fast.kept)
     np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
+
+
+def test_rows_out_of_order_are_refused() -> None:
+    """Answers are laid out example by example; another order would score the wrong rows."""
+    task = random_task(batch=3, seed=37)
+    mixed = replace(
+        task, answer_rows=task.answer_rows.flip(0), answer_positions=task.answer_positions.flip(0)
+    )
+    with pytest.raises(TaskError, match="rows ordered by example"):
+        SparseEngine(wrapped("gpt2").patched, mixed, "kl")

@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Task
 
 
@@ -112,7 +113,14 @@ class TokenPlan:
             task: The task; its rows must be ordered by example.
             from_start: Whether changes can begin at the first token (zero and mean ablation).
             device: Where the index tensors go.
+
+        Raises:
+            TaskError: If the rows are not ordered by example, as tokens are laid out.
         """
+        if bool((task.answer_rows.diff() < 0).any()):
+            raise TaskError(
+                f"task {task.name!r}: the sparse engine needs rows ordered by example; sort answer_rows"
+            )
         wanted: list[list[int]] = [[] for _ in range(len(task))]
         for example, position in zip(task.answer_rows.tolist(), task.answer_positions.tolist(), strict=True):
             wanted[example].append(position)
