@@ -18,12 +18,12 @@ from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 from benchmarks.rows import ENGINES, HOOKS, SEQUENTIAL, SPECULATIVE, Regime, Row, compare, settled_memory
-from pahq_hf import ACDCConfig, PAHQConfig, PAHQModel, load_task
+from benchmarks.variants import Variant
+from pahq_hf import ACDCConfig, PAHQModel, load_task
 from pahq_hf.checkpoint import load_model, load_tokenizer
-from pahq_hf.config import Format, MetricName
-from pahq_hf.config import Regime as RegimeName
-from pahq_hf.discovery import versions
-from pahq_hf.errors import PAHQError
+from pahq_hf.config import MetricName
+from pahq_hf.discovery import versions, with_margin
+from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.tasks.base import Task
 
 _FORWARDS = 7
@@ -94,16 +94,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--metric", choices=get_args(MetricName), default="kl", help="default: kl")
     made.add_argument("--readers", help="search only readers that match these globs")
     made.add_argument(
-        "--regimes", type=_names(get_args(RegimeName)), default=["fp32", "rtn", "pahq-literal"],
-        metavar="A,B", help="precision regimes (default: fp32,rtn,pahq-literal)",
+        "--regimes", type=_variants, default=_variants("fp32,pahq,rtn,pahq-literal"),
+        metavar="A,B", help="precision regimes, each REGIME[:FORMAT][:compute=fp32|bf16][:active=both]"
+        "[:margin=M] (default: fp32,pahq,rtn,pahq-literal)",
     )  # fmt: skip
-    made.add_argument("--format", choices=get_args(Format), default="fp8", help="of low regimes (fp8)")
     made.add_argument(
         "--engines", type=_names(ENGINES), default=list(ENGINES), metavar="A,B",
         help=f"what runs beside speculative (default: {','.join(ENGINES)})",
     )  # fmt: skip
     made.add_argument(
-        "--hooks-regimes", type=_names(get_args(RegimeName)), default=["fp32"], metavar="A,B",
+        "--hooks-regimes", type=lambda text: text.split(","), default=["fp32"], metavar="A,B",
         help="regimes in which the hooks engine is timed, and checked against (default: fp32)",
     )  # fmt: skip
     made.add_argument("--sample", type=positive, default=40, help="tests timed one by one (default: 40)")
@@ -115,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=positive, help="PyTorch's threads (default: its own choice)")
     made.add_argument("--json", type=output_file, metavar="FILE", help="write everything measured there")
     return made
+
+
+def _variants(text: str) -> list[Variant]:
+    try:
+        return [Variant.parse(name) for name in text.split(",")]
+    except (ConfigError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(known: Sequence[str]) -> Any:
@@ -163,16 +170,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     _say(f"forward: {forward:.4f} s")
     rows: list[Row] = []
     graph = {}
-    for regime in options.regimes:
-        model = PAHQModel.from_pretrained(options.model, PAHQConfig(regime=regime, format=options.format))
+    for variant in options.regimes:
+        model = PAHQModel.from_pretrained(options.model, variant.pahq)
         graph = {"writers": len(model.graph.writers), "readers": len(model.graph.readers)}
         graph["edges"] = model.graph.edge_count
-        rows += _regime_rows(model, task, options)
+        rows += _regime_rows(model, task, options, variant)
         del model
     compare(rows, forward)
     return {
         "benchmark": "acdc_speed",
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
+        "arguments": {name: _plain(value) for name, value in vars(options).items()},
         "graph": graph,
         "task": {"name": task.name, "examples": len(task), "tokens": task.length},
         "forward": {"seconds": forward, "all": forwards},
@@ -199,14 +206,26 @@ def time_forward(model: str, task: Task, repeats: int) -> list[float]:
     return seconds[1:]
 
 
-def _regime_rows(model: PAHQModel, task: Task, options: argparse.Namespace) -> list[Row]:
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Variant):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def _regime_rows(model: PAHQModel, task: Task, options: argparse.Namespace, variant: Variant) -> list[Row]:
     settled_memory()
+    acdc = ACDCConfig(
+        threshold=options.threshold, metric=options.metric, readers=options.readers, margin=variant.margin
+    )
     regime = Regime(
         model=model.patched,
         task=task,
         metric=options.metric,
+        name=variant.name,
         pahq=model.pahq_config,
-        acdc=ACDCConfig(threshold=options.threshold, metric=options.metric, readers=options.readers),
+        acdc=with_margin(acdc, variant.pahq),
         sample=options.sample,
         limit=options.slow_limit,
         memory_budget=options.memory_budget,
@@ -214,7 +233,7 @@ def _regime_rows(model: PAHQModel, task: Task, options: argparse.Namespace) -> l
     wanted = [SPECULATIVE]
     if SEQUENTIAL in options.engines:
         wanted.append(SEQUENTIAL)
-    if HOOKS in options.engines and regime.pahq.regime in options.hooks_regimes:
+    if HOOKS in options.engines and variant.name in options.hooks_regimes:
         wanted.append(HOOKS)
     rows = []
     for engine in wanted:

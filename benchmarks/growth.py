@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.acdc_speed import output_file, positive
 from benchmarks.recording import Recorder, repeat_tests
-from pahq_hf import ACDCConfig, PAHQModel
+from pahq_hf import ACDCConfig, PAHQConfig, PAHQModel
 from pahq_hf.acdc import AdaptiveBatch, Engine, search
 from pahq_hf.discovery import versions
 from pahq_hf.engine.hooks import HooksEngine
@@ -114,7 +114,7 @@ def random_model(setting: Setting, seed: int = 0) -> PAHQModel:
                 module.weight.normal_(std=1.5 / module.in_features**0.5)
             elif isinstance(module, torch.nn.Embedding):
                 module.weight.normal_()
-    return PAHQModel(model, base_model="random")
+    return PAHQModel(model, PAHQConfig(regime="fp32"), base_model="random")
 
 
 def random_task(setting: Setting, seed: int = 0) -> Task:

@@ -37,22 +37,28 @@ class Log:
 
     Attributes:
         graph: The model's graph.
-        tests: Every test that decided an edge, in order.
+        decided: Every test that decided an edge, by (reader, writer), in order.
         removals: Every edge that went, as (reader, writer), in order.
         batches: Calls of `try_removals`.
         candidates: Metric values these calls returned; more than `tests` when speculation went too far.
     """
 
     graph: Graph
-    tests: list[Test] = field(default_factory=list)
+    decided: dict[tuple[int, int], Test] = field(default_factory=dict)
     removals: list[tuple[int, int]] = field(default_factory=list)
     batches: int = 0
     candidates: int = 0
 
+    @property
+    def tests(self) -> list[Test]:
+        """Every test that decided an edge, in order."""
+        return list(self.decided.values())
+
     def sample(self, count: int) -> list[Test]:
         """At most `count` tests, evenly spaced over the run."""
-        count = min(count, len(self.tests))
-        return [self.tests[int((number + 0.5) * len(self.tests) / count)] for number in range(count)]
+        tests = self.tests
+        count = min(count, len(tests))
+        return [tests[int((number + 0.5) * len(tests) / count)] for number in range(count)]
 
     def kept_before(self, test: Test) -> BoolArray:
         """The edges there were when a test was made. [readers, writers]"""
@@ -108,9 +114,22 @@ class Recorder:
         for number, (writer, value) in enumerate(zip(tried, values, strict=True)):
             if number > len(writers):
                 break  # beyond the edge that stayed: nothing was decided
-            self.log.tests.append(Test(reader, writer, value, gone + number))
+            self.log.decided.pop((reader, writer), None)  # it may have been undone by a second look
+            self.log.decided[reader, writer] = Test(reader, writer, value, gone + number)
         self.log.removals += [(reader, writer) for writer in writers]
         self._batch = None
+
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Test again in FP32."""
+        values = self._engine.look_again(reader, candidates)
+        self.evaluations = self._engine.evaluations
+        return values
+
+    def restore(self, reader: int, writers: Sequence[int]) -> None:
+        """Forget what a second look undid; it will be decided again."""
+        self._engine.restore(reader, writers)
+        back = {(reader, writer) for writer in writers}
+        self.log.removals = [edge for edge in self.log.removals if edge not in back]
 
     def finish(self) -> None:
         """Release what `focus` took."""
@@ -160,8 +179,13 @@ def repeat_tests(engine: Engine, log: Log, count: int, *, warm: bool) -> Sample:
     """
     seconds, ours, theirs = [], [], []
     for test in log.sample(count):
-        engine.begin(log.kept_before(test))
+        kept = log.kept_before(test)
+        # Tests start from the circuit as it was when the search turned to their reader.
+        gone = np.flatnonzero(log.graph.all_edges[test.reader] & ~kept[test.reader]).tolist()
+        kept[test.reader, gone] = True
+        engine.begin(kept)
         engine.focus(test.reader)
+        engine.remove(test.reader, gone)
         if warm:
             engine.try_removals(test.reader, [[test.writer]])
         started = time.perf_counter()

@@ -86,6 +86,7 @@ class Regime:
         model: The patched model.
         task: The prompts.
         metric: What is minimised.
+        name: Its precision as the command line names it.
         pahq: Its precision.
         acdc: The search.
         sample: Tests timed one by one.
@@ -96,6 +97,7 @@ class Regime:
     model: PatchedModel
     task: Task
     metric: MetricName
+    name: str
     pahq: PAHQConfig
     acdc: ACDCConfig
     sample: int = 40
@@ -138,7 +140,7 @@ class Regime:
         if name == SPECULATIVE:
             self._fast = _Fast(log, state.kept, phases.get("refresh", 0.0))
         return Row(
-            regime=self.pahq.regime,
+            regime=self.name,
             engine=name,
             complete=True,
             tests=tests,
@@ -172,7 +174,7 @@ class Regime:
             phases["refresh"] = self._fast.refresh
         seconds = sum(phases.values())
         return Row(
-            regime=self.pahq.regime,
+            regime=self.name,
             engine=name,
             complete=False,
             tests=tests,

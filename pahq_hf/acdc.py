@@ -3,10 +3,15 @@
 The search knows engines only by a small protocol and nothing of models. It asks for batches of
 candidates: the k-th has the first k edges removed. As most edges go, most of a batch is accepted at
 once; the first edge that stays ends the batch. Decisions are those of the sequential loop.
+
+With a margin, an edge whose score lies next to the threshold gets a second look, in FP32. The search
+goes on meanwhile as if the first decision held, looks at a few such edges together, and goes back to the
+first whose decision changed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,8 +38,14 @@ class Engine(Protocol):
     def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Metric of the current circuit without each candidate's edges into `reader`."""
 
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
+
     def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Remove edges into `reader` for good."""
+        """Remove edges into `reader`."""
+
+    def restore(self, reader: int, writers: Sequence[int]) -> None:
+        """Put removed edges into the reader in focus back."""
 
     def finish(self) -> None:
         """Release what `focus` took."""
@@ -50,6 +61,8 @@ class ReaderRecord:
         kept: Writers kept, ascending.
         scores: `new - cur` of every tested edge by writer.
         metric: The metric after the last decision.
+        looks: Edges tested again in FP32.
+        changed: Those whose decision that changed.
     """
 
     reader: int
@@ -57,6 +70,8 @@ class ReaderRecord:
     kept: tuple[int, ...]
     scores: dict[int, float]
     metric: float
+    looks: int = 0
+    changed: int = 0
 
 
 @dataclass
@@ -156,6 +171,7 @@ class AdaptiveBatch:
 
 _RECENT = 16  # readers that tell how often edges stay
 _PRIOR_WEIGHT = 30.0  # edges their testimony counts for within a reader
+_LOOKS = 4  # edges looked at together: weights are read once for all, and little is undone on a change
 
 Observer = Callable[[Search, ReaderRecord], None]
 
@@ -177,7 +193,7 @@ def search(
         batch: Chooses batch sizes; one candidate at a time by default.
         done: Readers finished by an earlier run, in order.
         on_reader: Called after every finished reader.
-        on_batch: Called after every batch with the reader and the number of edges decided by it.
+        on_batch: Called with the reader and the number of edges just decided, negative when undone.
 
     Returns:
         The finished search.
@@ -225,23 +241,145 @@ def _search_reader(
         return ReaderRecord(reader, True, (), {}, state.metric)
     remeasured = engine.focus(reader)
     cur = state.metric if remeasured is None else remeasured
-    scores: dict[int, float] = {}
-    kept: list[int] = []
-    prior = _keep_rate(state)
-    position = 0
-    while position < len(edges):
-        rate = (prior * _PRIOR_WEIGHT + len(kept)) / (_PRIOR_WEIGHT + position)
-        tried = edges[position : position + batch.next(len(edges) - position, rate)]
-        values = engine.try_removals(reader, [tried[: k + 1] for k in range(len(tried))])
-        accepted, cur = _accept(tried, values, cur, config, scores)
-        engine.remove(reader, tried[:accepted])
-        used = min(accepted + 1, len(tried))
-        if accepted < len(tried):
-            kept.append(tried[accepted])
-        position += used
-        if on_batch is not None:
-            on_batch(reader, used)
-    return ReaderRecord(reader, True, tuple(sorted(kept)), scores, cur)
+    decided = _ReaderSearch(engine, config, reader, cur, batch, _keep_rate(state), on_batch)
+    return decided.run()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """An edge that waits for its second look.
+
+    Attributes:
+        position: Its place among the reader's edges.
+        removed: Edges gone when it was tested.
+        cur: The metric before it was tested.
+        new: The metric without it.
+        stays: What was decided.
+    """
+
+    position: int
+    removed: int
+    cur: float
+    new: float
+    stays: bool
+
+
+class _ReaderSearch:
+    """Decides the edges of one reader, in order."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: ACDCConfig,
+        reader: int,
+        cur: float,
+        batch: BatchSize,
+        keep_rate: float,
+        on_batch: Callable[[int, int], None] | None,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._reader = reader
+        self._edges = list(engine.graph.in_edges(reader))
+        self._cur = cur
+        self._batch = batch
+        self._prior = keep_rate
+        self._on_batch = on_batch
+        self._position = 0  # edges before it are decided
+        self._kept: list[int] = []
+        self._removed: list[int] = []
+        self._scores: dict[int, float] = {}
+        self._waiting: list[_Look] = []
+        self._looks = self._changed = 0
+
+    def run(self) -> ReaderRecord:
+        """Decide them all."""
+        while self._position < len(self._edges):
+            self._try_batch()
+            if len(self._waiting) >= _LOOKS or self._position == len(self._edges):
+                self._look_again()
+        kept = tuple(sorted(self._kept))
+        return ReaderRecord(self._reader, True, kept, self._scores, self._cur, self._looks, self._changed)
+
+    def _try_batch(self) -> None:
+        rate = (self._prior * _PRIOR_WEIGHT + len(self._kept)) / (_PRIOR_WEIGHT + self._position)
+        size = self._batch.next(len(self._edges) - self._position, rate)
+        tried = self._edges[self._position : self._position + size]
+        candidates = [tried[: k + 1] for k in range(len(tried))]
+        values = self._engine.try_removals(self._reader, candidates)
+        before, gone = self._position, len(self._removed)
+        for writer, new in zip(tried, values, strict=True):
+            stays = self._decide(writer, new)
+            self._position += 1
+            if stays:
+                break
+        self._engine.remove(self._reader, self._removed[gone:])
+        self._report(self._position - before)
+
+    def _decide(self, writer: int, new: float) -> bool:
+        """Decide one edge as the sequential loop does. Returns whether it stays."""
+        score = new - self._cur
+        self._scores[writer] = score
+        stays = self._stays(score)
+        if self._is_near(score):
+            look = _Look(self._position, len(self._removed), self._cur, new, stays)
+            self._waiting.append(look)
+        (self._kept if stays else self._removed).append(writer)
+        if not stays:
+            self._cur = new
+        return stays
+
+    def _stays(self, score: float) -> bool:
+        return (abs(score) if self._config.absolute else score) >= self._config.threshold
+
+    def _is_near(self, score: float) -> bool:
+        margin, tau = self._config.margin or 0.0, self._config.threshold
+        if margin in (0.0, math.inf):
+            return margin > 0
+        return abs((abs(score) if self._config.absolute else score) - tau) <= margin * tau
+
+    def _look_again(self) -> None:
+        """Test waiting edges again, in FP32, and go back to the first whose decision changes."""
+        looks, self._waiting = self._waiting, []
+        if not looks:
+            return
+        candidates: list[list[int]] = []
+        for look in looks:
+            gone = self._removed[: look.removed]
+            candidates += [gone, [*gone, self._edges[look.position]]]
+        values = self._engine.look_again(self._reader, candidates)
+        self._looks += len(looks)
+        for number, look in enumerate(looks):
+            score = values[2 * number + 1] - values[2 * number]
+            self._scores[self._edges[look.position]] = score
+            if self._stays(score) is not look.stays:
+                self._changed += 1
+                self._return_to(look)
+                return
+
+    def _return_to(self, look: _Look) -> None:
+        """Reverse the decision about an edge and forget all later ones."""
+        writer = self._edges[look.position]
+        undone = set(self._edges[look.position : self._position])
+        back = self._removed[look.removed :]
+        self._removed = self._removed[: look.removed]
+        self._kept = [w for w in self._kept if w not in undone]
+        self._engine.restore(self._reader, back)
+        for later in undone - {writer}:
+            self._scores.pop(later, None)
+        self._report(look.position + 1 - self._position)
+        self._position = look.position + 1
+        if look.stays:
+            self._removed.append(writer)
+            self._engine.remove(self._reader, [writer])
+            self._cur = look.new
+        else:
+            self._kept.append(writer)
+            self._cur = look.cur
+
+    def _report(self, decided: int) -> None:
+        if self._on_batch is not None and decided:
+            self._on_batch(self._reader, decided)
 
 
 def _keep_rate(state: Search) -> float:
@@ -249,20 +387,3 @@ def _keep_rate(state: Search) -> float:
     recent = [record for record in state.records[-4 * _RECENT :] if record.scores][-_RECENT:]
     tested = sum(len(record.scores) for record in recent)
     return (sum(len(record.kept) for record in recent) + 1) / (tested + 50)
-
-
-def _accept(
-    tried: Sequence[int],
-    values: Sequence[float],
-    cur: float,
-    config: ACDCConfig,
-    scores: dict[int, float],
-) -> tuple[int, float]:
-    """Walk through a batch as the sequential loop would. Returns removals accepted, and `cur` after."""
-    for number, (writer, new) in enumerate(zip(tried, values, strict=True)):
-        score = new - cur
-        scores[writer] = score
-        if (abs(score) if config.absolute else score) >= config.threshold:
-            return number, cur
-        cur = new
-    return len(tried), cur

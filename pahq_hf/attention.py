@@ -143,6 +143,10 @@ class PAHQAttention(nn.Module):
         weight = self.o_proj.dense().view(-1, self.n_heads, self.d_head)[:, list(heads)]
         return torch.einsum("...hd,ohd->...ho", z, weight)
 
+    def stored_contribution(self, z: Tensor, head: int) -> Tensor:
+        """What one head would add with the weight as it is stored. [..., 1, d_head] -> [..., d_model]"""
+        return z.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t()
+
     # -- the module -------------------------------------------------------------------------------
 
     def forward(
@@ -192,14 +196,7 @@ class PAHQAttention(nn.Module):
         if each is None:
             return self._project(linear, shared, None)
         # Readers of one weight block: one each, or several when groups are split per query head.
-        weight = linear.dense().unflatten(0, (-1, self.d_head))  # [block, d_head, d_model]
-        repeat = each.shape[0] // weight.shape[0]
-        weight = weight.repeat_interleave(repeat, dim=0)
-        y = torch.einsum("nbpd,ned->bnpe", each, weight)
-        if linear.bias is not None:
-            bias = linear.bias.unflatten(0, (-1, self.d_head)).repeat_interleave(repeat, dim=0)
-            y = y + bias[None, :, None, :]
-        return y
+        return linear.blocks(each, self.d_head).transpose(0, 1)
 
     @staticmethod
     def _per_head(x: Tensor, heads: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pahq_hf.config import Ablation, EngineName, Format, MetricName, Order, Regime
+from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -129,8 +129,18 @@ def discover(
     metric: Annotated[
         MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
     ] = None,
-    precision: Annotated[Regime, typer.Option(help="Precision regime.")] = "fp32",
+    precision: Annotated[Regime, typer.Option(help="Precision regime.")] = "pahq",
     fmt: Annotated[Format, typer.Option("--format", help="Low-precision format.")] = "fp8",
+    active: Annotated[
+        Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")
+    ] = "receiver",
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
+    ] = None,
+    compute: Annotated[
+        Compute, typer.Option(help="Dtype of products with differences (precision pahq).")
+    ] = "auto",
     order: Annotated[Order, typer.Option(help="Order in which readers are visited.")] = "acdc",
     ablation: Annotated[Ablation, typer.Option(help="What stands in for removed edges.")] = "corrupted",
     absolute: Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")] = False,
@@ -168,15 +178,14 @@ def discover(
         ablation=ablation,
         absolute=absolute,
         readers=readers,
+        margin=margin,
     )
-    pahq = PAHQConfig(regime=precision, format=fmt, split_kv_groups=split_kv_groups)
-    compute = EngineConfig(engine=engine, batch=batch, memory_budget=_bytes(memory_budget))
+    pahq = PAHQConfig(precision, fmt, split_kv_groups, active, compute)
+    limits = EngineConfig(engine=engine, batch=batch, memory_budget=_bytes(memory_budget))
     arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
-    circuit = wrapped.discover(
-        data, config=acdc, engine=compute, out=out, resume=resume, progress=not as_json
-    )
+    circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
     if as_json:
         _print_json({"out": str(out), **circuit.discovery})
     else:
@@ -203,7 +212,7 @@ def evaluate(
 
     circuit = Circuit.from_pretrained(folder)
     arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device)
-    pahq = PAHQConfig(split_kv_groups=circuit.graph.spec.split_kv_groups)
+    pahq = PAHQConfig(regime="fp32", split_kv_groups=circuit.graph.spec.split_kv_groups)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
     _print_facts(wrapped.evaluate(circuit, data, metric=metric), as_json)

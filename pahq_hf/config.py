@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar, get_args
 from pahq_hf.errors import ConfigError
 from pahq_hf.files import write_text
 
-Regime = Literal["fp32", "pahq-literal", "rtn"]
+Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
 Format = Literal["fp8", "int8", "bf16"]
+Active = Literal["receiver", "both"]
+Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
@@ -73,20 +75,32 @@ class PAHQConfig(_JsonConfig):
     """How a model's linear weights are kept and computed (semantics.md, section 5).
 
     Attributes:
-        regime: `fp32`, everything full; `pahq-literal`, the paper's rule: the active component FP32,
-            the rest low; `rtn`, uniform rounding to nearest, the comparison.
+        regime: `pahq`, low-precision weights that only multiply differences from FP32 anchors; `fp32`,
+            everything full; `pahq-literal`, the paper's rule: the active component FP32, the rest low;
+            `rtn`, uniform rounding to nearest, the comparison.
         format: Low-precision format of every linear weight but the unembedding.
         split_kv_groups: Give each query head key and value readers of its own.
+        active: What is FP32 while an edge is tested: its receiver, or `both` receiver and writer.
+        compute: In which dtype products with differences run: `auto` takes what the device multiplies
+            natively, FP8 or BF16. The other regimes compute in FP32.
     """
 
-    regime: Regime = "fp32"
+    regime: Regime = "pahq"
     format: Format = "fp8"
     split_kv_groups: bool = False
+    active: Active = "receiver"
+    compute: Compute = "auto"
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""
         _choice("precision", self.regime, Regime)
         _choice("format", self.format, Format)
+        _choice("active", self.active, Active)
+        _choice("compute", self.compute, Compute)
+        if self.regime != "pahq" and self.active == "both":
+            raise ConfigError(f"active=both needs precision pahq; in {self.regime} every writer is as it is")
+        if self.regime != "pahq" and self.compute not in ("auto", "fp32"):
+            raise ConfigError(f"compute={self.compute} needs precision pahq; {self.regime} computes in FP32")
 
     @property
     def is_low(self) -> bool:
@@ -105,6 +119,9 @@ class ACDCConfig(_JsonConfig):
         ablation: What takes the place of a removed edge.
         absolute: Compare `|new - cur|` instead of `new - cur`.
         readers: Comma-separated globs; only matching readers are searched, others keep all edges.
+        margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
+            `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
+            have no second look.
     """
 
     threshold: float = 0.01
@@ -113,6 +130,7 @@ class ACDCConfig(_JsonConfig):
     ablation: Ablation = "corrupted"
     absolute: bool = False
     readers: str | None = None
+    margin: float | None = None
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -122,6 +140,20 @@ class ACDCConfig(_JsonConfig):
             _choice("metric", self.metric, MetricName)
         _choice("order", self.order, Order)
         _choice("ablation", self.ablation, Ablation)
+        if self.margin is not None and not self.margin >= 0:
+            raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; JSON has no infinity."""
+        values = asdict(self)
+        return values | {"margin": "inf"} if self.margin == math.inf else values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ACDCConfig:
+        """Build from `to_dict`'s output."""
+        if values.get("margin") == "inf":
+            values = values | {"margin": math.inf}
+        return super().from_dict(values)
 
 
 @dataclass(frozen=True)

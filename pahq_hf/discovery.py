@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.errors import DriftError, RunError
+from pahq_hf.errors import ConfigError, DriftError, RunError
 from pahq_hf.evaluation import Evaluator
 from pahq_hf.journal import JOURNAL_NAME, Journal, check_header
 from pahq_hf.memory import PeakMemory
@@ -40,6 +41,7 @@ from pahq_hf.tasks.base import Task
 # The two engines round differently; more than this is a mistake (semantics.md, design.md).
 _DRIFT_RELATIVE = 1e-4
 _DRIFT_ABSOLUTE = 1e-6
+DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
@@ -71,7 +73,7 @@ class Discovery:
         self.identity = identity
         self.task = task
         self.pahq = pahq
-        self.acdc = acdc
+        self.acdc = with_margin(acdc, pahq)
         self.engine = engine or EngineConfig()
         self.metric: MetricName = acdc.metric or task.metric
         check_metric(self.metric, task)
@@ -118,7 +120,7 @@ class Discovery:
             with self._phase("search"):
                 state = self._search(engine, journal)
             final = state.metric
-            if self.pahq.regime == "pahq-literal":  # state.metric is with the last component raised
+            if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
                 final = engine.metric_of(state.kept)
             facts = self._facts(state, engine)
             del engine  # its captured runs make room for the evaluation's
@@ -143,7 +145,7 @@ class Discovery:
         """The circuit's metric again by the hooks engine, at the search's precision and in FP32."""
         evaluator = Evaluator(self.model, self.task, self.metric, self.acdc.ablation)
         fp32 = recomputed = evaluator.metric_of(state.kept)
-        if self.pahq.is_low:
+        if self.pahq.regime in ("rtn", "pahq-literal"):
             low = HooksEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation)
             recomputed = low.metric_of(state.kept)
         if abs(final - recomputed) > max(_DRIFT_ABSOLUTE, _DRIFT_RELATIVE * abs(recomputed)):
@@ -237,12 +239,26 @@ class Discovery:
                 "live": int(graph.live_edges(state.kept).sum()),
             },
             "evaluations": engine.evaluations,
+            "second_looks": {
+                "margin": self.acdc.to_dict()["margin"],
+                "tests": sum(record.looks for record in state.records),
+                "changed": sum(record.changed for record in state.records),
+            },
             "phases": engine.phases.seconds if isinstance(engine, SparseEngine) else {},
             "peak_memory": {
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,
             },
         }
+
+
+def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
+    """The search with the margin of its regime."""
+    if pahq.regime == "pahq":
+        return acdc if acdc.margin is not None else replace(acdc, margin=DEFAULT_MARGIN)
+    if acdc.margin:
+        raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
+    return acdc
 
 
 def versions() -> dict[str, str]:

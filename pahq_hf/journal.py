@@ -138,6 +138,8 @@ def _record(entry: dict[str, Any]) -> ReaderRecord:
         kept=tuple(int(w) for w in entry["kept"]),
         scores={int(w): float(s) for w, s in entry["scores"].items()},
         metric=float(entry["metric"]),
+        looks=int(entry.get("looks", 0)),
+        changed=int(entry.get("changed", 0)),
     )
 
 

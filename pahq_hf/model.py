@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from pahq_hf import checkpoint
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
+from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, check_fits
 from pahq_hf.graph import Graph
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps
-from pahq_hf.precision import CheckpointSource, WeightSource
+from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
 from pahq_hf.tasks.base import Task
 
@@ -31,7 +33,7 @@ class PAHQModel(nn.Module):
 
     Args:
         model: A Hugging Face causal LM of a supported family; patched in place.
-        config: Precision regime and format; FP32 by default.
+        config: Precision regime and format; `pahq` in FP8 by default.
         tokenizer: The model's tokenizer, used by tasks.
         base_model: Name stored with circuits; the model's `name_or_path` by default.
         source: Where FP32 weights can be read again; a temporary file is written when there is none.
@@ -60,7 +62,7 @@ class PAHQModel(nn.Module):
     ) -> None:
         super().__init__()
         check_supported(model)
-        self.pahq_config = config or PAHQConfig()
+        self.pahq_config = _resolved(config or PAHQConfig(), model.device)
         self.base_model = model
         self.tokenizer = tokenizer
         if model.config._attn_implementation != "eager":
@@ -75,7 +77,8 @@ class PAHQModel(nn.Module):
         name = base_model or model.config.name_or_path or "unknown"
         self.identity = self._identify(name, print_of_weights)
         if self.pahq_config.is_low:
-            self.patched.lower(self.pahq_config.format, source)
+            compute = PrecisionRule.of(self.pahq_config, self.patched.device).compute
+            self.patched.lower(self.pahq_config.format, source, compute)
 
     @classmethod
     def from_pretrained(
@@ -85,7 +88,7 @@ class PAHQModel(nn.Module):
 
         Args:
             model: Hub id, folder, or `demo` for the bundled checkpoint.
-            pahq_config: Precision regime and format; FP32 by default.
+            pahq_config: Precision regime and format; `pahq` in FP8 by default.
             **kwargs: As for `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`,
                 `device_map`, `gguf_file`, `trust_remote_code`, ...
 
@@ -224,6 +227,13 @@ class PAHQModel(nn.Module):
         chosen: MetricName = metric or ran.get("metric") or task.metric
         evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
         return evaluator.report(circuit)
+
+
+def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:
+    """The configuration with what `auto` means here, so that it pins a run."""
+    if config.regime != "pahq":
+        return replace(config, compute="fp32")
+    return replace(config, compute=resolve_compute(config.compute, config.format, device))
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -131,25 +131,28 @@ class PatchedModel:
 
     # -- precision --------------------------------------------------------------------------------
 
-    def lower(self, fmt: Format, source: WeightSource | None) -> None:
+    def lower(self, fmt: Format, source: WeightSource | None, compute: torch.dtype = torch.float32) -> None:
         """Keep every projection in a low-precision format; FP32 stays readable.
 
         Args:
             fmt: The format.
             source: The checkpoint the weights came from. Where it is None, or does not hold a
                 projection's values exactly, the FP32 values go to a spill file first.
+            compute: Dtype of products with differences from anchors.
 
         Raises:
             ConfigError: If the model is not in float32.
             ModelLoadError: If a weight holds NaN or infinity, or the spill file cannot be written.
         """
         if self.hf.dtype != torch.float32:
-            raise ConfigError("low-precision regimes need dtype=torch.float32")
+            raise ConfigError(
+                "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
+            )
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in self._named_linears() if name not in blocks}
         blocks |= spill_blocks(strays, on_disk=True)
         for name, linear in self._named_linears():
-            linear.lower(fmt, blocks[name])
+            linear.lower(fmt, blocks[name], compute)
 
     def _named_linears(self) -> Iterator[tuple[str, PAHQLinear]]:
         names = {module: name for name, module in self.hf.named_modules()}
@@ -205,9 +208,11 @@ def check_supported(hf: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: If the family is unknown.
-        ConfigError: If the model is not in float32 or float64, or some of its weights are offloaded.
+        ConfigError: If the model is patched already, not in float32 or float64, or partly offloaded.
     """
     find_architecture(hf.config)
+    if any(isinstance(module, PAHQAttention) for module in hf.modules()):
+        raise ConfigError("this model is patched already; wrap a freshly loaded one")
     if hf.dtype not in (torch.float32, torch.float64):
         raise ConfigError(
             f"the model is in {hf.dtype}; circuit discovery keeps the residual stream in full precision: "

@@ -27,6 +27,8 @@ from pahq_hf.graph import BoolArray, Graph, edge_list
 from tests.models import FAMILIES
 from tests.referee import Edge, Referee, Result
 
+FP32 = PAHQConfig(regime="fp32")
+
 # Family of tests/models.py, and whether key/value groups are split per head.
 GRAPHS = {name: (name, False) for name in FAMILIES} | {"llama_split": ("llama", True)}
 
@@ -40,10 +42,11 @@ def wrapped(
     seed: int = 0,
     regime: Any = "fp32",
     fmt: Any = "fp8",
+    compute: Any = "auto",
 ) -> PAHQModel:
     """A tiny model of `GRAPHS`, patched. It is shared by all tests of the process: leave it as it was."""
     family, split = GRAPHS[name]
-    config = PAHQConfig(regime=regime, format=fmt, split_kv_groups=split)
+    config = PAHQConfig(regime=regime, format=fmt, split_kv_groups=split, compute=compute)
     return PAHQModel(FAMILIES[family](dtype=dtype, layers=layers, seed=seed), config)
 
 

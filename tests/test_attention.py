@@ -15,6 +15,7 @@ from pahq_hf.capture import Activations, capture, with_streams
 from pahq_hf.config import Format, PAHQConfig
 from pahq_hf.model import PAHQModel
 from pahq_hf.precision import PAHQLinear
+from tests.helpers import FP32
 from tests.models import (
     FAMILIES,
     HEADS,
@@ -32,7 +33,7 @@ FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def wrap(family: str, config: PAHQConfig | None = None, **options: Any) -> PAHQModel:
+def wrap(family: str, config: PAHQConfig = FP32, **options: Any) -> PAHQModel:
     return PAHQModel(FAMILIES[family](**options), config)
 
 
@@ -185,7 +186,7 @@ def readers_apart(model: PAHQModel, task: Any, changed: str | None, index: int =
 @pytest.mark.parametrize("kind", ["q", "k", "v"])
 def test_readers_with_inputs_of_their_own(family: str, split: bool, kind: str) -> None:
     """Only the heads that use reader 1 read out something else than in the plain run."""
-    model = wrap(family, PAHQConfig(split_kv_groups=split))
+    model = wrap(family, PAHQConfig(regime="fp32", split_kv_groups=split))
     task = random_task()
     plain = readers_apart(model, task, None).z[1]
     apart = readers_apart(model, task, kind, index=1).z[1]
@@ -200,7 +201,7 @@ def test_readers_with_inputs_of_their_own(family: str, split: bool, kind: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_only_gpt2_runs(dtype: torch.dtype) -> None:
     """Hugging Face's own forward fails on MLPs without neurons; ours adds their bias."""
-    model = PAHQModel(tiny_attention_only(dtype=dtype))
+    model = PAHQModel(tiny_attention_only(dtype=dtype), FP32)
     assert not model.graph.spec.mlps
     task = random_task()
     run = capture(model.patched, task, task.clean_ids)
@@ -232,7 +233,7 @@ def test_fp8_store_is_torchaos(family: str) -> None:
 
 
 @families
-@pytest.mark.parametrize("config", [PAHQConfig(), PAHQConfig("rtn")], ids=["fp32", "rtn"])
+@pytest.mark.parametrize("config", [FP32, PAHQConfig("rtn")], ids=["fp32", "rtn"])
 def test_one_heads_weights_lie_together(family: str, config: PAHQConfig) -> None:
     """Every projection is [out, in] in memory too, also when cut out of a Conv1D."""
     for linear in wrap(family, config).patched.linears():

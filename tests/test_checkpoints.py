@@ -20,6 +20,7 @@ from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.model import PAHQModel
 from pahq_hf.precision import CheckpointSource, PAHQLinear
+from tests.helpers import FP32
 from tests.models import (
     FAMILIES,
     padded_prompts,
@@ -44,7 +45,7 @@ def linears(model: PAHQModel) -> list[PAHQLinear]:
 
 def expect_reread(folder: Path, spill_folder: Path, **options: Any) -> PAHQModel:
     """Load in low precision; every FP32 value must come from the checkpoint, and be the loaded one."""
-    full = PAHQModel.from_pretrained(folder, **options)
+    full = PAHQModel.from_pretrained(folder, FP32, **options)
     low = PAHQModel.from_pretrained(folder, RTN, **options)
     assert not list(spill_folder.rglob("*.safetensors"))
     for whole, block in zip(linears(full), linears(low), strict=True):
@@ -124,14 +125,14 @@ def test_models_in_memory_go_to_a_spill_file(family: str, spill_folder: Path) ->
 
 
 def test_the_fp32_regime_writes_nothing(spill_folder: Path) -> None:
-    model = PAHQModel(tiny_llama())
+    model = PAHQModel(tiny_llama(), FP32)
     assert not model.patched.precision.is_low and not list(spill_folder.iterdir())
     model.activate("a0.h0", "m1")
     assert model.patched.precision.nbytes == model.patched.precision.nbytes_fp32
 
 
 def expect_exact_in_full_precision(model: PAHQModel, family: str) -> None:
-    whole = PAHQModel(FAMILIES[family]())
+    whole = PAHQModel(FAMILIES[family](), FP32)
     for block, original in zip(linears(model), linears(whole), strict=True):
         with block.full_precision():
             assert torch.equal(block.dense(), original.dense())
@@ -196,9 +197,9 @@ def remove_the_folder(folder: Path) -> None:
         remove_the_folder,
     ],
 )
-@pytest.mark.parametrize("config", [None, RTN], ids=["fp32", "rtn"])
+@pytest.mark.parametrize("config", [FP32, RTN], ids=["fp32", "rtn"])
 def test_damaged_checkpoints(
-    damage: Callable[[Path], None], config: PAHQConfig | None, saved: Callable[..., Path]
+    damage: Callable[[Path], None], config: PAHQConfig, saved: Callable[..., Path]
 ) -> None:
     folder = saved("llama")
     damage(folder)
@@ -253,6 +254,6 @@ def test_a_model_without_tokenizer_loads(saved: Callable[..., Path]) -> None:
 def test_attention_only_checkpoint(tmp_path: Path) -> None:
     tiny_attention_only().save_pretrained(tmp_path)
     model = PAHQModel.from_pretrained(tmp_path, RTN)
-    expected = PAHQModel(tiny_attention_only())(padded_prompts()["input_ids"]).logits
+    expected = PAHQModel(tiny_attention_only(), FP32)(padded_prompts()["input_ids"]).logits
     with model.patched.precision.full_precision():
         assert torch.equal(model(padded_prompts()["input_ids"]).logits, expected)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from pahq_hf import Circuit, load_task
+from pahq_hf.precision import resolve_compute
 from tests.helpers import files_of, id_rows, named, referee, run_main, save_tiny, write_rows
 from tests.models import VOCAB, random_task
 
@@ -215,6 +216,26 @@ BAD: Bad = {
     "an unknown metric": (lambda w: w.discover("model", "ids.jsonl", "--metric", "loss"), "--metric"),
     "an unknown precision": (lambda w: w.discover("model", "ids.jsonl", "--precision", "fp4"), "--precision"),
     "an unknown format": (lambda w: w.discover("model", "ids.jsonl", "--format", "fp4"), "--format"),
+    "an unknown active": (lambda w: w.discover("model", "ids.jsonl", "--active", "writer"), "--active"),
+    "an unknown compute": (lambda w: w.discover("model", "ids.jsonl", "--compute", "fp4"), "--compute"),
+    "a margin below 0": (lambda w: w.discover("model", "ids.jsonl", "--margin=-1"), "margin must be"),
+    "margin nan": (lambda w: w.discover("model", "ids.jsonl", "--margin", "nan"), "margin must be"),
+    "a margin in FP32": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "fp32", "--margin", "0.1"),
+        "a margin needs precision pahq",
+    ),
+    "active writers in FP32": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "fp32", "--active", "both"),
+        "active=both needs precision pahq",
+    ),
+    "BF16 products in another regime": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "rtn", "--compute", "bf16"),
+        "compute=bf16 needs precision pahq",
+    ),
+    "FP8 products of other weights": (
+        lambda w: w.discover("model", "ids.jsonl", "--format", "int8", "--compute", "fp8"),
+        "compute=fp8 needs format fp8",
+    ),
     "an unknown ablation": (lambda w: w.discover("model", "ids.jsonl", "--ablation", "none"), "--ablation"),
     "an unknown engine": (lambda w: w.discover("model", "ids.jsonl", "--engine", "steam"), "--engine"),
     "an empty batch": (lambda w: w.discover("model", "ids.jsonl", "--batch", "0"), "batch"),
@@ -232,6 +253,10 @@ BAD: Bad = {
     ),
     "low precision in float64": (
         lambda w: w.discover("model", "ids.jsonl", "--dtype", "float64", "--precision", "rtn"),
+        "low-precision regimes need",
+    ),
+    "the default in float64": (
+        lambda w: w.discover("model", "ids.jsonl", "--dtype", "float64"),
         "low-precision regimes need",
     ),
     # folders
@@ -273,6 +298,10 @@ FINE: dict[str, Callable[[World], list[str]]] = {
         "model", "ids.jsonl", "--precision", "rtn", "--format", "int8", "--order", "head", "--ablation",
         "mean", "--split-kv-groups", "--n", "2", "--readers", "logits,m*", "--absolute", "--resume", "--json",
         "--device", "cpu", "--engine", "hooks", "--batch", "5", "--memory-budget", "1G", out="fine/c",
+    ),
+    "discover pahq": lambda w: w.discover(
+        "model", "ids.jsonl", "--threshold=0.05", "--format", "int8", "--active", "both", "--compute", "fp32",
+        "--margin", "inf", "--json", out="fine/d",
     ),
     "evaluate json": lambda w: w.evaluate("run", "model", "--json"),
     "evaluate": lambda w: w.evaluate("run", "model", "--metric", "logit_diff"),
@@ -449,13 +478,39 @@ def test_discover_prints_a_table(world: World, results: dict[str, Result]) -> No
 
 def test_discover_takes_its_options(results: dict[str, Result]) -> None:
     facts = only_json(results["discover more"])
-    assert facts["precision"] == {"regime": "rtn", "format": "int8", "split_kv_groups": True}
+    precision = {"regime": "rtn", "format": "int8", "split_kv_groups": True}
+    assert facts["precision"] == precision | {"active": "receiver", "compute": "fp32"}
+    assert facts["second_looks"] == {"margin": None, "tests": 0, "changed": 0}
     arguments = facts["arguments"]
     assert (arguments["order"], arguments["ablation"], arguments["absolute"]) == ("head", "mean", True)
     assert arguments["readers"] == "logits,m*"
     assert facts["task"]["examples"] == 2 and facts["engine"] == "hooks"
     assert facts["edges"]["total"] == 110
     assert facts["edges"]["tested"] <= 11 + 10 + 5
+
+
+def test_discover_is_anchored_by_default(results: dict[str, Result]) -> None:
+    facts = only_json(results["discover json"])
+    precision = {"regime": "pahq", "format": "fp8", "split_kv_groups": False, "active": "receiver"}
+    native = resolve_compute("auto", "fp8", torch.device("cpu"))
+    assert facts["precision"] == facts["header"]["precision"] == precision | {"compute": native}
+    assert facts["arguments"]["margin"] == facts["second_looks"]["margin"] == 0.2
+    assert 0 <= facts["second_looks"]["changed"] <= facts["second_looks"]["tests"] < facts["edges"]["tested"]
+
+
+def test_discover_can_look_at_everything_again(world: World, results: dict[str, Result]) -> None:
+    """Then precision is of no consequence."""
+    facts = only_json(results["discover pahq"])
+    precision = {"regime": "pahq", "format": "int8", "split_kv_groups": False, "active": "both"}
+    assert facts["precision"] == precision | {"compute": "fp32"}
+    assert facts["arguments"]["margin"] == facts["second_looks"]["margin"] == "inf"
+    assert facts["second_looks"]["tests"] >= facts["edges"]["tested"]
+    circuit = Circuit.from_pretrained(world.root / "fine" / "d")
+    judge = referee("llama", load_task(str(world.ids))).acdc(0.05)
+    assert named(circuit.graph, circuit.kept) == judge.kept
+    for (writer, reader), score in judge.scores.items():
+        r, w = circuit.graph.parse_edge(f"{writer}->{reader}")
+        assert circuit.scores[r, w] == pytest.approx(score, abs=1e-5)
 
 
 def test_evaluate(world: World, results: dict[str, Result]) -> None:
@@ -519,7 +574,8 @@ def test_help(results: dict[str, Result]) -> None:
         assert command in results["help"].out
     for option in (
         "--task", "--n", "--seed", "--threshold", "--metric", "--precision", "--format", "--order",
-        "--ablation", "--split-kv-groups", "--device", "--resume", "--json", "--out",
+        "--active", "--compute", "--margin", "--ablation", "--split-kv-groups", "--device", "--resume",
+        "--json", "--out",
     ):  # fmt: skip
         assert option in results["help discover"].out, option
 

@@ -25,6 +25,7 @@ from pahq_hf.evaluation import faithfulness
 from pahq_hf.journal import Journal
 from tests.helpers import (
     FILES,
+    FP32,
     assert_same_circuit,
     files_of,
     journal_lines,
@@ -79,6 +80,7 @@ def test_files_of_a_run(finished: Path) -> None:
     assert facts["edges"]["kept"] == circuit.edge_count > 0
     assert facts["edges"]["live"] == int(circuit.live.sum())
     assert facts["evaluations"] >= facts["edges"]["tested"] + 1
+    assert facts["second_looks"] == {"margin": None, "tests": 0, "changed": 0}
     assert {"name", "full", "empty", "final", "final_recomputed", "fp32"} == set(facts["metric"])
     seconds = facts["seconds"]
     assert seconds["total"] >= seconds["search"] > 0 and seconds["capture"] > 0
@@ -123,10 +125,10 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert circuit.edge_count and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("regime", ["fp32", "pahq-literal", "rtn"])
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "pahq-literal", "rtn"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_quoted_metric_is_that_of_the_circuit_in_fp32(name: str, regime: Any) -> None:
-    """Whatever the search saw; and the search in low precision saw something else."""
+    """Whatever the search saw; and the search in low precision without anchors saw something else."""
     circuit = discover(wrapped(name, regime=regime), metric="kl")
     judge = referee(name, TASK)
     removed = judge.edge_set - named(circuit.graph, circuit.kept)
@@ -135,7 +137,7 @@ def test_the_quoted_metric_is_that_of_the_circuit_in_fp32(name: str, regime: Any
     assert metric["empty"] == pytest.approx(judge.metric(judge.edge_set), abs=1e-5)
     assert metric["full"] == pytest.approx(0, abs=1e-9)
     gap = abs(metric["final_recomputed"] - metric["fp32"])
-    if regime == "fp32":
+    if regime in ("fp32", "pahq"):
         assert metric["final"] == pytest.approx(metric["fp32"], abs=1e-6)
         assert gap < 1e-6
     else:
@@ -234,6 +236,18 @@ def test_the_engine_changes_no_decision_and_may_change_on_the_way(finished: Path
         )
 
 
+@pytest.mark.parametrize("regime", ["pahq", "pahq-literal", "rtn"])
+def test_the_hooks_engine_decides_the_same_in_low_precision(regime: Any) -> None:
+    model = wrapped("llama", regime=regime, compute="fp32")
+    sparse, hooks = (discover(model, engine=EngineConfig(engine=name)) for name in ("sparse", "hooks"))
+    assert np.array_equal(hooks.kept, sparse.kept)
+    assert np.abs(hooks.scores - sparse.scores).max() < 1e-5
+    assert hooks.discovery["second_looks"] == sparse.discovery["second_looks"]
+    for name in ("final", "final_recomputed", "fp32"):
+        ours, theirs = hooks.discovery["metric"][name], sparse.discovery["metric"][name]
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 @pytest.mark.parametrize("cut", [1, 9, 40, -1])
 def test_a_torn_last_line_is_measured_again(finished: Path, tmp_path: Path, cut: int) -> None:
     lines = journal_lines(finished)
@@ -297,7 +311,7 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(finished: Path, tmp_p
     assert journal_lines(tmp_path / "out") == lines
 
 
-@pytest.mark.parametrize("regime", ["pahq-literal", "rtn"])
+@pytest.mark.parametrize("regime", ["pahq", "pahq-literal", "rtn"])
 def test_low_precision_runs_resume_too(tmp_path: Path, regime: Any) -> None:
     model = wrapped("llama", regime=regime)
     whole = discover(model, tmp_path / "whole", order="head")
@@ -448,7 +462,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, below: str, res
 
 def test_nan_leaves_no_folder(tmp_path: Path) -> None:
     """The poisoned token stands in a prompt of the task, and not in those of the check at load."""
-    model = PAHQModel(FAMILIES["llama"]())
+    model = PAHQModel(FAMILIES["llama"](), FP32)
     model.patched.embedding.weight[int(TASK.clean_ids[0, -1])] = float("nan")
     with pytest.raises(MetricError, match="came out as nan"):
         discover(model, tmp_path / "out")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pahq_hf import PAHQModel
 from pahq_hf.capture import answer_logits, capture
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import MetricError, TaskError
 from pahq_hf.metrics import Metric
-from tests.helpers import GRAPHS, named, random_edges, referee, wrapped
+from tests.helpers import FP32, GRAPHS, named, random_edges, referee, wrapped
 from tests.models import FAMILIES, HEADS, VOCAB, random_task
 
 ABLATIONS = ["corrupted", "zero", "mean", "mean-corrupted"]
@@ -231,7 +232,7 @@ def test_nan_in_a_run_is_an_error_before_any_search() -> None:
     task = random_task(batch=2, seed=6)
     clean, corrupted = set(task.clean_ids.flatten().tolist()), set(task.corrupted_ids.flatten().tolist())
     for token in (min(clean - corrupted), min(corrupted - clean)):
-        model = PAHQModel(FAMILIES["llama"]())
+        model = PAHQModel(FAMILIES["llama"](), FP32)
         model.patched.embedding.weight[token] = float("nan")
         with pytest.raises(MetricError, match="kl came out as nan"):
             engine_of(model, task)
@@ -261,7 +262,7 @@ def full_weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize(("label", "heads"), [("a1.h2<q>", [2]), ("a1.kv0<v>", [0, 1])])
 def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: str, heads: list[int]) -> None:
     task = random_task(seed=7)
-    engine = engine_of(literal, task, raise_active=True)
+    engine = engine_of(literal, task, rule=PrecisionRule(raise_active=True))
     attention, d_head = literal.patched.layers[1].attention, literal.patched.layers[1].attention.d_head
     low = {kind: getattr(attention, f"{kind}_proj").dense() for kind in "qkvo"}
     low_corrupted = capture(literal.patched, task, task.corrupted_ids)
@@ -304,7 +305,7 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
 
 def test_focus_on_an_mlp_and_on_logits(literal: PAHQModel) -> None:
     task = random_task(seed=7)
-    engine = engine_of(literal, task, raise_active=True)
+    engine = engine_of(literal, task, rule=PrecisionRule(raise_active=True))
     low = capture(literal.patched, task, task.corrupted_ids)
     graph = engine.graph
     engine.begin(graph.all_edges)
@@ -327,7 +328,7 @@ def test_focus_on_an_mlp_and_on_logits(literal: PAHQModel) -> None:
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 def test_focus_leaves_fixed_ablations_alone(literal: PAHQModel, ablation: Any) -> None:
-    engine = engine_of(literal, random_task(seed=7), ablation=ablation, raise_active=True)
+    engine = engine_of(literal, random_task(seed=7), ablation=ablation, rule=PrecisionRule(raise_active=True))
     before = [z.clone() for z in engine.substitute.z]
     try:
         assert engine.focus(engine.graph.reader_index("a1.h2<q>")) is not None

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
+from pahq_hf import Circuit, PAHQModel, load_task
 from tests.helpers import (
     FILES,
+    FP32,
     assert_same_circuit,
     files_of,
     id_rows,
@@ -99,10 +100,14 @@ def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
-    model = PAHQModel.from_pretrained(scene.model, PAHQConfig())
+    model = PAHQModel.from_pretrained(scene.model)
     task = load_task(str(scene.data))
     circuit = model.discover(task, threshold=0.0005, progress=False)
     assert_same_circuit(circuit, scene.whole)
+
+
+def test_in_fp32_it_is_what_the_referee_finds(scene: Scene) -> None:
+    task = load_task(str(scene.data))
+    circuit = PAHQModel.from_pretrained(scene.model, FP32).discover(task, threshold=0.0005, progress=False)
     judge = referee("llama", task, layers=4)
-    state = judge.acdc(0.0005)
-    assert named(circuit.graph, circuit.kept) == state.kept
+    assert named(circuit.graph, circuit.kept) == judge.acdc(0.0005).kept

@@ -30,6 +30,8 @@ from pahq_hf import architectures
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
 from pahq_hf.model import PAHQModel, fingerprint
+from pahq_hf.precision import resolve_compute
+from tests.helpers import FP32
 from tests.models import (
     COMMON,
     FAMILIES,
@@ -53,8 +55,8 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def pair(family: str) -> tuple[PAHQModel, Any]:
-    """A patched model and an untouched one with the same weights."""
-    return PAHQModel(FAMILIES[family]()), FAMILIES[family]()
+    """A patched model in FP32 and an untouched one with the same weights."""
+    return PAHQModel(FAMILIES[family](), FP32), FAMILIES[family]()
 
 
 # -- the same model -------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_text_generation_pipeline(family: str, wrapper: bool) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
 def test_float64_is_float64_throughout(family: str, padding: str) -> None:
     """RMS norms and softmax too, which Hugging Face fixes to float32; against the referee."""
-    model = PAHQModel(FAMILIES[family](dtype=torch.float64))
+    model = PAHQModel(FAMILIES[family](dtype=torch.float64), FP32)
     arrays = random_task_arrays(padding=padding)
     logits = Referee(FAMILIES[family](), *arrays).circuit_logits(set())
     positions = (arrays.attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -163,6 +165,17 @@ def test_float64_is_float64_throughout(family: str, padding: str) -> None:
         output = model(arrays.clean_ids, attention_mask=arrays.attention_mask, position_ids=positions).logits
     assert output.dtype == torch.float64
     assert relative_error(output[arrays.answer_rows, arrays.answer_positions], logits) < 1e-12
+
+
+def test_the_default_is_anchored_fp8() -> None:
+    """And `auto` says what it means on this machine; the other regimes have nothing to choose."""
+    model = PAHQModel(tiny_llama())
+    native = resolve_compute("auto", "fp8", model.device)
+    assert native in ("fp32", "bf16")
+    assert model.pahq_config == PAHQConfig("pahq", "fp8", False, "receiver", native)
+    assert model.patched.precision.nbytes < 0.3 * model.patched.precision.nbytes_fp32
+    for config in (FP32, RTN):
+        assert PAHQModel(tiny_llama(), config).pahq_config == dataclasses.replace(config, compute="fp32")
 
 
 def test_attributes_fall_through() -> None:
@@ -214,9 +227,10 @@ def test_half_precision_models_are_refused(dtype: torch.dtype, saved: Callable[.
         PAHQModel.from_pretrained(saved("llama", dtype), dtype="auto")
 
 
-def test_float64_goes_with_the_fp32_regime_only() -> None:
+@pytest.mark.parametrize("config", [None, RTN], ids=["default", "rtn"])
+def test_float64_goes_with_the_fp32_regime_only(config: PAHQConfig | None) -> None:
     with pytest.raises(ConfigError, match=r"dtype=torch\.float32"):
-        PAHQModel(tiny_gpt2(dtype=torch.float64), RTN)
+        PAHQModel(tiny_gpt2(dtype=torch.float64), config)
 
 
 def test_other_attention_implementations(saved: Callable[..., Path]) -> None:
@@ -225,17 +239,18 @@ def test_other_attention_implementations(saved: Callable[..., Path]) -> None:
         PAHQModel.from_pretrained(saved("llama"), attn_implementation="sdpa")
     hf, reference = tiny_llama(), tiny_llama()
     hf.set_attn_implementation("sdpa")
-    model = PAHQModel(hf)
+    model = PAHQModel(hf, FP32)
     prompts = padded_prompts("right")
     real = prompts["attention_mask"].bool()
     assert relative_error(model(**prompts).logits[real], reference(**prompts).logits[real]) < TOLERANCE
 
 
-def test_a_patched_model_is_not_patched_again() -> None:
-    model = PAHQModel(tiny_gpt2())
+@pytest.mark.parametrize("config", [FP32, None], ids=["fp32", "default"])
+def test_a_patched_model_is_not_patched_again(config: PAHQConfig | None) -> None:
+    model = PAHQModel(tiny_gpt2(), config)
     before = model(padded_prompts()["input_ids"]).logits
     with pytest.raises(ConfigError, match="patched already"):
-        PAHQModel(model.base_model)
+        PAHQModel(model.base_model, config)
     assert torch.equal(model(padded_prompts()["input_ids"]).logits, before)
 
 
@@ -292,8 +307,8 @@ def test_a_model_that_gives_nan_is_refused() -> None:
 # -- accelerate -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [None, RTN], ids=["fp32", "rtn"])
-def test_device_map(config: PAHQConfig | None, saved: Callable[..., Path], spill_folder: Path) -> None:
+@pytest.mark.parametrize("config", [FP32, RTN], ids=["fp32", "rtn"])
+def test_device_map(config: PAHQConfig, saved: Callable[..., Path], spill_folder: Path) -> None:
     folder = saved("llama")
     mapped = PAHQModel.from_pretrained(folder, config, device_map={"": "cpu"})
     plain = PAHQModel.from_pretrained(folder, config)
@@ -328,8 +343,8 @@ def silence_head(model: PAHQModel, head: int) -> Tensor:
 @families
 def test_models_with_accelerates_hooks_use_the_patched_attention(family: str) -> None:
     """Its hooks keep a reference to the forward they replaced: that one must be ours."""
-    hooked = PAHQModel(dispatch_model(FAMILIES[family](), device_map={"": "cpu"}, force_hooks=True))
-    plain = PAHQModel(FAMILIES[family]())
+    hooked = PAHQModel(dispatch_model(FAMILIES[family](), device_map={"": "cpu"}, force_hooks=True), FP32)
+    plain = PAHQModel(FAMILIES[family](), FP32)
     ids = padded_prompts()["input_ids"]
     assert torch.equal(hooked(ids).logits, plain(ids).logits)
     assert torch.equal(silence_head(hooked, 2), silence_head(plain, 2))

@@ -247,7 +247,9 @@ def test_full_precision_reads_bf16_checkpoints_as_fp32() -> None:
 
 @given(
     regions=st.lists(region_strategy(), min_size=1, max_size=3),
-    steps=st.lists(st.sampled_from(["raise", "drop", "hold", "pack", "release", "full"]), max_size=12),
+    steps=st.lists(
+        st.sampled_from(["raise", "drop", "decode", "pack", "difference", "release", "full"]), max_size=12
+    ),
     rows=ranges(ROWS),
     cols=ranges(COLS),
 )
@@ -270,11 +272,16 @@ def test_holding_a_decoded_weight_never_changes_a_value(
             assert linear.held_bytes == 0
         elif step == "full":
             with linear.full_precision():
-                linear.hold(packed=True)  # must not outlive full precision
+                linear.hold_packed()  # not of the FP32 weight, in here or afterwards
                 assert same_bits(linear.dense(), case.full)
                 torch.testing.assert_close(linear(x), F.linear(x, case.full, case.bias))
         else:
-            held = linear.hold(packed=step == "pack")
+            hold = {
+                "decode": linear.hold_decoded,
+                "pack": linear.hold_packed,
+                "difference": linear.hold_difference,
+            }
+            held = hold[step]()
             assert held == linear.held_bytes >= 4 * ROWS * COLS
         expected = case.mixed(*raised)
         assert same_bits(linear.dense(rows, cols).contiguous(), expected[rows, cols].contiguous())
@@ -285,7 +292,7 @@ def test_holding_a_decoded_weight_never_changes_a_value(
 def test_lowering_forgets_the_packed_weight() -> None:
     full, x = weight_of(ROWS, COLS, seed=0), weight_of(3, COLS, seed=2)
     linear = PAHQLinear(full.clone(), None)
-    linear.hold(packed=True)
+    linear.hold_packed()
     torch.testing.assert_close(linear(x), F.linear(x, full))
     linear.lower("fp8", SourceBlock(MemorySource({"w": full}), "w", False, ((0, ROWS),)))
     torch.testing.assert_close(linear(x), F.linear(x, torchao_values(full, "fp8")))
@@ -301,11 +308,11 @@ class BrokenSource(MemorySource):
         super().__init__(tensors)
         self.reads = reads
 
-    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
         self.reads -= 1
         if self.reads < 0:
             raise ModelLoadError("the file changed on disk")
-        return super().read(name, rows, cols)
+        return super().view(name, rows, cols)
 
 
 def control_over(source: WeightSource, weight: Tensor) -> PrecisionControl:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pahq_hf.config import PAHQConfig
 from pahq_hf.model import PAHQModel
+from tests.helpers import FP32
 from tests.models import relative_error
 
 pytestmark = pytest.mark.smollm2
@@ -22,7 +23,7 @@ PROMPTS = [IOI, "The capital of France is", "The keys to the cabinet"]
 
 @pytest.fixture(scope="module")
 def fp32(smollm2_path: Path) -> Iterator[PAHQModel]:
-    yield PAHQModel.from_pretrained(smollm2_path)
+    yield PAHQModel.from_pretrained(smollm2_path, FP32)
 
 
 @pytest.fixture(scope="module")

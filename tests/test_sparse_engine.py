@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.propagate import Propagation
+from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.state import CircuitState
 from pahq_hf.errors import TaskError
 from pahq_hf.patch import PatchedModel
-from tests.helpers import GRAPHS, assert_same_search, random_edges, referee, wrapped
+from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 
 METRICS = ("kl", "logit_diff", "nll", "prob_diff")
@@ -146,9 +150,11 @@ def test_low_precision_regimes_decide_as_the_hooks_engine_does(family: str, regi
     raised = regime == "pahq-literal"
     for order in ("acdc", "head"):
         acdc = ACDCConfig(threshold=0.02, order=order)
-        slow = search(HooksEngine(model.patched, task, "kl", raise_active=raised), acdc)
+        slow = search(HooksEngine(model.patched, task, "kl", rule=PrecisionRule(raise_active=raised)), acdc)
         fast = search(
-            SparseEngine(model.patched, task, "kl", raise_active=raised), acdc, batch=AdaptiveBatch()
+            SparseEngine(model.patched, task, "kl", rule=PrecisionRule(raise_active=raised)),
+            acdc,
+            batch=AdaptiveBatch(),
         )
         np.testing.assert_array_equal(slow.kept, fast.kept)
         np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
@@ -187,17 +193,21 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch)
     config = ACDCConfig(threshold=0.02)
     expected = search(SparseEngine(patched, task, "kl"), config, batch=FixedBatch(16))
     engine = SparseEngine(patched, task, "kl")
-    real, sizes = engine._try, []
+    sizes: list[int] = []
 
-    def scarce(reader: int, delta: torch.Tensor) -> list[float]:
-        sizes.append(delta.shape[0])
-        if delta.shape[0] > 3:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
-        return real(reader, delta)
+    class Scarce(Propagation):
+        """Memory for three circuits side by side."""
 
-    monkeypatch.setattr(engine, "_try", scarce)
+        def __init__(self, state: CircuitState, reader: int, delta: torch.Tensor, *more: Any) -> None:
+            sizes.append(delta.shape[0])
+            if delta.shape[0] > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+            super().__init__(state, reader, delta, *more)
+
+    monkeypatch.setattr("pahq_hf.engine.sparse.Propagation", Scarce)
     found = search(engine, config, batch=FixedBatch(16))
     np.testing.assert_array_equal(expected.kept, found.kept)
+    np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
     assert max(sizes) > 3
     assert max(sizes[-20:]) <= 3
 
@@ -207,17 +217,18 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.
     task = random_task(model.config.vocab_size, 3, 7, seed=23)
     engine = SparseEngine(PatchedModel(model), task, "kl")
 
-    def broken(reader: int, delta: torch.Tensor) -> list[float]:
-        raise RuntimeError("something else")
+    class Broken(Propagation):
+        def final(self) -> torch.Tensor:
+            raise RuntimeError("something else")
 
-    monkeypatch.setattr(engine, "_try", broken)
+    monkeypatch.setattr("pahq_hf.engine.sparse.Propagation", Broken)
     with pytest.raises(RuntimeError, match="something else"):
         search(engine, ACDCConfig(), batch=FixedBatch(4))
 
 
 @pytest.mark.parametrize("task_name", ["ioi", "greater_than"])
 def test_demo_checkpoint(task_name: str) -> None:
-    model = PAHQModel.from_pretrained("demo")
+    model = PAHQModel.from_pretrained("demo", FP32)
     task = load_task(task_name, model.tokenizer, n=4)
     metric = task.metric
     hooks = HooksEngine(model.patched, task, metric)
@@ -234,7 +245,7 @@ def test_demo_checkpoint(task_name: str) -> None:
 
 @pytest.mark.smollm2
 def test_smollm2(smollm2_path: object) -> None:
-    model = PAHQModel.from_pretrained(str(smollm2_path))
+    model = PAHQModel.from_pretrained(str(smollm2_path), FP32)
     task = load_task("ioi", model.tokenizer, n=2)
     hooks = HooksEngine(model.patched, task, "kl")
     sparse = SparseEngine(model.patched, task, "kl")

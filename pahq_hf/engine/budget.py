@@ -11,6 +11,7 @@ from pahq_hf.engine.tokens import Liveness
 from pahq_hf.patch import PatchedModel
 
 _SHARE = 0.25  # of the memory that is free
+_TOKENS = 13312  # at once
 _COPIES = 4  # intermediate copies of a node's activations while it is computed
 
 
@@ -37,7 +38,9 @@ class MemoryBudget:
                 changes += len(state.plan.at(liveness)) * self._width
         widest = len(state.plan.at(max((*state.liveness, state.reader_liveness(reader)))))
         working = _COPIES * widest * self._hidden
-        return max(1, min(self._most, self.limit // max(1, (changes + working) * self._size)))
+        fits = self.limit // max(1, (changes + working) * self._size)
+        # More tokens than this at once gain nothing.
+        return max(1, min(self._most, fits, _TOKENS // max(1, widest)))
 
     def halve(self, size: int) -> bool:
         """After memory ran out with `size` candidates: allow half as many. False if that was one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pahq_hf.config import Ablation, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -30,14 +31,14 @@ def make_engine(
     Returns:
         The engine.
     """
-    raise_active = pahq.regime == "pahq-literal"
+    rule = PrecisionRule.of(pahq, model.device)
     if config.engine == "hooks":
-        return HooksEngine(model, task, metric, ablation=ablation, raise_active=raise_active)
+        return HooksEngine(model, task, metric, ablation=ablation, rule=rule)
     return SparseEngine(
         model,
         task,
         metric,
         ablation=ablation,
-        raise_active=raise_active,
+        rule=rule,
         memory_budget=config.memory_budget,
     )

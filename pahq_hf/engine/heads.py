@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pahq_hf.capture import Activations
 from pahq_hf.engine.tokens import Liveness, TokenPlan, TokenSet
+from pahq_hf.graph import ReaderKind
 from pahq_hf.patch import Layer
-from pahq_hf.precision import PAHQLinear, Product, in_chunks
+from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product, in_chunks
 
 
 class HeadMath:
@@ -35,36 +36,62 @@ class HeadMath:
         self._mask = None if mask is None else mask.expand(batch, 1, -1, -1)[:, 0]  # [batch, pos, pos]
         self._batch = batch
 
-    def project(self, kind: str, blocks: Sequence[int], x: Tensor, tokens: TokenSet | None) -> Tensor:
-        """Queries, keys (both rotated) or values, each from an input of its own.
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm before the heads. [..., d_model]"""
+        y: Tensor = self._norm(x)
+        return y
+
+    def product(self, kind: ReaderKind, block: int) -> Product:
+        """The projection of a weight block: head for q, group for k and v."""
+        linear: PAHQLinear = getattr(self.attention, f"{kind}_proj")
+        return linear.piece(self.attention.head_rows(block), linear.region.cols)
+
+    def difference(self, kind: ReaderKind, block: int) -> DifferenceProduct:
+        """The same for differences of its input."""
+        linear: PAHQLinear = getattr(self.attention, f"{kind}_proj")
+        return linear.difference(self.attention.head_rows(block), linear.region.cols)
+
+    def raw(self, kind: ReaderKind, blocks: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
+        """Queries, keys or values before rotation, each from an input of its own.
 
         Args:
             kind: `q`, `k` or `v`.
-            blocks: Weight block of each entry: head for q, group for k and v.
-            x: Inputs before the layer's norm. [n, K, tokens, d_model]
+            blocks: Weight block of each entry.
+            inputs: Inputs before the layer's norm. Each [tokens, d_model]
+
+        Returns:
+            [n, tokens, d_head]
+        """
+        parts = []
+        for block, x in zip(blocks, inputs, strict=True):
+            product = self.product(kind, block)
+
+            def projected(rows: Tensor, f: Product = product) -> Tensor:
+                return f(self.norm(rows))
+
+            parts.append(in_chunks(projected, x))
+        return torch.stack(parts)
+
+    def rotated(self, kind: ReaderKind, y: Tensor, tokens: TokenSet | None) -> Tensor:
+        """Apply the rotary embedding to queries or keys; values stay as they are.
+
+        Args:
+            kind: `q`, `k` or `v`.
+            y: [n, tokens, d_head] or [n, K, tokens, d_head]
             tokens: Which tokens those are; None for the whole padded batch in order.
 
         Returns:
-            [n, K, tokens, d_head]
+            The same shape.
         """
-        attention = self.attention
-        linear: PAHQLinear = getattr(attention, f"{kind}_proj")
-        parts = []
-        for block, stream in zip(blocks, x, strict=True):
-            product = linear.piece(attention.head_rows(block), linear.region.cols)
-            parts.append(in_chunks(_Chain(self._norm, product), stream))
-        y = torch.stack(parts)
-        return y if kind == "v" else self._rotated(y, tokens)
-
-    def _rotated(self, y: Tensor, tokens: TokenSet | None) -> Tensor:
-        if self._rotary is None:
+        if kind == "v" or self._rotary is None:
             return y
         tables = []
         for table in self._rotary:  # [batch or 1, pos, rotary]
             full = table.expand(self._batch, -1, -1)
             tables.append(full.flatten(0, 1)[None] if tokens is None else tokens.pick(full)[None])
         # Entries stand in for the batch, circuits for the heads, tokens for the positions.
-        return self.attention.rotate(y, (tables[0], tables[1]))
+        grid = y if y.ndim == 4 else y[:, None]
+        return self.attention.rotate(grid, (tables[0], tables[1])).view(y.shape)
 
     def attend(self, q: Tensor, k: Tensor, tokens: TokenSet) -> Tensor:
         """Attention probabilities of queries at some tokens over all positions.
@@ -115,17 +142,6 @@ class HeadMath:
     def tokens(self, liveness: Liveness) -> TokenSet:
         """The tokens of a liveness."""
         return self._plan.at(liveness)
-
-
-class _Chain:
-    """A norm, then a product."""
-
-    def __init__(self, norm: nn.Module, product: Product) -> None:
-        self._norm = norm
-        self._product = product
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(self._norm(x))
 
 
 def _per_example(left: Tensor, right: Tensor) -> Tensor:

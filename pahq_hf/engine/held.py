@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pahq_hf.precision import PAHQLinear
 
 
@@ -16,10 +18,15 @@ class HeldWeights:
         self._limit = limit
         self._held: dict[PAHQLinear, int] = {}
 
-    def use(self, linear: PAHQLinear, *, packed: bool) -> None:
-        """Say that a weight is about to be used; hold it if it fits."""
+    def use(self, linear: PAHQLinear, hold: Callable[[PAHQLinear], int]) -> None:
+        """Say that a weight is about to be used; hold it if it fits.
+
+        Args:
+            linear: The weight.
+            hold: Makes it hold what is wanted; returns the bytes that takes.
+        """
         self._held.pop(linear, None)
-        size = linear.hold(packed=packed)
+        size = hold(linear)
         self._held[linear] = size
         total = sum(self._held.values())
         while total > self._limit and self._held:

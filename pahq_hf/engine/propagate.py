@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pahq_hf.engine.arithmetic import Arithmetic, contribute
 from pahq_hf.engine.state import HEAD_KINDS, CircuitState
 from pahq_hf.engine.tokens import Liveness
+from pahq_hf.engine.workspace import Workspace
 from pahq_hf.graph import ReaderKind
 
 
@@ -24,10 +26,21 @@ class Propagation:
         state: The current circuit.
         reader: The reader whose input changes.
         delta: The change, at the reader's tokens. [K, tokens, d_model]
+        arithmetic: How changes are computed.
+        workspace: Buffers; they are in use until `final` returns.
     """
 
-    def __init__(self, state: CircuitState, reader: int, delta: Tensor) -> None:
+    def __init__(
+        self,
+        state: CircuitState,
+        reader: int,
+        delta: Tensor,
+        arithmetic: Arithmetic,
+        workspace: Workspace,
+    ) -> None:
         self._state = state
+        self._arithmetic = arithmetic
+        self._workspace = workspace
         self._graph = state.graph
         self._plan = state.plan
         self._circuits = delta.shape[0]
@@ -66,7 +79,8 @@ class Propagation:
             elif owned:
                 total += change
             else:
-                total, owned = total + change, True
+                total = torch.add(total, change, out=self._workspace.take(("input", reader), change.shape))
+                owned = True
         return total
 
     def _change_at(self, writer: int, want: Liveness) -> Tensor | None:
@@ -88,8 +102,9 @@ class Propagation:
         reader = graph.layer_readers(layer, "mlp")[0]
         change = self._input_change(reader)
         if change is not None:
-            output = state.mlp(layer, state.inputs[reader] + change)
-            self._changes[node] = output.sub_(state.outputs[node])
+            out = self._workspace.take(node, change.shape)
+            self._arithmetic.mlp_change(layer, state.inputs[reader], change, state.outputs[node], out)
+            self._changes[node] = out
 
     def _through_attention(self, layer: int) -> None:
         state = self._state
@@ -117,9 +132,10 @@ class Propagation:
         state, math = self._state, self._state.math[layer]
         readers = self._graph.layer_readers(layer, kind)
         index = list(moved)
-        x = torch.stack([state.inputs[readers[i]] + moved[i] for i in index])
+        own = [readers[i] for i in index]
         blocks = [state.weight_block(i) for i in index]
-        new = math.project(kind, blocks, x, self._plan.window)
+        inputs, changes = [state.inputs[r] for r in own], list(moved.values())
+        new = self._arithmetic.reread(math, kind, own, blocks, inputs, changes, self._plan.window)
         attention = state.attention[layer]
         base = attention.k if kind == "k" else attention.v
         return dict(zip(index, math.with_window(base[index], new), strict=True))
@@ -166,8 +182,11 @@ class Propagation:
         new = [number for number, h in enumerate(heads) if h in queries]
         if not new:
             return q
-        x = torch.stack([state.inputs[readers[heads[i]]] + queries[heads[i]] for i in new])
-        projected = math.project("q", [heads[i] for i in new], x, self._plan.at(liveness))
+        changing = [heads[i] for i in new]
+        own = [readers[head] for head in changing]
+        inputs, changes = [state.inputs[r] for r in own], [queries[head] for head in changing]
+        tokens = self._plan.at(liveness)
+        projected = self._arithmetic.reread(math, "q", own, changing, inputs, changes, tokens)
         if len(new) == len(heads):
             return projected
         q = q.clone()
@@ -187,6 +206,8 @@ class Propagation:
     ) -> None:
         state = self._state
         change = z - state.attention[layer].z[liveness][list(slots)][:, None]
-        added = state.streams.contribute(layer, heads, change.flatten(1, 2)).unflatten(1, change.shape[1:3])
-        for head, value in zip(heads, added, strict=True):
-            self._changes[self._graph.head_writer(layer, head)] = value
+        for head, moved in zip(heads, change, strict=True):
+            node = self._graph.head_writer(layer, head)
+            out = self._workspace.take(node, (*moved.shape[:2], state.streams.width))
+            contribute(self._arithmetic.contribution(layer, head), moved, out)
+            self._changes[node] = out

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.config import MetricName
+from pahq_hf.engine.vocabulary import AnchoredVocabulary, Vocabulary
 from pahq_hf.metrics import Metric, TokenSets
-from pahq_hf.precision import Product
-
-_BLOCK_ELEMENTS = 1 << 18  # logits per block: 1 MiB of FP32, inside a core's L2 cache
 
 
 class Readout:
@@ -29,16 +27,27 @@ class Readout:
         metric: The metric, bound to the task and the full model's logits.
         unembedding: The model's unembedding.
         clean_logits: The full model's logits. [rows, vocab]
+        compute: Dtype of products with differences from an anchor, for `near`.
     """
 
-    def __init__(self, metric: Metric, unembedding: nn.Linear, clean_logits: Tensor) -> None:
+    def __init__(
+        self,
+        metric: Metric,
+        unembedding: nn.Linear,
+        clean_logits: Tensor,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self.metric = metric
         self._weight = unembedding.weight.detach()  # [vocab, d_model]
         bias = cast("nn.Parameter | None", unembedding.bias)  # nn.Linear's annotation forgets None
         self._bias: Tensor | None = None if bias is None else bias.detach()
-        self._blocks: dict[int, list[Product]] = {}
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
-        self._shift = clean_logits.logsumexp(-1)  # [rows]
+        shift = clean_logits.logsumexp(-1)  # [rows]
+        rarely = compute != torch.float32  # then most products are `near`'s, in BF16
+        self._vocabulary = Vocabulary(self._weight, self._bias, shift, packed=not rarely)
+        self._near: AnchoredVocabulary | None = None
+        if rarely:
+            self._near = AnchoredVocabulary(self._vocabulary, self._weight, self._bias)
         name: MetricName = metric.name
         if name == "kl":
             self._prepare_kl()
@@ -72,11 +81,17 @@ class Readout:
             return direction, torch.zeros(len(share), dtype=torch.float64, device=share.device)
         return direction, (self._bias[sets.ids].to(torch.float64) * share).sum(1)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def anchor(self, x: Tensor) -> None:
+        """Let `near` start from these hidden states. [rows, d_model]"""
+        if self._near is not None and self.metric.name != "logit_diff":
+            self._near.anchor(x)
+
+    def rows(self, x: Tensor, *, near: bool = False) -> Tensor:
         """The metric row by row.
 
         Args:
             x: Hidden states after the final norm. [batch, rows, d_model]
+            near: Use the anchor.
 
         Returns:
             [batch, rows] in float64
@@ -84,7 +99,7 @@ class Readout:
         name = self.metric.name
         if name == "logit_diff":
             return -((x.to(torch.float64) * self._direction).sum(-1) + self._offset)
-        lse = self._logsumexp(x)
+        lse = self._near(x) if near and self._near is not None else self._vocabulary(x)
         if name == "kl":
             return self._offset - (x.to(torch.float64) * self._direction).sum(-1) + lse
         right = self._probability(x, self.metric.answers, lse)
@@ -96,42 +111,13 @@ class Readout:
         """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
         return self.metric.reduce(self.rows(x))
 
+    def near(self, x: Tensor) -> Tensor:
+        """The same close to the anchor, in the dtype of `compute`."""
+        return self.metric.reduce(self.rows(x, near=True))
+
     def _probability(self, x: Tensor, sets: TokenSets, lse: Tensor) -> Tensor:
         columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]
         logits = torch.einsum("brd,rwd->brw", x.to(torch.float64), columns)
         if self._bias is not None:
             logits = logits + self._bias[sets.ids].to(torch.float64)
         return sets.total((logits - lse[..., None]).exp())
-
-    # -- logsumexp over the vocabulary --------------------------------------------------------------
-
-    def _logsumexp(self, x: Tensor) -> Tensor:
-        """[batch, rows, d_model] -> [batch, rows] in float64"""
-        batch, rows, _ = x.shape
-        flat = x.reshape(batch * rows, -1)
-        shift = self._shift.repeat(batch)[:, None]
-        total = torch.zeros(batch * rows, dtype=torch.float64, device=x.device)
-        for product in self._vocabulary(batch * rows):
-            total += product(flat).sub_(shift).exp_().sum(-1)
-        good = torch.isfinite(total) & (total > 1e-20) & (total < 1e20)
-        result = total.log() + shift[:, 0].to(torch.float64)
-        if not bool(good.all()):
-            result[~good] = self._exact_logsumexp(flat[~good]).to(torch.float64)
-        return result.view(batch, rows)
-
-    def _exact_logsumexp(self, x: Tensor) -> Tensor:
-        """The textbook form, safe whatever the scale. [n, d_model] -> [n]"""
-        return torch.logsumexp(nn.functional.linear(x, self._weight, self._bias), dim=-1)
-
-    def _vocabulary(self, count: int) -> list[Product]:
-        """The unembedding cut into blocks whose logits stay in cache."""
-        size = 1024
-        while size > 256 and size * count > _BLOCK_ELEMENTS * 2:
-            size //= 2
-        if size not in self._blocks:
-            self._blocks.clear()
-            self._blocks[size] = [
-                Product(self._weight[i : i + size], None if self._bias is None else self._bias[i : i + size])
-                for i in range(0, self._weight.shape[0], size)
-            ]
-        return self._blocks[size]

@@ -8,6 +8,7 @@ is r's node, the live nodes above it, and the metric.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -15,20 +16,25 @@ from torch import Tensor
 
 from pahq_hf.capture import Activations, ablated, capture
 from pahq_hf.config import Ablation, MetricName
+from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.hooks import head_outputs
 from pahq_hf.engine.propagate import Propagation
 from pahq_hf.engine.readout import Readout
+from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.state import CircuitState
 from pahq_hf.engine.streams import Streams
 from pahq_hf.engine.timing import Phases
-from pahq_hf.engine.tokens import TokenPlan
+from pahq_hf.engine.tokens import Liveness, TokenPlan
+from pahq_hf.engine.workspace import Workspace
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.metrics import Metric, checked
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+
+_WRITERS = 64  # whose differences are computed at once
 
 
 class SparseEngine:
@@ -39,7 +45,7 @@ class SparseEngine:
         task: The prompts.
         metric: What to minimise.
         ablation: What stands in for removed edges.
-        raise_active: Compute the node of the reader in focus in FP32 (the paper's rule).
+        rule: How low precision is used.
         memory_budget: Bytes that a batch of candidates and decoded weights may take; a share of what
             is free by default.
         liveness: Compute nodes only at tokens that matter; False computes all tokens, for tests.
@@ -52,7 +58,7 @@ class SparseEngine:
         metric: MetricName,
         *,
         ablation: Ablation = "corrupted",
-        raise_active: bool = False,
+        rule: PrecisionRule | None = None,
         memory_budget: int | None = None,
         liveness: bool = True,
     ) -> None:
@@ -61,12 +67,13 @@ class SparseEngine:
         self.graph: Graph = model.graph
         self.phases = Phases()
         self.evaluations = 0
-        with self.phases("capture"), torch.no_grad():
+        self._rule = rule = rule or PrecisionRule()
+        with self.phases("capture"), torch.no_grad(), self._exactly():
             clean = capture(model, task, task.clean_ids)
             self._corrupted = capture(model, task, task.corrupted_ids)
             self._substitute = ablated(model, clean, self._corrupted, task, ablation)
-            # Raising a component changes it at every token, also before the prompts differ.
-            from_start = ablation != "corrupted" or raise_active
+            # Without anchors raising a component changes it at every token, also before the prompts differ.
+            from_start = ablation != "corrupted" or (rule.raise_active and not rule.anchored)
             plan = (
                 TokenPlan.of(task, from_start=from_start, device=model.device)
                 if liveness
@@ -76,14 +83,14 @@ class SparseEngine:
             self.metric = Metric(metric, task, clean.logits, model.device)
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
-            self._readout = Readout(self.metric, model.unembedding, clean.logits)
+            self._readout = Readout(self.metric, model.unembedding, clean.logits, rule.compute)
             self._streams = Streams(model, plan, clean, self._substitute)
         self._clean: Activations = clean
-        self._raise_active = raise_active
         self._fixed = ablation != "corrupted"
         self._plan = plan
         self._memory = MemoryBudget(memory_budget, model)
         self._held = HeldWeights(self._memory.limit)
+        self._workspace = Workspace(clean.embedding)
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
         self._gone: Tensor | None = None  # what lost edges of the reader in focus took away
@@ -95,7 +102,14 @@ class SparseEngine:
             HeadMath(layer, self._plan, self._clean, number, len(self.task))
             for number, layer in enumerate(self.model.layers)
         ]
-        return CircuitState(self.model, self._streams, math, self._held)
+        return CircuitState(self.graph, self._streams, math, self._held, self._arithmetic())
+
+    def _arithmetic(self) -> Arithmetic:
+        return Anchored(self.model) if self._rule.anchored else Direct(self.model)
+
+    def _exactly(self) -> AbstractContextManager[None]:
+        """The precision of captured runs and of the current circuit."""
+        return self.model.precision.full_precision() if self._rule.anchored else nullcontext()
 
     # -- any circuit ------------------------------------------------------------------------------
 
@@ -103,7 +117,7 @@ class SparseEngine:
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit, from the live nodes only."""
         state = self._new_state()
-        state.update(kept, self._floor_of(kept))
+        state.update(kept, self._floor_of(kept))  # its captured runs and the state are exact
         return self._read(state.inputs[self.graph.logits_reader][None])[0]
 
     def _floor_of(self, kept: BoolArray) -> int:
@@ -120,23 +134,27 @@ class SparseEngine:
         self._kept = kept.copy()
         self._state = self._new_state()
         self._state.update(kept, self._floor_of(kept))
-        return self._read(self._state.inputs[self.graph.logits_reader][None])[0]
+        return self._read_state()
+
+    def _read_state(self) -> float:
+        """The current circuit's metric, which is where tests start from."""
+        final = self._state.inputs[self.graph.logits_reader][None]
+        self._readout.anchor(self.model.final_norm(final[0]))
+        return self._read(final)[0]
 
     @torch.no_grad()
     def focus(self, reader: int) -> float | None:
-        """Turn to a reader; the metric measured again when that changed a weight's precision."""
+        """Turn to a reader; the metric measured again when that changed what tests start from."""
         self._commit()
         self._reader = reader
         nodes = self.graph.readers[reader].nodes
-        changed = self._raise(reader) if self._raise_active else set()
+        changed = self._raise(reader) if self._rule.raise_active else set()
         floor = nodes[0] if nodes else len(self.graph.writers)
         if nodes and self.graph.readers[reader].kind != "mlp":
             floor = self.graph.head_writer(self.graph.readers[reader].layer, 0)
         with self.phases("refresh"):
             self._state.update(self._kept, floor, changed)
-        if not changed:
-            return None
-        return self._read(self._state.inputs[self.graph.logits_reader][None])[0]
+        return self._read_state() if changed or self._rule.anchored else None
 
     @torch.no_grad()
     def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
@@ -148,20 +166,38 @@ class SparseEngine:
             raise ValueError("focus on a reader before trying its edges")
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
-        values: list[float] = []
-        while len(values) < len(candidates):
+        final = self._propagate(reader, delta, self._state.arithmetic)
+        return self._read(final, near=self._rule.anchored)
+
+    @torch.no_grad()
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Metric in FP32 with exactly each candidate's edges into `reader` removed.
+
+        Weights along the affected path are read from the checkpoint.
+        """
+        if reader != self._reader:
+            raise ValueError("focus on a reader before trying its edges")
+        with self.phases("second look"), self.model.precision.full_precision():
+            liveness = self._state.reader_liveness(reader)
+            delta = self._changes_without(candidates, liveness)
+            return self._read(self._propagate(reader, delta, Direct(self.model)))
+
+    def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
+        """Final streams. [K, tokens, d_model] -> [K, rows, d_model]"""
+        finals: list[Tensor] = []
+        done = 0
+        while done < delta.shape[0]:
             size = self._memory.batch(self._state, reader)
             try:
-                values += self._try(reader, delta[len(values) : len(values) + size])
+                with self.phases("propagation"):
+                    part = delta[done : done + size]
+                    finals.append(Propagation(self._state, reader, part, arithmetic, self._workspace).final())
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or not self._memory.halve(size):
                     raise
-        return values
-
-    def _try(self, reader: int, delta: Tensor) -> list[float]:
-        with self.phases("propagation"):
-            final = Propagation(self._state, reader, delta).final()
-        return self._read(final)
+                continue
+            done += size
+        return torch.cat(finals)
 
     @torch.no_grad()
     def remove(self, reader: int, writers: Sequence[int]) -> None:
@@ -169,18 +205,30 @@ class SparseEngine:
         self._kept[reader, list(writers)] = False
         if reader != self._reader or not writers:
             return
+        taken = self._taken(reader, writers)
+        self._gone = taken if self._gone is None else self._gone + taken
+
+    @torch.no_grad()
+    def restore(self, reader: int, writers: Sequence[int]) -> None:
+        """Put removed edges into the reader in focus back."""
+        self._kept[reader, list(writers)] = True
+        if self._gone is not None and writers:
+            gone = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
+            self._gone = self._taken(reader, gone) if gone else None
+
+    def _taken(self, reader: int, writers: Sequence[int]) -> Tensor:
+        """What some writers' edges carried to the reader in focus. [tokens, d_model]"""
         known, differences = self._tried or ([], torch.empty(0))
         if set(writers) <= set(known):
-            taken = differences[[known.index(w) for w in writers]].sum(0)
-        else:
-            taken = self._streams.differences(list(writers), self._state.reader_liveness(reader)).sum(0)
-        self._gone = taken if self._gone is None else self._gone + taken
+            return differences[[known.index(w) for w in writers]].sum(0)
+        return self._differences(writers, self._state.reader_liveness(reader)).sum(0)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the model as it was."""
         self._commit()
         self._held.release()
+        self._workspace.clear()
         self.model.precision.deactivate()
         self._state.substitute_shifts.clear()
 
@@ -190,21 +238,55 @@ class SparseEngine:
     def _input_changes(self, reader: int, candidates: Sequence[Sequence[int]]) -> Tensor:
         """Change of the reader's input for every candidate. [K, tokens, d_model]"""
         writers = sorted({w for candidate in candidates for w in candidate})
-        column = {writer: number for number, writer in enumerate(writers)}
-        choose = torch.zeros(len(candidates), len(writers))
-        for row, candidate in enumerate(candidates):
-            choose[row, [column[w] for w in candidate]] = -1
-        liveness = self._state.reader_liveness(reader)
-        differences = self._streams.differences(writers, liveness)  # [writer, tokens, d_model]
+        differences = self._differences(writers, self._state.reader_liveness(reader), reuse=True)
         self._tried = (writers, differences)
-        change = torch.tensordot(choose.to(differences), differences, dims=1)
+        choose = _choice(candidates, writers).to(differences).neg_()
+        change = self._workspace.take("candidates", (len(candidates), *differences.shape[1:]))
+        torch.mm(choose, differences.flatten(1), out=change.view(len(candidates), -1))
         return change if self._gone is None else change.sub_(self._gone)
 
-    def _read(self, final: Tensor) -> list[float]:
-        """Metrics of final streams. [K, rows, d_model] -> K values"""
+    def _changes_without(self, candidates: Sequence[Sequence[int]], liveness: Liveness) -> Tensor:
+        """The same for whole sets of lost edges, in bounded memory. [K, tokens, d_model]"""
+        writers = sorted({w for candidate in candidates for w in candidate})
+        total: Tensor | None = None
+        for start in range(0, len(writers), _WRITERS):
+            some = writers[start : start + _WRITERS]
+            differences = self._streams.differences(some, liveness)
+            part = torch.tensordot(_choice(candidates, some).to(differences), differences, dims=1)
+            total = part if total is None else total.add_(part)
+        if total is None:  # only the circuit as it is was asked for
+            tokens = len(self._plan.at(liveness))
+            return self._clean.embedding.new_zeros(len(candidates), tokens, self._clean.embedding.shape[-1])
+        return total.neg_()
+
+    def _differences(self, writers: Sequence[int], liveness: Liveness, *, reuse: bool = False) -> Tensor:
+        """`a_w - c_w` of tested edges; in memory that is valid until the next call if `reuse` says so.
+
+        Returns:
+            [writer, tokens, d_model]
+        """
+        out = None
+        if reuse:
+            shape = (len(writers), len(self._plan.at(liveness)), self._streams.width)
+            out = self._workspace.take("differences", shape)
+        full = self._rule.full_writers
+        with self.model.precision.full_precision() if full else nullcontext():
+            return self._streams.differences(writers, liveness, out)
+
+    def _read(self, final: Tensor, *, near: bool = False) -> list[float]:
+        """Metrics of final streams, close to the current circuit's or anywhere.
+
+        Args:
+            final: [K, rows, d_model]
+            near: Start from the current circuit's logits.
+
+        Returns:
+            K values.
+        """
         self.evaluations += final.shape[0]
+        readout = self._readout.near if near else self._readout
         with self.phases("metric"):
-            values = self._readout(self.model.final_norm(final)).tolist()
+            values = readout(self.model.final_norm(final)).tolist()
         return [checked(value, self.metric.name) for value in values]
 
     # -- the active component -----------------------------------------------------------------------
@@ -214,8 +296,8 @@ class SparseEngine:
         nodes = self.graph.readers[reader].nodes
         names = [self.graph.writers[node].name for node in nodes]
         before = self._touched(self.model.precision.active)
-        if not self.model.precision.activate(*names):
-            return set()
+        if not self.model.precision.activate(*names) or self._rule.anchored:
+            return set()  # with anchors the state is FP32 whatever component is active
         self._state.substitute_shifts.clear()
         touched = self._touched(self.model.precision.active)
         if touched and not self._fixed:
@@ -250,3 +332,12 @@ class SparseEngine:
         change = self._streams.change(number, heads, new, old)
         for head, value in zip(heads, change, strict=True):
             shifts[self.graph.head_writer(number, head)] = value
+
+
+def _choice(candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Tensor:
+    """Which writers each candidate names. [K, writers]"""
+    column = {writer: number for number, writer in enumerate(writers)}
+    choose = torch.zeros(len(candidates), len(writers))
+    for row, candidate in enumerate(candidates):
+        choose[row, [column[w] for w in candidate if w in column]] = 1
+    return choose

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pahq_hf.engine.arithmetic import Arithmetic
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.streams import Streams
 from pahq_hf.engine.tokens import Liveness
 from pahq_hf.graph import BoolArray, Graph, ReaderKind
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import in_chunks
 
 HEAD_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v")
 
@@ -51,19 +50,25 @@ class CircuitState:
     """Inputs of live readers and outputs of live nodes under an edge set.
 
     Args:
-        model: The patched model.
+        graph: The model's graph.
         streams: The captured constants.
         math: Head computations per layer.
         held: Keeps the weights of live nodes ready.
+        arithmetic: How nodes are computed.
     """
 
     def __init__(
-        self, model: PatchedModel, streams: Streams, math: list[HeadMath], held: HeldWeights
+        self,
+        graph: Graph,
+        streams: Streams,
+        math: list[HeadMath],
+        held: HeldWeights,
+        arithmetic: Arithmetic,
     ) -> None:
-        self._model = model
-        self.graph: Graph = model.graph
+        self.graph = graph
         self.streams = streams
         self.math = math
+        self.arithmetic = arithmetic
         self._held = held
         self.plan = streams.plan
         self.kept: BoolArray = self.graph.all_edges.copy()
@@ -116,21 +121,20 @@ class CircuitState:
         if moved or dirty:
             dirty |= self._update_liveness()
         self._hold_weights()
-        self._refresh(dirty, set(changed_nodes))
+        with self.arithmetic.state_precision():
+            self._refresh(dirty, set(changed_nodes))
 
     def _hold_weights(self) -> None:
         """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
         graph = self.graph
-        for number, layer in enumerate(self._model.layers):
-            attention = layer.attention
-            self._held.use(attention.o_proj, packed=False)
+        for number in range(graph.spec.layers):
             first = graph.head_writer(number, 0)
-            if any(self.liveness[first : first + graph.spec.heads]):
-                for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-                    self._held.use(linear, packed=False)
-            if graph.spec.mlps and self.liveness[graph.mlp_writer(number)]:
-                for linear in self._model.mlp_linears(layer):
-                    self._held.use(linear, packed=True)
+            self.arithmetic.hold(
+                self._held,
+                number,
+                attention=any(self.liveness[first : first + graph.spec.heads]),
+                mlp=graph.spec.mlps and self.liveness[graph.mlp_writer(number)] is not Liveness.DEAD,
+            )
 
     def _update_liveness(self) -> set[int]:
         """Recompute liveness from the top; returns readers whose liveness changed."""
@@ -196,16 +200,11 @@ class CircuitState:
             return
         if not self._refresh_input(reader, changed) and node not in changed and node in self.outputs:
             return
-        output = self.mlp(layer, self.inputs[reader])
+        output = self.arithmetic.mlp(layer, self.inputs[reader])
         clean = self.plan.narrow(self.streams.mlp[layer], Liveness.WINDOW, liveness)
         self.outputs[node] = output
         self.shifts[node] = output - clean
         changed.add(node)
-
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """What a layer's MLP adds. [..., d_model] -> [..., d_model]"""
-        rooms = self._model.layers[layer]
-        return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
 
     def _forget(self, node: int) -> None:
         self.outputs.pop(node, None)
@@ -250,11 +249,12 @@ class CircuitState:
         readers = self.graph.layer_readers(layer, "q")
         for liveness, members in heads.items():
             tokens = self.plan.at(liveness)
-            x = torch.stack([self.inputs[readers[head]] for head in members])[:, None]
-            q = math.project("q", members, x, tokens)
+            own = [readers[head] for head in members]
+            inputs = [self.inputs[reader] for reader in own]
+            q = self.arithmetic.read(math, "q", own, members, inputs, tokens)
             kv = [self.graph.kv_of_head(head) for head in members]
-            probabilities = math.attend(q, state.k[kv][:, None], tokens)
-            state.q[liveness] = q[:, 0]
+            probabilities = math.attend(q[:, None], state.k[kv][:, None], tokens)
+            state.q[liveness] = q
             state.probabilities[liveness] = probabilities[:, 0]
             state.z[liveness] = math.read_out(probabilities, state.v[kv][:, None], tokens)[:, 0]
         return state
@@ -266,17 +266,17 @@ class CircuitState:
         readers = self.graph.layer_readers(layer, kind)
         blocks = [self.weight_block(index) for index in range(len(readers))]
         distinct = sorted(set(blocks))
-        x = clean.flatten(0, 1).expand(len(distinct), 1, -1, -1)
-        projected = math.project(kind, distinct, x, None)[:, 0]
+        raw = math.raw(kind, distinct, [clean.flatten(0, 1)] * len(distinct))
+        projected = math.rotated(kind, raw, None)
         base = projected.unflatten(1, clean.shape[:2])[[distinct.index(block) for block in blocks]]
         live = self.live_readers(layer, kind)
         if not live:
             return base
         index = [r - readers.start for r in live]
-        inputs = torch.stack([self.inputs[r] for r in live])[:, None]
-        new = math.project(kind, [blocks[i] for i in index], inputs, self.plan.window)
+        inputs = [self.inputs[r] for r in live]
+        new = self.arithmetic.read(math, kind, live, [blocks[i] for i in index], inputs, self.plan.window)
         base = base.clone()
-        base[index] = math.with_window(base[index], new)[:, 0]
+        base[index] = math.with_window(base[index], new[:, None])[:, 0]
         return base
 
     def weight_block(self, kv_reader: int) -> int:

@@ -35,6 +35,7 @@ class Streams:
         self._graph: Graph = model.graph
         self.plan = plan
         window = plan.window
+        self.width = clean.embedding.shape[-1]  # d_model
         self.attention_in = clean.attention_in  # per layer [batch, pos, d_model]
         self._clean = clean
         self.z = [window.pick(z) for z in clean.z]  # per layer [tokens, head, d_head]
@@ -44,10 +45,20 @@ class Streams:
         self._dmlp = [m - window.pick(c) for m, c in zip(self.mlp, substitute.mlp, strict=True)]
         self._dembedding = window.pick(clean.embedding - substitute.embedding)
 
-    def differences(self, writers: Sequence[int], liveness: Liveness) -> Tensor:
-        """`a_w - c_w` of the clean run for some writers. [writer, tokens, d_model]"""
+    def differences(self, writers: Sequence[int], liveness: Liveness, out: Tensor | None = None) -> Tensor:
+        """`a_w - c_w` of the clean run for some writers.
+
+        Args:
+            writers: Which.
+            liveness: At which tokens.
+            out: Where they go; new memory by default. [writer, tokens, d_model]
+
+        Returns:
+            [writer, tokens, d_model]
+        """
         graph, plan = self._graph, self.plan
-        parts: list[Tensor] = []
+        if out is None:
+            out = self._dembedding.new_empty(len(writers), len(plan.at(liveness)), self.width)
         start = 0
         while start < len(writers):  # runs of heads of one layer become one batched product
             writer = graph.writers[writers[start]]
@@ -65,16 +76,16 @@ class Streams:
                 weight = self._model.layers[writer.layer].attention.o_proj.base()
                 narrow = plan.narrow(dz, Liveness.WINDOW, liveness)
                 values = self._contribute(weight, writer.layer, heads, narrow)
-            parts.append(values)
+            out[start:stop] = values
             start = stop
-        return torch.cat(parts)
+        return out
 
     def _is_head_of(self, index: int, layer: int) -> bool:
         writer = self._graph.writers[index]
         return writer.layer == layer and writer.head is not None
 
     def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
-        """What heads add to the stream now. [head, tokens, d_head] -> [head, tokens, d_model]"""
+        """What heads add to the stream at the present precision. [head, tokens, d_head or d_model]"""
         attention = self._model.layers[layer].attention
         linear = attention.o_proj
         pieces = [linear.piece(linear.region.rows, attention.head_rows(head)) for head in heads]
@@ -93,7 +104,7 @@ class Streams:
             [head, tokens, d_model]
         """
         linear = self._model.layers[layer].attention.o_proj
-        if not linear.is_raised:
+        if self._model.precision.is_full or not linear.is_raised:
             return self.contribute(layer, heads, new - captured)
         before = self._contribute(linear.base(), layer, heads, captured)
         return self.contribute(layer, heads, new) - before

@@ -1,9 +1,9 @@
 """Weights in low precision, and FP32 slices of them on demand. The only room that imports torchao."""
 
 from pahq_hf.precision.control import Component, PrecisionControl
-from pahq_hf.precision.linear import PAHQLinear, Region
+from pahq_hf.precision.linear import Anchor, Origin, PAHQLinear, Region
 from pahq_hf.precision.low import LowWeight, quantize
-from pahq_hf.precision.product import Product, in_chunks
+from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product, in_chunks, resolve_compute
 from pahq_hf.precision.source import (
     CheckpointSource,
     MemorySource,
@@ -13,10 +13,14 @@ from pahq_hf.precision.source import (
 )
 
 __all__ = [
+    "COMPUTE_DTYPES",
+    "Anchor",
     "CheckpointSource",
     "Component",
+    "DifferenceProduct",
     "LowWeight",
     "MemorySource",
+    "Origin",
     "PAHQLinear",
     "PrecisionControl",
     "Product",
@@ -26,4 +30,5 @@ __all__ = [
     "WeightSource",
     "in_chunks",
     "quantize",
+    "resolve_compute",
 ]

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.linear import PAHQLinear, Region
+from pahq_hf.precision.source import Staging
 
 Component = str
 Part = tuple[PAHQLinear, Region]
@@ -24,6 +25,10 @@ class PrecisionControl:
         self._parts = parts
         self._linears = linears
         self._active: frozenset[Component] = frozenset()
+        self.is_full = False  # inside `full_precision`
+        self._staging = Staging()
+        for linear in linears:
+            linear.staging = self._staging
 
     @property
     def active(self) -> frozenset[Component]:
@@ -75,10 +80,16 @@ class PrecisionControl:
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Inside, every linear weight is FP32, streamed from the checkpoint product by product."""
-        with ExitStack() as stack:
-            for linear in self._linears:
-                stack.enter_context(linear.full_precision())
-            yield
+        before, self.is_full = self.is_full, True
+        try:
+            with ExitStack() as stack:
+                for linear in self._linears:
+                    stack.enter_context(linear.full_precision())
+                yield
+        finally:
+            self.is_full = before
+            if not before:
+                self._staging.free()
 
     @property
     def nbytes(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 from pahq_hf.precision.scaled import ScaledWeight
 
@@ -45,3 +47,39 @@ class Float8Weight(ScaledWeight):
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""
         return decode_e4m3(self.codes[rows, cols], self.scale[rows])
+
+    def dynamic(self, rows: slice, cols: slice) -> DynamicFloat8Product:
+        """A block's product with inputs that are rounded to FP8 too."""
+        return DynamicFloat8Product(self.codes[rows, cols].contiguous(), self.scale[rows].contiguous())
+
+
+class DynamicFloat8Product:
+    """`y = x W^T` in FP8: rows of x are scaled on the fly, sums are FP32, y is BF16.
+
+    torchao's dynamic-activation kernel, `torch._scaled_mm`: CUDA with compute capability 8.9 or newer.
+
+    Args:
+        codes: E4M3 codes of W; both sizes multiples of 16. [out, in]
+        scale: One for each row. [out, 1]
+    """
+
+    dtype = torch.bfloat16  # of what it takes and gives
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self._weight = Float8Tensor(
+            codes,
+            scale,
+            block_size=[1, codes.shape[1]],
+            act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=PerRow()),
+            dtype=torch.bfloat16,
+        )
+        self.nbytes = codes.nbytes + scale.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return self.raw(x).to(x.dtype)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """The same in BF16. [..., in] -> [..., out]"""
+        y = F.linear(x.to(torch.bfloat16).flatten(0, -2), self._weight)
+        return y.unflatten(0, x.shape[:-1])

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
+from pahq_hf.precision.float8 import Float8Weight
 from pahq_hf.precision.low import LowWeight, quantize
-from pahq_hf.precision.product import Product
-from pahq_hf.precision.source import SourceBlock
+from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
+from pahq_hf.precision.source import SourceBlock, Staging
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,42 @@ class Region:
             slice(self.rows.start - r, self.rows.stop - r),
             slice(self.cols.start - c, self.cols.stop - c),
         )
+
+
+class Origin:
+    """The anchor x0 of an input, shared by the linear maps that read it.
+
+    Args:
+        x: x0. [..., in]
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def difference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x - x0`, computed once for all maps that are given the same x. [..., in]"""
+        if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
+            self._last = (x, (x - self.x).to(dtype))
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """An input of a linear map and its exact output (semantics.md, section 5).
+
+    Attributes:
+        origin: x0. [..., in]
+        y: W x0 + b; None to get the difference from it. [..., out]
+    """
+
+    origin: Origin
+    y: Tensor | None
+
+    @property
+    def x(self) -> Tensor:
+        """x0. [..., in]"""
+        return self.origin.x
 
 
 class PAHQLinear(nn.Module):
@@ -65,22 +102,30 @@ class PAHQLinear(nn.Module):
         self._held: Tensor | None = None
         self._product: Product | None = None
         self._pieces: dict[tuple[int, int, int, int], Product] = {}
+        self._differences: dict[tuple[int, int, int, int], DifferenceProduct] = {}
+        self._compute = torch.float32
         self._full = False
+        self.staging = Staging()  # PrecisionControl gives all projections the same
+        self._streamed: Product | None = None
+        self._anchor: Anchor | None = None
+        self._recorded: list[Anchor] | None = None
 
     # -- precision ------------------------------------------------------------------------------
 
-    def lower(self, fmt: Format, block: SourceBlock) -> None:
+    def lower(self, fmt: Format, block: SourceBlock, compute: torch.dtype = torch.float32) -> None:
         """Keep the weight in a low-precision format from now on.
 
         Args:
             fmt: The format.
             block: Where to read FP32 values.
+            compute: Dtype in which products of differences run.
         """
         if self.weight is None:
             raise ConfigError("this projection is kept in low precision already")
         self.release()
         self.low = cast(nn.Module, quantize(self.weight, fmt))
         self._block = block
+        self._compute = compute
         self.weight = None
 
     def raise_region(self, region: Region) -> None:
@@ -95,19 +140,25 @@ class PAHQLinear(nn.Module):
             self._drop_products()
             self._raised.clear()
 
-    def hold(self, *, packed: bool) -> int:
-        """Keep the low-precision weight decoded, and the effective one packed if asked, until `release`.
-
-        Args:
-            packed: Also keep the weight packed for the processor, for `forward`.
-
-        Returns:
-            Bytes this takes beside the stored weight.
-        """
+    def hold_decoded(self) -> int:
+        """Keep the low-precision weight decoded until `release`. Returns bytes held beside the weight."""
         if self.low is not None and self._held is None:
-            self._held = self.base()
-        if packed and self._product is None and not self._full:  # in full precision it would go unused
-            self._product = Product(self.dense(), self.bias)
+            with self._not_full():
+                self._held = self.base()
+        return self.held_bytes
+
+    def hold_packed(self) -> int:
+        """Keep the effective weight decoded, and packed for `forward`. Returns bytes held."""
+        with self._not_full():  # what full precision reads is not kept
+            self.hold_decoded()
+            if self._product is None:
+                self._product = Product(self.dense(), self.bias)
+        return self.held_bytes
+
+    def hold_difference(self) -> int:
+        """Keep the product of differences packed. Returns bytes held."""
+        with self._not_full():
+            self.difference(*self._everything)
         return self.held_bytes
 
     def release(self) -> None:
@@ -118,12 +169,15 @@ class PAHQLinear(nn.Module):
     def _drop_products(self) -> None:
         self._product = None
         self._pieces.clear()
+        self._differences.clear()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that `hold` keeps."""
+        """Bytes held beside the stored weight until `release`."""
         decoded = 0 if self._held is None else self._held.nbytes
-        products = [*self._pieces.values(), *([] if self._product is None else [self._product])]
+        products: list[DifferenceProduct] = [*self._pieces.values(), *self._differences.values()]
+        if self._product is not None:
+            products.append(self._product)
         return decoded + sum(product.nbytes for product in products)
 
     @contextmanager
@@ -134,6 +188,26 @@ class PAHQLinear(nn.Module):
             yield
         finally:
             self._full = before
+
+    @contextmanager
+    def _not_full(self) -> Iterator[None]:
+        before, self._full = self._full, False
+        try:
+            yield
+        finally:
+            self._full = before
+
+    @contextmanager
+    def streamed(self) -> Iterator[None]:
+        """Inside full precision: read the FP32 weight once for all products until the end."""
+        if not self._full or self.low is None:
+            yield
+            return
+        self._streamed = self._full_product(*self._everything, self.bias)
+        try:
+            yield
+        finally:
+            self._streamed = None
 
     @property
     def nbytes(self) -> int:
@@ -166,9 +240,19 @@ class PAHQLinear(nn.Module):
                 weight[common.within(wanted)] = values[common.within(region)]
         return weight
 
+    @property
+    def _everything(self) -> tuple[slice, slice]:
+        return self.region.rows, self.region.cols
+
     def base(self) -> Tensor:
-        """The weight as it is stored, without FP32 blocks in use. [out, in]"""
-        return self.weight if self.weight is not None else self._stored(self.region)
+        """The weight as it is stored, without FP32 blocks in use; FP32 in full precision. [out, in]"""
+        if self.weight is not None:
+            return self.weight
+        return self._read_full(self.region) if self._full else self._stored(self.region)
+
+    def is_raised_in(self, region: Region) -> bool:
+        """Whether FP32 blocks in use touch a block."""
+        return any(raised.intersect(region) is not None for raised, _ in self._raised)
 
     @property
     def is_raised(self) -> bool:
@@ -181,35 +265,137 @@ class PAHQLinear(nn.Module):
         return cast(LowWeight, self.low).dense(wanted.rows, wanted.cols)
 
     def _read_full(self, region: Region) -> Tensor:
-        if self._block is None or self.low is None:
+        values = self._source.read(region.rows, region.cols)
+        return values.to(device=self._device, dtype=torch.float32)
+
+    def _stage_full(self, rows: slice, cols: slice) -> Tensor:
+        """FP32 values for use at once: the next call may overwrite them. [rows, cols]"""
+        return self._source.stage(rows, cols, self.staging).to(self._device)
+
+    def _full_product(self, rows: slice, cols: slice, bias: Tensor | None) -> Product:
+        weight = self._stage_full(rows, cols)
+        return Product(weight if can_pack(weight) else weight.clone(), bias)
+
+    @property
+    def _source(self) -> SourceBlock:
+        if self._block is None:
             raise ConfigError("this projection is resident in full precision; there is nothing to read")
-        values = self._block.read(region.rows, region.cols)
-        device = next(self.low.parameters()).device
-        return values.to(device=device, dtype=torch.float32)
+        return self._block
+
+    @property
+    def _device(self) -> torch.device:
+        return next(cast(nn.Module, self.low).parameters()).device
 
     # -- products -------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + b`. [..., in] -> [..., out]"""
+        if self._anchor is not None:
+            product = self.difference(*self._everything)
+            moved = product.raw(self._anchor.origin.difference(x, product.dtype)).to(x.dtype)
+            return moved if self._anchor.y is None else moved.add_(self._anchor.y)
+        y = self._absolute(x)
+        if self._recorded is not None:
+            self._recorded.append(Anchor(Origin(x), y))
+        return y
+
+    def _absolute(self, x: Tensor) -> Tensor:
+        if self._full and self._streamed is not None:
+            return self._streamed(x)
         if self._product is not None and not self._full:
             return self._product(x)
+        if self._full and self.low is not None:
+            return F.linear(x, self._stage_full(*self._everything), self.bias)
         return F.linear(x, self.dense(), self.bias)
 
     def block(self, x: Tensor, rows: slice) -> Tensor:
         """The same for some outputs only. [..., in] -> [..., rows]"""
         return F.linear(x, self.dense(rows), None if self.bias is None else self.bias[rows])
 
+    def blocks(self, x: Tensor, size: int) -> Tensor:
+        """Equal runs of outputs, each from an input of its own.
+
+        Args:
+            x: One input for each run, or an equal number of consecutive ones. [n, ..., in]
+            size: Outputs in a run.
+
+        Returns:
+            [n, ..., size]
+        """
+        if self._anchor is not None:
+            moved = self._each(x - self._anchor.x, size)
+            return moved if self._anchor.y is None else moved.add_(self._anchor.y)
+        y = self._each(x, size)
+        if self.bias is not None:
+            bias = self.bias.unflatten(0, (-1, size))
+            bias = bias.repeat_interleave(x.shape[0] // bias.shape[0], dim=0)
+            y = y + bias.view(x.shape[0], *([1] * (x.ndim - 2)), size)
+        if self._recorded is not None:
+            self._recorded.append(Anchor(Origin(x), y))
+        return y
+
+    def _each(self, x: Tensor, size: int) -> Tensor:
+        weight = self.dense().unflatten(0, (-1, size))  # [run, size, in]
+        weight = weight.repeat_interleave(x.shape[0] // weight.shape[0], dim=0)
+        return torch.einsum("n...d,ned->n...e", x, weight)
+
     def piece(self, rows: slice, cols: slice) -> Product:
         """A block of the effective weight packed for many products; kept until `release`.
 
-        Includes the bias of its rows when the block spans all columns.
+        Includes the bias of its rows when the block spans all columns. In full precision it is read from
+        the checkpoint and not kept.
         """
         key = (rows.start, rows.stop, cols.start, cols.stop)
-        if key not in self._pieces:
-            whole = cols.start == 0 and cols.stop == self.in_features
-            bias = self.bias[rows] if whole and self.bias is not None else None
-            self._pieces[key] = Product(self.dense(rows, cols), bias)
-        return self._pieces[key]
+        if not self._full and key in self._pieces:
+            return self._pieces[key]
+        whole = cols.start == 0 and cols.stop == self.in_features
+        bias = self.bias[rows] if whole and self.bias is not None else None
+        if self._full and self.low is not None:
+            return self._full_product(rows, cols, bias)
+        product = Product(self.dense(rows, cols), bias)
+        if not self._full:
+            self._pieces[key] = product
+        return product
+
+    # -- anchors --------------------------------------------------------------------------------
+
+    def difference(self, rows: slice, cols: slice) -> DifferenceProduct:
+        """A block of the effective weight for products with differences; kept until `release`.
+
+        It has no bias, and computes in the dtype of `compute` unless FP32 blocks in use touch it.
+        """
+        key = (rows.start, rows.stop, cols.start, cols.stop)
+        if self._full or self.low is None:
+            return Product(self.dense(rows, cols))
+        if key not in self._differences:
+            self._differences[key] = self._make_difference(Region(rows, cols))
+        return self._differences[key]
+
+    def _make_difference(self, block: Region) -> DifferenceProduct:
+        weight = self.dense(block.rows, block.cols)
+        if self.is_raised_in(block):
+            return Product(weight)
+        if self._compute == torch.float8_e4m3fn and isinstance(self.low, Float8Weight):
+            return self.low.dynamic(block.rows, block.cols)
+        return Product(weight.to(self._compute))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Anchor]]:
+        """Inside, every product is noted down with its input."""
+        before, self._recorded = self._recorded, []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = before
+
+    @contextmanager
+    def anchored(self, anchor: Anchor) -> Iterator[None]:
+        """Inside, `y = y0 + W_low (x - x0)`: the low-precision weight multiplies differences only."""
+        before, self._anchor = self._anchor, anchor
+        try:
+            yield
+        finally:
+            self._anchor = before
 
     def extra_repr(self) -> str:
         """Sizes and precision, for `print(model)`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,9 @@ class WeightSource(Protocol):
 
     def read(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A private copy of a block, in the checkpoint's own dtype and orientation."""
+
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """The same without a copy where it can be had; for reading only."""
 
     def __contains__(self, name: object) -> bool:
         """Whether a tensor of that name exists."""
@@ -65,6 +68,15 @@ class CheckpointSource:
         Raises:
             ModelLoadError: If the file changed since it was opened.
         """
+        # The slice is a view of the mapped file; clone, or a write would show through other slices.
+        return self.view(name, rows, cols).clone()
+
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A block as it lies in the mapped file; for reading only.
+
+        Raises:
+            ModelLoadError: If the file changed since it was opened.
+        """
         number = self._where[name]
         path = self._files[number]
         try:
@@ -73,9 +85,8 @@ class CheckpointSource:
             raise ModelLoadError(f"{path} is gone; reload the model") from error
         if not unchanged:
             raise ModelLoadError(f"{path} changed on disk since the model was loaded; reload the model")
-        # The slice is a view of the mapped file; clone, or a write would show through other slices.
         block: Tensor = self._handles[number].get_slice(name)[rows, cols]
-        return block.clone()
+        return block
 
 
 class MemorySource:
@@ -89,7 +100,11 @@ class MemorySource:
 
     def read(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A private copy of a block."""
-        return self._tensors[name][rows, cols].clone()
+        return self.view(name, rows, cols).clone()
+
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A block; for reading only."""
+        return self._tensors[name][rows, cols]
 
 
 class SpillSource(CheckpointSource):
@@ -134,7 +149,32 @@ class SourceBlock:
 
     def read(self, rows: slice, cols: slice) -> Tensor:
         """Rows and columns of the projection in the dtype of the checkpoint. [rows, cols]"""
-        parts: list[Tensor] = []
+        parts = [block.clone() for block in self._views(rows, cols)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stage(self, rows: slice, cols: slice, buffer: Staging) -> Tensor:
+        """The same in FP32, for use at once and for reading only.
+
+        Args:
+            rows: Rows.
+            cols: Columns.
+            buffer: Takes the values where they cannot be used as they lie in the file; the result is
+                valid until it is used again.
+
+        Returns:
+            [rows, cols]
+        """
+        views = list(self._views(rows, cols))
+        if len(views) == 1 and views[0].dtype == torch.float32 and views[0].is_contiguous():
+            return views[0]
+        values = buffer.take(sum(view.shape[0] for view in views), views[0].shape[1])
+        offset = 0
+        for view in views:
+            values[offset : offset + view.shape[0]] = view
+            offset += view.shape[0]
+        return values
+
+    def _views(self, rows: slice, cols: slice) -> Iterator[Tensor]:
         offset = 0
         for start, stop in self.segments:
             low = max(rows.start, offset)
@@ -142,10 +182,26 @@ class SourceBlock:
             if low < high:
                 span = slice(start + low - offset, start + high - offset)
                 first, second = (cols, span) if self.transposed else (span, cols)
-                block = self.source.read(self.name, first, second)
-                parts.append(block.t() if self.transposed else block)
+                block = self.source.view(self.name, first, second)
+                yield block.t() if self.transposed else block
             offset += stop - start
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Staging:
+    """One buffer for FP32 weights on their way to a product."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, rows: int, cols: int) -> Tensor:
+        """Room for a matrix, in the same memory every time. [rows, cols]"""
+        if self._buffer.numel() < rows * cols:
+            self._buffer = torch.empty(rows * cols)
+        return self._buffer[: rows * cols].view(rows, cols)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._buffer = torch.empty(0)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -1,0 +1,359 @@
+"""How a node's new output follows from its new input: the one place where weights meet activations.
+
+`Direct` recomputes a node from its whole input at the present precision. `Anchored` (semantics.md,
+section 5) starts from the current circuit in FP32 and lets low-precision weights multiply differences
+from it only, `y = y0 + W_low (x - x0)`, so that rounding is relative to the effect of an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pahq_hf.engine.heads import HeadMath
+from pahq_hf.engine.held import HeldWeights
+from pahq_hf.engine.tokens import TokenSet
+from pahq_hf.graph import ReaderKind
+from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import Anchor, DifferenceProduct, Origin, PAHQLinear, Product, in_chunks
+
+_CHUNK = 448  # tokens at once: measured
+
+
+class Arithmetic(Protocol):
+    """Computes nodes, for the state of a circuit and for changes of it."""
+
+    def state_precision(self) -> AbstractContextManager[None]:
+        """The precision in which the state itself is computed."""
+
+    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
+        """Keep ready what every batch needs of a layer.
+
+        Args:
+            held: Keeps weights under a memory budget.
+            number: Layer.
+            attention: Whether some of its heads are live.
+            mlp: Whether its MLP is.
+        """
+
+    def read(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """Queries, keys or values of the state.
+
+        Args:
+            math: The layer.
+            kind: `q`, `k` or `v`.
+            readers: Readers.
+            blocks: Their weight blocks.
+            inputs: What they read, before the norm. Each [tokens, d_model]
+            tokens: Which tokens those are.
+
+        Returns:
+            [reader, tokens, d_head]
+        """
+
+    def reread(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        changes: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """The same after changes of the inputs.
+
+        Args:
+            math: As for `read`, like what follows.
+            kind: Kind.
+            readers: Readers.
+            blocks: Weight blocks.
+            inputs: What they read in the state. Each [tokens, d_model]
+            changes: What is added to it. Each [K, tokens, d_model]
+            tokens: Which tokens.
+
+        Returns:
+            [reader, K, tokens, d_head]
+        """
+
+    def mlp(self, number: int, x: Tensor) -> Tensor:
+        """What a layer's MLP adds in the state. [tokens, d_model] -> [tokens, d_model]"""
+
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+        """How that changes.
+
+        Args:
+            number: Layer.
+            x: The MLP's input in the state. [tokens, d_model]
+            change: What is added to it. [K, tokens, d_model]
+            output: The MLP's output in the state. [tokens, d_model]
+            out: Where the result goes. [K, tokens, d_model]
+        """
+
+    def contribution(self, number: int, head: int) -> DifferenceProduct:
+        """What makes a change of a head's contribution of a change of its z: `W_O[h]`."""
+
+
+class Direct:
+    """Every node from its whole input, at the precision the model has now.
+
+    Args:
+        model: The patched model.
+    """
+
+    def __init__(self, model: PatchedModel) -> None:
+        self._model = model
+
+    def state_precision(self) -> AbstractContextManager[None]:
+        """As it is."""
+        return nullcontext()
+
+    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
+        """Output projections decoded, other live weights packed."""
+        layer = self._model.layers[number]
+        held.use(layer.attention.o_proj, PAHQLinear.hold_decoded)
+        if attention:
+            for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+                held.use(linear, PAHQLinear.hold_decoded)
+        if mlp:
+            for linear in self._model.mlp_linears(layer):
+                held.use(linear, PAHQLinear.hold_packed)
+
+    def read(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """Queries, keys or values of the state. [reader, tokens, d_head]"""
+        return math.rotated(kind, math.raw(kind, blocks, inputs), tokens)
+
+    def reread(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        changes: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """The same after changes of the inputs. [reader, K, tokens, d_head]"""
+        out = _empty(math, changes)
+        for number, (block, x, change) in enumerate(zip(blocks, inputs, changes, strict=True)):
+            product = math.product(kind, block)
+
+            def projected(new: Tensor, _: slice, room: Tensor, f: Product = product) -> None:
+                room.copy_(f(math.norm(new)))
+
+            over_tokens(projected, x, change, out[number])
+        return math.rotated(kind, out, tokens)
+
+    def mlp(self, number: int, x: Tensor) -> Tensor:
+        """What a layer's MLP adds in the state. [tokens, d_model]"""
+        rooms = self._model.layers[number]
+        with streamed(self._model.mlp_linears(rooms)):
+            return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
+
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+        """How that changes. [K, tokens, d_model]"""
+        rooms = self._model.layers[number]
+
+        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
+            torch.sub(rooms.mlp(rooms.mlp_norm(new)), output[tokens], out=room)
+
+        with streamed(self._model.mlp_linears(rooms)):
+            over_tokens(changed, x, change, out)
+
+    def contribution(self, number: int, head: int) -> DifferenceProduct:
+        """What makes a change of a head's contribution of a change of its z."""
+        attention = self._model.layers[number].attention
+        return attention.o_proj.piece(attention.o_proj.region.rows, attention.head_rows(head))
+
+
+class Anchored:
+    """The state in FP32, streamed from the checkpoint; changes by low-precision weights.
+
+    Args:
+        model: The patched model, kept in low precision.
+    """
+
+    def __init__(self, model: PatchedModel) -> None:
+        self._model = model
+        self._direct = Direct(model)
+        self._reads: dict[int, tuple[Tensor, Tensor]] = {}  # reader -> its normed input and its projection
+        self._mlps: dict[int, list[Anchor]] = {}  # layer -> one for each of its linears
+
+    def state_precision(self) -> AbstractContextManager[None]:
+        """FP32."""
+        return self._model.precision.full_precision()
+
+    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
+        """Output projections decoded, live MLPs packed; heads' pieces come as they are wanted."""
+        layer = self._model.layers[number]
+        held.use(layer.attention.o_proj, PAHQLinear.hold_decoded)
+        if attention:
+            for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+                held.use(linear, lambda linear: linear.held_bytes)
+        if mlp:
+            for linear in self._model.mlp_linears(layer):
+                held.use(linear, PAHQLinear.hold_difference)
+
+    def read(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """Queries, keys or values of the state, which become anchors. [reader, tokens, d_head]"""
+        raw = math.raw(kind, blocks, inputs)
+        for reader, x, y in zip(readers, inputs, raw, strict=True):
+            self._reads[reader] = (math.norm(x), y)
+        return math.rotated(kind, raw, tokens)
+
+    def reread(
+        self,
+        math: HeadMath,
+        kind: ReaderKind,
+        readers: Sequence[int],
+        blocks: Sequence[int],
+        inputs: Sequence[Tensor],
+        changes: Sequence[Tensor],
+        tokens: TokenSet,
+    ) -> Tensor:
+        """The same after changes of the inputs, by differences from the anchors."""
+        out = _empty(math, changes)
+        work = zip(readers, blocks, inputs, changes, strict=True)
+        for number, (reader, block, x, change) in enumerate(work):
+            product, anchor = math.difference(kind, block), self._reads[reader]
+
+            def moved(
+                new: Tensor,
+                rows: slice,
+                room: Tensor,
+                f: DifferenceProduct = product,
+                anchor: tuple[Tensor, Tensor] = anchor,
+            ) -> None:
+                x0, y0 = anchor
+                torch.add(f(math.norm(new).sub_(x0[rows])), y0[rows], out=room)
+
+            over_tokens(moved, x, change, out[number])
+        return math.rotated(kind, out, tokens)
+
+    def mlp(self, number: int, x: Tensor) -> Tensor:
+        """What a layer's MLP adds in the state; each of its linears gets its anchor."""
+        rooms = self._model.layers[number]
+        linears = self._model.mlp_linears(rooms)
+        with streamed(linears), ExitStack() as stack:
+            records = [stack.enter_context(linear.recording()) for linear in linears]
+            output: Tensor = rooms.mlp(rooms.mlp_norm(x))
+        self._mlps[number] = [record[0] for record in records]
+        return output
+
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+        """How that changes, by differences from the anchors. [K, tokens, d_model]"""
+        rooms = self._model.layers[number]
+        linears = self._model.mlp_linears(rooms)
+
+        # Where the MLP ends with a linear map, that map's difference is the change.
+        ends = self._mlps[number][-1].y is output
+
+        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
+            anchors = _at(self._mlps[number], tokens)
+            if ends:
+                anchors[-1] = Anchor(anchors[-1].origin, None)
+            with ExitStack() as stack:
+                for linear, anchor in zip(linears, anchors, strict=True):
+                    stack.enter_context(linear.anchored(anchor))
+                result: Tensor = rooms.mlp(rooms.mlp_norm(new))
+            if ends:
+                room.copy_(result)
+            else:
+                torch.sub(result, output[tokens], out=room)
+
+        over_tokens(changed, x, change, out)
+
+    def contribution(self, number: int, head: int) -> DifferenceProduct:
+        """What makes a change of a head's contribution of a change of its z."""
+        attention = self._model.layers[number].attention
+        return attention.o_proj.difference(attention.o_proj.region.rows, attention.head_rows(head))
+
+
+def _empty(math: HeadMath, changes: Sequence[Tensor]) -> Tensor:
+    """Room for what readers read. [reader, K, tokens, d_head]"""
+    return changes[0].new_empty(len(changes), *changes[0].shape[:2], math.attention.d_head)
+
+
+def _at(anchors: Sequence[Anchor], tokens: slice) -> list[Anchor]:
+    """Anchors at some tokens; maps that share an input go on sharing it."""
+    origins: dict[int, Origin] = {}
+    parts = []
+    for anchor in anchors:
+        origin = origins.setdefault(id(anchor.x), Origin(anchor.x[tokens]))
+        parts.append(Anchor(origin, None if anchor.y is None else anchor.y[tokens]))
+    return parts
+
+
+def over_tokens(
+    function: Callable[[Tensor, slice, Tensor], None], x: Tensor, change: Tensor, out: Tensor
+) -> None:
+    """Apply a token-wise function to `x + change` in pieces whose activations stay in cache.
+
+    Args:
+        function: Gets new inputs [k, tokens, d], which of the tokens they are, and where to write.
+        x: [tokens, d]
+        change: [K, tokens, d]
+        out: Where the results go. [K, tokens, out]
+    """
+    circuits, count = change.shape[:2]
+    if x.device.type != "cpu":
+        function(x + change, slice(0, count), out)
+        return
+    step = max(1, _CHUNK // max(1, count))
+    for tokens in _ranges(count, _CHUNK + _CHUNK // 2):
+        for some in _ranges(circuits, step):
+            function(x[tokens] + change[some, tokens], tokens, out[some, tokens])
+
+
+def contribute(product: DifferenceProduct, change: Tensor, out: Tensor) -> None:
+    """Changes of a head's contribution, in pieces.
+
+    Args:
+        product: `W_O[h]`.
+        change: Changes of its z. [K, tokens, d_head]
+        out: Where the result goes. [K, tokens, d_model]
+    """
+    step = max(1, 2 * _CHUNK // max(1, change.shape[1]))
+    for some in _ranges(change.shape[0], step):
+        out[some] = product.raw(change[some])
+
+
+def _ranges(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def streamed(linears: Sequence[PAHQLinear]) -> ExitStack:
+    """In full precision, read some weights once for all products inside."""
+    stack = ExitStack()
+    for linear in linears:
+        stack.enter_context(linear.streamed())
+    return stack

@@ -1,0 +1,33 @@
+"""Buffers that outlive a batch: page faults of fresh memory cost more than the sums do."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named buffers that are used again.
+
+    Args:
+        like: Gives dtype and device.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[Hashable, Tensor] = {}
+
+    def take(self, name: Hashable, shape: Sequence[int]) -> Tensor:
+        """A buffer of a shape, with whatever is in it; valid until the same name is taken again."""
+        size = torch.Size(shape).numel()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._like.new_empty(size)
+            self._buffers[name] = buffer
+        return buffer[:size].view(*shape)
+
+    def clear(self) -> None:
+        """Free all buffers."""
+        self._buffers.clear()
