@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.config import MetricName
-from pahq_hf.engine.vocabulary import AnchoredVocabulary, Vocabulary
+from pahq_hf.engine.vocabulary import Vocabulary
 from pahq_hf.metrics import Metric, TokenSets
 
 
@@ -27,27 +27,15 @@ class Readout:
         metric: The metric, bound to the task and the full model's logits.
         unembedding: The model's unembedding.
         clean_logits: The full model's logits. [rows, vocab]
-        compute: Dtype of products with differences from an anchor, for `near`.
     """
 
-    def __init__(
-        self,
-        metric: Metric,
-        unembedding: nn.Linear,
-        clean_logits: Tensor,
-        compute: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, metric: Metric, unembedding: nn.Linear, clean_logits: Tensor) -> None:
         self.metric = metric
         self._weight = unembedding.weight.detach()  # [vocab, d_model]
         bias = cast("nn.Parameter | None", unembedding.bias)  # nn.Linear's annotation forgets None
         self._bias: Tensor | None = None if bias is None else bias.detach()
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
-        shift = clean_logits.logsumexp(-1)  # [rows]
-        rarely = compute != torch.float32  # then most products are `near`'s, in BF16
-        self._vocabulary = Vocabulary(self._weight, self._bias, shift, packed=not rarely)
-        self._near: AnchoredVocabulary | None = None
-        if rarely:
-            self._near = AnchoredVocabulary(self._vocabulary, self._weight, self._bias)
+        self._logsumexp = Vocabulary(self._weight, self._bias, clean_logits.logsumexp(-1))
         name: MetricName = metric.name
         if name == "kl":
             self._prepare_kl()
@@ -81,17 +69,11 @@ class Readout:
             return direction, torch.zeros(len(share), dtype=torch.float64, device=share.device)
         return direction, (self._bias[sets.ids].to(torch.float64) * share).sum(1)
 
-    def anchor(self, x: Tensor) -> None:
-        """Let `near` start from these hidden states. [rows, d_model]"""
-        if self._near is not None and self.metric.name != "logit_diff":
-            self._near.anchor(x)
-
-    def rows(self, x: Tensor, *, near: bool = False) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
         """The metric row by row.
 
         Args:
             x: Hidden states after the final norm. [batch, rows, d_model]
-            near: Use the anchor.
 
         Returns:
             [batch, rows] in float64
@@ -99,7 +81,7 @@ class Readout:
         name = self.metric.name
         if name == "logit_diff":
             return -((x.to(torch.float64) * self._direction).sum(-1) + self._offset)
-        lse = self._near(x) if near and self._near is not None else self._vocabulary(x)
+        lse = self._logsumexp(x)
         if name == "kl":
             return self._offset - (x.to(torch.float64) * self._direction).sum(-1) + lse
         right = self._probability(x, self.metric.answers, lse)
@@ -110,10 +92,6 @@ class Readout:
     def __call__(self, x: Tensor) -> Tensor:
         """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
         return self.metric.reduce(self.rows(x))
-
-    def near(self, x: Tensor) -> Tensor:
-        """The same close to the anchor, in the dtype of `compute`."""
-        return self.metric.reduce(self.rows(x, near=True))
 
     def _probability(self, x: Tensor, sets: TokenSets, lse: Tensor) -> Tensor:
         columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]

@@ -83,7 +83,7 @@ class SparseEngine:
             self.metric = Metric(metric, task, clean.logits, model.device)
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
-            self._readout = Readout(self.metric, model.unembedding, clean.logits, rule.compute)
+            self._readout = Readout(self.metric, model.unembedding, clean.logits)
             self._streams = Streams(model, plan, clean, self._substitute)
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"
@@ -138,9 +138,7 @@ class SparseEngine:
 
     def _read_state(self) -> float:
         """The current circuit's metric, which is where tests start from."""
-        final = self._state.inputs[self.graph.logits_reader][None]
-        self._readout.anchor(self.model.final_norm(final[0]))
-        return self._read(final)[0]
+        return self._read(self._state.inputs[self.graph.logits_reader][None])[0]
 
     @torch.no_grad()
     def focus(self, reader: int) -> float | None:
@@ -166,8 +164,7 @@ class SparseEngine:
             raise ValueError("focus on a reader before trying its edges")
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
-        final = self._propagate(reader, delta, self._state.arithmetic)
-        return self._read(final, near=self._rule.anchored)
+        return self._read(self._propagate(reader, delta, self._state.arithmetic))
 
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
@@ -273,20 +270,11 @@ class SparseEngine:
         with self.model.precision.full_precision() if full else nullcontext():
             return self._streams.differences(writers, liveness, out)
 
-    def _read(self, final: Tensor, *, near: bool = False) -> list[float]:
-        """Metrics of final streams, close to the current circuit's or anywhere.
-
-        Args:
-            final: [K, rows, d_model]
-            near: Start from the current circuit's logits.
-
-        Returns:
-            K values.
-        """
+    def _read(self, final: Tensor) -> list[float]:
+        """Metrics of final streams. [K, rows, d_model] -> K values"""
         self.evaluations += final.shape[0]
-        readout = self._readout.near if near else self._readout
         with self.phases("metric"):
-            values = readout(self.model.final_norm(final)).tolist()
+            values = self._readout(self.model.final_norm(final)).tolist()
         return [checked(value, self.metric.name) for value in values]
 
     # -- the active component -----------------------------------------------------------------------
