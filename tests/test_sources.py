@@ -26,6 +26,7 @@ from pahq_hf.precision import (
     SpillSource,
     WeightSource,
 )
+from pahq_hf.precision.source import byte_spans
 from tests.helpers import ranges, weight_of
 
 ROWS, COLS = 12, 10
@@ -184,3 +185,18 @@ def test_spill_without_a_temporary_folder_says_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(ModelLoadError, match="temporary folder"):
         SpillSource({"w": weight_of(4, 6, 0)})
+
+
+def test_prefetch_knows_where_tensors_lie(shards: dict[Path, dict[str, Tensor]]) -> None:
+    source = CheckpointSource(list(shards))
+    for path, tensors in shards.items():
+        spans = byte_spans(path)
+        for name, tensor in tensors.items():
+            start, length = spans[name]
+            assert (
+                path.read_bytes()[start : start + length]
+                == tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            )
+            source.prefetch(name)
+    next(iter(shards)).unlink()
+    source.prefetch("a")  # a hint; reading says what is wrong

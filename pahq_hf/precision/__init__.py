@@ -1,7 +1,8 @@
 """Weights in low precision, and FP32 slices of them on demand. The only room that imports torchao."""
 
+from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.control import Component, PrecisionControl
-from pahq_hf.precision.linear import Anchor, Origin, PAHQLinear, Region
+from pahq_hf.precision.linear import PAHQLinear, Region
 from pahq_hf.precision.low import LowWeight, quantize
 from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product, in_chunks, resolve_compute
 from pahq_hf.precision.source import (

@@ -17,13 +17,15 @@ class PrecisionControl:
     """Raises one component at a time to FP32, or all of them.
 
     Args:
-        parts: For every component (`a0.h1`, `m0`, ...) the weight blocks it owns.
+        parts: For every component (`a0.h1`, `m0`, ...) the weight blocks it owns, in the model's order.
         linears: Every projection of the model.
     """
 
     def __init__(self, parts: Mapping[Component, Sequence[Part]], linears: Sequence[PAHQLinear]) -> None:
         self._parts = parts
         self._linears = linears
+        self._names = list(parts)
+        self._order = {name: place for place, name in enumerate(self._names)}
         self._active: frozenset[Component] = frozenset()
         self.is_full = False  # inside `full_precision`
         self._staging = Staging()
@@ -68,7 +70,15 @@ class PrecisionControl:
         except BaseException:
             self.deactivate()
             raise
+        self._prefetch_next()
         return True
+
+    def _prefetch_next(self) -> None:
+        """Read ahead what the search turns to next: the component before, in the order of the model."""
+        places = [self._order[name] for name in self._active]
+        if places and min(places) > 0:
+            for linear, _ in self._parts[self._names[min(places) - 1]]:
+                linear.prefetch()
 
     def deactivate(self) -> None:
         """Free the FP32 weights of the active components."""

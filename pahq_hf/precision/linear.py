@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
+from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.float8 import Float8Weight
 from pahq_hf.precision.low import LowWeight, quantize
 from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
@@ -39,42 +40,6 @@ class Region:
             slice(self.rows.start - r, self.rows.stop - r),
             slice(self.cols.start - c, self.cols.stop - c),
         )
-
-
-class Origin:
-    """The anchor x0 of an input, shared by the linear maps that read it.
-
-    Args:
-        x: x0. [..., in]
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def difference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x - x0`, computed once for all maps that are given the same x. [..., in]"""
-        if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
-            self._last = (x, (x - self.x).to(dtype))
-        return self._last[1]
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """An input of a linear map and its exact output (semantics.md, section 5).
-
-    Attributes:
-        origin: x0. [..., in]
-        y: W x0 + b; None to get the difference from it. [..., out]
-    """
-
-    origin: Origin
-    y: Tensor | None
-
-    @property
-    def x(self) -> Tensor:
-        """x0. [..., in]"""
-        return self.origin.x
 
 
 class PAHQLinear(nn.Module):
@@ -125,6 +90,7 @@ class PAHQLinear(nn.Module):
         self.release()
         self.low = cast(nn.Module, quantize(self.weight, fmt))
         self._block = block
+        self.staging.expect(block)
         self._compute = compute
         self.weight = None
 
@@ -133,6 +99,11 @@ class PAHQLinear(nn.Module):
         if self.low is not None:
             self._drop_products()
             self._raised.append((region, self._read_full(region)))
+
+    def prefetch(self) -> None:
+        """Let the FP32 values come into memory in the background."""
+        if self._block is not None:
+            self._block.prefetch()
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""

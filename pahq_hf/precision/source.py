@@ -7,7 +7,9 @@ file, from a spill file or a copy in memory.
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ class WeightSource(Protocol):
     def view(self, name: str, rows: slice, cols: slice) -> Tensor:
         """The same without a copy where it can be had; for reading only."""
 
+    def prefetch(self, name: str) -> None:
+        """Let a tensor come into memory in the background."""
+
     def __contains__(self, name: object) -> bool:
         """Whether a tensor of that name exists."""
 
@@ -50,6 +55,7 @@ class CheckpointSource:
         self._files = files
         self._stamps: list[tuple[int, int, int]] = []
         self._handles = []
+        self._spans: dict[str, tuple[int, int]] = {}  # name -> where its bytes begin, and how many
         for number, path in enumerate(files):
             try:
                 self._stamps.append(_stamp(path))
@@ -58,6 +64,7 @@ class CheckpointSource:
                 raise ModelLoadError(f"cannot read the checkpoint file {path}: {error}") from error
             self._handles.append(handle)
             self._where.update(dict.fromkeys(handle.keys(), number))
+            self._spans |= byte_spans(path)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -70,6 +77,17 @@ class CheckpointSource:
         """
         # The slice is a view of the mapped file; clone, or a write would show through other slices.
         return self.view(name, rows, cols).clone()
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor ahead; returns at once."""
+        if not hasattr(os, "posix_fadvise"):
+            return  # not POSIX: the pages come when they are touched
+        start, length = self._spans[name]
+        try:
+            with self._files[self._where[name]].open("rb") as file:
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # a hint; reading the tensor will say what is wrong
 
     def view(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A block as it lies in the mapped file; for reading only.
@@ -101,6 +119,9 @@ class MemorySource:
     def read(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A private copy of a block."""
         return self.view(name, rows, cols).clone()
+
+    def prefetch(self, name: str) -> None:
+        """Nothing to do."""
 
     def view(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A block; for reading only."""
@@ -152,6 +173,10 @@ class SourceBlock:
         parts = [block.clone() for block in self._views(rows, cols)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def prefetch(self) -> None:
+        """Let the tensor come into memory in the background."""
+        self.source.prefetch(self.name)
+
     def stage(self, rows: slice, cols: slice, buffer: Staging) -> Tensor:
         """The same in FP32, for use at once and for reading only.
 
@@ -164,6 +189,7 @@ class SourceBlock:
         Returns:
             [rows, cols]
         """
+        buffer.announce(self)
         views = list(self._views(rows, cols))
         if len(views) == 1 and views[0].dtype == torch.float32 and views[0].is_contiguous():
             return views[0]
@@ -188,10 +214,24 @@ class SourceBlock:
 
 
 class Staging:
-    """One buffer for FP32 weights on their way to a product."""
+    """One buffer for FP32 weights on their way to a product; the next ones are read ahead meanwhile."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._last: SourceBlock | None = None
+        self._after: dict[tuple[str, tuple[tuple[int, int], ...]], SourceBlock] = {}
+
+    def expect(self, block: SourceBlock) -> None:
+        """Say that a projection comes after the one named before, in the order of a forward pass."""
+        if self._last is not None:
+            self._after[self._last.name, self._last.segments] = block
+        self._last = block
+
+    def announce(self, block: SourceBlock) -> None:
+        """Say that a projection is being read: the one after it comes into memory in the background."""
+        following = self._after.get((block.name, block.segments))
+        if following is not None:
+            following.prefetch()
 
     def take(self, rows: int, cols: int) -> Tensor:
         """Room for a matrix, in the same memory every time. [rows, cols]"""
@@ -202,6 +242,18 @@ class Staging:
     def free(self) -> None:
         """Give the memory back."""
         self._buffer = torch.empty(0)
+
+
+def byte_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the tensors of a safetensors file lie in it: first byte and length, by name."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    return {
+        name: (8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
