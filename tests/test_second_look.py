@@ -60,7 +60,9 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, compute: Any, na
     engine = make(model, TASK, metric, rule=PrecisionRule.of(config, model.device))
     changed, (low, middle, high) = 0, THRESHOLDS[metric]
     cases: list[tuple[float, Any, bool]] = [(low, "acdc", False), (middle, "head", True)]
-    if kind == "sparse":
+    if kind == "hooks":  # it is slow: another case for each metric
+        cases = cases[:1] if metric == "kl" else cases[1:]
+    else:
         cases += [(middle, "acdc", True), (high, "head", False)]
     for threshold, order, absolute in cases:
         exact = fp32_search(name, metric, ACDCConfig(threshold, order=order, absolute=absolute))

@@ -274,3 +274,28 @@ def test_rows_out_of_order_are_refused() -> None:
     )
     with pytest.raises(TaskError, match="rows ordered by example"):
         SparseEngine(wrapped("gpt2").patched, mixed, "kl")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_reader_that_lacked_edges_before_it_came_into_focus(family: str) -> None:
+    """`look_again` and `restore` count from the circuit itself, whatever was gone at the start."""
+    model, task = wrapped(family).patched, random_task(seed=4)
+    slow, fast = HooksEngine(model, task, "logit_diff"), SparseEngine(model, task, "logit_diff")
+    graph = model.graph
+    reader = graph.layer_readers(1, "mlp")[0]
+    edges = list(graph.in_edges(reader))
+    kept = graph.all_edges.copy()
+    kept[reader, edges[:2]] = False
+    for engine in (slow, fast):
+        engine.begin(kept)
+        engine.focus(reader)
+        engine.remove(reader, edges[2:4])
+        engine.restore(reader, edges[1:3])
+    candidates = [[], edges[1:2], edges[:4]]
+    for ours, theirs in zip(
+        fast.look_again(reader, candidates), slow.look_again(reader, candidates), strict=True
+    ):
+        assert close(ours, theirs)
+    tried = [[edges[4]], edges[4:6]]
+    for ours, theirs in zip(fast.try_removals(reader, tried), slow.try_removals(reader, tried), strict=True):
+        assert close(ours, theirs)

@@ -93,6 +93,7 @@ class SparseEngine:
         self._workspace = Workspace(clean.embedding)
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
+        self._missing: list[int] = []  # its edges that were gone when it came into focus
         self._gone: Tensor | None = None  # what lost edges of the reader in focus took away
         self._tried: tuple[list[int], Tensor] | None = None
         self._state = self._new_state()
@@ -145,6 +146,7 @@ class SparseEngine:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
         self._commit()
         self._reader = reader
+        self._missing = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
         nodes = self.graph.readers[reader].nodes
         changed = self._raise(reader) if self._rule.raise_active else set()
         floor = nodes[0] if nodes else len(self.graph.writers)
@@ -176,7 +178,7 @@ class SparseEngine:
             raise ValueError("focus on a reader before trying its edges")
         with self.phases("second look"), self.model.precision.full_precision():
             liveness = self._state.reader_liveness(reader)
-            delta = self._changes_without(candidates, liveness)
+            delta = self._changes_to(candidates, liveness)
             return self._read(self._propagate(reader, delta, Direct(self.model)))
 
     def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
@@ -209,9 +211,11 @@ class SparseEngine:
     def restore(self, reader: int, writers: Sequence[int]) -> None:
         """Put removed edges into the reader in focus back."""
         self._kept[reader, list(writers)] = True
-        if self._gone is not None and writers:
-            gone = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
-            self._gone = self._taken(reader, gone) if gone else None
+        if reader != self._reader or not writers:
+            return
+        missing = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
+        with self._writer_precision():
+            self._gone = -self._changes_to([missing], self._state.reader_liveness(reader))[0]
 
     def _taken(self, reader: int, writers: Sequence[int]) -> Tensor:
         """What some writers' edges carried to the reader in focus. [tokens, d_model]"""
@@ -242,19 +246,29 @@ class SparseEngine:
         torch.mm(choose, differences.flatten(1), out=change.view(len(candidates), -1))
         return change if self._gone is None else change.sub_(self._gone)
 
-    def _changes_without(self, candidates: Sequence[Sequence[int]], liveness: Liveness) -> Tensor:
-        """The same for whole sets of lost edges, in bounded memory. [K, tokens, d_model]"""
-        writers = sorted({w for candidate in candidates for w in candidate})
-        total: Tensor | None = None
+    def _changes_to(self, sets: Sequence[Sequence[int]], liveness: Liveness) -> Tensor:
+        """What the reader's input changes by when exactly these edges are gone, in bounded memory.
+
+        Args:
+            sets: Writers of the edges that are gone.
+            liveness: The reader's.
+
+        Returns:
+            [K, tokens, d_model]
+        """
+        before = self._missing
+        writers = sorted({w for gone in sets for w in gone} | set(before))
+        total = self._clean.embedding.new_zeros(len(sets), len(self._plan.at(liveness)), self._streams.width)
         for start in range(0, len(writers), _WRITERS):
             some = writers[start : start + _WRITERS]
             differences = self._streams.differences(some, liveness)
-            part = torch.tensordot(_choice(candidates, some).to(differences), differences, dims=1)
-            total = part if total is None else total.add_(part)
-        if total is None:  # only the circuit as it is was asked for
-            tokens = len(self._plan.at(liveness))
-            return self._clean.embedding.new_zeros(len(candidates), tokens, self._clean.embedding.shape[-1])
-        return total.neg_()
+            choose = _choice([before], some) - _choice(sets, some)
+            total += torch.tensordot(choose.to(differences), differences, dims=1)
+        return total
+
+    def _writer_precision(self) -> AbstractContextManager[None]:
+        """The precision of what tested edges carry."""
+        return self.model.precision.full_precision() if self._rule.full_writers else nullcontext()
 
     def _differences(self, writers: Sequence[int], liveness: Liveness, *, reuse: bool = False) -> Tensor:
         """`a_w - c_w` of tested edges; in memory that is valid until the next call if `reuse` says so.
@@ -266,8 +280,7 @@ class SparseEngine:
         if reuse:
             shape = (len(writers), len(self._plan.at(liveness)), self._streams.width)
             out = self._workspace.take("differences", shape)
-        full = self._rule.full_writers
-        with self.model.precision.full_precision() if full else nullcontext():
+        with self._writer_precision():
             return self._streams.differences(writers, liveness, out)
 
     def _read(self, final: Tensor) -> list[float]:
