@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,12 @@ from torch import Tensor
 from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, load_task
 from pahq_hf.discovery import Discovery
-from pahq_hf.engine.arithmetic import Anchored, Arithmetic
-from pahq_hf.engine.heads import HeadMath
+from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Reads
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.engine.tokens import Liveness, TokenSet
+from pahq_hf.engine.tokens import Liveness
 from pahq_hf.errors import PAHQError
-from pahq_hf.graph import BoolArray, ReaderKind
+from pahq_hf.graph import BoolArray
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\
@@ -94,22 +93,14 @@ class AnchoredOnce(Anchored):
         wanted = Liveness.WINDOW if count == len(plan.window) else Liveness.ANSWERS
         return plan.narrow(window, Liveness.WINDOW, wanted)
 
-    def read(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state, from the clean run's."""
-        layer = self._engine.graph.readers[readers[0]].layer
-        clean = self._clean(self._engine._clean.attention_in[layer], len(tokens))
+        layer = self._engine.graph.readers[reads.readers[0]].layer
+        clean = self._clean(self._engine._clean.attention_in[layer], len(reads.tokens))
+        from_clean = replace(reads, inputs=[clean] * len(reads.readers))
         with self._model.precision.full_precision():
-            super().read(math, kind, readers, blocks, [clean] * len(readers), tokens)
-        changes = [(x - clean)[None] for x in inputs]
-        return self.reread(math, kind, readers, blocks, [clean] * len(readers), changes, tokens)[:, 0]
+            super().read(from_clean)
+        return self.reread(from_clean, [(x - clean)[None] for x in reads.inputs])[:, 0]
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What an MLP adds in the state, from what it adds in the clean run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +23,27 @@ from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import Anchor, DifferenceProduct, Origin, PAHQLinear, Product, in_chunks
 
 _CHUNK = 448  # tokens at once: measured
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What some readers of one kind and layer read.
+
+    Attributes:
+        math: The layer.
+        kind: `q`, `k` or `v`.
+        readers: The readers.
+        blocks: Weight block of each.
+        inputs: What each reads in the state, before the norm. Each [tokens, d_model]
+        tokens: Which tokens those are.
+    """
+
+    math: HeadMath
+    kind: ReaderKind
+    readers: Sequence[int]
+    blocks: Sequence[int]
+    inputs: Sequence[Tensor]
+    tokens: TokenSet
 
 
 class Arithmetic(Protocol):
@@ -40,49 +62,22 @@ class Arithmetic(Protocol):
             mlp: Whether its MLP is.
         """
 
-    def read(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state.
 
         Args:
-            math: The layer.
-            kind: `q`, `k` or `v`.
-            readers: Readers.
-            blocks: Their weight blocks.
-            inputs: What they read, before the norm. Each [tokens, d_model]
-            tokens: Which tokens those are.
+            reads: Who reads what.
 
         Returns:
             [reader, tokens, d_head]
         """
 
-    def reread(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        changes: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs.
 
         Args:
-            math: As for `read`, like what follows.
-            kind: Kind.
-            readers: Readers.
-            blocks: Weight blocks.
-            inputs: What they read in the state. Each [tokens, d_model]
-            changes: What is added to it. Each [K, tokens, d_model]
-            tokens: Which tokens.
+            reads: Who reads what in the state.
+            changes: What is added to each input. Each [K, tokens, d_model]
 
         Returns:
             [reader, K, tokens, d_head]
@@ -131,38 +126,23 @@ class Direct:
             for linear in self._model.mlp_linears(layer):
                 held.use(linear, PAHQLinear.hold_packed)
 
-    def read(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state. [reader, tokens, d_head]"""
-        return math.rotated(kind, math.raw(kind, blocks, inputs), tokens)
+        math = reads.math
+        return math.rotated(reads.kind, math.raw(reads.kind, reads.blocks, reads.inputs), reads.tokens)
 
-    def reread(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        changes: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs. [reader, K, tokens, d_head]"""
+        math = reads.math
         out = _empty(math, changes)
-        for number, (block, x, change) in enumerate(zip(blocks, inputs, changes, strict=True)):
-            product = math.product(kind, block)
+        for number, (block, x, change) in enumerate(zip(reads.blocks, reads.inputs, changes, strict=True)):
+            product = math.product(reads.kind, block)
 
             def projected(new: Tensor, _: slice, room: Tensor, f: Product = product) -> None:
                 room.copy_(f(math.norm(new)))
 
             over_tokens(projected, x, change, out[number])
-        return math.rotated(kind, out, tokens)
+        return math.rotated(reads.kind, out, reads.tokens)
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state. [tokens, d_model]"""
@@ -195,7 +175,6 @@ class Anchored:
 
     def __init__(self, model: PatchedModel) -> None:
         self._model = model
-        self._direct = Direct(model)
         self._reads: dict[int, tuple[Tensor, Tensor]] = {}  # reader -> its normed input and its projection
         self._mlps: dict[int, list[Anchor]] = {}  # layer -> one for each of its linears
 
@@ -214,36 +193,21 @@ class Anchored:
             for linear in self._model.mlp_linears(layer):
                 held.use(linear, PAHQLinear.hold_difference)
 
-    def read(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state, which become anchors. [reader, tokens, d_head]"""
-        raw = math.raw(kind, blocks, inputs)
-        for reader, x, y in zip(readers, inputs, raw, strict=True):
+        math = reads.math
+        raw = math.raw(reads.kind, reads.blocks, reads.inputs)
+        for reader, x, y in zip(reads.readers, reads.inputs, raw, strict=True):
             self._reads[reader] = (math.norm(x), y)
-        return math.rotated(kind, raw, tokens)
+        return math.rotated(reads.kind, raw, reads.tokens)
 
-    def reread(
-        self,
-        math: HeadMath,
-        kind: ReaderKind,
-        readers: Sequence[int],
-        blocks: Sequence[int],
-        inputs: Sequence[Tensor],
-        changes: Sequence[Tensor],
-        tokens: TokenSet,
-    ) -> Tensor:
+    def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs, by differences from the anchors."""
+        math = reads.math
         out = _empty(math, changes)
-        work = zip(readers, blocks, inputs, changes, strict=True)
+        work = zip(reads.readers, reads.blocks, reads.inputs, changes, strict=True)
         for number, (reader, block, x, change) in enumerate(work):
-            product, anchor = math.difference(kind, block), self._reads[reader]
+            product, anchor = math.difference(reads.kind, block), self._reads[reader]
 
             def moved(
                 new: Tensor,
@@ -256,7 +220,7 @@ class Anchored:
                 torch.add(f(math.norm(new).sub_(x0[rows])), y0[rows], out=room)
 
             over_tokens(moved, x, change, out[number])
-        return math.rotated(kind, out, tokens)
+        return math.rotated(reads.kind, out, reads.tokens)
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state; each of its linears gets its anchor."""

@@ -7,7 +7,7 @@ engine cannot cut, and it is the referee of the sparse engine in tests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class HooksEngine:
         self.task = task
         self.graph: Graph = model.graph
         self._rule = rule or PrecisionRule()
-        with self._exactly():
+        with self._rule.exactly(self.model):
             clean = capture(model, task, task.clean_ids)
             self._corrupted = capture(model, task, task.corrupted_ids)
             self.substitute: Activations = ablated(model, clean, self._corrupted, task, ablation)
@@ -80,7 +80,7 @@ class HooksEngine:
         """
         anchors, self._anchors = self._anchors, None
         try:
-            with self._exactly():
+            with self._rule.exactly(self.model):
                 return self._run(self.graph.all_edges & ~kept)
         finally:
             self._anchors = anchors
@@ -150,16 +150,12 @@ class HooksEngine:
         self.evaluations += 1
         return self.metric(self._run(removed))
 
-    def _exactly(self) -> AbstractContextManager[None]:
-        """The precision of captured runs and of the current circuit."""
-        return self.model.precision.full_precision() if self._rule.anchored else nullcontext()
-
     def _measure_exactly(self) -> float:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
         self._anchors = None
         self.evaluations += 1
         run = PatchedRun(self.model, self._ablated, self._removed, self._differences, separate=True)
-        with record_linears(self.model) as linears, self._exactly(), hooks(*run.register()):
+        with record_linears(self.model) as linears, self._rule.exactly(self.model), hooks(*run.register()):
             logits = answer_logits(self.model, self.task, self.task.clean_ids)
         differences = self._differences.clone()
         self._anchors = RunAnchors(linears, differences, self._removed.copy(), self._rule.full_writers)

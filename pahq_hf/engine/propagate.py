@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pahq_hf.engine.arithmetic import Arithmetic, contribute
+from pahq_hf.engine.arithmetic import Arithmetic, Reads, contribute
 from pahq_hf.engine.state import HEAD_KINDS, CircuitState
 from pahq_hf.engine.tokens import Liveness
 from pahq_hf.engine.workspace import Workspace
@@ -134,8 +134,8 @@ class Propagation:
         index = list(moved)
         own = [readers[i] for i in index]
         blocks = [state.weight_block(i) for i in index]
-        inputs, changes = [state.inputs[r] for r in own], list(moved.values())
-        new = self._arithmetic.reread(math, kind, own, blocks, inputs, changes, self._plan.window)
+        reads = Reads(math, kind, own, blocks, [state.inputs[r] for r in own], self._plan.window)
+        new = self._arithmetic.reread(reads, list(moved.values()))
         attention = state.attention[layer]
         base = attention.k if kind == "k" else attention.v
         return dict(zip(index, math.with_window(base[index], new), strict=True))
@@ -174,7 +174,7 @@ class Propagation:
         self, layer: int, liveness: Liveness, heads: Sequence[int], queries: dict[int, Tensor]
     ) -> Tensor:
         """[head, K, tokens, d_head]"""
-        state, math = self._state, self._state.math[layer]
+        state = self._state
         readers = self._graph.layer_readers(layer, "q")
         members = state.attention[layer].heads[liveness]
         slots = [members.index(h) for h in heads]
@@ -184,9 +184,9 @@ class Propagation:
             return q
         changing = [heads[i] for i in new]
         own = [readers[head] for head in changing]
-        inputs, changes = [state.inputs[r] for r in own], [queries[head] for head in changing]
         tokens = self._plan.at(liveness)
-        projected = self._arithmetic.reread(math, "q", own, changing, inputs, changes, tokens)
+        reads = Reads(state.math[layer], "q", own, changing, [state.inputs[r] for r in own], tokens)
+        projected = self._arithmetic.reread(reads, [queries[head] for head in changing])
         if len(new) == len(heads):
             return projected
         q = q.clone()

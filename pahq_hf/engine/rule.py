@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from pahq_hf.config import PAHQConfig
+from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import COMPUTE_DTYPES, resolve_compute
 
 
@@ -36,3 +38,7 @@ class PrecisionRule:
             return cls()
         compute = COMPUTE_DTYPES[resolve_compute(config.compute, config.format, device)]
         return cls(True, True, config.active == "both", compute)
+
+    def exactly(self, model: PatchedModel) -> AbstractContextManager[None]:
+        """The precision of captured runs and of the current circuit."""
+        return model.precision.full_precision() if self.anchored else nullcontext()

@@ -68,7 +68,7 @@ class SparseEngine:
         self.phases = Phases()
         self.evaluations = 0
         self._rule = rule = rule or PrecisionRule()
-        with self.phases("capture"), torch.no_grad(), self._exactly():
+        with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model):
             clean = capture(model, task, task.clean_ids)
             self._corrupted = capture(model, task, task.corrupted_ids)
             self._substitute = ablated(model, clean, self._corrupted, task, ablation)
@@ -107,10 +107,6 @@ class SparseEngine:
 
     def _arithmetic(self) -> Arithmetic:
         return Anchored(self.model) if self._rule.anchored else Direct(self.model)
-
-    def _exactly(self) -> AbstractContextManager[None]:
-        """The precision of captured runs and of the current circuit."""
-        return self.model.precision.full_precision() if self._rule.anchored else nullcontext()
 
     # -- any circuit ------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahq_hf.engine.arithmetic import Arithmetic
+from pahq_hf.engine.arithmetic import Arithmetic, Reads
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.streams import Streams
@@ -251,7 +251,7 @@ class CircuitState:
             tokens = self.plan.at(liveness)
             own = [readers[head] for head in members]
             inputs = [self.inputs[reader] for reader in own]
-            q = self.arithmetic.read(math, "q", own, members, inputs, tokens)
+            q = self.arithmetic.read(Reads(math, "q", own, members, inputs, tokens))
             kv = [self.graph.kv_of_head(head) for head in members]
             probabilities = math.attend(q[:, None], state.k[kv][:, None], tokens)
             state.q[liveness] = q
@@ -274,7 +274,8 @@ class CircuitState:
             return base
         index = [r - readers.start for r in live]
         inputs = [self.inputs[r] for r in live]
-        new = self.arithmetic.read(math, kind, live, [blocks[i] for i in index], inputs, self.plan.window)
+        reads = Reads(math, kind, live, [blocks[i] for i in index], inputs, self.plan.window)
+        new = self.arithmetic.read(reads)
         base = base.clone()
         base[index] = math.with_window(base[index], new[:, None])[:, 0]
         return base

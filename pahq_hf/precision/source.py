@@ -170,8 +170,8 @@ class SourceBlock:
 
     def read(self, rows: slice, cols: slice) -> Tensor:
         """Rows and columns of the projection in the dtype of the checkpoint. [rows, cols]"""
-        parts = [block.clone() for block in self._views(rows, cols)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = list(self._views(rows, cols))
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
     def prefetch(self) -> None:
         """Let the tensor come into memory in the background."""
