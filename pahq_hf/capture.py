@@ -88,7 +88,8 @@ def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
     def keep_rows(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (args[0][rows, positions].unsqueeze(0),)
 
-    with hooks(model.unembedding.register_forward_pre_hook(keep_rows)), torch.no_grad():
+    handle = model.unembedding.register_forward_pre_hook(keep_rows)
+    with hooks(handle), torch.no_grad(), model.exact_tables():
         output = model.hf(
             input_ids=input_ids.to(device),
             attention_mask=task.attention_mask.to(device),
@@ -157,7 +158,7 @@ def check_vocabulary(model: PatchedModel, task: Task) -> None:
     Raises:
         TaskError: If one does not.
     """
-    size = model.embedding.weight.shape[0]
+    size = model.embedding.num_embeddings
     for name, ids in (("clean", task.clean_ids), ("corrupted", task.corrupted_ids)):
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise TaskError(f"a {name} prompt holds token id {int(ids.max())}; the model has {size} tokens")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -22,6 +26,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from pahq_hf.architectures import find_architecture
 from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.precision import CheckpointSource
+from pahq_hf.skeleton import load_skeleton
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _LOAD_ERRORS = (
@@ -71,6 +77,106 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
+def load(
+    name: str, *, streamed: bool, tables: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, CheckpointSource | None]:
+    """A model and where its FP32 weights can be read again.
+
+    Args:
+        name: Hub id, folder, or `demo`.
+        streamed: Leave projections in their files where that can be done.
+        tables: Embedding and unembedding too.
+        **kwargs: As for `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model, and its safetensors files if it has any.
+
+    Raises:
+        ModelLoadError: If the checkpoint is missing, incomplete or damaged.
+        UnsupportedModelError: If the family is not supported.
+        ConfigError: If another attention implementation than `eager` is asked for.
+    """
+    _check_attention(kwargs)
+    config = load_config(name, **kwargs)
+    origin, arguments = name, kwargs
+    if streamed and kwargs.get("gguf_file"):
+        origin, arguments = str(converted(name, **kwargs)), {}
+    files = safetensors_files(origin, **arguments)
+    source = CheckpointSource(files) if files else None
+    device = _one_device(kwargs)
+    full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
+    if streamed and source is not None and device is not None and full:
+        trust = bool(kwargs.get("trust_remote_code"))
+        model = load_skeleton(config, source, device, tables=tables, trust_remote_code=trust)
+        if model is not None:
+            _load_generation_config(model, origin, **arguments)
+            return model, source
+    return load_model(name, **kwargs), source
+
+
+def _check_attention(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("attn_implementation", "eager") != "eager":
+        raise ConfigError(
+            "attn_implementation must be 'eager': attention is cut into heads and needs its explicit mask"
+        )
+
+
+def _one_device(kwargs: dict[str, Any]) -> torch.device | None:
+    """The device a model goes to as a whole; None when it is to be spread over several."""
+    place = kwargs.get("device_map")
+    if isinstance(place, dict) and set(place) == {""}:
+        place = place[""]
+    if place is None:
+        return torch.device("cpu")
+    if isinstance(place, (str, int, torch.device)) and place not in ("auto", "balanced", "sequential"):
+        try:
+            return torch.device(place)
+        except RuntimeError:
+            return None  # "balanced_low_0", or a mistake that transformers will name
+    return None
+
+
+def _load_generation_config(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(
+            resolve(name), **_pick(kwargs, *_HUB_ARGUMENTS)
+        )
+    except OSError:
+        return  # most have none; the model made one from its config
+
+
+def converted(name: str, **kwargs: Any) -> Path:
+    """A GGUF checkpoint as safetensors, converted once and kept in the cache.
+
+    Args:
+        name: Folder or Hub id.
+        **kwargs: `gguf_file` and Hub arguments.
+
+    Returns:
+        The folder of the converted checkpoint: `gguf/...` below `$PAHQ_CACHE` or `~/.cache/pahq_hf`.
+
+    Raises:
+        ModelLoadError: If the file cannot be read, or the cache not be written.
+    """
+    path = cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))
+    status = os.stat(str(path))
+    identity = f"{os.path.realpath(str(path))}:{status.st_size}:{status.st_mtime_ns}"
+    cache = Path(os.environ.get("PAHQ_CACHE", "~/.cache/pahq_hf")).expanduser()
+    folder = cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            model = load_model(name, **_pick(kwargs, *_HUB_ARGUMENTS, "gguf_file"))
+            model.save_pretrained(Path(unfinished) / "model")
+            os.rename(Path(unfinished) / "model", folder)
+    except OSError as error:
+        if not folder.exists():  # else another process was faster
+            raise ModelLoadError(f"cannot keep the converted {name!r} in {folder}: {error}") from error
+    return folder
+
+
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """The Hugging Face model, in FP32 unless `dtype` says otherwise, with eager attention.
 
@@ -86,10 +192,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         UnsupportedModelError: If the family is not supported.
         ConfigError: If another attention implementation than `eager` is asked for.
     """
-    if kwargs.pop("attn_implementation", "eager") != "eager":
-        raise ConfigError(
-            "attn_implementation must be 'eager': attention is cut into heads and needs its explicit mask"
-        )
+    _check_attention(kwargs)
     load_config(name, **kwargs)
     kwargs.setdefault("dtype", torch.float32)
     if kwargs.get("gguf_file"):
@@ -137,13 +240,16 @@ def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
     wanted = _pick(kwargs, *_HUB_ARGUMENTS)
     lenient = {"_raise_exceptions_for_missing_entries": False}
     source = resolve(name)
-    single = cached_file(source, SAFE_WEIGHTS_NAME, **wanted, **lenient)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **wanted, **lenient)
-    if index is None:
-        return []
-    files, _ = get_checkpoint_shard_files(source, index, **wanted)
+    try:
+        single = cached_file(source, SAFE_WEIGHTS_NAME, **wanted, **lenient)
+        if single is not None:
+            return [Path(single)]
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **wanted, **lenient)
+        if index is None:
+            return []
+        files, _ = get_checkpoint_shard_files(source, index, **wanted)
+    except _LOAD_ERRORS as error:
+        raise ModelLoadError(f"cannot find the weights of {name!r}: {_first_line(error)}") from error
     return [Path(file) for file in files]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -12,7 +13,7 @@ from pahq_hf.errors import ConfigError
 from pahq_hf.files import write_text
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
-Format = Literal["fp8", "int8", "bf16"]
+Format = Literal["fp8", "fp8-e5m2", "int8", "bf16", "mx"]
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
@@ -79,6 +80,10 @@ class PAHQConfig(_JsonConfig):
             everything full; `pahq-literal`, the paper's rule: the active component FP32, the rest low;
             `rtn`, uniform rounding to nearest, the comparison.
         format: Low-precision format of every linear weight but the unembedding.
+        policy: Other formats for some components, by glob: `{"m*": "bf16", "a0.*": "int8"}`. The first
+            pattern that matches counts; weights that heads share get the finest of their formats.
+        quantize_embeddings: Keep embedding and unembedding in `format` too. Discovery reads their FP32
+            rows from the checkpoint all the same: only `generate` and plain forwards see the rounding.
         split_kv_groups: Give each query head key and value readers of its own.
         active: What is FP32 while an edge is tested: its receiver, or `both` receiver and writer.
         compute: In which dtype products with differences run: `auto` takes what the device multiplies
@@ -90,6 +95,8 @@ class PAHQConfig(_JsonConfig):
     split_kv_groups: bool = False
     active: Active = "receiver"
     compute: Compute = "auto"
+    policy: Mapping[str, Format] = field(default_factory=dict, hash=False)
+    quantize_embeddings: bool = False
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""
@@ -97,6 +104,12 @@ class PAHQConfig(_JsonConfig):
         _choice("format", self.format, Format)
         _choice("active", self.active, Active)
         _choice("compute", self.compute, Compute)
+        if not isinstance(self.policy, Mapping):
+            raise ConfigError(f"policy must map patterns to formats; got {self.policy!r}")
+        for pattern, fmt in self.policy.items():
+            _choice(f"the policy's format for {pattern!r}", fmt, Format)
+        if self.regime == "fp32" and (self.policy or self.quantize_embeddings):
+            raise ConfigError("a policy and quantize_embeddings need a low-precision regime, not fp32")
         if self.regime != "pahq" and self.active == "both":
             raise ConfigError(f"active=both needs precision pahq; in {self.regime} every writer is as it is")
         if self.regime != "pahq" and self.compute not in ("auto", "fp32"):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import threading
+from functools import cache
 from types import TracebackType
+from typing import Any
 
 _FIELDS = {"VmHWM": "rss", "RssAnon": "anonymous"}
 _INTERVAL = 0.05  # seconds
@@ -55,3 +59,19 @@ class PeakMemory:
     def report(self) -> dict[str, int]:
         """Peaks in bytes."""
         return {"rss": read_memory().get("rss", 0), "anonymous": self.anonymous}
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library is one that keeps it otherwise."""
+    release = _malloc_trim()
+    if release is not None:
+        release(0)
+
+
+@cache
+def _malloc_trim() -> Any | None:
+    name = ctypes.util.find_library("c")
+    try:
+        return None if name is None else getattr(ctypes.CDLL(name), "malloc_trim", None)
+    except OSError:
+        return None

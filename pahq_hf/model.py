@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
@@ -16,13 +16,17 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.evaluation import Evaluator, check_fits
 from pahq_hf.graph import Graph
-from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps
-from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
+from pahq_hf.memory import trim
+from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
+from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute, stored_name
 from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
+from pahq_hf.skeleton import borrowed
 from pahq_hf.tasks.base import Task
+
+_ROWS = 4096  # of a weight that are hashed at once
 
 
 class PAHQModel(nn.Module):
@@ -61,24 +65,46 @@ class PAHQModel(nn.Module):
         source: WeightSource | None = None,
     ) -> None:
         super().__init__()
-        check_supported(model)
-        self.pahq_config = _resolved(config or PAHQConfig(), model.device)
+        streamed = isinstance(source, CheckpointSource) and any(p.is_meta for p in model.parameters())
+        check_supported(model, streamed=streamed)
+        self.pahq_config = _resolved(config or PAHQConfig(), resident_device(model))
         self.base_model = model
         self.tokenizer = tokenizer
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation("eager")
         model.eval()
         repair_empty_mlps(model)
-        print_of_weights = fingerprint(model)
-        probe = probe_task(model)
-        reference = reference_logits(model, probe)
-        self.patched = PatchedModel(model, split_kv_groups=self.pahq_config.split_kv_groups)
-        check_patched(self.patched, probe, reference)
         name = base_model or model.config.name_or_path or "unknown"
-        self.identity = self._identify(name, print_of_weights)
-        if self.pahq_config.is_low:
-            compute = PrecisionRule.of(self.pahq_config, self.patched.device).compute
-            self.patched.lower(self.pahq_config.format, source, compute)
+        self.identity = self._identify(name, fingerprint(model, source))
+        probe = probe_task(model)
+        if streamed:
+            assert isinstance(source, CheckpointSource)
+            with borrowed(model, source, resident_device(model)):
+                reference = reference_logits(model, probe)
+        else:
+            reference = reference_logits(model, probe)
+        self.patched = PatchedModel(
+            model, split_kv_groups=self.pahq_config.split_kv_groups, streamed=streamed
+        )
+        if streamed:  # in full precision every projection reads the checkpoint again
+            self._lower(source)
+            with self.patched.precision.full_precision():
+                check_patched(self.patched, probe, reference)
+        else:
+            check_patched(self.patched, probe, reference)
+            if self.pahq_config.is_low:
+                self._lower(source)
+        trim()
+
+    def _lower(self, source: WeightSource | None) -> None:
+        config = self.pahq_config
+        self.patched.lower(
+            config.format,
+            source,
+            PrecisionRule.of(config, self.patched.device).compute,
+            policy=config.policy,
+            tables=config.quantize_embeddings,
+        )
 
     @classmethod
     def from_pretrained(
@@ -101,15 +127,12 @@ class PAHQModel(nn.Module):
             SelfCheckError: If the patched model does not reproduce the untouched forward pass.
         """
         name = str(model)
-        hf = checkpoint.load_model(name, **kwargs)
-        files = checkpoint.safetensors_files(name, **kwargs)
-        return cls(
-            hf,
-            pahq_config,
-            tokenizer=checkpoint.load_tokenizer(name, **kwargs),
-            base_model=name,
-            source=CheckpointSource(files) if files else None,
+        config = pahq_config or PAHQConfig()
+        hf, source = checkpoint.load(
+            name, streamed=config.is_low, tables=config.quantize_embeddings, **kwargs
         )
+        tokenizer = checkpoint.load_tokenizer(name, **kwargs)
+        return cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
 
     # -- the wrapped model ------------------------------------------------------------------------
 
@@ -236,7 +259,7 @@ def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:
     return replace(config, compute=resolve_compute(config.compute, config.format, device))
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, source: WeightSource | None = None) -> str:
     """A short hash of a model's shape and every weight, the same in all precision regimes.
 
     Each row of each parameter enters as the sum of its FP32 bit patterns: exact whatever the order of
@@ -244,13 +267,25 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Args:
         model: The model before it is patched or quantised.
+        source: Where parameters are that have no memory yet.
 
     Returns:
         32 hexadecimal digits.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in model.named_parameters():
-        bits = parameter.detach().to(torch.float32).contiguous().view(torch.int32)
-        digest.update(repr((name, tuple(bits.shape))).encode())
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
+        digest.update(repr((name, tuple(parameter.shape))).encode())
+        for rows in _values(model, name, parameter, source).split(_ROWS):
+            bits = rows.to(torch.float32).contiguous().view(torch.int32)
+            digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _values(model: PreTrainedModel, name: str, parameter: Tensor, source: WeightSource | None) -> Tensor:
+    if not parameter.is_meta:
+        return parameter.detach()
+    assert isinstance(source, CheckpointSource), "only a streamed model has parameters without memory"
+    stored = stored_name(name, model.base_model_prefix, source)
+    if stored is None:
+        raise ModelLoadError(f"the checkpoint lacks the tensor {name}")
+    return source.whole(stored)

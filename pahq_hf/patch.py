@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,17 +14,22 @@ from transformers import PreTrainedModel
 from pahq_hf.architectures import Architecture, find_architecture, graph_spec
 from pahq_hf.attention import PAHQAttention, linear_from, patch_attention
 from pahq_hf.config import Format
-from pahq_hf.errors import ConfigError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.graph import Graph
+from pahq_hf.memory import trim
 from pahq_hf.precision import (
     Component,
     MemorySource,
     PAHQLinear,
+    PAHQTable,
     PrecisionControl,
     Region,
     SourceBlock,
     SpillSource,
     WeightSource,
+    layouts,
+    patch_embedding,
+    stored_name,
 )
 from pahq_hf.precision.control import Part
 
@@ -53,14 +59,15 @@ class PatchedModel:
     Args:
         hf: The model; patched in place.
         split_kv_groups: Give every query head key and value readers of its own.
+        streamed: Whether projections have no memory yet: `lower` reads them from the checkpoint.
 
     Raises:
         UnsupportedModelError: If the family is unknown.
         ConfigError: If the model is not in float32 or float64, is offloaded, or is patched already.
     """
 
-    def __init__(self, hf: PreTrainedModel, *, split_kv_groups: bool = False) -> None:
-        check_supported(hf)
+    def __init__(self, hf: PreTrainedModel, *, split_kv_groups: bool = False, streamed: bool = False) -> None:
+        check_supported(hf, streamed=streamed)
         self.arch: Architecture = find_architecture(hf.config)
         self.hf = hf
         self.spec = graph_spec(hf.config, split_kv_groups=split_kv_groups)
@@ -69,7 +76,8 @@ class PatchedModel:
         hf.requires_grad_(False)
         self.layers = [self._patch_layer(block) for block in self.arch.find(hf, self.arch.layers)]
         self.final_norm: nn.Module = self.arch.find(hf, self.arch.final_norm)
-        self.unembedding: nn.Linear = self.arch.find(hf, self.arch.unembedding)
+        self.unembedding: nn.Linear | PAHQTable = self.arch.find(hf, self.arch.unembedding)
+        self.tables: list[PAHQTable] = []  # embedding and unembedding, when they are low precision too
         if hf.dtype == torch.float64:
             self._widen_norms()
         self.precision = PrecisionControl(dict(self._components()), list(self.linears()))
@@ -131,7 +139,15 @@ class PatchedModel:
 
     # -- precision --------------------------------------------------------------------------------
 
-    def lower(self, fmt: Format, source: WeightSource | None, compute: torch.dtype = torch.float32) -> None:
+    def lower(
+        self,
+        fmt: Format,
+        source: WeightSource | None,
+        compute: torch.dtype = torch.float32,
+        *,
+        policy: Mapping[str, Format] | None = None,
+        tables: bool = False,
+    ) -> None:
         """Keep every projection in a low-precision format; FP32 stays readable.
 
         Args:
@@ -139,20 +155,47 @@ class PatchedModel:
             source: The checkpoint the weights came from. Where it is None, or does not hold a
                 projection's values exactly, the FP32 values go to a spill file first.
             compute: Dtype of products with differences from anchors.
+            policy: Other formats for some components, by pattern.
+            tables: Whether embedding and unembedding go low too.
 
         Raises:
-            ConfigError: If the model is not in float32.
+            ConfigError: If the model is not in float32, or a pattern of the policy matches nothing.
             ModelLoadError: If a weight holds NaN or infinity, or the spill file cannot be written.
         """
         if self.hf.dtype != torch.float32:
             raise ConfigError(
                 "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
             )
+        formats = layouts(self.precision.parts, policy or {}, fmt)
+        if tables:
+            self._patch_tables()
+        linears = dict(self._named_linears()) | {f"table {n}": table for n, table in enumerate(self.tables)}
         blocks = self._checkpoint_blocks(source) if source is not None else {}
-        strays = {name: linear for name, linear in self._named_linears() if name not in blocks}
+        strays = {name: linear for name, linear in linears.items() if name not in blocks}
         blocks |= spill_blocks(strays, on_disk=True)
-        for name, linear in self._named_linears():
-            linear.lower(fmt, blocks[name], compute)
+        for name, linear in linears.items():
+            linear.lower(formats.get(linear, fmt), blocks[name], compute)
+            trim()
+        self.precision.free_staging()
+
+    def _patch_tables(self) -> None:
+        unembedding, embedding = self.arch.find(self.hf, self.arch.unembedding), self.embedding
+        tied = unembedding.weight is embedding.weight
+        top = PAHQTable(unembedding.weight, unembedding.bias)
+        bottom = top if tied else PAHQTable(embedding.weight, None)
+        parent, _, leaf = self.arch.unembedding.rpartition(".")
+        setattr(self.hf.get_submodule(parent), leaf, top)
+        patch_embedding(embedding, bottom)
+        self.unembedding = top
+        self.tables = [top] if tied else [top, bottom]
+
+    @contextmanager
+    def exact_tables(self) -> Iterator[None]:
+        """Inside, embedding and unembedding are FP32 whatever they are kept in."""
+        with ExitStack() as stack:
+            for table in self.tables:
+                stack.enter_context(table.full_precision())
+            yield
 
     def _named_linears(self) -> Iterator[tuple[str, PAHQLinear]]:
         names = {module: name for name, module in self.hf.named_modules()}
@@ -161,16 +204,38 @@ class PatchedModel:
 
     def _checkpoint_blocks(self, source: WeightSource) -> dict[str, SourceBlock]:
         found = {}
-        prefix = self.hf.base_model_prefix + "."
         for name, linear in self._named_linears():
-            tensor_name, segments = self._origin(name, linear)
-            tensor_name = tensor_name if tensor_name in source else tensor_name.removeprefix(prefix)
-            if tensor_name not in source:
-                continue
-            block = SourceBlock(source, tensor_name, self.arch.conv1d, segments)
-            if _holds(block, linear):
+            origin, segments = self._origin(name, linear)
+            block = self._block(source, [origin], self.arch.conv1d, segments, linear)
+            if block is not None:
                 found[name] = block
+        top = f"{self.arch.unembedding}.weight"
+        bottom = f"{self._name_of(self.embedding)}.weight"
+        for number, table in enumerate(self.tables):
+            names = [top, bottom] if len(self.tables) == 1 else [(top, bottom)[number]]
+            block = self._block(source, names, False, ((0, table.out_features),), table)
+            if block is not None:
+                found[f"table {number}"] = block
         return found
+
+    def _block(
+        self,
+        source: WeightSource,
+        names: Sequence[str],
+        transposed: bool,
+        segments: tuple[tuple[int, int], ...],
+        linear: PAHQLinear,
+    ) -> SourceBlock | None:
+        """Where a checkpoint keeps a matrix, under the first of its names; None if it does not hold it."""
+        stored = [stored_name(name, self.hf.base_model_prefix, source) for name in names]
+        for name in filter(None, stored):
+            block = SourceBlock(source, name, transposed, segments)
+            if _holds(block, linear):
+                return block
+        return None
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.hf.named_modules() if other is module)
 
     def _origin(self, name: str, linear: PAHQLinear) -> tuple[str, tuple[tuple[int, int], ...]]:
         """Checkpoint tensor of a projection, and which of its outputs are ours."""
@@ -195,16 +260,26 @@ class PatchedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.embedding.weight.device
+        return resident_device(self.hf)
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens the unembedding scores."""
-        return int(self.unembedding.weight.shape[0])
+        return int(self.unembedding.out_features)
 
 
-def check_supported(hf: PreTrainedModel) -> None:
+def resident_device(hf: PreTrainedModel) -> torch.device:
+    """Where a model is, whatever part of it has no memory."""
+    tensors = (*hf.parameters(), *hf.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def check_supported(hf: PreTrainedModel, *, streamed: bool = False) -> None:
     """Check what can be checked of a model before anything runs.
+
+    Args:
+        hf: The model.
+        streamed: Whether its projections are yet to be read from a checkpoint.
 
     Raises:
         UnsupportedModelError: If the family is unknown.
@@ -218,7 +293,7 @@ def check_supported(hf: PreTrainedModel) -> None:
             f"the model is in {hf.dtype}; circuit discovery keeps the residual stream in full precision: "
             "load it with dtype=torch.float32 (weights get smaller through PAHQConfig instead)"
         )
-    if any(parameter.is_meta for parameter in hf.parameters()):
+    if not streamed and any(parameter.is_meta for parameter in hf.parameters()):
         raise ConfigError(
             "some weights are offloaded to the CPU or to disk, out of reach of the projections' patches: "
             "load the model with a device_map that offloads nothing"
@@ -249,6 +324,8 @@ def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, 
     for name, linear in linears.items():
         if linear.weight is None:
             raise ConfigError(f"{name} is kept in low precision already")
+        if linear.weight.is_meta:
+            raise ModelLoadError(f"the checkpoint lacks the weight of {name}")
         tensors[name] = linear.weight.detach().cpu()
     source: WeightSource = SpillSource(tensors) if on_disk else MemorySource(tensors)
     return {
@@ -261,6 +338,8 @@ def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:
     if linear.weight is None:
         raise UnsupportedModelError("a projection is kept in low precision already")
     region = linear.region
+    if linear.weight.is_meta:
+        return True  # the checkpoint is all there is; the self-check finds a wrong layout
     try:
         values = block.read(region.rows, region.cols)
     except (RuntimeError, ValueError, IndexError):

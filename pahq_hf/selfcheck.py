@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pahq_hf.capture import capture, with_streams
 from pahq_hf.errors import SelfCheckError
-from pahq_hf.patch import PatchedModel, token_embedding
+from pahq_hf.patch import PatchedModel, resident_device, token_embedding
 from pahq_hf.tasks.base import Task
 
 _TOLERANCE = 1e-5
@@ -22,7 +22,7 @@ def probe_task(hf: PreTrainedModel) -> Task:
     The padding is on the left, where it shifts positions and masks whole rows, except in float64: there
     the untouched families whose softmax is float32 turn such a row's mask into infinities, and NaN.
     """
-    vocab = token_embedding(hf).weight.shape[0]
+    vocab = token_embedding(hf).num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (2, _LENGTH), generator=generator)
     left = hf.dtype != torch.float64
@@ -37,7 +37,7 @@ def probe_task(hf: PreTrainedModel) -> Task:
 
 def reference_logits(hf: PreTrainedModel, task: Task) -> Tensor:
     """Logits of a model nobody has touched yet, at the task's answer positions. [rows, vocab]"""
-    device = token_embedding(hf).weight.device
+    device = resident_device(hf)
     with torch.no_grad():
         output = hf(
             input_ids=task.clean_ids.to(device),

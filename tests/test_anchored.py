@@ -315,7 +315,10 @@ def words_of(rows: int, *, bias: bool, seed: int = 0, spread: float = 1.0) -> Wo
     weight = weight_of(VOCAB, WIDTH, seed) / WIDTH**0.5
     b = 0.3 * weight_of(1, VOCAB, seed + 1)[0] if bias else None
     x0 = spread * weight_of(rows, WIDTH, seed + 2)
-    return Words(weight, b, Vocabulary(weight, b, F.linear(x0, weight, b).logsumexp(-1)), x0)
+    unembedding = torch.nn.Linear(WIDTH, VOCAB, bias=bias)
+    unembedding.weight.data = weight
+    ours = Vocabulary(unembedding, b, F.linear(x0, weight, b).logsumexp(-1))
+    return Words(weight, b, ours, x0)
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (3, 7), (600, 2), (50, 23)])

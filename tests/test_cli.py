@@ -159,6 +159,9 @@ class World:
         return str(self.root / name)
 
 
+UNIFORM = {"policy": {}, "quantize_embeddings": False}
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Whole words, cut at spaces."""
     model = models.WordLevel({word: i for i, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>")
@@ -177,7 +180,7 @@ BAD: Bad = {
     "an unsupported family": (lambda w: ["info", w.path("bert")], "family 'bert' is not supported"),
     "an unsupported family in discover": (lambda w: w.discover("bert"), "family 'bert' is not supported"),
     "an unknown family": (lambda w: ["info", w.path("novel")], "cannot tell the family of"),
-    "a truncated checkpoint": (lambda w: w.discover("short"), "cannot load the weights"),
+    "a truncated checkpoint": (lambda w: w.discover("short"), "cannot read the checkpoint file"),
     "a missing tensor": (lambda w: w.discover("less"), "it lacks 1 tensors, such as model.layers.1.mlp"),
     "no weights": (lambda w: w.discover("bare"), "cannot load the weights"),
     "NaN in the final norm": (lambda w: w.discover("norm"), "NaN"),
@@ -478,7 +481,7 @@ def test_discover_prints_a_table(world: World, results: dict[str, Result]) -> No
 
 def test_discover_takes_its_options(results: dict[str, Result]) -> None:
     facts = only_json(results["discover more"])
-    precision = {"regime": "rtn", "format": "int8", "split_kv_groups": True}
+    precision = {"regime": "rtn", "format": "int8", "split_kv_groups": True} | UNIFORM
     assert facts["precision"] == precision | {"active": "receiver", "compute": "fp32"}
     assert facts["second_looks"] == {"margin": None, "tests": 0, "changed": 0}
     arguments = facts["arguments"]
@@ -491,7 +494,7 @@ def test_discover_takes_its_options(results: dict[str, Result]) -> None:
 
 def test_discover_is_anchored_by_default(results: dict[str, Result]) -> None:
     facts = only_json(results["discover json"])
-    precision = {"regime": "pahq", "format": "fp8", "split_kv_groups": False, "active": "receiver"}
+    precision = {"regime": "pahq", "format": "fp8", "split_kv_groups": False, "active": "receiver"} | UNIFORM
     native = resolve_compute("auto", "fp8", torch.device("cpu"))
     assert facts["precision"] == facts["header"]["precision"] == precision | {"compute": native}
     assert facts["arguments"]["margin"] == facts["second_looks"]["margin"] == 0.2
@@ -501,7 +504,7 @@ def test_discover_is_anchored_by_default(results: dict[str, Result]) -> None:
 def test_discover_can_look_at_everything_again(world: World, results: dict[str, Result]) -> None:
     """Then precision is of no consequence."""
     facts = only_json(results["discover pahq"])
-    precision = {"regime": "pahq", "format": "int8", "split_kv_groups": False, "active": "both"}
+    precision = {"regime": "pahq", "format": "int8", "split_kv_groups": False, "active": "both"} | UNIFORM
     assert facts["precision"] == precision | {"compute": "fp32"}
     assert facts["arguments"]["margin"] == facts["second_looks"]["margin"] == "inf"
     assert facts["second_looks"]["tests"] >= facts["edges"]["tested"]

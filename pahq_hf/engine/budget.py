@@ -27,7 +27,7 @@ class MemoryBudget:
         self.limit = limit if limit is not None else int(free_memory(model.device) * _SHARE)
         self._width = int(model.hf.config.hidden_size)
         self._hidden = max((linear.out_features for linear in model.linears()), default=self._width)
-        self._size = model.embedding.weight.element_size()
+        self._size = model.hf.dtype.itemsize
         self._most = 1 << 30
 
     def batch(self, state: CircuitState, reader: int) -> int:

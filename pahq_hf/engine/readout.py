@@ -10,14 +10,13 @@ metrics need a few columns of the unembedding and, for probabilities, the same l
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from pahq_hf.config import MetricName
 from pahq_hf.engine.vocabulary import Vocabulary
 from pahq_hf.metrics import Metric, TokenSets
+from pahq_hf.precision import PAHQTable, exact_block, exact_rows
 
 
 class Readout:
@@ -29,13 +28,13 @@ class Readout:
         clean_logits: The full model's logits. [rows, vocab]
     """
 
-    def __init__(self, metric: Metric, unembedding: nn.Linear, clean_logits: Tensor) -> None:
+    def __init__(self, metric: Metric, unembedding: nn.Linear | PAHQTable, clean_logits: Tensor) -> None:
         self.metric = metric
-        self._weight = unembedding.weight.detach()  # [vocab, d_model]
-        bias = cast("nn.Parameter | None", unembedding.bias)  # nn.Linear's annotation forgets None
+        self._unembedding = unembedding  # [vocab, d_model], FP32 here whatever it is kept in
+        bias = unembedding.bias
         self._bias: Tensor | None = None if bias is None else bias.detach()
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
-        self._logsumexp = Vocabulary(self._weight, self._bias, clean_logits.logsumexp(-1))
+        self._logsumexp = Vocabulary(unembedding, self._bias, clean_logits.logsumexp(-1))
         name: MetricName = metric.name
         if name == "kl":
             self._prepare_kl()
@@ -46,10 +45,11 @@ class Readout:
         log_p = self.metric.reference_log_probs
         assert log_p is not None
         p = log_p.exp()
-        direction = torch.zeros(p.shape[0], self._weight.shape[1], dtype=torch.float64, device=p.device)
+        width = self._unembedding.in_features
+        direction = torch.zeros(p.shape[0], width, dtype=torch.float64, device=p.device)
         for start in range(0, p.shape[1], 4096):  # in blocks: W_U in float64 would not fit
-            stop = start + 4096
-            direction += p[:, start:stop] @ self._weight[start:stop].to(torch.float64)
+            rows = slice(start, min(start + 4096, p.shape[1]))
+            direction += p[:, rows] @ exact_block(self._unembedding, rows).to(torch.float64)
         self._direction = direction  # W_U^T p  [rows, d_model]
         self._offset = (p * log_p).sum(-1)  # [rows]
         if self._bias is not None:
@@ -63,7 +63,7 @@ class Readout:
 
     def _mean_column(self, sets: TokenSets) -> tuple[Tensor, Tensor]:
         share = sets.mask / sets.mask.sum(-1, keepdim=True)  # [rows, width]
-        columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]
+        columns = exact_rows(self._unembedding, sets.ids).to(torch.float64)  # [rows, width, d_model]
         direction = (columns * share[..., None]).sum(1)
         if self._bias is None:
             return direction, torch.zeros(len(share), dtype=torch.float64, device=share.device)
@@ -94,7 +94,7 @@ class Readout:
         return self.metric.reduce(self.rows(x))
 
     def _probability(self, x: Tensor, sets: TokenSets, lse: Tensor) -> Tensor:
-        columns = self._weight[sets.ids].to(torch.float64)  # [rows, width, d_model]
+        columns = exact_rows(self._unembedding, sets.ids).to(torch.float64)  # [rows, width, d_model]
         logits = torch.einsum("brd,rwd->brw", x.to(torch.float64), columns)
         if self._bias is not None:
             logits = logits + self._bias[sets.ids].to(torch.float64)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pahq_hf.precision import Product
+from pahq_hf.precision import PAHQTable, Product, exact_block
 
 _BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured
@@ -18,13 +17,13 @@ class Vocabulary:
     """`logsumexp(x W_U^T + b)` in FP32.
 
     Args:
-        weight: Unembedding. [vocab, d_model]
+        unembedding: The unembedding, W_U [vocab, d_model].
         bias: Its bias. [vocab]
         shift: A value near each row's result, which keeps exponentials in range. [rows]
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shift: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, unembedding: nn.Linear | PAHQTable, bias: Tensor | None, shift: Tensor) -> None:
+        self._unembedding = unembedding
         self._bias = bias
         self._shift = shift
         self._blocks: list[Product] = []
@@ -38,8 +37,7 @@ class Vocabulary:
         flat = x.reshape(batch * rows, -1)
         shift = self._shift.repeat(batch)[:, None]
         total = torch.zeros(batch * rows, dtype=torch.float64, device=x.device)
-        self._blocks = self._blocks or packed_blocks(self._weight, self._bias)
-        for product in self._blocks:
+        for product in self._products():
             total += product(flat).sub_(shift).exp_().sum(-1)
         good = torch.isfinite(total) & (total > 1e-20) & (total < 1e20)
         result = total.log() + shift[:, 0].to(torch.float64)
@@ -47,18 +45,25 @@ class Vocabulary:
             result[~good] = self._textbook(flat[~good]).to(torch.float64)
         return result.view(batch, rows)
 
+    def _products(self) -> Iterable[Product]:
+        """The unembedding's blocks; packed once, unless it is low precision to save memory."""
+        if isinstance(self._unembedding, PAHQTable):
+            return packed_blocks(self._unembedding, self._bias)
+        self._blocks = self._blocks or list(packed_blocks(self._unembedding, self._bias))
+        return self._blocks
+
     def _textbook(self, x: Tensor) -> Tensor:
         """The textbook form, safe whatever the scale. [n, d_model] -> [n]"""
-        return torch.logsumexp(F.linear(x, self._weight, self._bias), dim=-1)
+        blocks = [product(x) for product in packed_blocks(self._unembedding, self._bias)]
+        return torch.logsumexp(torch.cat(blocks, dim=-1), dim=-1)
 
 
-def packed_blocks(weight: Tensor, bias: Tensor | None) -> list[Product]:
-    """The unembedding cut into packed blocks."""
-    blocks = []
-    for start in range(0, weight.shape[0], _BLOCK):
-        part = None if bias is None else bias[start : start + _BLOCK]
-        blocks.append(Product(weight[start : start + _BLOCK], part))
-    return blocks
+def packed_blocks(unembedding: nn.Linear | PAHQTable, bias: Tensor | None) -> Iterator[Product]:
+    """The unembedding cut into packed blocks, one at a time."""
+    vocab = unembedding.out_features
+    for start in range(0, vocab, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, vocab))
+        yield Product(exact_block(unembedding, rows), None if bias is None else bias[rows])
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -2,16 +2,20 @@
 
 from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.control import Component, PrecisionControl
-from pahq_hf.precision.linear import PAHQLinear, Region
+from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.low import LowWeight, quantize
+from pahq_hf.precision.policy import layouts
 from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product, in_chunks, resolve_compute
+from pahq_hf.precision.region import Region
 from pahq_hf.precision.source import (
     CheckpointSource,
     MemorySource,
     SourceBlock,
     SpillSource,
     WeightSource,
+    stored_name,
 )
+from pahq_hf.precision.table import PAHQTable, exact_block, exact_rows, patch_embedding
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -23,13 +27,19 @@ __all__ = [
     "MemorySource",
     "Origin",
     "PAHQLinear",
+    "PAHQTable",
     "PrecisionControl",
     "Product",
     "Region",
     "SourceBlock",
     "SpillSource",
     "WeightSource",
+    "exact_block",
+    "exact_rows",
     "in_chunks",
+    "layouts",
+    "patch_embedding",
     "quantize",
     "resolve_compute",
+    "stored_name",
 ]

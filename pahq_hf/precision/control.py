@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.linear import PAHQLinear, Region
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.region import Region
 from pahq_hf.precision.source import Staging
 
 Component = str
@@ -31,6 +32,11 @@ class PrecisionControl:
         self._staging = Staging()
         for linear in linears:
             linear.staging = self._staging
+
+    @property
+    def parts(self) -> Mapping[Component, Sequence[Part]]:
+        """The weight blocks of every component."""
+        return self._parts
 
     @property
     def active(self) -> frozenset[Component]:
@@ -99,7 +105,11 @@ class PrecisionControl:
         finally:
             self.is_full = before
             if not before:
-                self._staging.free()
+                self.free_staging()
+
+    def free_staging(self) -> None:
+        """Give back the memory through which FP32 weights pass."""
+        self._staging.free()
 
     @property
     def nbytes(self) -> int:

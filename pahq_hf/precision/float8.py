@@ -8,6 +8,7 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from pahq_hf.precision.rows import by_rows
 from pahq_hf.precision.scaled import ScaledWeight
 
 # E4M3's exponent bias is 7, float16's is 15: the same bits mean 2**-8 of the value.
@@ -42,7 +43,7 @@ class Float8Weight(ScaledWeight):
     """
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(Float8Tensor.from_hp(weight.to(torch.float32), granularity=PerRow()))
+        super().__init__(by_rows(lambda rows: Float8Tensor.from_hp(rows, granularity=PerRow()), weight))
 
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""

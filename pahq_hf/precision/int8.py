@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchao.quantization import Int8Tensor, PerRow
 
+from pahq_hf.precision.rows import by_rows
 from pahq_hf.precision.scaled import ScaledWeight
 
 
@@ -17,7 +18,7 @@ class Int8Weight(ScaledWeight):
     """
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(Int8Tensor.from_hp(weight.to(torch.float32), granularity=PerRow()))
+        super().__init__(by_rows(lambda rows: Int8Tensor.from_hp(rows, granularity=PerRow()), weight))
 
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,31 +14,11 @@ from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.float8 import Float8Weight
-from pahq_hf.precision.low import LowWeight, quantize
+from pahq_hf.precision.low import LowWeight
+from pahq_hf.precision.pieces import lowered
 from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
+from pahq_hf.precision.region import Layout, Region
 from pahq_hf.precision.source import SourceBlock, Staging
-
-
-@dataclass(frozen=True)
-class Region:
-    """A block of a weight matrix: half-open row (output) and column (input) ranges."""
-
-    rows: slice
-    cols: slice
-
-    def intersect(self, other: Region) -> Region | None:
-        """The common block, or None."""
-        rows = slice(max(self.rows.start, other.rows.start), min(self.rows.stop, other.rows.stop))
-        cols = slice(max(self.cols.start, other.cols.start), min(self.cols.stop, other.cols.stop))
-        return Region(rows, cols) if rows.start < rows.stop and cols.start < cols.stop else None
-
-    def within(self, outer: Region) -> tuple[slice, slice]:
-        """This block's index relative to a block that contains it."""
-        r, c = outer.rows.start, outer.cols.start
-        return (
-            slice(self.rows.start - r, self.rows.stop - r),
-            slice(self.cols.start - c, self.cols.stop - c),
-        )
 
 
 class PAHQLinear(nn.Module):
@@ -77,18 +56,26 @@ class PAHQLinear(nn.Module):
 
     # -- precision ------------------------------------------------------------------------------
 
-    def lower(self, fmt: Format, block: SourceBlock, compute: torch.dtype = torch.float32) -> None:
+    def lower(self, fmt: Format | Layout, block: SourceBlock, compute: torch.dtype = torch.float32) -> None:
         """Keep the weight in a low-precision format from now on.
 
         Args:
-            fmt: The format.
-            block: Where to read FP32 values.
+            fmt: The format, or those of blocks that make up the matrix.
+            block: Where to read FP32 values; also this one, where the weight has no memory yet.
             compute: Dtype in which products of differences run.
+
+        Raises:
+            ConfigError: If the weight is low already.
+            ModelLoadError: If it holds NaN or infinity.
         """
         if self.weight is None:
             raise ConfigError("this projection is kept in low precision already")
         self.release()
-        self.low = cast(nn.Module, quantize(self.weight, fmt))
+        layout: Layout = [(self.region, fmt)] if isinstance(fmt, str) else fmt
+        weight: Tensor = self.weight
+        if weight.is_meta:
+            weight = block.view(*self._everything)
+        self.low = cast(nn.Module, lowered(weight, layout))
         self._block = block
         self.staging.expect(block)
         self._compute = compute
@@ -348,7 +335,9 @@ class PAHQLinear(nn.Module):
             return Product(weight)
         if self._compute == torch.float8_e4m3fn and isinstance(self.low, Float8Weight):
             return self.low.dynamic(block.rows, block.cols)
-        return Product(weight.to(self._compute))
+        # FP8 products want FP8 weights; BF16 ones run wherever those do.
+        wide = torch.bfloat16 if self._compute == torch.float8_e4m3fn else self._compute
+        return Product(weight.to(wide))
 
     @contextmanager
     def recording(self) -> Iterator[list[Anchor]]:

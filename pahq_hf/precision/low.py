@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.precision.bfloat16 import BFloat16Weight
 from pahq_hf.precision.float8 import Float8Weight
+from pahq_hf.precision.float8_wide import WideFloat8Weight
 from pahq_hf.precision.int8 import Int8Weight
+from pahq_hf.precision.mx import MXWeight
+from pahq_hf.precision.rows import all_finite
 
 
 class LowWeight(Protocol):
@@ -35,8 +37,10 @@ class LowWeight(Protocol):
 
 _FORMATS: dict[str, Callable[[Tensor], nn.Module]] = {
     "fp8": Float8Weight,
+    "fp8-e5m2": WideFloat8Weight,
     "int8": Int8Weight,
     "bf16": BFloat16Weight,
+    "mx": MXWeight,
 }
 
 
@@ -53,6 +57,6 @@ def quantize(weight: Tensor, fmt: Format) -> LowWeight:
     Raises:
         ModelLoadError: If the weight holds NaN or infinity, which no scale can represent.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ModelLoadError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
     return _FORMATS[fmt](weight.detach())  # type: ignore[return-value]

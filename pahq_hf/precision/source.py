@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,6 +69,20 @@ class CheckpointSource:
     def __contains__(self, name: object) -> bool:
         return name in self._where
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._handles[self._where[name]].get_slice(name).get_shape())
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of any shape as it lies in the mapped file; for reading only.
+
+        Raises:
+            ModelLoadError: If the file changed since it was opened.
+        """
+        handle = self._unchanged(name)
+        tensor: Tensor = handle.get_slice(name)[...] if self.shape(name) else handle.get_tensor(name)
+        return tensor
+
     def read(self, name: str, rows: slice, cols: slice) -> Tensor:
         """A private copy of a block, in the checkpoint's own dtype and orientation.
 
@@ -95,6 +109,11 @@ class CheckpointSource:
         Raises:
             ModelLoadError: If the file changed since it was opened.
         """
+        block: Tensor = self._unchanged(name).get_slice(name)[rows, cols]
+        return block
+
+    def _unchanged(self, name: str) -> Any:
+        """The open file of a tensor, if it is still what was opened."""
         number = self._where[name]
         path = self._files[number]
         try:
@@ -103,8 +122,7 @@ class CheckpointSource:
             raise ModelLoadError(f"{path} is gone; reload the model") from error
         if not unchanged:
             raise ModelLoadError(f"{path} changed on disk since the model was loaded; reload the model")
-        block: Tensor = self._handles[number].get_slice(name)[rows, cols]
-        return block
+        return self._handles[number]
 
 
 class MemorySource:
@@ -170,8 +188,12 @@ class SourceBlock:
 
     def read(self, rows: slice, cols: slice) -> Tensor:
         """Rows and columns of the projection in the dtype of the checkpoint. [rows, cols]"""
+        return self.view(rows, cols).clone()
+
+    def view(self, rows: slice, cols: slice) -> Tensor:
+        """The same without a copy where it can be had; for reading only. [rows, cols]"""
         parts = list(self._views(rows, cols))
-        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def prefetch(self) -> None:
         """Let the tensor come into memory in the background."""
@@ -242,6 +264,23 @@ class Staging:
     def free(self) -> None:
         """Give the memory back."""
         self._buffer = torch.empty(0)
+
+
+def stored_name(name: str, prefix: str, source: WeightSource) -> str | None:
+    """The name a checkpoint uses for a parameter: some leave out the base model's prefix.
+
+    Args:
+        name: Parameter name.
+        prefix: The model's `base_model_prefix`.
+        source: The checkpoint.
+
+    Returns:
+        The tensor's name, or None if there is no such tensor.
+    """
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if candidate in source:
+            return candidate
+    return None
 
 
 def byte_spans(path: Path) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,75 @@
+"""Which component is kept in which format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from pahq_hf.config import Format
+from pahq_hf.errors import ConfigError
+from pahq_hf.precision.control import Component, Part
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.region import Layout, Region
+
+# From the coarsest to the finest, as measured: docs/precision.md.
+_FINENESS: tuple[Format, ...] = ("fp8-e5m2", "fp8", "mx", "int8", "bf16")
+
+
+def formats_of(
+    components: Sequence[Component], policy: Mapping[str, Format], default: Format
+) -> list[Format]:
+    """The format of every component: the first pattern of the policy that matches its name.
+
+    Args:
+        components: Names such as `a0.h1` and `m0`.
+        policy: Formats by pattern (`m*`, `a0.*`), in order of precedence.
+        default: For components that no pattern matches.
+
+    Returns:
+        One format for each.
+
+    Raises:
+        ConfigError: If a pattern matches no component.
+    """
+    for pattern in policy:
+        if not any(fnmatchcase(name, pattern) for name in components):
+            raise ConfigError(
+                f"the policy's pattern {pattern!r} matches no component; they are named like a0.h1 and m0"
+            )
+    return [
+        next((fmt for pattern, fmt in policy.items() if fnmatchcase(name, pattern)), default)
+        for name in components
+    ]
+
+
+def layouts(
+    parts: Mapping[Component, Sequence[Part]], policy: Mapping[str, Format], default: Format
+) -> dict[PAHQLinear, Layout]:
+    """The formats of every projection's blocks.
+
+    Weights that several heads share (keys and values of a group) get the finest of their formats.
+
+    Args:
+        parts: The weight blocks of every component.
+        policy: Formats by pattern.
+        default: For the rest.
+
+    Returns:
+        For every projection the formats of blocks that make it up; one where they are all the same.
+
+    Raises:
+        ConfigError: If a pattern matches no component.
+    """
+    found: dict[PAHQLinear, dict[tuple[int, int], tuple[Region, Format]]] = {}
+    for fmt, blocks in zip(formats_of(list(parts), policy, default), parts.values(), strict=True):
+        for linear, region in blocks:
+            pieces = found.setdefault(linear, {})
+            key = region.rows.start, region.cols.start
+            other = pieces[key][1] if key in pieces else fmt
+            pieces[key] = region, max(fmt, other, key=_FINENESS.index)
+    return {linear: _merged(linear, list(pieces.values())) for linear, pieces in found.items()}
+
+
+def _merged(linear: PAHQLinear, pieces: list[tuple[Region, Format]]) -> Layout:
+    formats = {fmt for _, fmt in pieces}
+    return [(linear.region, formats.pop())] if len(formats) == 1 else pieces

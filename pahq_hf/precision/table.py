@@ -1,0 +1,79 @@
+"""Embedding and unembedding in low precision, with FP32 rows on demand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pahq_hf.precision.linear import PAHQLinear
+
+_BLOCK = 2048  # rows at once
+
+
+class PAHQTable(PAHQLinear):
+    """A matrix with one row for each token, [vocab, d_model], never decoded as a whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of all tokens. [..., d_model] -> [..., vocab]"""
+        scores = []
+        for start in range(0, self.out_features, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, self.out_features))
+            scores.append(F.linear(x, self.dense(rows), None if self.bias is None else self.bias[rows]))
+        return torch.cat(scores, dim=-1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of some tokens at the current precision. [...] -> [..., d_model]"""
+        distinct, place = ids.unique(return_inverse=True)
+        rows = [self.dense(slice(token, token + 1)) for token in distinct.tolist()]
+        return torch.cat(rows)[place]
+
+    def exact(self, rows: slice) -> Tensor:
+        """FP32 rows, whatever the precision. [rows, d_model]"""
+        with self.full_precision():
+            return self.dense(rows)
+
+    def exact_rows(self, ids: Tensor) -> Tensor:
+        """FP32 rows of some tokens, whatever the precision. [...] -> [..., d_model]"""
+        with self.full_precision():
+            return self.rows(ids)
+
+
+class PAHQEmbedding(nn.Embedding):
+    """An embedding that looks its rows up in a `PAHQTable`."""
+
+    table: PAHQTable
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] -> [..., d_model]"""
+        return self.table.rows(input)
+
+
+def patch_embedding(module: nn.Embedding, table: PAHQTable) -> None:
+    """Let an embedding look rows up in a table, in place.
+
+    Args:
+        module: An `nn.Embedding`, or a family's own kind of it (Gemma's multiplies by sqrt(d_model)).
+        table: The rows.
+    """
+    kind = type(module)
+    bases = (PAHQEmbedding,) if kind is nn.Embedding else (kind, PAHQEmbedding)
+    del module._parameters["weight"]
+    module.__class__ = type(f"PAHQ{kind.__name__}", bases, {})
+    module.table = table
+
+
+def exact_rows(unembedding: nn.Module, ids: Tensor) -> Tensor:
+    """FP32 rows of an unembedding, kept in full or not. [...] -> [..., d_model]"""
+    if isinstance(unembedding, PAHQTable):
+        return unembedding.exact_rows(ids)
+    weight: Tensor = unembedding.weight.detach()  # type: ignore[operator]
+    return weight[ids]
+
+
+def exact_block(unembedding: nn.Module, rows: slice) -> Tensor:
+    """Consecutive FP32 rows of an unembedding, kept in full or not. [rows, d_model]"""
+    if isinstance(unembedding, PAHQTable):
+        return unembedding.exact(rows)
+    weight: Tensor = unembedding.weight.detach()  # type: ignore[operator]
+    return weight[rows]
