@@ -1,18 +1,36 @@
-"""Write a random Llama checkpoint of any shape: sharded, in BF16, as large models come."""
+"""Write a random Llama checkpoint of any shape: sharded, in BF16, as large models come, shard by shard."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+_SPREAD = 0.02  # standard deviation of the weights, as Llama is initialised
+_SHARD = 10**9  # bytes
 
 
-def write(folder: Path, *, layers: int, d_model: int, heads: int, groups: int, d_mlp: int, vocab: int) -> int:
-    """Write the checkpoint.
+def write(
+    folder: Path,
+    *,
+    layers: int,
+    d_model: int,
+    heads: int,
+    groups: int,
+    d_mlp: int,
+    vocab: int,
+    tied: bool = False,
+) -> int:
+    """Write the checkpoint; never more than one shard of it is in memory.
 
     Args:
         folder: Where it goes.
@@ -22,19 +40,46 @@ def write(folder: Path, *, layers: int, d_model: int, heads: int, groups: int, d
         groups: Key/value groups.
         d_mlp: Hidden width of the MLP.
         vocab: Number of tokens.
+        tied: Whether embedding and unembedding are the same.
 
     Returns:
         Number of parameters.
     """
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True,
-        max_position_embeddings=2048,
+        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied,
+        max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1GB")
-    return sum(parameter.numel() for parameter in model.parameters())
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(config)
+    model.tie_weights()
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    where = {}
+    for number, shard in enumerate(_shards(shapes)):
+        file = f"model-{number:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": where}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+    return count
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            shard[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            shard[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, _SPREAD, generator=generator)
+        if sum(tensor.nbytes for tensor in shard.values()) > _SHARD:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in {"layers": 22, "d-model": 2048, "heads": 32, "groups": 4, "d-mlp": 5632}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--vocab", type=int, default=32000, help="default: 32000")
+    parser.add_argument("--tied", action="store_true", help="embedding and unembedding are the same")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
     print(f"{write(out, **options):,} parameters")

@@ -25,14 +25,16 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read `pahq:fp8:margin=0.2:once`."""
+        """Read `pahq:fp8:margin=0.2:once`; `tables` quantises embedding and unembedding too."""
         regime, *options = text.split(":")
-        values: dict[str, str] = {}
+        values: dict[str, str | bool] = {}
         once, margin = False, None
         for option in options:
             key, _, value = option.partition("=")
             if option == "once":
                 once = True
+            elif option == "tables":
+                values["quantize_embeddings"] = True
             elif key == "margin":
                 margin = float(value)
             elif value:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pahq_hf.errors import TaskError
 from pahq_hf.patch import PatchedModel
+from pahq_hf.store import ActivationStore, MemoryStore, kept
 from pahq_hf.tasks.base import Task
 
 Hook = Callable[..., Any]
+_TOKENS = 4096  # that run at once while activations are captured
 
 
 @dataclass
@@ -44,6 +46,21 @@ class Activations:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     masks: list[Tensor | None] = field(default_factory=list)
     rotary: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    def part(self, examples: slice) -> Activations:
+        """What some examples wrote and read; logits, masks and rotary tables are left out."""
+
+        def each(values: list[Tensor]) -> list[Tensor]:
+            return [value[examples] for value in values]
+
+        return Activations(
+            embedding=self.embedding[examples],
+            z=each(self.z),
+            mlp=each(self.mlp),
+            attention_in=each(self.attention_in),
+            mlp_in=each(self.mlp_in),
+            final_in=self.final_in[examples],
+        )
 
     def map_writers(self, change: Callable[[Tensor], Tensor]) -> Activations:
         """A copy whose written activations (embedding, z, mlp) are changed one by one."""
@@ -100,56 +117,142 @@ def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
     return logits
 
 
-def capture(model: PatchedModel, task: Task, input_ids: Tensor) -> Activations:
+def capture(
+    model: PatchedModel, task: Task, input_ids: Tensor, store: ActivationStore | None = None
+) -> Activations:
     """Run prompts through the model and record its writers and readers.
+
+    Many examples run a few at a time, so that only what is recorded grows with their number.
 
     Args:
         model: The patched model, at whatever precision it has now.
         task: Gives mask, positions and rows.
         input_ids: Prompts. [batch, pos]
+        store: Where activations go; memory by default.
 
     Returns:
         The recorded activations.
 
     Raises:
         TaskError: If a token id is outside the vocabulary.
+        RunError: If the store has no room.
     """
     check_vocabulary(model, task)
-    record = Activations()
-    handles = []
+    recorder = _Recorder(len(task), store or MemoryStore())
+    step = max(1, _TOKENS // task.length)
+    for first in range(0, len(task), step):
+        part, rows = task.part(first, min(first + step, len(task)))
+        recorder.turn_to(first, len(part))
+        with hooks(*_recording_hooks(model, recorder)):
+            logits = answer_logits(model, part, input_ids[first : first + len(part)])
+        recorder.put_rows(logits, rows.to(logits.device), len(task.answers))
+    return recorder.run
+
+
+class _Recorder:
+    """Puts what some examples wrote where it belongs among all examples."""
+
+    def __init__(self, examples: int, store: ActivationStore) -> None:
+        self.run = Activations()
+        self._examples = examples
+        self._store = store
+        self._some = slice(0, 0)
+        self._together: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def turn_to(self, first: int, count: int) -> None:
+        """Say which examples come next."""
+        self._some = slice(first, first + count)
+        self._together.clear()
+
+    def put(self, kind: str, values: Tensor, layer: int | None = None) -> None:
+        """Note down an activation. [some of the batch, ...]"""
+        if layer is None:
+            room = getattr(self.run, kind)
+            if self._some.start == 0:
+                room = self._room(values)
+                setattr(self.run, kind, room)
+        else:
+            stored = getattr(self.run, kind)
+            if len(stored) == layer:
+                stored.append(self._room(values))
+            room = stored[layer]
+        room[self._some] = values
+
+    def _room(self, values: Tensor) -> Tensor:
+        return self._store.empty((self._examples, *values.shape[1:]), values)
+
+    def put_shared(self, layer: int, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
+        """Note down a layer's mask and rotary tables; layers that share them go on doing so."""
+        if self._some.start == 0:
+            self.run.masks.append(mask)
+            self.run.rotary.append(rotary)
+            return
+        before, tables = self.run.masks[layer], self.run.rotary[layer]
+        if before is not None and mask is not None:
+            self.run.masks[layer] = self._joined(before, mask)
+        if tables is not None and rotary is not None:
+            self.run.rotary[layer] = (
+                self._joined(tables[0], rotary[0]),
+                self._joined(tables[1], rotary[1]),
+            )
+
+    def _joined(self, before: Tensor, more: Tensor) -> Tensor:
+        """One table for all examples so far; a table that serves any example may have a batch size of one."""
+        key = id(before), id(more)
+        if key not in self._together:
+            shape, count = before.shape[1:], self._some.stop - self._some.start
+            joined = torch.cat([before.expand(self._some.start, *shape), more.expand(count, *shape)])
+            self._together[key] = before, more, joined  # alive, so that no other tensor gets its id
+        return self._together[key][2]
+
+    def put_rows(self, logits: Tensor, rows: Tensor, count: int) -> None:
+        """Note down logits. [rows of the examples, vocab]"""
+        if self._some.start == 0:
+            self.run.logits = logits.new_empty(count, logits.shape[1])
+        self.run.logits[rows] = logits
+
+
+def _recording_hooks(model: PatchedModel, recorder: _Recorder) -> list[Any]:
     spec = model.spec
 
     def on_embedding(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.embedding = first_input(args, kwargs).clone()
-
-    def on_attention(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.masks.append(kwargs.get("attention_mask"))
-        record.rotary.append(kwargs.get("position_embeddings"))
-
-    def on_z(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        record.z.append(args[0].unflatten(-1, (spec.heads, -1)).clone())
-
-    def keep_in(store: list[Tensor]) -> Hook:
-        return lambda _, args: store.append(args[0].clone())
-
-    def on_mlp(_: nn.Module, __: Any, output: Tensor) -> None:
-        record.mlp.append(output.clone())
+        recorder.put("embedding", first_input(args, kwargs))
 
     def on_final(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        record.final_in = args[0].clone()
+        recorder.put("final_in", args[0])
 
-    handles.append(model.layers[0].block.register_forward_pre_hook(on_embedding, with_kwargs=True))
-    for layer in model.layers:
-        handles.append(layer.attention_norm.register_forward_pre_hook(keep_in(record.attention_in)))
-        handles.append(layer.attention.register_forward_pre_hook(on_attention, with_kwargs=True))
-        handles.append(layer.attention.o_proj.register_forward_pre_hook(on_z))
+    def of_layer(number: int) -> dict[str, Hook]:
+        def on_attention(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recorder.put_shared(number, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+
+        def on_z(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            recorder.put("z", args[0].unflatten(-1, (spec.heads, -1)), number)
+
+        def on_mlp(_: nn.Module, __: Any, output: Tensor) -> None:
+            recorder.put("mlp", output, number)
+
+        def reads(kind: str) -> Hook:
+            return lambda _, args: recorder.put(kind, args[0], number)
+
+        return {
+            "attention": on_attention,
+            "z": on_z,
+            "mlp": on_mlp,
+            "attention_in": reads("attention_in"),
+            "mlp_in": reads("mlp_in"),
+        }
+
+    handles = [model.layers[0].block.register_forward_pre_hook(on_embedding, with_kwargs=True)]
+    for number, layer in enumerate(model.layers):
+        hook = of_layer(number)
+        handles.append(layer.attention_norm.register_forward_pre_hook(hook["attention_in"]))
+        handles.append(layer.attention.register_forward_pre_hook(hook["attention"], with_kwargs=True))
+        handles.append(layer.attention.o_proj.register_forward_pre_hook(hook["z"]))
         if spec.mlps:
-            handles.append(layer.mlp_norm.register_forward_pre_hook(keep_in(record.mlp_in)))
-            handles.append(layer.mlp.register_forward_hook(on_mlp))
+            handles.append(layer.mlp_norm.register_forward_pre_hook(hook["mlp_in"]))
+            handles.append(layer.mlp.register_forward_hook(hook["mlp"]))
     handles.append(model.final_norm.register_forward_pre_hook(on_final))
-    with hooks(*handles):
-        record.logits = answer_logits(model, task, input_ids)
-    return record
+    return handles
 
 
 def check_vocabulary(model: PatchedModel, task: Task) -> None:
@@ -171,7 +274,12 @@ def check_vocabulary(model: PatchedModel, task: Task) -> None:
 
 
 def ablated(
-    model: PatchedModel, clean: Activations, corrupted: Activations, task: Task, ablation: str
+    model: PatchedModel,
+    clean: Activations,
+    corrupted: Activations,
+    task: Task,
+    ablation: str,
+    store: ActivationStore | None = None,
 ) -> Activations:
     """The activations that stand in for removed edges: `c_w` of semantics.md, section 2.
 
@@ -181,6 +289,7 @@ def ablated(
         corrupted: The corrupted run.
         task: Gives the mask for means.
         ablation: `corrupted`, `zero`, `mean` (of the clean run, per position) or `mean-corrupted`.
+        store: Where new activations go; memory by default.
 
     Returns:
         Activations whose embedding, z and mlp replace what writers write, and whose streams are what a
@@ -188,36 +297,38 @@ def ablated(
     """
     if ablation == "corrupted":
         return corrupted
+    room = store or MemoryStore()
     if ablation == "zero":
-        written = corrupted.map_writers(torch.zeros_like)
+        written = corrupted.map_writers(lambda values: room.empty(values.shape, values).zero_())
     else:
         base = clean if ablation == "mean" else corrupted
-        written = base.map_writers(lambda values: mean_per_position(values, task))
-    return with_streams(model, written)
+        written = base.map_writers(lambda values: kept(room, mean_per_position(values, task)))
+    return with_streams(model, written, room)
 
 
-def with_streams(model: PatchedModel, written: Activations) -> Activations:
+def with_streams(
+    model: PatchedModel, written: Activations, store: ActivationStore | None = None
+) -> Activations:
     """The same written activations with the streams they add up to.
 
     Args:
         model: The patched model.
         written: Embedding, z and mlp.
+        store: Where the streams go; memory by default.
 
     Returns:
-        A copy whose `attention_in`, `mlp_in` and `final_in` are sums of contributions and output biases.
+        A copy whose `attention_in`, `mlp_in` and `final_in` are sums of what is written and output biases.
     """
+    room = store or MemoryStore()
     total = written.embedding
     attention_in, mlp_in = [], []
     for number, layer in enumerate(model.layers):
         before = total
-        attention_in.append(before)
-        attention = layer.attention
+        attention_in.append(kept(room, before))
         with torch.no_grad():
-            total = total + attention.contributions(written.z[number]).sum(-2)
-        if attention.o_proj.bias is not None:
-            total = total + attention.o_proj.bias
+            total = total + layer.attention.out(written.z[number])
         if model.spec.mlps:
-            mlp_in.append(before if model.spec.parallel else total)
+            mlp_in.append(kept(room, before if model.spec.parallel else total))
             total = total + written.mlp[number]
         else:
             # An attention-only GPT-2 still adds its empty MLP's output bias, a constant.

@@ -78,14 +78,14 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
 
 
 def load(
-    name: str, *, streamed: bool, tables: bool = False, **kwargs: Any
+    name: str, *, streamed: bool, quantize_tables: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, CheckpointSource | None]:
     """A model and where its FP32 weights can be read again.
 
     Args:
         name: Hub id, folder, or `demo`.
         streamed: Leave projections in their files where that can be done.
-        tables: Embedding and unembedding too.
+        quantize_tables: Embedding and unembedding too.
         **kwargs: As for `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -107,7 +107,9 @@ def load(
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
     if streamed and source is not None and device is not None and full:
         trust = bool(kwargs.get("trust_remote_code"))
-        model = load_skeleton(config, source, device, tables=tables, trust_remote_code=trust)
+        model = load_skeleton(
+            config, source, device, quantize_tables=quantize_tables, trust_remote_code=trust
+        )
         if model is not None:
             _load_generation_config(model, origin, **arguments)
             return model, source

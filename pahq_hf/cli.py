@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime
+from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime, StoreName
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -45,6 +45,13 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
 SplitOption = Annotated[
     bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
 ]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="PATTERN=FORMAT", help="Format of some components: 'm*=bf16'; repeat."),
+]
+TablesOption = Annotated[
+    bool, typer.Option("--quantize-embeddings", help="Embedding and unembedding in low precision too.")
+]
 
 
 def _load_arguments(
@@ -72,6 +79,17 @@ def _load_arguments(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
     return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _policy(entries: list[str] | None) -> dict[str, Any]:
+    """Parse `PATTERN=FORMAT` entries."""
+    found = {}
+    for entry in entries or ():
+        pattern, equals, fmt = entry.partition("=")
+        if not (pattern and equals and fmt):
+            raise ConfigError(f"cannot read the policy {entry!r}; write it like 'm*=bf16'")
+        found[pattern] = fmt
+    return found
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -156,6 +174,11 @@ def discover(
     memory_budget: Annotated[
         str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
     ] = None,
+    activation_store: Annotated[
+        StoreName, typer.Option(help="Keep captured activations in memory or in a temporary file.")
+    ] = "ram",
+    policy: PolicyOption = None,
+    quantize_embeddings: TablesOption = False,
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -180,8 +203,8 @@ def discover(
         readers=readers,
         margin=margin,
     )
-    pahq = PAHQConfig(precision, fmt, split_kv_groups, active, compute)
-    limits = EngineConfig(engine=engine, batch=batch, memory_budget=_bytes(memory_budget))
+    pahq = PAHQConfig(precision, fmt, split_kv_groups, active, compute, _policy(policy), quantize_embeddings)
+    limits = EngineConfig(engine, batch, _bytes(memory_budget), activation_store)
     arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)

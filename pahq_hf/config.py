@@ -20,6 +20,7 @@ Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
 EngineName = Literal["sparse", "hooks"]
+StoreName = Literal["ram", "disk"]
 SelfT = TypeVar("SelfT", bound="_JsonConfig")
 
 
@@ -178,15 +179,18 @@ class EngineConfig(_JsonConfig):
         batch: Candidates tried at once; None adapts to how often edges stay.
         memory_budget: Bytes for candidates side by side and for decoded weights; None takes a share
             of what is free.
+        activation_store: Where captured activations are kept: `ram`, or a memory-mapped file on `disk`.
     """
 
     engine: EngineName = "sparse"
     batch: int | None = None
     memory_budget: int | None = None
+    activation_store: StoreName = "ram"
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         _choice("engine", self.engine, EngineName)
+        _choice("activation_store", self.activation_store, StoreName)
         if self.batch is not None and self.batch < 1:
             raise ConfigError(f"batch must be at least 1; got {self.batch}")
         if self.memory_budget is not None and self.memory_budget < 1:

@@ -122,6 +122,7 @@ class Discovery:
             final = state.metric
             if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
                 final = engine.metric_of(state.kept)
+                engine.finish()
             facts = self._facts(state, engine)
             del engine  # its captured runs make room for the evaluation's
             with self._phase("evaluate"):

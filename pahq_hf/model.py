@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
 from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, Format, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError
@@ -103,8 +103,14 @@ class PAHQModel(nn.Module):
             source,
             PrecisionRule.of(config, self.patched.device).compute,
             policy=config.policy,
-            tables=config.quantize_embeddings,
+            tables=self._table_format(),
         )
+
+    def _table_format(self) -> Format | None:
+        """How embedding and unembedding are kept: as asked for, or as they lie in a BF16 checkpoint."""
+        if self.pahq_config.quantize_embeddings:
+            return self.pahq_config.format
+        return "bf16" if self.patched.embedding.weight.is_meta else None
 
     @classmethod
     def from_pretrained(
@@ -129,7 +135,7 @@ class PAHQModel(nn.Module):
         name = str(model)
         config = pahq_config or PAHQConfig()
         hf, source = checkpoint.load(
-            name, streamed=config.is_low, tables=config.quantize_embeddings, **kwargs
+            name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
         )
         tokenizer = checkpoint.load_tokenizer(name, **kwargs)
         return cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)

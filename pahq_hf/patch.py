@@ -146,7 +146,7 @@ class PatchedModel:
         compute: torch.dtype = torch.float32,
         *,
         policy: Mapping[str, Format] | None = None,
-        tables: bool = False,
+        tables: Format | None = None,
     ) -> None:
         """Keep every projection in a low-precision format; FP32 stays readable.
 
@@ -156,7 +156,7 @@ class PatchedModel:
                 projection's values exactly, the FP32 values go to a spill file first.
             compute: Dtype of products with differences from anchors.
             policy: Other formats for some components, by pattern.
-            tables: Whether embedding and unembedding go low too.
+            tables: Format of embedding and unembedding; None leaves them as they are.
 
         Raises:
             ConfigError: If the model is not in float32, or a pattern of the policy matches nothing.
@@ -167,14 +167,15 @@ class PatchedModel:
                 "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
             )
         formats = layouts(self.precision.parts, policy or {}, fmt)
-        if tables:
+        if tables is not None:
             self._patch_tables()
+            formats |= {table: [(table.region, tables)] for table in self.tables}
         linears = dict(self._named_linears()) | {f"table {n}": table for n, table in enumerate(self.tables)}
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in linears.items() if name not in blocks}
         blocks |= spill_blocks(strays, on_disk=True)
         for name, linear in linears.items():
-            linear.lower(formats.get(linear, fmt), blocks[name], compute)
+            linear.lower(formats[linear], blocks[name], compute)
             trim()
         self.precision.free_staging()
 

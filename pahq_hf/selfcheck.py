@@ -66,8 +66,15 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
             "the model's logits hold NaN or infinity on a random prompt; check the checkpoint"
         )
     _compare("logits of the patched model and the Hugging Face forward", run.logits, reference)
+    for number, layer in enumerate(model.layers):
+        attention, z = layer.attention, run.z[number]
+        with torch.no_grad():
+            ours, theirs = attention.contributions(z).sum(-2), attention.out(z)
+        if attention.o_proj.bias is not None:
+            ours = ours + attention.o_proj.bias
+        _compare(f"the sum of what the heads of layer {number} add and its attention output", ours, theirs)
     added = with_streams(model, run)
-    what = "the sum of writer contributions and the residual stream that"
+    what = "the sum of what writers add and the residual stream that"
     for number, (ours, theirs) in enumerate(zip(added.attention_in, run.attention_in, strict=True)):
         _compare(f"{what} the attention of layer {number} reads", ours, theirs)
     for number, (ours, theirs) in enumerate(zip(added.mlp_in, run.mlp_in, strict=True)):

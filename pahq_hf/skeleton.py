@@ -30,7 +30,7 @@ def load_skeleton(
     source: CheckpointSource,
     device: torch.device,
     *,
-    tables: bool = False,
+    quantize_tables: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
     """A model whose projections have no memory yet; everything else is loaded, in FP32.
@@ -39,7 +39,8 @@ def load_skeleton(
         config: The model's config.
         source: Its safetensors files.
         device: Where resident tensors go.
-        tables: Leave the embedding and the unembedding without memory too.
+        quantize_tables: Leave the embedding and the unembedding without memory too. Those of a BF16
+            checkpoint are left so anyway: they can be kept as they are there.
         trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
@@ -62,7 +63,7 @@ def load_skeleton(
         logger.info("the checkpoint has no %s as the model needs it: loaded as a whole", absent)
         return None
     streamed = set(map(id, _projection_weights(hf)))
-    if tables:
+    if quantize_tables or _are_bf16(hf, source):
         streamed |= {id(table.weight) for table in _tables(hf)}
     for name, parameter in list(hf.named_parameters()):
         if id(parameter) not in streamed:
@@ -112,6 +113,11 @@ def _projection_weights(hf: PreTrainedModel) -> Iterator[Tensor]:
 def _tables(hf: PreTrainedModel) -> tuple[Any, Any]:
     row = find_architecture(hf.config)
     return hf.get_input_embeddings(), row.find(hf, row.unembedding)
+
+
+def _are_bf16(hf: PreTrainedModel, source: CheckpointSource) -> bool:
+    names = {id(weight): name for name, weight in hf.named_parameters()}
+    return all(_stored(source, hf, names[id(t.weight)]).dtype == torch.bfloat16 for t in _tables(hf))
 
 
 # -- reading ----------------------------------------------------------------------------------------

@@ -29,6 +29,12 @@ class MemoryBudget:
         self._hidden = max((linear.out_features for linear in model.linears()), default=self._width)
         self._size = model.hf.dtype.itemsize
         self._most = 1 << 30
+        self._vocabulary = model.vocab_size * self._width * self._size
+
+    @property
+    def holds_vocabulary(self) -> bool:
+        """Whether a copy of the unembedding, packed for products, leaves room for the rest."""
+        return self._vocabulary <= self.limit // 4
 
     def batch(self, state: CircuitState, reader: int) -> int:
         """Candidates of a reader that fit, at least one."""

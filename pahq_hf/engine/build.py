@@ -7,6 +7,7 @@ from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.patch import PatchedModel
+from pahq_hf.store import make_store
 from pahq_hf.tasks.base import Task
 
 
@@ -32,8 +33,9 @@ def make_engine(
         The engine.
     """
     rule = PrecisionRule.of(pahq, model.device)
+    store = make_store(config.activation_store)
     if config.engine == "hooks":
-        return HooksEngine(model, task, metric, ablation=ablation, rule=rule)
+        return HooksEngine(model, task, metric, ablation=ablation, rule=rule, store=store)
     return SparseEngine(
         model,
         task,
@@ -41,4 +43,5 @@ def make_engine(
         ablation=ablation,
         rule=rule,
         memory_budget=config.memory_budget,
+        store=store,
     )

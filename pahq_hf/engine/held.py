@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from pahq_hf.memory import trim
 from pahq_hf.precision import PAHQLinear
 
 
@@ -12,10 +13,12 @@ class HeldWeights:
 
     Args:
         limit: Bytes they may take together.
+        linears: All weights there are.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, linears: Iterable[PAHQLinear]) -> None:
         self._limit = limit
+        self._linears = list(linears)
         self._held: dict[PAHQLinear, int] = {}
 
     def use(self, linear: PAHQLinear, hold: Callable[[PAHQLinear], int]) -> None:
@@ -26,16 +29,36 @@ class HeldWeights:
             hold: Makes it hold what is wanted; returns the bytes that takes.
         """
         self._held.pop(linear, None)
-        size = hold(linear)
-        self._held[linear] = size
+        self._held[linear] = hold(linear)
+        self._shrink()
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether all weights together, in FP32, would not fit."""
+        return sum(4 * w.in_features * w.out_features for w in self._linears) > self._limit
+
+    def settle(self) -> None:
+        """Take into account what weights packed for themselves since they were last held."""
+        for linear in self._linears:
+            size = linear.held_bytes
+            if size:
+                self._held[linear] = size
+            else:
+                self._held.pop(linear, None)
+        self._shrink()
+
+    def _shrink(self) -> None:
         total = sum(self._held.values())
+        if total <= self._limit:
+            return
         while total > self._limit and self._held:
             oldest = next(iter(self._held))
             total -= self._held.pop(oldest)
             oldest.release()
+        trim()  # blocks of many sizes: what is freed would not be used again
 
     def release(self) -> None:
         """Free everything."""
-        for linear in self._held:
+        for linear in self._linears:
             linear.release()
         self._held.clear()

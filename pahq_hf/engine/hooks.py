@@ -6,8 +6,9 @@ engine cannot cut, and it is the referee of the sparse engine in tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,27 @@ from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.metrics import Metric
 from pahq_hf.patch import Layer, PatchedModel
+from pahq_hf.store import ActivationStore
 from pahq_hf.tasks.base import Task
+
+_BUFFER = 256 << 20  # bytes for what writers write in one forward pass; decides how many examples share one
+
+
+@dataclass
+class _Part:
+    """Examples that share a forward pass.
+
+    Attributes:
+        task: They as a task.
+        rows: Which rows of the whole task theirs are.
+        examples: Which examples they are.
+        anchors: Their exact run of the current circuit, when tests start from it.
+    """
+
+    task: Task
+    rows: Tensor
+    examples: slice
+    anchors: RunAnchors | None = None
 
 
 class HooksEngine:
@@ -31,6 +52,7 @@ class HooksEngine:
         metric: What to minimise.
         ablation: What stands in for removed edges.
         rule: How low precision is used.
+        store: Where captured activations go; memory by default.
 
     Raises:
         TaskError: If the prompts do not fit the model.
@@ -45,26 +67,29 @@ class HooksEngine:
         *,
         ablation: Ablation = "corrupted",
         rule: PrecisionRule | None = None,
+        store: ActivationStore | None = None,
     ) -> None:
         self.model = model
         self.task = task
         self.graph: Graph = model.graph
         self._rule = rule or PrecisionRule()
         with self._rule.exactly(self.model):
-            clean = capture(model, task, task.clean_ids)
-            self._corrupted = capture(model, task, task.corrupted_ids)
-            self.substitute: Activations = ablated(model, clean, self._corrupted, task, ablation)
+            clean = capture(model, task, task.clean_ids, store)
+            self._corrupted = capture(model, task, task.corrupted_ids, store)
+            self.substitute: Activations = ablated(model, clean, self._corrupted, task, ablation, store)
         self._fixed = ablation != "corrupted"
         self.clean_logits = clean.logits
         self.metric = Metric(metric, task, clean.logits, model.device)
         for run in (clean, self._corrupted):
             self.metric(run.logits)  # NaN fails here, before anything is searched or written
-        self._anchors: RunAnchors | None = None  # of the current circuit, when tests start from it
         self._ablated = self.substitute  # with the streams these writers add up to
         self._removed = self.graph.no_edges()
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
-        width = clean.embedding.shape
-        self._differences = clean.embedding.new_zeros((len(self.graph.writers), *width))
+        _, length, width = clean.embedding.shape
+        example = len(self.graph.writers) * length * width * clean.embedding.element_size()
+        size = min(len(task), max(1, _BUFFER // example))
+        self._parts = _parts(task, size, model.device)
+        self._differences = clean.embedding.new_zeros(len(self.graph.writers), size, length, width)
         self.evaluations = 0
 
     # -- any circuit ------------------------------------------------------------------------------
@@ -78,12 +103,8 @@ class HooksEngine:
         Returns:
             [rows, vocab]
         """
-        anchors, self._anchors = self._anchors, None
-        try:
-            with self._rule.exactly(self.model):
-                return self._run(self.graph.all_edges & ~kept)
-        finally:
-            self._anchors = anchors
+        with self._without_anchors(), self._rule.exactly(self.model):
+            return self._run(self.graph.all_edges & ~kept)
 
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit."""
@@ -115,14 +136,13 @@ class HooksEngine:
 
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
-        anchors, self._anchors = self._anchors, None
         kept, self._removed = self._removed, self._removed.copy()
         self._removed[reader] = False
         try:
-            with self.model.precision.full_precision():
+            with self._without_anchors(), self.model.precision.full_precision():
                 return [self._measure(self._without(reader, writers)) for writers in candidates]
         finally:
-            self._anchors, self._removed = anchors, kept
+            self._removed = kept
 
     def _without(self, reader: int, writers: Sequence[int]) -> BoolArray:
         removed = self._removed.copy()
@@ -142,7 +162,7 @@ class HooksEngine:
         self.model.precision.deactivate()
         self._undo_substitute()
         self._ablated = self.substitute
-        self._anchors = None
+        self._drop_anchors()
 
     # -- one run ----------------------------------------------------------------------------------
 
@@ -150,24 +170,51 @@ class HooksEngine:
         self.evaluations += 1
         return self.metric(self._run(removed))
 
+    def _drop_anchors(self) -> None:
+        for part in self._parts:
+            part.anchors = None
+
+    @contextmanager
+    def _without_anchors(self) -> Iterator[None]:
+        before = [part.anchors for part in self._parts]
+        self._drop_anchors()
+        try:
+            yield
+        finally:
+            for part, anchors in zip(self._parts, before, strict=True):
+                part.anchors = anchors
+
     def _measure_exactly(self) -> float:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
-        self._anchors = None
+        self._drop_anchors()
         self.evaluations += 1
-        run = PatchedRun(self.model, self._ablated, self._removed, self._differences, separate=True)
-        with record_linears(self.model) as linears, self._rule.exactly(self.model), hooks(*run.register()):
-            logits = answer_logits(self.model, self.task, self.task.clean_ids)
-        differences = self._differences.clone()
-        self._anchors = RunAnchors(linears, differences, self._removed.copy(), self._rule.full_writers)
+        logits = torch.empty_like(self.clean_logits)
+        for part in self._parts:
+            run = self._patched(part, self._removed, separate=True)
+            with (
+                record_linears(self.model) as linears,
+                self._rule.exactly(self.model),
+                hooks(*run.register()),
+            ):
+                logits[part.rows] = answer_logits(self.model, part.task, part.task.clean_ids)
+            differences = self._differences[:, : len(part.task)].clone()
+            part.anchors = RunAnchors(linears, differences, self._removed.copy(), self._rule.full_writers)
         return self.metric(logits)
 
     def _run(self, removed: BoolArray) -> Tensor:
-        run = PatchedRun(self.model, self._ablated, removed, self._differences, self._anchors)
-        with ExitStack() as stack:
-            if self._anchors is not None:
-                stack.enter_context(self._anchors.in_use())
-            stack.enter_context(hooks(*run.register()))
-            return answer_logits(self.model, self.task, self.task.clean_ids)
+        logits = torch.empty_like(self.clean_logits)
+        for part in self._parts:
+            with ExitStack() as stack:
+                if part.anchors is not None:
+                    stack.enter_context(part.anchors.in_use())
+                stack.enter_context(hooks(*self._patched(part, removed).register()))
+                logits[part.rows] = answer_logits(self.model, part.task, part.task.clean_ids)
+        return logits
+
+    def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
+        substitute = self._ablated.part(part.examples)
+        buffer = self._differences[:, : len(part.task)]
+        return PatchedRun(self.model, substitute, removed, buffer, part.anchors, separate=separate)
 
     # -- the active component's own corrupted outputs -----------------------------------------------
 
@@ -198,6 +245,16 @@ class HooksEngine:
         while self._restore:
             store, number, values = self._restore.pop()
             store[number] = values
+
+
+def _parts(task: Task, size: int, device: torch.device) -> list[_Part]:
+    """The task cut into runs of at most so many examples."""
+    found = []
+    for first in range(0, len(task), size):
+        examples = slice(first, min(first + size, len(task)))
+        part, rows = task.part(examples.start, examples.stop)
+        found.append(_Part(part, rows.to(device), examples))
+    return found
 
 
 def head_outputs(layer: Layer, run: Activations, number: int) -> Tensor:

@@ -26,15 +26,23 @@ class Readout:
         metric: The metric, bound to the task and the full model's logits.
         unembedding: The model's unembedding.
         clean_logits: The full model's logits. [rows, vocab]
+        hold: Keep the unembedding packed for products.
     """
 
-    def __init__(self, metric: Metric, unembedding: nn.Linear | PAHQTable, clean_logits: Tensor) -> None:
+    def __init__(
+        self,
+        metric: Metric,
+        unembedding: nn.Linear | PAHQTable,
+        clean_logits: Tensor,
+        *,
+        hold: bool = True,
+    ) -> None:
         self.metric = metric
         self._unembedding = unembedding  # [vocab, d_model], FP32 here whatever it is kept in
         bias = unembedding.bias
         self._bias: Tensor | None = None if bias is None else bias.detach()
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
-        self._logsumexp = Vocabulary(unembedding, self._bias, clean_logits.logsumexp(-1))
+        self._logsumexp = Vocabulary(unembedding, self._bias, clean_logits.logsumexp(-1), hold=hold)
         name: MetricName = metric.name
         if name == "kl":
             self._prepare_kl()

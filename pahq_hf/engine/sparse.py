@@ -32,6 +32,7 @@ from pahq_hf.engine.workspace import Workspace
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.metrics import Metric, checked
 from pahq_hf.patch import PatchedModel
+from pahq_hf.store import ActivationStore, MemoryStore
 from pahq_hf.tasks.base import Task
 
 _WRITERS = 64  # whose differences are computed at once
@@ -48,6 +49,7 @@ class SparseEngine:
         rule: How low precision is used.
         memory_budget: Bytes that a batch of candidates and decoded weights may take; a share of what
             is free by default.
+        store: Where captured activations go; memory by default.
         liveness: Compute nodes only at tokens that matter; False computes all tokens, for tests.
     """
 
@@ -60,6 +62,7 @@ class SparseEngine:
         ablation: Ablation = "corrupted",
         rule: PrecisionRule | None = None,
         memory_budget: int | None = None,
+        store: ActivationStore | None = None,
         liveness: bool = True,
     ) -> None:
         self.model = model
@@ -68,10 +71,12 @@ class SparseEngine:
         self.phases = Phases()
         self.evaluations = 0
         self._rule = rule = rule or PrecisionRule()
+        store = store or MemoryStore()
+        self._memory = MemoryBudget(memory_budget, model)
         with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model):
-            clean = capture(model, task, task.clean_ids)
-            self._corrupted = capture(model, task, task.corrupted_ids)
-            self._substitute = ablated(model, clean, self._corrupted, task, ablation)
+            clean = capture(model, task, task.clean_ids, store)
+            self._corrupted = capture(model, task, task.corrupted_ids, store)
+            self._substitute = ablated(model, clean, self._corrupted, task, ablation, store)
             # Without anchors raising a component changes it at every token, also before the prompts differ.
             from_start = ablation != "corrupted" or (rule.raise_active and not rule.anchored)
             plan = (
@@ -83,13 +88,13 @@ class SparseEngine:
             self.metric = Metric(metric, task, clean.logits, model.device)
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
-            self._readout = Readout(self.metric, model.unembedding, clean.logits)
-            self._streams = Streams(model, plan, clean, self._substitute)
+            hold = self._memory.holds_vocabulary
+            self._readout = Readout(self.metric, model.unembedding, clean.logits, hold=hold)
+            self._streams = Streams(model, plan, clean, self._substitute, store)
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"
         self._plan = plan
-        self._memory = MemoryBudget(memory_budget, model)
-        self._held = HeldWeights(self._memory.limit)
+        self._held = HeldWeights(self._memory.limit, model.linears())
         self._workspace = Workspace(clean.embedding)
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
@@ -162,7 +167,9 @@ class SparseEngine:
             raise ValueError("focus on a reader before trying its edges")
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
-        return self._read(self._propagate(reader, delta, self._state.arithmetic))
+        finals = self._propagate(reader, delta, self._state.arithmetic)
+        self._held.settle()
+        return self._read(finals)
 
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
@@ -186,7 +193,9 @@ class SparseEngine:
             try:
                 with self.phases("propagation"):
                     part = delta[done : done + size]
-                    finals.append(Propagation(self._state, reader, part, arithmetic, self._workspace).final())
+                    settle = self._held.settle if self._held.is_tight else None
+                    batch = Propagation(self._state, reader, part, arithmetic, self._workspace, settle)
+                    finals.append(batch.final())
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or not self._memory.halve(size):
                     raise

@@ -16,6 +16,7 @@ from pahq_hf.capture import Activations
 from pahq_hf.engine.tokens import Liveness, TokenPlan
 from pahq_hf.graph import Graph
 from pahq_hf.patch import PatchedModel
+from pahq_hf.store import ActivationStore, kept
 
 
 class Streams:
@@ -26,10 +27,16 @@ class Streams:
         plan: The tokens.
         clean: The clean run.
         substitute: What takes the place of removed edges.
+        store: Where activations go.
     """
 
     def __init__(
-        self, model: PatchedModel, plan: TokenPlan, clean: Activations, substitute: Activations
+        self,
+        model: PatchedModel,
+        plan: TokenPlan,
+        clean: Activations,
+        substitute: Activations,
+        store: ActivationStore,
     ) -> None:
         self._model = model
         self._graph: Graph = model.graph
@@ -38,11 +45,13 @@ class Streams:
         self.width = clean.embedding.shape[-1]  # d_model
         self.attention_in = clean.attention_in  # per layer [batch, pos, d_model]
         self._clean = clean
-        self.z = [window.pick(z) for z in clean.z]  # per layer [tokens, head, d_head]
-        self.mlp = [window.pick(m) for m in clean.mlp]  # per layer [tokens, d_model]
+        self.z = [kept(store, window.pick(z)) for z in clean.z]  # per layer [tokens, head, d_head]
+        self.mlp = [kept(store, window.pick(m)) for m in clean.mlp]  # per layer [tokens, d_model]
         self._substitute = substitute
-        self._dz = [z - window.pick(c) for z, c in zip(self.z, substitute.z, strict=True)]
-        self._dmlp = [m - window.pick(c) for m, c in zip(self.mlp, substitute.mlp, strict=True)]
+        changes = zip(self.z, substitute.z, strict=True)
+        self._dz = [kept(store, z - window.pick(c)) for z, c in changes]
+        changes = zip(self.mlp, substitute.mlp, strict=True)
+        self._dmlp = [kept(store, m - window.pick(c)) for m, c in changes]
         self._dembedding = window.pick(clean.embedding - substitute.embedding)
 
     def differences(self, writers: Sequence[int], liveness: Liveness, out: Tensor | None = None) -> Tensor:

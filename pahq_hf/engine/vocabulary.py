@@ -20,9 +20,18 @@ class Vocabulary:
         unembedding: The unembedding, W_U [vocab, d_model].
         bias: Its bias. [vocab]
         shift: A value near each row's result, which keeps exponentials in range. [rows]
+        hold: Keep the unembedding packed; otherwise it is packed block by block at every call.
     """
 
-    def __init__(self, unembedding: nn.Linear | PAHQTable, bias: Tensor | None, shift: Tensor) -> None:
+    def __init__(
+        self,
+        unembedding: nn.Linear | PAHQTable,
+        bias: Tensor | None,
+        shift: Tensor,
+        *,
+        hold: bool = True,
+    ) -> None:
+        self._hold = hold
         self._unembedding = unembedding
         self._bias = bias
         self._shift = shift
@@ -46,8 +55,8 @@ class Vocabulary:
         return result.view(batch, rows)
 
     def _products(self) -> Iterable[Product]:
-        """The unembedding's blocks; packed once, unless it is low precision to save memory."""
-        if isinstance(self._unembedding, PAHQTable):
+        """The unembedding's blocks."""
+        if not self._hold:
             return packed_blocks(self._unembedding, self._bias)
         self._blocks = self._blocks or list(packed_blocks(self._unembedding, self._bias))
         return self._blocks

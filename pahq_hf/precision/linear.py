@@ -85,7 +85,10 @@ class PAHQLinear(nn.Module):
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is not None:
             self._drop_products()
-            self._raised.append((region, self._read_full(region)))
+            values = self._source.view(region.rows, region.cols)
+            if self._device.type != "cpu":  # there the mapped file serves, in the checkpoint's own dtype
+                values = values.to(self._device, torch.float32)
+            self._raised.append((region, values))
 
     def prefetch(self) -> None:
         """Let the FP32 values come into memory in the background."""
@@ -189,6 +192,9 @@ class PAHQLinear(nn.Module):
         wanted = Region(rows, cols)
         if self._full:
             return self._read_full(wanted)
+        for region, values in self._raised:
+            if region.intersect(wanted) == wanted:
+                return values[wanted.within(region)].to(torch.float32)
         weight = self._stored(wanted)
         if self._raised and self._held is not None:
             weight = weight.clone()  # what is held stays as it is stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,30 @@ class Task:
     def position_ids(self) -> Tensor:
         """Position of every token counted from its example's first real token. [batch, pos]"""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+
+    def part(self, first: int, last: int) -> tuple[Task, Tensor]:
+        """Some of the examples as a task of their own.
+
+        Args:
+            first: First example.
+            last: The one after the last.
+
+        Returns:
+            The task, and which rows of this one its rows are. [rows of the part]
+        """
+        rows = ((self.answer_rows >= first) & (self.answer_rows < last)).nonzero().flatten()
+        chosen = rows.tolist()
+        some = replace(
+            self,
+            clean_ids=self.clean_ids[first:last],
+            corrupted_ids=self.corrupted_ids[first:last],
+            attention_mask=self.attention_mask[first:last],
+            answer_rows=self.answer_rows[rows] - first,
+            answer_positions=self.answer_positions[rows],
+            answers=tuple(self.answers[row] for row in chosen),
+            distractors=tuple(self.distractors[row] for row in chosen),
+        )
+        return some, rows
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, position and answer: pins the data of a run."""
