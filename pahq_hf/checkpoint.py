@@ -255,6 +255,14 @@ def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
     return [Path(file) for file in files]
 
 
+def local_files(name: str, **kwargs: Any) -> list[Path]:
+    """The checkpoint's safetensors files as far as they are on this machine; nothing is downloaded."""
+    try:
+        return safetensors_files(name, **(kwargs | {"local_files_only": True}))
+    except ModelLoadError:
+        return []
+
+
 def _pick(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: arguments[name] for name in names if name in arguments}
 

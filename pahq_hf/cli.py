@@ -45,6 +45,14 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
 SplitOption = Annotated[
     bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
 ]
+PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Low-precision format.")]
+BudgetOption = Annotated[
+    str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
+]
+StoreOption = Annotated[
+    StoreName, typer.Option(help="Keep captured activations in memory or in a temporary file.")
+]
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option("--policy", metavar="PATTERN=FORMAT", help="Format of some components: 'm*=bf16'; repeat."),
@@ -108,6 +116,14 @@ def _bytes(text: str | None) -> int | None:
 @app.command()
 def info(
     model: ModelArgument,
+    precision: PrecisionOption = "pahq",
+    fmt: FormatOption = "fp8",
+    policy: PolicyOption = None,
+    quantize_embeddings: TablesOption = False,
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompt pairs of the run to plan.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 16,
+    memory_budget: BudgetOption = None,
+    activation_store: StoreOption = "ram",
     split_kv_groups: SplitOption = False,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
@@ -115,12 +131,17 @@ def info(
     token: TokenOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Size of a model's graph, from its config alone."""
+    """Size of a model's graph and of a run on it, from its config and the headers of its files."""
+    from pahq_hf.accounting import empty_model, report
     from pahq_hf.architectures import graph_spec
-    from pahq_hf.checkpoint import load_config
+    from pahq_hf.checkpoint import load_config, local_files
+    from pahq_hf.config import PAHQConfig
     from pahq_hf.graph import Graph
+    from pahq_hf.precision import CheckpointSource
+    from pahq_hf.render.table import facts_table, memory_table
 
-    config = load_config(model, **_load_arguments(gguf_file, revision, token, trust_remote_code))
+    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code)
+    config = load_config(model, **arguments)
     graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
     facts = {
         "family": config.model_type,
@@ -131,7 +152,28 @@ def info(
         "readers": len(graph.readers),
         "edges": graph.edge_count,
     }
-    _print_facts(facts, as_json)
+    pahq = PAHQConfig(
+        precision,
+        fmt,
+        split_kv_groups,
+        policy=_policy(policy),
+        quantize_embeddings=quantize_embeddings,
+    )
+    files = local_files(model, **arguments)
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    needs = report(
+        empty_model(config, split_kv_groups=split_kv_groups, **trust),
+        pahq,
+        n=n,
+        length=length,
+        budget=_bytes(memory_budget),
+        stored=activation_store,
+        source=CheckpointSource(files) if files else None,
+    )
+    if as_json:
+        _print_json({**facts, "memory": needs.to_dict()})
+        return
+    _print_rich(facts_table(facts), memory_table(needs, n, length))
 
 
 @app.command()
@@ -147,8 +189,8 @@ def discover(
     metric: Annotated[
         MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
     ] = None,
-    precision: Annotated[Regime, typer.Option(help="Precision regime.")] = "pahq",
-    fmt: Annotated[Format, typer.Option("--format", help="Low-precision format.")] = "fp8",
+    precision: PrecisionOption = "pahq",
+    fmt: FormatOption = "fp8",
     active: Annotated[
         Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")
     ] = "receiver",
@@ -171,12 +213,8 @@ def discover(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Candidates tried at once; adaptive if unset.")
     ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
-    ] = None,
-    activation_store: Annotated[
-        StoreName, typer.Option(help="Keep captured activations in memory or in a temporary file.")
-    ] = "ram",
+    memory_budget: BudgetOption = None,
+    activation_store: StoreOption = "ram",
     policy: PolicyOption = None,
     quantize_embeddings: TablesOption = False,
     split_kv_groups: SplitOption = False,

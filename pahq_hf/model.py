@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
+from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, Format, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
@@ -198,6 +199,29 @@ class PAHQModel(nn.Module):
     def deactivate(self) -> None:
         """Free the FP32 weights of the active components."""
         self.patched.precision.deactivate()
+
+    def memory_report(
+        self, *, n: int = 16, length: int = 16, engine: EngineConfig | None = None
+    ) -> MemoryReport:
+        """Bytes of this model by part and format, and of a run on it.
+
+        Args:
+            n: Prompt pairs of the run.
+            length: Tokens of a prompt.
+            engine: Its limits.
+
+        Returns:
+            The report; `print(report.to_dict())`, or `pahq info` for a table.
+        """
+        limits = engine or EngineConfig()
+        return report(
+            self.patched,
+            self.pahq_config,
+            n=n,
+            length=length,
+            budget=limits.memory_budget,
+            stored=limits.activation_store,
+        )
 
     # -- circuits ---------------------------------------------------------------------------------
 

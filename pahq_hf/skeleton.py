@@ -71,9 +71,11 @@ def load_skeleton(
             module, leaf = _place(hf, name)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for name, buffer in list(hf.named_buffers()):
-        stored = stored_name(name, hf.base_model_prefix, source)
-        value = buffer if stored is None else source.whole(stored).to(buffer.dtype)
         module, leaf = _place(hf, name)
+        stored = stored_name(name, hf.base_model_prefix, source)
+        if leaf in module._non_persistent_buffers_set:  # old checkpoints hold rotary tables; made afresh
+            stored = None
+        value = buffer if stored is None else source.whole(stored).to(buffer.dtype)
         module._buffers[leaf] = value.to(device, copy=stored is not None)
     hf.tie_weights()
     trim()

@@ -418,12 +418,19 @@ def only_json(result: Result) -> dict[str, Any]:
 
 def test_info(results: dict[str, Result]) -> None:
     facts = only_json(results["info json"])
+    memory = facts.pop("memory")
+    assert memory["weights"] == sum(part["bytes"] for part in memory["parts"]) < memory["weights_fp32"]
+    assert memory["peak"] > memory["weights"] + memory["activations"]
     assert facts == {
         "family": "llama", "layers": 2, "heads": 4, "kv_groups": 2, "writers": 11, "readers": 19, "edges": 82,
     }  # fmt: skip
-    assert only_json(results["info split"]) == facts | {"readers": 27, "edges": 110}
+    split = only_json(results["info split"])
+    assert split.pop("memory")["weights"] == memory["weights"]
+    assert split == facts | {"readers": 27, "edges": 110}
     assert results["info"].code == 0
-    shown = dict(line.split() for line in results["info"].out.splitlines())
+    graph, _, table = results["info"].out.partition("Memory")
+    assert "attention" in table and "expected peak" in table
+    shown = dict(line.split() for line in graph.splitlines())
     assert shown == {name: str(value) for name, value in facts.items()}
 
 

@@ -180,7 +180,8 @@ def test_lower_keeps_only_the_low_precision_weight(fmt: Format) -> None:
     assert not torch.equal(case.low, case.full)
     assert same_bits(case.linear.dense(), case.low)
     assert torch.equal(case.linear(x), F.linear(x, case.low, case.bias))
-    resident = [p for name, p in case.linear.named_parameters() if name != "bias"]
+    held = (*case.linear.named_parameters(), *case.linear.named_buffers())
+    resident = [tensor for name, tensor in held if name != "bias"]
     assert len(resident) == 1 and case.linear.nbytes == quantize(case.full, fmt).nbytes
     with pytest.raises(ConfigError, match="already"):
         case.linear.lower(fmt, SourceBlock(MemorySource({}), "w", False, ()))

@@ -11,7 +11,7 @@ from pahq_hf.engine.tokens import Liveness
 from pahq_hf.patch import PatchedModel
 
 _SHARE = 0.25  # of the memory that is free
-_TOKENS = 3328  # at once
+BATCH_TOKENS = 3328  # at once
 _COPIES = 4  # intermediate copies of a node's activations while it is computed
 
 
@@ -24,10 +24,15 @@ class MemoryBudget:
     """
 
     def __init__(self, limit: int | None, model: PatchedModel) -> None:
-        self.limit = limit if limit is not None else int(free_memory(model.device) * _SHARE)
+        self.limit = default_budget(model.device) if limit is None else limit
         self._width = int(model.hf.config.hidden_size)
         self._hidden = max((linear.out_features for linear in model.linears()), default=self._width)
         self._size = model.hf.dtype.itemsize
+        layers = max(1, model.spec.layers)
+        layer = model.precision.nbytes_fp32 // layers
+        # Whoever gives memory gets speed; else no more of the model is in FP32 than a layer.
+        self.full_weights = layer if limit is None else limit // 4
+        self.held_weights = self.limit if limit is None else self.limit - self.full_weights
         self._most = 1 << 30
         self._vocabulary = model.vocab_size * self._width * self._size
 
@@ -46,12 +51,17 @@ class MemoryBudget:
         working = _COPIES * widest * self._hidden
         fits = self.limit // max(1, (changes + working) * self._size)
         # More tokens at once are 4 % faster at best, and their buffers the most of what a search holds.
-        return max(1, min(self._most, fits, _TOKENS // max(1, widest)))
+        return max(1, min(self._most, fits, BATCH_TOKENS // max(1, widest)))
 
     def halve(self, size: int) -> bool:
         """After memory ran out with `size` candidates: allow half as many. False if that was one."""
         self._most = max(1, size // 2)
         return size > 1
+
+
+def default_budget(device: torch.device) -> int:
+    """The bytes a search may take when nobody says: a share of what is free."""
+    return int(free_memory(device) * _SHARE)
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,7 +23,9 @@ from pahq_hf.patch import Layer, PatchedModel
 from pahq_hf.store import ActivationStore
 from pahq_hf.tasks.base import Task
 
-_BUFFER = 256 << 20  # bytes for what writers write in one forward pass; decides how many examples share one
+BUFFER_BYTES = (
+    256 << 20
+)  # bytes for what writers write in one forward pass; decides how many examples share one
 
 
 @dataclass
@@ -87,7 +89,7 @@ class HooksEngine:
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
         _, length, width = clean.embedding.shape
         example = len(self.graph.writers) * length * width * clean.embedding.element_size()
-        size = min(len(task), max(1, _BUFFER // example))
+        size = min(len(task), max(1, BUFFER_BYTES // example))
         self._parts = _parts(task, size, model.device)
         self._differences = clean.embedding.new_zeros(len(self.graph.writers), size, length, width)
         self.evaluations = 0

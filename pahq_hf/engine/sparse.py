@@ -73,6 +73,7 @@ class SparseEngine:
         self._rule = rule = rule or PrecisionRule()
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
+        model.precision.keep_full(self._memory.full_weights)
         with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model):
             clean = capture(model, task, task.clean_ids, store)
             self._corrupted = capture(model, task, task.corrupted_ids, store)
@@ -94,7 +95,7 @@ class SparseEngine:
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"
         self._plan = plan
-        self._held = HeldWeights(self._memory.limit, model.linears())
+        self._held = HeldWeights(self._memory.held_weights, model.linears())
         self._workspace = Workspace(clean.embedding)
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
@@ -234,6 +235,7 @@ class SparseEngine:
         """Leave the model as it was."""
         self._commit()
         self._held.release()
+        self.model.precision.keep_full(0)
         self._workspace.clear()
         self.model.precision.deactivate()
         self._state.substitute_shifts.clear()

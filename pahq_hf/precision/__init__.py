@@ -3,10 +3,10 @@
 from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.control import Component, PrecisionControl
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.low import LowWeight, quantize
+from pahq_hf.precision.low import LowWeight, quantize, stored_bytes
 from pahq_hf.precision.policy import layouts
 from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product, in_chunks, resolve_compute
-from pahq_hf.precision.region import Region
+from pahq_hf.precision.region import Layout, Region
 from pahq_hf.precision.source import (
     CheckpointSource,
     MemorySource,
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointSource",
     "Component",
     "DifferenceProduct",
+    "Layout",
     "LowWeight",
     "MemorySource",
     "Origin",
@@ -41,5 +42,6 @@ __all__ = [
     "patch_embedding",
     "quantize",
     "resolve_compute",
+    "stored_bytes",
     "stored_name",
 ]

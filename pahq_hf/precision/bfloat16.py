@@ -13,9 +13,12 @@ class BFloat16Weight(nn.Module):
         weight: Full-precision weight. [out, in]
     """
 
+    tensor: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.tensor = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        # A buffer: Hugging Face takes the dtype of the first parameter for the model's.
+        self.register_buffer("tensor", weight.to(torch.bfloat16))
 
     @property
     def shape(self) -> tuple[int, int]:

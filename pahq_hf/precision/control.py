@@ -81,10 +81,11 @@ class PrecisionControl:
 
     def _prefetch_next(self) -> None:
         """Read ahead what the search turns to next: the component before, in the order of the model."""
+        self._staging.forget()
         places = [self._order[name] for name in self._active]
         if places and min(places) > 0:
-            for linear, _ in self._parts[self._names[min(places) - 1]]:
-                linear.prefetch()
+            for linear, region in self._parts[self._names[min(places) - 1]]:
+                linear.prefetch(region)
 
     def deactivate(self) -> None:
         """Free the FP32 weights of the active components."""
@@ -106,6 +107,10 @@ class PrecisionControl:
             self.is_full = before
             if not before:
                 self.free_staging()
+
+    def keep_full(self, limit: int) -> None:
+        """Let FP32 weights that are read from the checkpoint stay for another use, within some bytes."""
+        self._staging.kept.allow(limit)
 
     def free_staging(self) -> None:
         """Give back the memory through which FP32 weights pass."""

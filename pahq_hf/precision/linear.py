@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import cast
 
 import torch
@@ -85,15 +86,21 @@ class PAHQLinear(nn.Module):
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is not None:
             self._drop_products()
-            values = self._source.view(region.rows, region.cols)
-            if self._device.type != "cpu":  # there the mapped file serves, in the checkpoint's own dtype
-                values = values.to(self._device, torch.float32)
+            transfer = self.staging.transfer(self._device)
+            values = None if transfer is None else transfer.take(self._key(region))
+            if values is None:  # in the checkpoint's own dtype: half the bytes where that is BF16
+                values = self._source.read(region.rows, region.cols).to(self._device)
             self._raised.append((region, values))
 
-    def prefetch(self) -> None:
-        """Let the FP32 values come into memory in the background."""
-        if self._block is not None:
+    def prefetch(self, region: Region) -> None:
+        """Let the FP32 values of a block come in the background: into memory, or to the GPU."""
+        if self._block is None:
+            return
+        transfer = self.staging.transfer(self._device)
+        if transfer is None:
             self._block.prefetch()
+        else:
+            transfer.start(self._key(region), lambda: self._source.view(region.rows, region.cols))
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""
@@ -237,8 +244,15 @@ class PAHQLinear(nn.Module):
         return self._source.stage(rows, cols, self.staging).to(self._device)
 
     def _full_product(self, rows: slice, cols: slice, bias: Tensor | None) -> Product:
-        weight = self._stage_full(rows, cols)
-        return Product(weight if can_pack(weight) else weight.clone(), bias)
+        def make() -> Product:
+            weight = self._stage_full(rows, cols)
+            return Product(weight if can_pack(weight) else weight.clone(), bias)
+
+        return self.staging.kept.get(self._key(Region(rows, cols)), make)
+
+    def _key(self, region: Region) -> tuple[int, int, int, int, int]:
+        rows, cols = region.rows, region.cols
+        return id(self), rows.start, rows.stop, cols.start, cols.stop
 
     @property
     def _source(self) -> SourceBlock:
@@ -248,7 +262,8 @@ class PAHQLinear(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(cast(nn.Module, self.low).parameters()).device
+        low = cast(nn.Module, self.low)
+        return next(chain(low.parameters(), low.buffers())).device
 
     # -- products -------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pahq_hf.precision.bfloat16 import BFloat16Weight
 from pahq_hf.precision.float8 import Float8Weight
 from pahq_hf.precision.float8_wide import WideFloat8Weight
 from pahq_hf.precision.int8 import Int8Weight
-from pahq_hf.precision.mx import MXWeight
+from pahq_hf.precision.mx import GROUP, MXWeight
 from pahq_hf.precision.rows import all_finite
 
 
@@ -42,6 +42,24 @@ _FORMATS: dict[str, Callable[[Tensor], nn.Module]] = {
     "bf16": BFloat16Weight,
     "mx": MXWeight,
 }
+
+
+def stored_bytes(rows: int, cols: int, fmt: str) -> int:
+    """Bytes a matrix takes in a format, scales included.
+
+    Args:
+        rows: Outputs.
+        cols: Inputs.
+        fmt: Name of a format, or `fp32`.
+    """
+    if fmt == "fp32":
+        return 4 * rows * cols
+    if fmt == "bf16":
+        return 2 * rows * cols
+    if fmt == "mx":
+        groups = -(-cols // GROUP)
+        return rows * groups * (GROUP + 1)
+    return rows * cols + 4 * rows  # one byte each, and an FP32 scale for every row
 
 
 def quantize(weight: Tensor, fmt: Format) -> LowWeight:

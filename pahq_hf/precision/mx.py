@@ -12,7 +12,7 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from pahq_hf.precision.float8 import decode_e4m3
 from pahq_hf.precision.rows import by_rows
 
-_GROUP = 32
+GROUP = 32
 
 
 class MXWeight(nn.Module):
@@ -49,16 +49,16 @@ class MXWeight(nn.Module):
 
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""
-        first, last = cols.start // _GROUP, -(-cols.stop // _GROUP)
-        codes = self._codes[rows, first * _GROUP : last * _GROUP]
-        scale = _exponents(self._scale[rows, first:last]).repeat_interleave(_GROUP, dim=1)
-        start = cols.start - first * _GROUP
+        first, last = cols.start // GROUP, -(-cols.stop // GROUP)
+        codes = self._codes[rows, first * GROUP : last * GROUP]
+        scale = _exponents(self._scale[rows, first:last]).repeat_interleave(GROUP, dim=1)
+        start = cols.start - first * GROUP
         return decode_e4m3(codes, scale)[:, start : start + cols.stop - cols.start]
 
 
 def _quantize(rows: Tensor) -> Any:
-    padded = F.pad(rows, (0, -rows.shape[1] % _GROUP)).contiguous()
-    return MXTensor.to_mx(padded, torch.float8_e4m3fn, _GROUP)
+    padded = F.pad(rows, (0, -rows.shape[1] % GROUP)).contiguous()
+    return MXTensor.to_mx(padded, torch.float8_e4m3fn, GROUP)
 
 
 def _exponents(scale: Tensor) -> Tensor:

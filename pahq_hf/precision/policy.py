@@ -12,7 +12,7 @@ from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.region import Layout, Region
 
 # From the coarsest to the finest, as measured: docs/precision.md.
-_FINENESS: tuple[Format, ...] = ("fp8-e5m2", "fp8", "mx", "int8", "bf16")
+_FINENESS: tuple[Format, ...] = ("fp8-e5m2", "mx", "fp8", "int8", "bf16")
 
 
 def formats_of(

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pahq_hf.errors import ModelLoadError
+from pahq_hf.precision.transfer import FullCache, Transfer
 
 
 class WeightSource(Protocol):
@@ -242,6 +243,21 @@ class Staging:
         self._buffer = torch.empty(0)
         self._last: SourceBlock | None = None
         self._after: dict[tuple[str, tuple[tuple[int, int], ...]], SourceBlock] = {}
+        self.kept = FullCache()
+        self._transfers: dict[torch.device, Transfer] = {}
+
+    def forget(self) -> None:
+        """Drop what was sent ahead and not used."""
+        for transfer in self._transfers.values():
+            transfer.forget()
+
+    def transfer(self, device: torch.device) -> Transfer | None:
+        """What copies weights to a GPU ahead of their use; None for the CPU."""
+        if device.type != "cuda":
+            return None
+        if device not in self._transfers:
+            self._transfers[device] = Transfer(device)
+        return self._transfers[device]
 
     def expect(self, block: SourceBlock) -> None:
         """Say that a projection comes after the one named before, in the order of a forward pass."""

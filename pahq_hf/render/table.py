@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from pahq_hf.accounting import MemoryReport
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import BoolArray, ReaderKind, edge_list
 
@@ -22,6 +23,30 @@ def facts_table(facts: dict[str, Any]) -> Table:
     table.add_column()
     for name, value in _flat(facts):
         table.add_row(Text(name), Text(_text(value)))
+    return table
+
+
+def memory_table(report: MemoryReport, n: int, length: int) -> Table:
+    """Bytes by part and format, and what a run will need."""
+    table = Table(title="Memory", title_justify="left")
+    table.add_column("part")
+    table.add_column("format")
+    for title in ("MB", "MB in FP32", "share"):
+        table.add_column(title, justify="right")
+
+    def row(part: str, fmt: str, size: int, full: int | None = None) -> None:
+        against = "" if full is None else f"{full / 1e6:,.1f}"
+        share = "" if not full else f"{size / full:.1%}"
+        table.add_row(part, fmt, f"{size / 1e6:,.1f}", against, share)
+
+    for share in report.shares:
+        row(share.part, share.format, share.bytes, share.bytes_fp32)
+    row("all weights", "", report.weights, report.weights_fp32)
+    table.add_section()
+    row(f"activations, {n} pairs of {length} tokens", report.stored, report.activations)
+    row("working memory", "", report.working)
+    row("Python and its libraries", "", report.interpreter)
+    row("expected peak", "", report.peak)
     return table
 
 

@@ -1,0 +1,233 @@
+"""What keeps a run's memory bounded: activation stores, micro-batches, budgets of weights, accounting."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pahq_hf import PAHQConfig, PAHQModel
+from pahq_hf.accounting import empty_model, report
+from pahq_hf.capture import Activations, capture
+from pahq_hf.checkpoint import load_config
+from pahq_hf.config import EngineConfig
+from pahq_hf.engine import hooks
+from pahq_hf.engine.held import HeldWeights
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.precision import Product
+from pahq_hf.precision.transfer import FullCache
+from pahq_hf.store import DiskStore, MemoryStore, kept
+from pahq_hf.tasks.base import Task
+from tests.helpers import GRAPHS, assert_same_circuit, random_edges, save_tiny, small_disk, wrapped
+from tests.models import PADDINGS, random_task, relative_error
+
+graphs = pytest.mark.parametrize("name", GRAPHS)
+TASK = random_task(batch=5, seed=3, rows=2)
+
+
+def tensors(run: Activations) -> list[Tensor]:
+    """All that was written and read."""
+    return [run.embedding, *run.z, *run.mlp, *run.attention_in, *run.mlp_in, run.final_in, run.logits]
+
+
+# -- stores -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_file_gives_back_what_is_put_in(dtype: torch.dtype) -> None:
+    store = DiskStore()
+    values = [torch.randn(shape).to(dtype) for shape in ((3, 5, 7), (1,), (0, 4), (64, 3))]
+    rooms = [kept(store, value) for value in values]
+    for room, value in zip(rooms, values, strict=True):
+        assert torch.equal(room, value) and room.dtype == dtype
+    rooms[0][1] = 0  # rooms do not overlap
+    assert not rooms[0][1].any() and torch.equal(rooms[3], values[3])
+
+
+def test_a_file_is_nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the process, nothing is left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    room = kept(DiskStore(), torch.ones(1000))
+    assert not list(tmp_path.iterdir()) and float(room.sum()) == 1000
+
+
+def test_a_full_disk_is_an_error_of_ours() -> None:
+    store = DiskStore()
+    with small_disk(10_000), pytest.raises(RunError, match=r"cannot keep 80000 bytes.*TMPDIR"):
+        store.empty((20_000,), torch.empty(0))
+
+
+def test_a_folder_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(RunError, match="cannot keep activations"):
+        DiskStore()
+
+
+@pytest.mark.parametrize("engine", ["sparse", "hooks"])
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn"])
+def test_decisions_are_the_same_from_a_file(regime: str, engine: str) -> None:
+    model = wrapped("llama", regime=regime)
+    runs = [
+        model.discover(
+            TASK,
+            threshold=0.02,
+            metric="kl",
+            progress=False,
+            engine=EngineConfig(engine=engine, activation_store=store),  # type: ignore[arg-type]
+        )
+        for store in ("ram", "disk")
+    ]
+    assert_same_circuit(*runs)
+    assert runs[0].discovery["metric"] == runs[1].discovery["metric"]
+
+
+def test_an_unknown_store() -> None:
+    with pytest.raises(ConfigError, match="activation_store must be one of ram, disk"):
+        EngineConfig(activation_store="tape")  # type: ignore[arg-type]
+
+
+# -- a few examples at a time -----------------------------------------------------------------------
+
+
+@graphs
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("store", [MemoryStore, DiskStore])
+def test_captured_in_parts_is_captured_at_once(
+    name: str, padding: str, store: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task = wrapped(name).patched, random_task(batch=5, seed=4, padding=padding)
+    whole = capture(model, task, task.clean_ids)
+    monkeypatch.setattr("pahq_hf.capture._TOKENS", 2 * task.length)
+    parts = capture(model, task, task.clean_ids, store())
+    for ours, theirs in zip(tensors(parts), tensors(whole), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    for ours, theirs in zip(parts.masks, whole.masks, strict=True):
+        assert ours is not None and theirs is not None
+        assert torch.equal(ours, theirs.expand(ours.shape))
+    assert len({id(mask) for mask in parts.masks}) == len({id(mask) for mask in whole.masks})
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "pahq-literal"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_hooks_in_parts(name: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every circuit's logits and the whole search are those of one forward pass for all."""
+    model = wrapped(name, regime=regime, compute="fp32")
+    edges = [random_edges(model.graph, share, seed) for seed, share in enumerate((0.1, 0.5, 0.9))]
+
+    def run() -> tuple[list[Tensor], dict[str, float]]:
+        engine = HooksEngine(model.patched, TASK, "kl")
+        circuit = model.discover(
+            TASK, threshold=0.03, metric="kl", progress=False, engine=EngineConfig(engine="hooks")
+        )
+        return [engine.logits(kept) for kept in edges], circuit.discovery["metric"]
+
+    whole, metric = run()
+    monkeypatch.setattr(hooks, "BUFFER_BYTES", 1)
+    parts, metric_of_parts = run()
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert metric_of_parts["final"] == pytest.approx(metric["final"], abs=1e-5)
+
+
+def test_rows_in_any_order_come_back_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = torch.randperm(len(TASK.answers), generator=torch.Generator().manual_seed(1))
+    mixed = Task(
+        name="mixed", clean_ids=TASK.clean_ids, corrupted_ids=TASK.corrupted_ids,
+        attention_mask=TASK.attention_mask, answer_rows=TASK.answer_rows[order],
+        answer_positions=TASK.answer_positions[order],
+        answers=tuple(TASK.answers[i] for i in order.tolist()),
+        distractors=tuple(TASK.distractors[i] for i in order.tolist()),
+    )  # fmt: skip
+    model = wrapped("llama").patched
+    monkeypatch.setattr("pahq_hf.capture._TOKENS", 2 * TASK.length)
+    ours = capture(model, mixed, mixed.clean_ids).logits
+    assert torch.equal(ours, capture(model, TASK, TASK.clean_ids).logits[order])
+
+
+# -- weights under a budget -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn", "pahq-literal"])
+def test_a_budget_changes_memory_and_nothing_else(regime: str) -> None:
+    model = wrapped("llama", regime=regime)
+    free = model.discover(TASK, threshold=0.02, metric="kl", progress=False)
+    tight = model.discover(
+        TASK, threshold=0.02, metric="kl", progress=False, engine=EngineConfig(memory_budget=20_000)
+    )
+    assert np.array_equal(tight.kept, free.kept) and np.array_equal(tight.tested, free.tested)
+    assert np.allclose(tight.scores, free.scores, rtol=1e-4, atol=1e-5)  # other batches round otherwise
+    assert all(linear.held_bytes == 0 for linear in model.patched.linears()), "a run leaves nothing behind"
+
+
+def test_what_weights_packed_for_themselves_counts() -> None:
+    model = wrapped("llama", regime="pahq")
+    engine = SparseEngine(model.patched, TASK, "kl")
+    linears = list(model.patched.linears())
+    held = HeldWeights(1, linears)
+    for linear in linears[:3]:
+        linear.hold_difference()
+    assert sum(linear.held_bytes for linear in linears) > 1
+    held.settle()
+    assert sum(linear.held_bytes for linear in linears) == 0
+    engine.finish()
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> Product:
+        made.append(number)
+        return Product(torch.ones(4, 4))
+
+    cache = FullCache()
+    cache.allow(2 * 64)
+    for number in (1, 2, 1, 3, 1, 2):  # 3 pushes 2 out
+        cache.get(number, lambda number=number: make(number))  # type: ignore[misc]
+    assert made == [1, 2, 3, 2] and cache.nbytes == 128
+    cache.allow(0)
+    assert cache.nbytes == 0
+    cache.get(1, lambda: make(1))
+    assert cache.nbytes == 0
+
+
+# -- accounting -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fmt", ["fp8", "fp8-e5m2", "int8", "bf16", "mx"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_accounts_before_loading_are_the_bytes_after(
+    name: str, fmt: str, dtype: torch.dtype, tables: bool, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", name, dtype=dtype)
+    config = PAHQConfig("pahq", fmt, policy={"m0": "bf16"}, quantize_embeddings=tables)  # type: ignore[arg-type]
+    model = PAHQModel.from_pretrained(folder, config)
+    source = model.patched.linears().__next__()._source.source
+    planned = report(empty_model(load_config(str(folder))), config, n=2, length=3, source=source)  # type: ignore[arg-type]
+    assert planned.shares == model.memory_report(n=2, length=3).shares
+    linears = [share for share in planned.shares if share.part in ("attention", "mlp")]
+    assert sum(share.bytes for share in linears) == model.patched.precision.nbytes
+    assert sum(share.bytes_fp32 for share in linears) == model.patched.precision.nbytes_fp32
+    held = sum(table.nbytes for table in model.patched.tables)
+    if held:
+        assert sum(s.bytes for s in planned.shares if "embedding" in s.part) == held
+    json.dumps(planned.to_dict())
+
+
+def test_activations_are_what_an_engine_captures() -> None:
+    model = wrapped("llama")
+    planned = model.memory_report(n=len(TASK), length=TASK.length).activations
+    run = capture(model.patched, TASK, TASK.clean_ids)
+    twice = 2 * sum(t.nbytes for t in tensors(run)[:-1])
+    assert twice < planned < 2 * twice
+    assert (
+        model.memory_report(n=10, length=7).activations == 10 * model.memory_report(n=1, length=7).activations
+    )
