@@ -19,6 +19,7 @@ from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import CheckpointSource, Layout, PAHQLinear, Region, layouts, stored_bytes, stored_name
 
 _FP32 = 4  # bytes
+_STORED = "in the checkpoint"
 _TRANSIENT = 3  # copies of the largest projection, in FP32, that a product of it may need for a moment
 
 
@@ -208,19 +209,17 @@ def _add_tables(
         counted |= {id(top.weight), id(embedding.weight)}
     fmt: str = config.format if config.quantize_embeddings else "fp32"
     if config.is_low and not config.quantize_embeddings and _bf16_tables(model, source):
-        fmt = "bf16"
-    full = _FP32 * vocab * width
-    add("embedding", fmt, stored_bytes(vocab, width, fmt), full)
-    add(
-        "unembedding",
-        "tied" if tied else fmt,
-        0 if tied else stored_bytes(vocab, width, fmt),
-        0 if tied else full,
-    )
+        fmt = _STORED
+    size, full = 0 if fmt == _STORED else stored_bytes(vocab, width, fmt), _FP32 * vocab * width
+    add("embedding", fmt, size, full)
+    if tied:
+        add("unembedding", "tied", 0, 0)
+    else:
+        add("unembedding", fmt, size, full)
 
 
 def _bf16_tables(model: PatchedModel, source: CheckpointSource | None) -> bool:
-    """Whether embedding and unembedding are, or would be, kept as a BF16 checkpoint has them."""
+    """Whether embedding and unembedding are, or would be, left in a BF16 checkpoint."""
     if model.tables:
         return True
     if source is None or not _is_empty(model):

@@ -250,7 +250,7 @@ def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
         if index is None:
             return []
         files, _ = get_checkpoint_shard_files(source, index, **wanted)
-    except _LOAD_ERRORS as error:
+    except (*_LOAD_ERRORS, TypeError) as error:  # TypeError: an index of another shape
         raise ModelLoadError(f"cannot find the weights of {name!r}: {_first_line(error)}") from error
     return [Path(file) for file in files]
 

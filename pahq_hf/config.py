@@ -105,7 +105,8 @@ class PAHQConfig(_JsonConfig):
         _choice("format", self.format, Format)
         _choice("active", self.active, Active)
         _choice("compute", self.compute, Compute)
-        if not isinstance(self.policy, Mapping):
+        given: object = self.policy
+        if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
             raise ConfigError(f"policy must map patterns to formats; got {self.policy!r}")
         for pattern, fmt in self.policy.items():
             _choice(f"the policy's format for {pattern!r}", fmt, Format)

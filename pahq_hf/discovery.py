@@ -88,6 +88,7 @@ class Discovery:
             "task": self.task.fingerprint(),
             "dtype": str(self.model.hf.dtype).removeprefix("torch."),
             "precision": self.pahq.to_dict(),
+            "policy_order": list(self.pahq.policy),  # the first match counts; objects have no order
             "acdc": self.acdc.to_dict() | {"metric": self.metric},
         }
 

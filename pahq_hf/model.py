@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, EngineConfig, Format, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError
@@ -104,14 +104,8 @@ class PAHQModel(nn.Module):
             source,
             PrecisionRule.of(config, self.patched.device).compute,
             policy=config.policy,
-            tables=self._table_format(),
+            tables=config.format if config.quantize_embeddings else None,
         )
-
-    def _table_format(self) -> Format | None:
-        """How embedding and unembedding are kept: as asked for, or as they lie in a BF16 checkpoint."""
-        if self.pahq_config.quantize_embeddings:
-            return self.pahq_config.format
-        return "bf16" if self.patched.embedding.weight.is_meta else None
 
     @classmethod
     def from_pretrained(

@@ -156,7 +156,8 @@ class PatchedModel:
                 projection's values exactly, the FP32 values go to a spill file first.
             compute: Dtype of products with differences from anchors.
             policy: Other formats for some components, by pattern.
-            tables: Format of embedding and unembedding; None leaves them as they are.
+            tables: Format of embedding and unembedding; None leaves them as they are, in memory or
+                in the checkpoint.
 
         Raises:
             ConfigError: If the model is not in float32, or a pattern of the policy matches nothing.
@@ -167,15 +168,19 @@ class PatchedModel:
                 "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
             )
         formats = layouts(self.precision.parts, policy or {}, fmt)
-        if tables is not None:
+        stay = tables is None and self.embedding.weight.is_meta
+        if tables is not None or stay:
             self._patch_tables()
-            formats |= {table: [(table.region, tables)] for table in self.tables}
+            formats |= {table: [(table.region, tables or fmt)] for table in self.tables}
         linears = dict(self._named_linears()) | {f"table {n}": table for n, table in enumerate(self.tables)}
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in linears.items() if name not in blocks}
         blocks |= spill_blocks(strays, on_disk=True)
         for name, linear in linears.items():
-            linear.lower(formats[linear], blocks[name], compute)
+            if stay and linear in self.tables:
+                linear.leave(blocks[name], self.device)
+            else:
+                linear.lower(formats[linear], blocks[name], compute)
             trim()
         self.precision.free_staging()
 

@@ -40,7 +40,7 @@ def load_skeleton(
         source: Its safetensors files.
         device: Where resident tensors go.
         quantize_tables: Leave the embedding and the unembedding without memory too. Those of a BF16
-            checkpoint are left so anyway: they can be kept as they are there.
+            checkpoint are left so anyway: they can be read from there.
         trust_remote_code: Whether code that comes with the model may run.
 
     Returns:

@@ -336,8 +336,7 @@ def test_renamed_tensors_are_named(saved: Callable[..., Path], whole_loads: list
     folder = rewrite(saved("llama"), lambda t: {(new if k == lost else k): v for k, v in t.items()})
     with pytest.raises(ModelLoadError) as caught:
         PAHQModel.from_pretrained(folder, RTN)
-    assert lost in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    assert whole_loads == [str(folder)]
+    assert lost in str(caught.value) and str(folder) in str(caught.value) and whole_loads == [str(folder)]
 
 
 @pytest.mark.parametrize("config", [RTN, LOW], ids=["rtn", "tables"])

@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterable
 from pahq_hf.memory import trim
 from pahq_hf.precision import PAHQLinear
 
+_TRIM = 64 << 20  # freed bytes that are given back to the system
+
 
 class HeldWeights:
-    """Keeps decoded and packed weights of live nodes, the least recently used go first.
+    """Keeps decoded and packed weights of live nodes.
+
+    Where they do not all fit, those of earlier turns go first, from the oldest; then the newest: weights
+    are used in a circle, and whoever lets the oldest go in a circle keeps nothing.
 
     Args:
         limit: Bytes they may take together.
@@ -20,6 +25,13 @@ class HeldWeights:
         self._limit = limit
         self._linears = list(linears)
         self._held: dict[PAHQLinear, int] = {}
+        self._used: dict[PAHQLinear, int] = {}  # in which turn
+        self._turn = 0
+        self._freed = 0
+
+    def turn(self) -> None:
+        """Begin with another reader."""
+        self._turn += 1
 
     def use(self, linear: PAHQLinear, hold: Callable[[PAHQLinear], int]) -> None:
         """Say that a weight is about to be used; hold it if it fits.
@@ -30,6 +42,7 @@ class HeldWeights:
         """
         self._held.pop(linear, None)
         self._held[linear] = hold(linear)
+        self._used[linear] = self._turn
         self._shrink()
 
     @property
@@ -43,19 +56,23 @@ class HeldWeights:
             size = linear.held_bytes
             if size:
                 self._held[linear] = size
+                self._used[linear] = self._turn
             else:
                 self._held.pop(linear, None)
         self._shrink()
 
     def _shrink(self) -> None:
         total = sum(self._held.values())
-        if total <= self._limit:
-            return
         while total > self._limit and self._held:
-            oldest = next(iter(self._held))
-            total -= self._held.pop(oldest)
-            oldest.release()
-        trim()  # blocks of many sizes: what is freed would not be used again
+            oldest, newest = next(iter(self._held)), next(reversed(self._held))
+            victim = oldest if self._used[oldest] < self._turn else newest
+            size = self._held.pop(victim)
+            total -= size
+            self._freed += size
+            victim.release()
+        if self._freed > _TRIM:  # blocks of many sizes: what is freed would not be used again
+            self._freed = 0
+            trim()
 
     def release(self) -> None:
         """Free everything."""

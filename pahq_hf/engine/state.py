@@ -127,6 +127,7 @@ class CircuitState:
     def _hold_weights(self) -> None:
         """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
         graph = self.graph
+        self._held.turn()
         for number in range(graph.spec.layers):
             first = graph.head_writer(number, 0)
             self.arithmetic.hold(

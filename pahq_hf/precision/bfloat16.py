@@ -18,7 +18,7 @@ class BFloat16Weight(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         # A buffer: Hugging Face takes the dtype of the first parameter for the model's.
-        self.register_buffer("tensor", weight.to(torch.bfloat16))
+        self.register_buffer("tensor", weight.to(torch.bfloat16, copy=True))  # not a mapped file's pages
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from torchao.quantization import Float8Tensor, PerRow
 from pahq_hf.precision.rows import by_rows
 from pahq_hf.precision.scaled import ScaledWeight
 
+_SMALLEST = 1e-30  # of a row's largest magnitude; its scale is still a normal FP32 number
+
 
 class WideFloat8Weight(ScaledWeight):
     """A weight matrix as torchao FP8 E5M2, scaled per row.
@@ -26,7 +28,10 @@ class WideFloat8Weight(ScaledWeight):
 
 
 def _quantize(rows: Tensor) -> Float8Tensor:
-    return Float8Tensor.from_hp(rows, float8_dtype=torch.float8_e5m2, granularity=PerRow())
+    # Without a lower bound torchao gives a row of zeros the scale 0, and NaN.
+    return Float8Tensor.from_hp(
+        rows, float8_dtype=torch.float8_e5m2, granularity=PerRow(), hp_value_lb=_SMALLEST
+    )
 
 
 def decode_e5m2(codes: Tensor, scale: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from pahq_hf.precision.pieces import lowered
 from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
 from pahq_hf.precision.region import Layout, Region
 from pahq_hf.precision.source import SourceBlock, Staging
+from pahq_hf.precision.stored import StoredWeight
 
 
 class PAHQLinear(nn.Module):
@@ -43,7 +44,7 @@ class PAHQLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.low: nn.Module | None = None
         self._block: SourceBlock | None = None
-        self._raised: list[tuple[Region, Tensor]] = []
+        self._raised: list[tuple[Region, Tensor | None]] = []  # None: read when wanted
         self._held: Tensor | None = None
         self._product: Product | None = None
         self._pieces: dict[tuple[int, int, int, int], Product] = {}
@@ -88,9 +89,22 @@ class PAHQLinear(nn.Module):
             self._drop_products()
             transfer = self.staging.transfer(self._device)
             values = None if transfer is None else transfer.take(self._key(region))
-            if values is None:  # in the checkpoint's own dtype: half the bytes where that is BF16
-                values = self._source.read(region.rows, region.cols).to(self._device)
+            if values is None:
+                values = self._source.view(region.rows, region.cols)  # fails if the checkpoint changed
+                # On the CPU no copy is kept: products are packed from the mapped file.
+                values = None if self._device.type == "cpu" else values.to(self._device)
             self._raised.append((region, values))
+
+    def leave(self, block: SourceBlock, device: torch.device) -> None:
+        """Leave the weight where it is, in the checkpoint, and read what is wanted of it.
+
+        Args:
+            block: Where it is.
+            device: Where values go.
+        """
+        self.low = StoredWeight(block, (self.out_features, self.in_features), device)
+        self._block = block
+        self.weight = None
 
     def prefetch(self, region: Region) -> None:
         """Let the FP32 values of a block come in the background: into memory, or to the GPU."""
@@ -181,7 +195,7 @@ class PAHQLinear(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weight as resident now, FP32 blocks in use included."""
         base = self.weight.nbytes if self.weight is not None else cast(LowWeight, self.low).nbytes
-        return base + sum(values.nbytes for _, values in self._raised)
+        return base + sum(4 * region.size for region, _ in self._raised)
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -201,15 +215,20 @@ class PAHQLinear(nn.Module):
             return self._read_full(wanted)
         for region, values in self._raised:
             if region.intersect(wanted) == wanted:
-                return values[wanted.within(region)].to(torch.float32)
+                return self._raised_values(region, values, wanted)
         weight = self._stored(wanted)
         if self._raised and self._held is not None:
             weight = weight.clone()  # what is held stays as it is stored
         for region, values in self._raised:
             common = region.intersect(wanted)
             if common is not None:
-                weight[common.within(wanted)] = values[common.within(region)]
+                weight[common.within(wanted)] = self._raised_values(region, values, common)
         return weight
+
+    def _raised_values(self, region: Region, values: Tensor | None, wanted: Region) -> Tensor:
+        if values is None:
+            return self._read_full(wanted)
+        return values[wanted.within(region)].to(torch.float32)
 
     @property
     def _everything(self) -> tuple[slice, slice]:

@@ -15,6 +15,11 @@ class Region:
     rows: slice
     cols: slice
 
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return (self.rows.stop - self.rows.start) * (self.cols.stop - self.cols.start)
+
     def intersect(self, other: Region) -> Region | None:
         """The common block, or None."""
         rows = slice(max(self.rows.start, other.rows.start), min(self.rows.stop, other.rows.stop))

@@ -61,6 +61,8 @@ def patch_embedding(module: nn.Embedding, table: PAHQTable) -> None:
     del module._parameters["weight"]
     module.__class__ = type(f"PAHQ{kind.__name__}", bases, {})
     module.table = table
+    # Families ask their embedding for its weight's dtype: not a parameter, and without rows.
+    object.__setattr__(module, "weight", torch.empty(0, module.embedding_dim))
 
 
 def exact_rows(unembedding: nn.Module, ids: Tensor) -> Tensor:
