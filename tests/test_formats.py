@@ -178,6 +178,13 @@ def test_rows_of_zeros_stay_zeros(fmt: Format) -> None:
     assert (values[0] != 0).any()
 
 
+@pytest.mark.parametrize("fmt", ["fp8", "fp8-e5m2"])
+def test_rows_of_zeros_are_zeros_to_torchao_too(fmt: Format) -> None:
+    """Other devices decode as it does."""
+    low: Any = quantize(torch.zeros(2, 64), fmt)
+    assert torch.equal(low.tensor.dequantize(), torch.zeros(2, 64))
+
+
 # -- some rows at once ------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 from pahq_hf.precision.rows import by_rows
-from pahq_hf.precision.scaled import ScaledWeight
+from pahq_hf.precision.scaled import SMALLEST, ScaledWeight
 
 # E4M3's exponent bias is 7, float16's is 15: the same bits mean 2**-8 of the value.
 _BIAS_SHIFT = 256.0
@@ -43,7 +43,7 @@ class Float8Weight(ScaledWeight):
     """
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(by_rows(lambda rows: Float8Tensor.from_hp(rows, granularity=PerRow()), weight))
+        super().__init__(by_rows(_quantize, weight))
 
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""
@@ -52,6 +52,10 @@ class Float8Weight(ScaledWeight):
     def dynamic(self, rows: slice, cols: slice) -> DynamicFloat8Product:
         """A block's product with inputs that are rounded to FP8 too."""
         return DynamicFloat8Product(self.codes[rows, cols].contiguous(), self.scale[rows].contiguous())
+
+
+def _quantize(rows: Tensor) -> Float8Tensor:
+    return Float8Tensor.from_hp(rows, granularity=PerRow(), hp_value_lb=SMALLEST)
 
 
 class DynamicFloat8Product:

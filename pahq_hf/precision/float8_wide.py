@@ -7,9 +7,7 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
 from pahq_hf.precision.rows import by_rows
-from pahq_hf.precision.scaled import ScaledWeight
-
-_SMALLEST = 1e-30  # of a row's largest magnitude; its scale is still a normal FP32 number
+from pahq_hf.precision.scaled import SMALLEST, ScaledWeight
 
 
 class WideFloat8Weight(ScaledWeight):
@@ -28,9 +26,8 @@ class WideFloat8Weight(ScaledWeight):
 
 
 def _quantize(rows: Tensor) -> Float8Tensor:
-    # Without a lower bound torchao gives a row of zeros the scale 0, and NaN.
     return Float8Tensor.from_hp(
-        rows, float8_dtype=torch.float8_e5m2, granularity=PerRow(), hp_value_lb=_SMALLEST
+        rows, float8_dtype=torch.float8_e5m2, granularity=PerRow(), hp_value_lb=SMALLEST
     )
 
 

@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Least magnitude that a row is scaled for: without it torchao gives a row of zeros the scale 0, and NaN.
+# Its scale is still a normal FP32 number.
+SMALLEST = 1e-30
+
 
 class ScaledWeight(nn.Module):
     """A torchao tensor subclass with codes `qdata` [out, in] and FP32 `scale` [out, 1].
