@@ -48,7 +48,8 @@ class MemoryReport:
         shares: The weights.
         activations: Captured activations of clean and corrupted run.
         working: Candidates side by side, decoded weights, and FP32 weights on their way.
-        interpreter: Python and its libraries in this process.
+        interpreter: Python and its libraries in this process; 0 for a model that is loaded, where they can
+            no longer be told from it.
         stored: Whether activations are in memory (`ram`) or in a file (`disk`).
     """
 
