@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.graph import BoolArray
-from pahq_hf.memory import PeakMemory, read_memory
+from pahq_hf.memory import PeakMemory, read_memory, trim
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
@@ -201,9 +200,7 @@ def _phases(engine: HooksEngine | SparseEngine, captured: float, seconds: float)
 def settled_memory() -> int:
     """Give freed memory back to the system. Returns the anonymous bytes left."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
-    if trim is not None:
-        trim(0)
+    trim()
     return read_memory().get("anonymous", 0)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
@@ -17,14 +17,14 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import ConfigError, ModelLoadError
+from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, check_fits
 from pahq_hf.graph import Graph
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
-from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute, stored_name
+from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
-from pahq_hf.skeleton import borrowed
+from pahq_hf.skeleton import borrowed, stored_tensor
 from pahq_hf.tasks.base import Task
 
 _ROWS = 4096  # of a weight that are hashed at once
@@ -66,7 +66,9 @@ class PAHQModel(nn.Module):
         source: WeightSource | None = None,
     ) -> None:
         super().__init__()
-        streamed = isinstance(source, CheckpointSource) and any(p.is_meta for p in model.parameters())
+        empty = any(parameter.is_meta for parameter in model.parameters())
+        origin = source if empty and isinstance(source, CheckpointSource) else None
+        streamed = origin is not None
         check_supported(model, streamed=streamed)
         self.pahq_config = _resolved(config or PAHQConfig(), resident_device(model))
         self.base_model = model
@@ -76,11 +78,10 @@ class PAHQModel(nn.Module):
         model.eval()
         repair_empty_mlps(model)
         name = base_model or model.config.name_or_path or "unknown"
-        self.identity = self._identify(name, fingerprint(model, source))
+        self.identity = self._identify(name, fingerprint(model, origin))
         probe = probe_task(model)
-        if streamed:
-            assert isinstance(source, CheckpointSource)
-            with borrowed(model, source, resident_device(model)):
+        if origin is not None:
+            with borrowed(model, origin, resident_device(model)):
                 reference = reference_logits(model, probe)
         else:
             reference = reference_logits(model, probe)
@@ -283,7 +284,7 @@ def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:
     return replace(config, compute=resolve_compute(config.compute, config.format, device))
 
 
-def fingerprint(model: PreTrainedModel, source: WeightSource | None = None) -> str:
+def fingerprint(model: PreTrainedModel, source: CheckpointSource | None = None) -> str:
     """A short hash of a model's shape and every weight, the same in all precision regimes.
 
     Each row of each parameter enters as the sum of its FP32 bit patterns: exact whatever the order of
@@ -299,17 +300,10 @@ def fingerprint(model: PreTrainedModel, source: WeightSource | None = None) -> s
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in model.named_parameters():
         digest.update(repr((name, tuple(parameter.shape))).encode())
-        for rows in _values(model, name, parameter, source).split(_ROWS):
+        values = parameter.detach()
+        if parameter.is_meta and source is not None:
+            values = stored_tensor(source, model, name)
+        for rows in values.split(_ROWS):
             bits = rows.to(torch.float32).contiguous().view(torch.int32)
             digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _values(model: PreTrainedModel, name: str, parameter: Tensor, source: WeightSource | None) -> Tensor:
-    if not parameter.is_meta:
-        return parameter.detach()
-    assert isinstance(source, CheckpointSource), "only a streamed model has parameters without memory"
-    stored = stored_name(name, model.base_model_prefix, source)
-    if stored is None:
-        raise ModelLoadError(f"the checkpoint lacks the tensor {name}")
-    return source.whole(stored)

@@ -67,7 +67,7 @@ def load_skeleton(
         streamed |= {id(table.weight) for table in _tables(hf)}
     for name, parameter in list(hf.named_parameters()):
         if id(parameter) not in streamed:
-            value = _stored(source, hf, name).to(device, torch.float32, copy=True)
+            value = stored_tensor(source, hf, name).to(device, torch.float32, copy=True)
             module, leaf = _place(hf, name)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     for name, buffer in list(hf.named_buffers()):
@@ -119,14 +119,18 @@ def _tables(hf: PreTrainedModel) -> tuple[Any, Any]:
 
 def _are_bf16(hf: PreTrainedModel, source: CheckpointSource) -> bool:
     names = {id(weight): name for name, weight in hf.named_parameters()}
-    return all(_stored(source, hf, names[id(t.weight)]).dtype == torch.bfloat16 for t in _tables(hf))
+    return all(stored_tensor(source, hf, names[id(t.weight)]).dtype == torch.bfloat16 for t in _tables(hf))
 
 
 # -- reading ----------------------------------------------------------------------------------------
 
 
-def _stored(source: CheckpointSource, hf: PreTrainedModel, name: str) -> Tensor:
-    """A parameter as it lies in the mapped file."""
+def stored_tensor(source: CheckpointSource, hf: PreTrainedModel, name: str) -> Tensor:
+    """A parameter as it lies in the mapped file.
+
+    Raises:
+        ModelLoadError: If the checkpoint lacks it, or changed.
+    """
     stored = stored_name(name, hf.base_model_prefix, source)
     if stored is None:
         raise ModelLoadError(f"the checkpoint lacks the tensor {name}")
@@ -171,7 +175,7 @@ def _borrow(
 
     def fill(*_: Any) -> None:
         for leaf, name in origins.items():
-            value = _stored(source, hf, name).to(device, torch.float32)
+            value = stored_tensor(source, hf, name).to(device, torch.float32)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def drop(*_: Any) -> None:

@@ -28,8 +28,7 @@ class MemoryBudget:
         self._width = int(model.hf.config.hidden_size)
         self._hidden = max((linear.out_features for linear in model.linears()), default=self._width)
         self._size = model.hf.dtype.itemsize
-        layers = max(1, model.spec.layers)
-        layer = model.precision.nbytes_fp32 // layers
+        layer = model.precision.nbytes_fp32 // model.spec.layers
         # Whoever gives memory gets speed; else no more of the model is in FP32 than a layer.
         self.full_weights = layer if limit is None else limit // 4
         self.held_weights = self.limit if limit is None else self.limit - self.full_weights

@@ -24,6 +24,8 @@ class HeldWeights:
     def __init__(self, limit: int, linears: Iterable[PAHQLinear]) -> None:
         self._limit = limit
         self._linears = list(linears)
+        # Whether all weights together, in FP32, would not fit.
+        self.is_tight = sum(4 * w.in_features * w.out_features for w in self._linears) > limit
         self._held: dict[PAHQLinear, int] = {}
         self._used: dict[PAHQLinear, int] = {}  # in which turn
         self._turn = 0
@@ -45,20 +47,16 @@ class HeldWeights:
         self._used[linear] = self._turn
         self._shrink()
 
-    @property
-    def is_tight(self) -> bool:
-        """Whether all weights together, in FP32, would not fit."""
-        return sum(4 * w.in_features * w.out_features for w in self._linears) > self._limit
-
     def settle(self) -> None:
         """Take into account what weights packed for themselves since they were last held."""
         for linear in self._linears:
             size = linear.held_bytes
-            if size:
-                self._held[linear] = size
-                self._used[linear] = self._turn
-            else:
+            if not size:
                 self._held.pop(linear, None)
+                continue
+            if linear not in self._held:
+                self._used[linear] = self._turn
+            self._held[linear] = size
         self._shrink()
 
     def _shrink(self) -> None:

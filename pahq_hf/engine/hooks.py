@@ -23,9 +23,8 @@ from pahq_hf.patch import Layer, PatchedModel
 from pahq_hf.store import ActivationStore
 from pahq_hf.tasks.base import Task
 
-BUFFER_BYTES = (
-    256 << 20
-)  # bytes for what writers write in one forward pass; decides how many examples share one
+# For what writers write in one forward pass; decides how many examples share it.
+BUFFER_BYTES = 256 << 20
 
 
 @dataclass
