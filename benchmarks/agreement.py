@@ -96,7 +96,7 @@ class AnchoredOnce(Anchored):
     def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state, from the clean run's."""
         layer = self._engine.graph.readers[reads.readers[0]].layer
-        clean = self._clean(self._engine._clean.attention_in[layer], len(reads.tokens))
+        clean = self._clean(self._engine._clean.attention_in[layer], reads.inputs[0].shape[0])
         from_clean = replace(reads, inputs=[clean] * len(reads.readers))
         with self._model.precision.full_precision():
             super().read(from_clean)

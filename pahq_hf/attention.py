@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.architectures import Architecture, Rotate
+from pahq_hf.architectures import Architecture
+from pahq_hf.architectures.positions import Tables
 from pahq_hf.errors import ConfigError
 from pahq_hf.graph import ReaderKind
+from pahq_hf.norms import BlockOutput, norm_heads, norm_jointly
 from pahq_hf.precision import PAHQLinear
 
 
@@ -42,6 +44,9 @@ class PAHQAttention(nn.Module):
         k_proj: Key projection, by group.
         v_proj: Value projection, by group.
         o_proj: Output projection; head h owns columns `h*d_head : (h+1)*d_head`.
+        row: The family's row of the table.
+        family: The Hugging Face class this module had.
+        output: What makes of the output projection's result what the block adds to the stream.
     """
 
     n_heads: int
@@ -53,7 +58,11 @@ class PAHQAttention(nn.Module):
     k_proj: PAHQLinear
     v_proj: PAHQLinear
     o_proj: PAHQLinear
-    rotate_fn: Rotate | None
+    row: Architecture
+    family: type[nn.Module]
+    output: BlockOutput
+    softcap: float | None
+    _norms: dict[str, nn.Module]  # of queries and keys
 
     # -- head-wise pieces -------------------------------------------------------------------------
 
@@ -62,7 +71,7 @@ class PAHQAttention(nn.Module):
         return slice(head * self.d_head, (head + 1) * self.d_head)
 
     def q(self, x: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """Queries before rotation.
+        """Queries before norm and rotation.
 
         Args:
             x: Normalised input. [batch, pos, d_model]
@@ -74,55 +83,101 @@ class PAHQAttention(nn.Module):
         return self._project(self.q_proj, x, heads)
 
     def k(self, x: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        """Keys before rotation. [batch, pos, d_model] -> [batch, group, pos, d_head]"""
+        """Keys before norm and rotation. [batch, pos, d_model] -> [batch, group, pos, d_head]"""
         return self._project(self.k_proj, x, groups)
 
     def v(self, x: Tensor, groups: Sequence[int] | None = None) -> Tensor:
         """Values. [batch, pos, d_model] -> [batch, group, pos, d_head]"""
         return self._project(self.v_proj, x, groups)
 
-    def rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Apply the family's rotary embedding to queries or keys. [batch, head, pos, d_head]"""
-        if self.rotate_fn is None or position_embeddings is None:
-            return x
-        cos, sin = position_embeddings
-        # Hugging Face rotates q and k together; an empty k costs nothing.
-        rotated, _ = self.rotate_fn(x, x[:, :0], cos, sin)
-        return rotated
+    def finish(
+        self,
+        kind: ReaderKind,
+        y: Tensor,
+        tables: Tables | None,
+        blocks: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Normalise and rotate queries or keys; values stay as they are.
 
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        Args:
+            kind: `q`, `k` or `v`.
+            y: As `q`, `k`, `v` give it. [batch, entry, pos, d_head]
+            tables: Of the rotary embedding, each [batch or 1, pos, width]; None leaves it out.
+            blocks: Which head or group each entry is of; by default all, in order. Where a norm spans all
+                heads, all are needed.
+
+        Returns:
+            The same shape.
+        """
+        return self.rotate(kind, self.normalise(kind, y, blocks, axis=1), tables)
+
+    def normalise(self, kind: ReaderKind, y: Tensor, blocks: Sequence[int] | None, axis: int) -> Tensor:
+        """Apply the family's norm of queries or keys, if it has one. `axis` is that of the entries."""
+        norm = self._norms.get(kind)
+        if norm is None:
+            return y
+        if self.row.joint_qk_norm:
+            return norm_jointly(norm, y, axis)
+        if blocks is None:
+            count = self.n_heads if kind == "q" else self.n_groups
+            blocks = [entry * count // y.shape[axis] for entry in range(y.shape[axis])]
+        return norm_heads(norm, y, blocks, axis)
+
+    def rotate(self, kind: ReaderKind, y: Tensor, tables: Tables | None) -> Tensor:
+        """Apply the family's rotary embedding to queries or keys. [batch, entry, pos, d_head]"""
+        return y if kind == "v" or tables is None else self.row.rotary(self, y, tables)
+
+    def context(self, kwargs: dict[str, Any], length: int) -> tuple[Tensor | None, Tables | None]:
+        """What attention takes from a forward pass without a cache, besides the stream.
+
+        Args:
+            kwargs: What the module is called with.
+            length: Number of tokens.
+
+        Returns:
+            What is added to the scores [batch or 1, 1 or head, query, key], and rotary tables.
+        """
+        bias = self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, (length, length))
+        return bias, self.row.rotary.tables(self, kwargs)
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Bound scores where the family does so: `c tanh(s / c)`."""
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """Attention probabilities, softmax in FP32 or better.
 
         Args:
-            q: Rotated queries. [batch, head, query, d_head]
-            k: Rotated keys, one per head or shared by equal runs of heads. [batch, group, key, d_head]
-            mask: Additive mask, broadcastable to [batch, head, query, key], or None.
+            q: Finished queries. [batch, head, query, d_head]
+            k: Finished keys, one per head or shared by equal runs of heads. [batch, group, key, d_head]
+            bias: What is added to scores, broadcastable to [batch, head, query, key], or None.
 
         Returns:
             [batch, head, query, key]
         """
         scores = torch.matmul(q, self._per_head(k, q.shape[1]).transpose(-1, -2)) * self.scaling
-        if mask is not None:
-            scores = scores + mask
+        scores = self.capped(scores)
+        if bias is not None:
+            scores = scores + bias
         dtype = torch.promote_types(scores.dtype, torch.float32)
         return torch.softmax(scores, dim=-1, dtype=dtype).to(q.dtype)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """What each head reads out: probabilities times values.
 
         Args:
-            q: Rotated queries. [batch, head, query, d_head]
-            k: Rotated keys. [batch, group, key, d_head]
+            q: Finished queries. [batch, head, query, d_head]
+            k: Finished keys. [batch, group, key, d_head]
             v: Values. [batch, group, key, d_head]
-            mask: Additive mask or None.
+            bias: What is added to scores, or None.
 
         Returns:
             z. [batch, query, head, d_head]
         """
-        return self._read_out(self.weights(q, k, mask), v)
+        return self._read_out(self.weights(q, k, bias), v)
 
     def out(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """What heads add to the residual stream.
+        """The output projection.
 
         Args:
             z: Head outputs. [..., head, d_head]
@@ -135,26 +190,58 @@ class PAHQAttention(nn.Module):
         if heads is None:
             out: Tensor = self.o_proj(z.flatten(-2))
             return out
-        return self.contributions(z, heads).sum(-2)
+        return self.head_outputs(z, heads).sum(-2)
 
-    def contributions(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """What each head adds, separately. [..., head, d_head] -> [..., head, d_model]"""
+    def written(self, z: Tensor, o: Tensor | None = None) -> Tensor:
+        """Heads as they enter the stream: z times the scale of what follows the output projection.
+
+        Contributions are linear in it. Without a norm or a factor it is z itself.
+
+        Args:
+            z: What all heads read out. [..., head, d_head]
+            o: The output projection of it, if known. [..., d_model]
+
+        Returns:
+            [..., head, d_head]
+        """
+        if self.output.is_plain:
+            return z
+        scale = self.output.scale(self.out(z) if o is None else o)
+        return z * (scale[..., None] if isinstance(scale, Tensor) else scale)
+
+    def added(self, written: Tensor) -> Tensor:
+        """What the block adds to the stream. [..., head, d_head] -> [..., d_model]"""
+        total = self.out(written)
+        if self.o_proj.bias is not None and self.output.multiplier != 1.0:
+            total = total + (self.output.multiplier - 1.0) * self.o_proj.bias
+        gain = self.output.gain
+        return total if gain is None else total * gain
+
+    def contributions(self, written: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """What each head adds to the stream. [..., head, d_head] -> [..., head, d_model]"""
+        each, gain = self.head_outputs(written, heads), self.output.gain
+        return each if gain is None else each * gain
+
+    def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """The output projection head by head. [..., head, d_head] -> [..., head, d_model]"""
         heads = range(self.n_heads) if heads is None else heads
         weight = self.o_proj.dense().view(-1, self.n_heads, self.d_head)[:, list(heads)]
         return torch.einsum("...hd,ohd->...ho", z, weight)
 
-    def stored_contribution(self, z: Tensor, head: int) -> Tensor:
+    def stored_contribution(self, written: Tensor, head: int) -> Tensor:
         """What one head would add with the weight as it is stored. [..., 1, d_head] -> [..., d_model]"""
-        return z.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t()
+        each = written.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t()
+        gain = self.output.gain
+        return each if gain is None else each * gain
 
     # -- the module -------------------------------------------------------------------------------
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        residual: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         reader_inputs: ReaderInputs | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -162,11 +249,11 @@ class PAHQAttention(nn.Module):
 
         Args:
             hidden_states: Normalised residual stream. [batch, pos, d_model]
-            position_embeddings: Rotary tables (cos, sin).
-            attention_mask: Additive mask. [batch, 1, query, key]
+            residual: The stream, which BLOOM's attention adds itself.
             past_key_values: A key/value cache.
+            layer_past: The same, as older families call it.
             reader_inputs: Inputs that differ from head to head, put here by the engines' hooks.
-            **kwargs: What else the family passes; unused.
+            **kwargs: What else the family passes: the mask, rotary tables, positions.
 
         Returns:
             The attention output [batch, pos, d_model] and probabilities [batch, head, query, key].
@@ -174,11 +261,17 @@ class PAHQAttention(nn.Module):
         q = self._read(self.q_proj, "q", hidden_states, reader_inputs)
         k = self._read(self.k_proj, "k", hidden_states, reader_inputs)
         v = self._read(self.v_proj, "v", hidden_states, reader_inputs)
-        q, k = self.rotate(q, position_embeddings), self.rotate(k, position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        weights = self.weights(q, k, attention_mask)
-        return self.out(self._read_out(weights, v)), weights
+        tables = self.row.rotary.tables(self, kwargs)
+        q, k = self.finish("q", q, tables), self.finish("k", k, tables)
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        size = q.shape[-2], k.shape[-2]
+        weights = self.weights(q, k, self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, size))
+        out = self.out(self._read_out(weights, v))
+        if self.row.adds_residual and residual is not None:
+            out = out + residual
+        return out, weights
 
     # -- helpers ----------------------------------------------------------------------------------
 
@@ -208,14 +301,23 @@ class PAHQAttention(nn.Module):
         return z.transpose(1, 2)
 
 
-def patch_attention(module: nn.Module, row: Architecture, n_heads: int, n_groups: int) -> PAHQAttention:
+def patch_attention(
+    module: nn.Module,
+    row: Architecture,
+    number: int,
+    n_heads: int,
+    n_groups: int,
+    output: BlockOutput | None = None,
+) -> PAHQAttention:
     """Turn a Hugging Face attention module into PAHQ attention, in place.
 
     Args:
         module: The family's attention module.
         row: Its row of the table.
+        number: Of its layer.
         n_heads: Query heads.
         n_groups: Key/value groups.
+        output: What follows the output projection.
 
     Returns:
         The same object, now a `PAHQAttention` too.
@@ -235,7 +337,13 @@ def patch_attention(module: nn.Module, row: Architecture, n_heads: int, n_groups
     module.q_proj, module.k_proj, module.v_proj, module.o_proj = q, k, v, out
     module.n_heads, module.n_groups = n_heads, n_groups
     module.d_head = q.out_features // n_heads
-    module.rotate_fn = row.rotate_of(original)
+    module.row, module.family = row, original
+    module.scaling = float(row.scaling(module))
+    module.softcap = getattr(module, row.softcap) if row.softcap else None
+    # Not attributes: as such their parameters would have two names.
+    module._norms = {kind: getattr(module, name) for kind, name in zip("qk", row.qk_norm or (), strict=False)}
+    module.output = output or BlockOutput()
+    module.layer_idx = number
     if "_old_forward" in vars(module):  # accelerate's hooks call the forward they found: give them ours
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
     return module
@@ -248,14 +356,39 @@ def _split_qkv(
         q, k, v = (linear_from(getattr(module, name), row) for name in row.qkv)
         return q, k, v
     weight, bias = _oriented(getattr(module, row.qkv[0]), row)
-    d_head = weight.shape[0] // (n_heads + 2 * n_groups)
-    sizes = [n_heads * d_head, n_groups * d_head, n_groups * d_head]
-    weights = weight.split(sizes)
-    biases = [None] * 3 if bias is None else bias.split(sizes)
-    # A plain clone keeps Conv1D's strides; contiguous rows are what reading one head's weights needs.
-    copies = (w.clone(memory_format=torch.contiguous_format) for w in weights)
-    q, k, v = (PAHQLinear(w, b) for w, b in zip(copies, biases, strict=True))
+    ranges = qkv_ranges(row, weight.shape[0], n_heads, n_groups)
+
+    def cut(values: Tensor, kind: str) -> Tensor:
+        # A plain clone keeps Conv1D's strides; contiguous rows are what reading one head's weights needs.
+        return torch.cat([values[start:stop] for start, stop in ranges[kind]]).contiguous()
+
+    q, k, v = (PAHQLinear(cut(weight, kind), None if bias is None else cut(bias, kind)) for kind in "qkv")
     return q, k, v
+
+
+def qkv_ranges(row: Architecture, rows: int, n_heads: int, n_groups: int) -> dict[str, list[tuple[int, int]]]:
+    """Which outputs of a fused projection are queries, keys and values, in order.
+
+    Args:
+        row: Says how it is laid out.
+        rows: Its outputs.
+        n_heads: Query heads.
+        n_groups: Key/value groups.
+
+    Returns:
+        Ranges by kind.
+    """
+    d_head = rows // (n_heads + 2 * n_groups)
+    counts = {"q": n_heads, "k": n_groups, "v": n_groups}
+    runs = 1 if row.fused == "blocks" else n_groups
+    ranges: dict[str, list[tuple[int, int]]] = {"q": [], "k": [], "v": []}
+    start = 0
+    for _ in range(runs):
+        for kind, count in counts.items():
+            stop = start + count // runs * d_head
+            ranges[kind].append((start, stop))
+            start = stop
+    return ranges
 
 
 def _oriented(module: nn.Module, row: Architecture) -> tuple[Tensor, Tensor | None]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pahq_hf.architectures.positions import Tables
 from pahq_hf.errors import TaskError
+from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
+from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel
 from pahq_hf.store import ActivationStore, MemoryStore, kept
 from pahq_hf.tasks.base import Task
 
-Hook = Callable[..., Any]
 _TOKENS = 4096  # that run at once while activations are captured
 
 
@@ -23,17 +24,18 @@ _TOKENS = 4096  # that run at once while activations are captured
 class Activations:
     """Everything one run wrote to the residual stream.
 
-    Heads are kept as z, not as contributions: `d_model / d_head` times less memory.
+    Heads are kept as z, not as contributions: `d_model / d_head` times less memory. Where a norm or a factor
+    follows the output projection, z is multiplied by its scale (`PAHQAttention.written`).
 
     Attributes:
         embedding: What the `input` writer adds. [batch, pos, d_model]
-        z: Per layer, what each head reads out. [batch, pos, head, d_head]
+        z: Per layer, what each head reads out, as it enters the stream. [batch, pos, head, d_head]
         mlp: Per layer, what the MLP adds; empty for attention-only models. [batch, pos, d_model]
         attention_in: Per layer, the stream the heads read. [batch, pos, d_model]
         mlp_in: Per layer, the stream the MLP reads. [batch, pos, d_model]
         final_in: The stream `logits` reads. [batch, pos, d_model]
         logits: Logits at the answer positions. [rows, vocab]
-        masks: Per layer, the additive attention mask. [batch or 1, 1, query, key]
+        masks: Per layer, what is added to attention scores. [batch or 1, 1 or head, query, key]
         rotary: Per layer, the rotary tables, or None.
     """
 
@@ -45,7 +47,7 @@ class Activations:
     final_in: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     masks: list[Tensor | None] = field(default_factory=list)
-    rotary: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    rotary: list[Tables | None] = field(default_factory=list)
 
     def part(self, examples: slice) -> Activations:
         """What some examples wrote and read; logits, masks and rotary tables are left out."""
@@ -70,22 +72,6 @@ class Activations:
             z=[change(z) for z in self.z],
             mlp=[change(mlp) for mlp in self.mlp],
         )
-
-
-@contextmanager
-def hooks(*registered: Any) -> Iterator[None]:
-    """Remove hook handles on exit, also after an exception."""
-    try:
-        yield
-    finally:
-        for handle in registered:
-            handle.remove()
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states a layer was called with, positional or by keyword."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
@@ -158,11 +144,13 @@ class _Recorder:
         self._store = store
         self._some = slice(0, 0)
         self._together: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables: list[Tensor] = []  # the different ones of the present examples
 
     def turn_to(self, first: int, count: int) -> None:
         """Say which examples come next."""
         self._some = slice(first, first + count)
         self._together.clear()
+        self._tables.clear()
 
     def put(self, kind: str, values: Tensor, layer: int | None = None) -> None:
         """Note down an activation. [some of the batch, ...]"""
@@ -181,20 +169,26 @@ class _Recorder:
     def _room(self, values: Tensor) -> Tensor:
         return self._store.empty((self._examples, *values.shape[1:]), values)
 
-    def put_shared(self, layer: int, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
-        """Note down a layer's mask and rotary tables; layers that share them go on doing so."""
+    def put_shared(self, layer: int, bias: Tensor | None, tables: Tables | None) -> None:
+        """Note down a layer's score bias and rotary tables; layers that share them go on doing so."""
         if self._some.start == 0:
-            self.run.masks.append(mask)
-            self.run.rotary.append(rotary)
+            self.run.masks.append(None if bias is None else self._share(bias))
+            self.run.rotary.append(None if tables is None else tuple(map(self._share, tables)))
             return
-        before, tables = self.run.masks[layer], self.run.rotary[layer]
-        if before is not None and mask is not None:
-            self.run.masks[layer] = self._joined(before, mask)
-        if tables is not None and rotary is not None:
-            self.run.rotary[layer] = (
-                self._joined(tables[0], rotary[0]),
-                self._joined(tables[1], rotary[1]),
-            )
+        before, tables_before = self.run.masks[layer], self.run.rotary[layer]
+        if before is not None and bias is not None:
+            self.run.masks[layer] = self._joined(before, self._share(bias))
+        if tables_before is not None and tables is not None:
+            pairs = zip(tables_before, map(self._share, tables), strict=True)
+            self.run.rotary[layer] = tuple(self._joined(old, new) for old, new in pairs)
+
+    def _share(self, table: Tensor) -> Tensor:
+        """The table of an earlier layer that is the same: families make some of them anew in each."""
+        for other in self._tables:
+            if other is table or (other.shape == table.shape and torch.equal(other, table)):
+                return other
+        self._tables.append(table)
+        return table
 
     def _joined(self, before: Tensor, more: Tensor) -> Tensor:
         """One table for all examples so far; a table that serves any example may have a batch size of one."""
@@ -213,44 +207,28 @@ class _Recorder:
 
 
 def _recording_hooks(model: PatchedModel, recorder: _Recorder) -> list[Any]:
-    spec = model.spec
-
     def on_embedding(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.put("embedding", first_input(args, kwargs))
 
     def on_final(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         recorder.put("final_in", args[0])
 
-    def of_layer(number: int) -> dict[str, Hook]:
+    def of_layer(number: int, layer: Layer) -> LayerHooks:
         def on_attention(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            recorder.put_shared(number, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+            bias, tables = layer.attention.context(kwargs, first_input(args, kwargs).shape[1])
+            recorder.put_shared(number, bias, tables)
 
-        def on_z(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            recorder.put("z", args[0].unflatten(-1, (spec.heads, -1)), number)
-
-        def on_mlp(_: nn.Module, __: Any, output: Tensor) -> None:
-            recorder.put("mlp", output, number)
-
-        def reads(kind: str) -> Hook:
-            return lambda _, args: recorder.put(kind, args[0], number)
-
-        return {
-            "attention": on_attention,
-            "z": on_z,
-            "mlp": on_mlp,
-            "attention_in": reads("attention_in"),
-            "mlp_in": reads("mlp_in"),
-        }
+        return LayerHooks(
+            on_stream=lambda stream: recorder.put("attention_in", stream, number),
+            on_attention=on_attention,
+            on_heads=lambda written, z, o: recorder.put("z", written, number),
+            on_mlp_input=lambda stream: recorder.put("mlp_in", stream, number),
+            on_mlp=lambda adds: recorder.put("mlp", adds, number),
+        )
 
     handles = [model.layers[0].block.register_forward_pre_hook(on_embedding, with_kwargs=True)]
     for number, layer in enumerate(model.layers):
-        hook = of_layer(number)
-        handles.append(layer.attention_norm.register_forward_pre_hook(hook["attention_in"]))
-        handles.append(layer.attention.register_forward_pre_hook(hook["attention"], with_kwargs=True))
-        handles.append(layer.attention.o_proj.register_forward_pre_hook(hook["z"]))
-        if spec.mlps:
-            handles.append(layer.mlp_norm.register_forward_pre_hook(hook["mlp_in"]))
-            handles.append(layer.mlp.register_forward_hook(hook["mlp"]))
+        handles += hook_layer(layer, model.spec.mlps, of_layer(number, layer))
     handles.append(model.final_norm.register_forward_pre_hook(on_final))
     return handles
 
@@ -326,7 +304,7 @@ def with_streams(
         before = total
         attention_in.append(kept(room, before))
         with torch.no_grad():
-            total = total + layer.attention.out(written.z[number])
+            total = total + layer.attention.added(written.z[number])
         if model.spec.mlps:
             mlp_in.append(kept(room, before if model.spec.parallel else total))
             total = total + written.mlp[number]
@@ -335,6 +313,25 @@ def with_streams(
             with torch.no_grad():
                 total = total + layer.mlp(layer.mlp_norm(total))
     return replace(written, attention_in=attention_in, mlp_in=mlp_in, final_in=total)
+
+
+def head_outputs(layer: Layer, run: Activations, number: int) -> Tensor:
+    """What a layer's heads read out of a recorded run, at the present precision.
+
+    Args:
+        layer: The layer.
+        run: The run.
+        number: Of the layer.
+
+    Returns:
+        As `Activations.z`. [batch, pos, head, d_head]
+    """
+    attention = layer.attention
+    x = layer.attention_norm(run.attention_in[number])
+    tables = run.rotary[number]
+    q = attention.finish("q", attention.q(x), tables)
+    k = attention.finish("k", attention.k(x), tables)
+    return attention.written(attention.mix(q, k, attention.v(x), run.masks[number]))
 
 
 def mean_per_position(values: Tensor, task: Task) -> Tensor:

@@ -135,6 +135,7 @@ class Circuit:
                 "split_kv_groups": spec.split_kv_groups,
                 "has_mlps": spec.mlps,
                 "parallel_attn_mlp": spec.parallel,
+                "coupled_heads": spec.coupled,
                 **self.model,
             },
             "nodes": {name: {"in_graph": True} for name in self.nodes},
@@ -205,6 +206,7 @@ _SPEC_KEYS = {
     "split_kv_groups": False,
     "has_mlps": True,
     "parallel_attn_mlp": False,
+    "coupled_heads": False,
 }
 
 
@@ -222,6 +224,7 @@ def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
             mlps=bool(cfg.get("has_mlps", True)),
             parallel=bool(cfg.get("parallel_attn_mlp", False)),
             split_kv_groups=bool(cfg.get("split_kv_groups", False)),
+            coupled=bool(cfg.get("coupled_heads", False)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CircuitError(f"{folder / CIRCUIT_NAME}: unusable cfg ({error!r})") from error

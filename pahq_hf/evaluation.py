@@ -87,7 +87,7 @@ def check_fits(circuit: Circuit, model: PatchedModel) -> None:
         CircuitError: Naming the first difference.
     """
     ours, theirs = model.spec, circuit.graph.spec
-    for name in ("layers", "heads", "kv_groups", "mlps", "parallel", "split_kv_groups"):
+    for name in ("layers", "heads", "kv_groups", "mlps", "parallel", "coupled", "split_kv_groups"):
         mine, its = getattr(ours, name), getattr(theirs, name)
         if mine != its:
             raise CircuitError(

@@ -36,6 +36,8 @@ class GraphSpec:
         mlps: Whether layers have an MLP (attention-only models do not).
         parallel: Whether attention and MLP of a layer read the same stream.
         split_kv_groups: Give every query head key and value readers of its own.
+        coupled: Whether the heads of a layer depend on each other, through a norm that spans them: of
+            the attention's output (Gemma 2), or of all queries or keys (OLMo 2).
     """
 
     layers: int
@@ -44,6 +46,7 @@ class GraphSpec:
     mlps: bool = True
     parallel: bool = False
     split_kv_groups: bool = False
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.kv_groups) < 1:
@@ -92,7 +95,8 @@ class Reader:
         layer: Decoder layer; the number of layers for `logits`.
         kind: What is computed from it.
         index: Query head, or key/value reader, within its layer; 0 for MLP and logits.
-        nodes: Writers computed from this reader; empty for `logits`.
+        nodes: Writers this reader belongs to; empty for `logits`.
+        feeds: Writers that depend on it: its nodes, and where heads are coupled all heads of the layer.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Reader:
     kind: ReaderKind
     index: int
     nodes: tuple[int, ...]
+    feeds: tuple[int, ...]
 
 
 class Graph:
@@ -137,18 +142,21 @@ class Graph:
         spec = self.spec
         per_head = spec.kv_readers == spec.heads
         for layer in range(spec.layers):
+            together = tuple(self.head_writer(layer, head) for head in range(spec.heads))
             for head in range(spec.heads):
-                yield Reader(f"a{layer}.h{head}<q>", layer, "q", head, (self.head_writer(layer, head),))
+                own = (together[head],)
+                yield Reader(f"a{layer}.h{head}<q>", layer, "q", head, own, together if spec.coupled else own)
             kinds: tuple[ReaderKind, ReaderKind] = ("k", "v")
             for kind in kinds:
                 for index in range(spec.kv_readers):
                     name = f"a{layer}.{'h' if per_head else 'kv'}{index}<{kind}>"
                     heads = self.heads_of_kv(index)
-                    nodes = tuple(self.head_writer(layer, head) for head in heads)
-                    yield Reader(name, layer, kind, index, nodes)
+                    nodes = tuple(together[head] for head in heads)
+                    yield Reader(name, layer, kind, index, nodes, together if spec.coupled else nodes)
             if spec.mlps:
-                yield Reader(f"m{layer}", layer, "mlp", 0, (self.mlp_writer(layer),))
-        yield Reader("logits", spec.layers, "logits", 0, ())
+                mlp = (self.mlp_writer(layer),)
+                yield Reader(f"m{layer}", layer, "mlp", 0, mlp, mlp)
+        yield Reader("logits", spec.layers, "logits", 0, (), ())
 
     def _prefix(self, reader: Reader) -> int:
         before_layer = self.head_writer(reader.layer, 0)
@@ -295,8 +303,8 @@ class Graph:
 
     def has_out_edge(self, kept: BoolArray, reader: int) -> bool:
         """Whether what this reader feeds still reaches anyone. Always true for `logits`."""
-        nodes = self.readers[reader].nodes
-        return not nodes or bool(kept[:, list(nodes)].any())
+        feeds = self.readers[reader].feeds
+        return not feeds or bool(kept[:, list(feeds)].any())
 
     def live_edges(self, kept: BoolArray) -> BoolArray:
         """Kept edges that lie on some path from `input` to `logits`.
@@ -312,14 +320,14 @@ class Graph:
         fed = np.zeros(len(self.writers), dtype=bool)
         fed[0] = True
         for r, reader in enumerate(self.readers):  # model order is topological
-            if reader.nodes and (kept[r] & fed).any():
-                fed[list(reader.nodes)] = True
+            if reader.feeds and (kept[r] & fed).any():
+                fed[list(reader.feeds)] = True
         read = np.zeros(len(self.writers), dtype=bool)
         for r in reversed(range(len(self.readers))):
-            nodes = list(self.readers[r].nodes)
-            if not nodes or read[nodes].any():
+            feeds = list(self.readers[r].feeds)
+            if not feeds or read[feeds].any():
                 read |= kept[r]
-        needed = np.array([not r.nodes or bool(read[list(r.nodes)].any()) for r in self.readers])
+        needed = np.array([not r.feeds or bool(read[list(r.feeds)].any()) for r in self.readers])
         return kept & fed[None, :] & needed[:, None]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
+from pahq_hf.architectures import find_architecture
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
@@ -73,18 +74,12 @@ class PAHQModel(nn.Module):
         self.pahq_config = _resolved(config or PAHQConfig(), resident_device(model))
         self.base_model = model
         self.tokenizer = tokenizer
-        if model.config._attn_implementation != "eager":
-            model.set_attn_implementation("eager")
         model.eval()
         repair_empty_mlps(model)
         name = base_model or model.config.name_or_path or "unknown"
         self.identity = self._identify(name, fingerprint(model, origin))
         probe = probe_task(model)
-        if origin is not None:
-            with borrowed(model, origin, resident_device(model)):
-                reference = reference_logits(model, probe)
-        else:
-            reference = reference_logits(model, probe)
+        reference = _reference(model, probe, origin)
         self.patched = PatchedModel(
             model, split_kv_groups=self.pahq_config.split_kv_groups, streamed=streamed
         )
@@ -275,6 +270,27 @@ class PAHQModel(nn.Module):
         chosen: MetricName = metric or ran.get("metric") or task.metric
         evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
         return evaluator.report(circuit)
+
+
+def _reference(model: PreTrainedModel, probe: Task, origin: CheckpointSource | None) -> Tensor:
+    """Logits of the untouched model, which afterwards has eager attention: that shows its masks."""
+    _use_attention(model, find_architecture(model.config).reference)
+    if model.dtype == torch.float64 and hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    if origin is None:
+        logits = reference_logits(model, probe)
+    else:
+        with borrowed(model, origin, resident_device(model)):
+            logits = reference_logits(model, probe)
+    _use_attention(model, "eager")
+    return logits
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # older families look it up, but cannot be told
+        model.config._attn_implementation = name
 
 
 def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf.architectures import Architecture, find_architecture, graph_spec
-from pahq_hf.attention import PAHQAttention, linear_from, patch_attention
+from pahq_hf.attention import PAHQAttention, linear_from, qkv_ranges
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.graph import Graph
+from pahq_hf.layers import Layer, patch_layer
 from pahq_hf.memory import trim
+from pahq_hf.norms import widen_norms
 from pahq_hf.precision import (
     Component,
     MemorySource,
@@ -32,25 +33,6 @@ from pahq_hf.precision import (
     stored_name,
 )
 from pahq_hf.precision.control import Part
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The rooms of one decoder layer.
-
-    Attributes:
-        block: The decoder layer itself.
-        attention: Its patched attention.
-        attention_norm: Norm before the attention.
-        mlp: The MLP.
-        mlp_norm: Norm before the MLP.
-    """
-
-    block: nn.Module
-    attention: PAHQAttention
-    attention_norm: nn.Module
-    mlp: nn.Module
-    mlp_norm: nn.Module
 
 
 class PatchedModel:
@@ -74,38 +56,18 @@ class PatchedModel:
         self.graph = Graph(self.spec)
         hf.eval()
         hf.requires_grad_(False)
-        self.layers = [self._patch_layer(block) for block in self.arch.find(hf, self.arch.layers)]
+        blocks = self.arch.find(hf, self.arch.layers)
+        self.layers = [
+            patch_layer(block, self.arch, number, self.spec) for number, block in enumerate(blocks)
+        ]
         self.final_norm: nn.Module = self.arch.find(hf, self.arch.final_norm)
         self.unembedding: nn.Linear | PAHQTable = self.arch.find(hf, self.arch.unembedding)
         self.tables: list[PAHQTable] = []  # embedding and unembedding, when they are low precision too
         if hf.dtype == torch.float64:
-            self._widen_norms()
+            widen_norms(hf, self.arch.norm_offset)
         self.precision = PrecisionControl(dict(self._components()), list(self.linears()))
 
     # -- construction -----------------------------------------------------------------------------
-
-    def _patch_layer(self, block: nn.Module) -> Layer:
-        row = self.arch
-        attention = patch_attention(row.find(block, row.attention), row, self.spec.heads, self.spec.kv_groups)
-        mlp = row.find(block, row.mlp)
-        for name in row.mlp_linears if self.spec.mlps else ():
-            setattr(mlp, name, linear_from(getattr(mlp, name), row))
-        return Layer(
-            block=block,
-            attention=attention,
-            attention_norm=row.find(block, row.attention_norm),
-            mlp=mlp,
-            mlp_norm=row.find(block, row.mlp_norm),
-        )
-
-    def _widen_norms(self) -> None:
-        """In a float64 model compute RMS norms in float64: Hugging Face fixes them to float32."""
-        norms = [self.final_norm]
-        for layer in self.layers:
-            norms += [layer.attention_norm, layer.mlp_norm]
-        for norm in norms:
-            if type(norm).__name__.endswith("RMSNorm"):
-                norm.__class__ = type("Float64RMSNorm", (_Float64RMSNorm, type(norm)), {})
 
     def linears(self) -> Iterator[PAHQLinear]:
         """Every projection whose precision is ours to choose."""
@@ -116,7 +78,7 @@ class PatchedModel:
 
     def mlp_linears(self, layer: Layer) -> list[PAHQLinear]:
         """The projections of a layer's MLP."""
-        return [getattr(layer.mlp, name) for name in self.arch.mlp_linears] if self.spec.mlps else []
+        return layer.mlp.linears
 
     def _components(self) -> Iterator[tuple[Component, list[Part]]]:
         group_size = self.spec.heads // self.spec.kv_groups
@@ -251,9 +213,11 @@ class PatchedModel:
             return f"{parent}.{row.out}.weight", ((0, linear.out_features),)
         if leaf in ("q_proj", "k_proj", "v_proj") and len(row.qkv) == 1:
             attention = self.hf.get_submodule(parent)
-            sizes = [getattr(attention, f"{kind}_proj").out_features for kind in "qkv"]
-            start = sum(sizes[: "qkv".index(leaf[0])])
-            return f"{parent}.{row.qkv[0]}.weight", ((start, start + linear.out_features),)
+            rows = sum(getattr(attention, f"{kind}_proj").out_features for kind in "qkv")
+            ranges = qkv_ranges(row, rows, self.spec.heads, self.spec.kv_groups)
+            return f"{parent}.{row.qkv[0]}.weight", tuple(ranges[leaf[0]])
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            name = f"{parent}.{row.qkv['qkv'.index(leaf[0])]}"
         return f"{name}.weight", ((0, linear.out_features),)
 
     # -- running ----------------------------------------------------------------------------------
@@ -267,6 +231,12 @@ class PatchedModel:
     def device(self) -> torch.device:
         """Where inputs go."""
         return resident_device(self.hf)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of normalised final hidden states. [..., d_model] -> [..., vocab]"""
+        scores: Tensor = self.unembedding(x) * self.arch.logit_scale
+        cap = self.arch.logit_softcap
+        return scores if cap is None else torch.tanh(scores / cap) * cap
 
     @property
     def vocab_size(self) -> int:
@@ -308,9 +278,9 @@ def check_supported(hf: PreTrainedModel, *, streamed: bool = False) -> None:
 
 def repair_empty_mlps(hf: PreTrainedModel) -> None:
     """Let an attention-only GPT-2 run: Hugging Face's `Conv1D` fails on a matrix without rows."""
-    if graph_spec(hf.config).mlps:
-        return
     row = find_architecture(hf.config)
+    if row.mlps:
+        return
     for block in row.find(hf, row.layers):
         mlp = row.find(block, row.mlp)
         for name in row.mlp_linears:
@@ -352,15 +322,3 @@ def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:
         return False  # another layout than the table's: the spill file serves instead
     weight = linear.weight
     return values.shape == weight.shape and torch.equal(values.to(weight.device, weight.dtype), weight)
-
-
-class _Float64RMSNorm(nn.Module):
-    """The family's RMS norm, `w * x / sqrt(mean(x^2) + eps)`, in the dtype of its input."""
-
-    weight: Tensor
-    variance_epsilon: float
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf.capture import capture, with_streams
+from pahq_hf.capture import Activations, capture, head_outputs, with_streams
 from pahq_hf.errors import SelfCheckError
+from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel, resident_device, token_embedding
 from pahq_hf.tasks.base import Task
 
@@ -66,13 +67,32 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
             "the model's logits hold NaN or infinity on a random prompt; check the checkpoint"
         )
     _compare("logits of the patched model and the Hugging Face forward", run.logits, reference)
-    for number, layer in enumerate(model.layers):
-        attention, z = layer.attention, run.z[number]
-        with torch.no_grad():
-            ours, theirs = attention.contributions(z).sum(-2), attention.out(z)
-        if attention.o_proj.bias is not None:
-            ours = ours + attention.o_proj.bias
-        _compare(f"the sum of what the heads of layer {number} add and its attention output", ours, theirs)
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            _check_layer(layer, number, run, has_mlp=model.spec.mlps)
+    _check_streams(model, run)
+    with torch.no_grad(), model.exact_tables():
+        rows, positions = task.answer_rows.to(model.device), task.answer_positions.to(model.device)
+        logits = model.logits(model.final_norm(run.final_in[rows, positions]))
+    _compare("logits computed from the last stream and the Hugging Face forward", logits, reference)
+
+
+def _check_layer(layer: Layer, number: int, run: Activations, *, has_mlp: bool) -> None:
+    """Compare what the engines compute of a layer with what the forward pass made."""
+    attention, written = layer.attention, run.z[number]
+    together = attention.contributions(written).sum(-2)
+    if attention.o_proj.bias is not None:
+        together = together + attention.output.multiplier * attention.o_proj.bias
+    what = f"the sum of what the heads of layer {number} add and its attention output"
+    _compare(what, together, attention.added(written))
+    heads = head_outputs(layer, run, number)
+    _compare(f"the heads of layer {number} by themselves and in the forward pass", heads, written)
+    if has_mlp:
+        ours = layer.mlp(layer.mlp_norm(run.mlp_in[number]))
+        _compare(f"the MLP of layer {number} by itself and in the forward pass", ours, run.mlp[number])
+
+
+def _check_streams(model: PatchedModel, run: Activations) -> None:
     added = with_streams(model, run)
     what = "the sum of what writers add and the residual stream that"
     for number, (ours, theirs) in enumerate(zip(added.attention_in, run.attention_in, strict=True)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from pahq_hf.architectures import find_architecture, graph_spec
+from pahq_hf.architectures import find_architecture
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.memory import trim
 from pahq_hf.precision import CheckpointSource, stored_name
@@ -102,14 +102,10 @@ def _equal(source: CheckpointSource, first: str, second: str) -> bool:
 
 def _projection_weights(hf: PreTrainedModel) -> Iterator[Tensor]:
     row = find_architecture(hf.config)
-    mlps = graph_spec(hf.config).mlps
     for block in row.find(hf, row.layers):
-        attention = row.find(block, row.attention)
-        for name in (*row.qkv, row.out):
-            yield getattr(attention, name).weight
-        mlp = row.find(block, row.mlp)
-        for name in row.mlp_linears if mlps else ():
-            yield getattr(mlp, name).weight
+        for projection in row.projections(block):
+            weight: Tensor = projection.weight  # type: ignore[assignment]
+            yield weight
 
 
 def _tables(hf: PreTrainedModel) -> tuple[Any, Any]:

@@ -152,9 +152,10 @@ def test_mix_of_one_head_is_its_part_of_the_whole(family: str) -> None:
         x = layer.attention_norm(run.attention_in[number])
         per_group = HEADS // attention.n_groups
         for head in range(HEADS):
-            q = attention.rotate(attention.q(x, [head]), run.rotary[number])
-            k = attention.rotate(attention.k(x, [head // per_group]), run.rotary[number])
-            z = attention.mix(q, k, attention.v(x, [head // per_group]), run.masks[number])
+            group, tables = head // per_group, run.rotary[number]
+            q = attention.finish("q", attention.q(x, [head]), tables, [head])
+            k = attention.finish("k", attention.k(x, [group]), tables, [group])
+            z = attention.mix(q, k, attention.v(x, [group]), run.masks[number])
             assert relative_error(z[:, :, 0], run.z[number][:, :, head]) < 1e-5
 
 
@@ -208,7 +209,7 @@ def test_attention_only_gpt2_runs(dtype: torch.dtype) -> None:
     total = run.embedding
     for layer, z in zip(model.patched.layers, run.z, strict=True):
         attention: Any = layer.attention
-        mlp: Any = layer.mlp
+        mlp: Any = layer.mlp.module
         total = total + attention.contributions(z).sum(-2) + attention.o_proj.bias + mlp.c_proj.bias
     logits = model.patched.unembedding(model.patched.final_norm(total))
     assert relative_error(run.logits, logits[task.answer_rows, task.answer_positions]) < 1e-5

@@ -206,7 +206,11 @@ def test_hooks_are_gone_after_a_run_and_after_an_exception(name: str) -> None:
     kept = random_edges(engine.graph, 0.5, 0)
     expected = engine.logits(kept)
     assert hook_count(model) == before
-    for module in (model.patched.layers[0].mlp, model.patched.layers[1].attention, model.patched.final_norm):
+    for module in (
+        model.patched.layers[0].mlp.module,
+        model.patched.layers[1].attention,
+        model.patched.final_norm,
+    ):
         handle = module.register_forward_hook(stop)
         with pytest.raises(Stop):
             engine.logits(kept)

@@ -14,8 +14,8 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from torch import Tensor
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -26,7 +26,9 @@ from transformers import (
     pipeline,
 )
 
-from pahq_hf import architectures
+from pahq_hf.architectures import find_architecture
+from pahq_hf.architectures.positions import NO_ROTARY
+from pahq_hf.architectures.table import TABLE
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
 from pahq_hf.model import PAHQModel, fingerprint
@@ -192,19 +194,31 @@ def test_attributes_fall_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "match"),
     [
-        lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=1, n_head=HEADS)),
-        lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1)),
-        lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=HEADS)
+        (
+            lambda: CodeGenForCausalLM(
+                CodeGenConfig(vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=HEADS, rotary_dim=4)
+            ),
+            "'codegen' is not supported; known families: .*llama.*register_architecture",
+        ),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1)),
+            "mamba has state-space",
+        ),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=HEADS)
+            ),
+            "t5 is an encoder-decoder",
         ),
     ],
-    ids=["bloom", "mamba", "t5"],
+    ids=["codegen", "mamba", "t5"],
 )
-def test_unknown_families_are_refused_by_name(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+def test_other_families_are_refused_with_a_reason(
+    make: Callable[[], PreTrainedModel], match: str, tmp_path: Path
+) -> None:
     hf = make()
-    match = f"'{hf.config.model_type}' is not supported; known families: .*llama"
     with pytest.raises(UnsupportedModelError, match=match):
         PAHQModel(hf)
     hf.config.save_pretrained(tmp_path)  # told from the config: the weights need not even be there
@@ -269,10 +283,10 @@ def plain_heads(**change: Any) -> LlamaForCausalLM:
     [
         ({"qkv": ("k_proj", "q_proj", "v_proj")}, "logits"),
         ({"qkv": ("q_proj", "v_proj", "k_proj")}, "logits"),
-        ({"rotary": False}, "logits"),
-        ({"attention_norm": "post_attention_layernorm"}, "the attention of layer 0"),
+        ({"rotary": NO_ROTARY}, "logits"),
+        ({"attention_norm": "post_attention_layernorm"}, "the heads of layer 0"),
         ({"mlp_norm": "input_layernorm"}, "the MLP of layer 0"),
-        ({"mlp": "self_attn.o_proj", "mlp_linears": ()}, "the attention of layer 1"),
+        ({"mlp": "self_attn.o_proj", "mlp_linears": ()}, "the MLP of layer 0"),
         ({"final_norm": "model.layers.1.input_layernorm"}, "logits reads"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -281,8 +295,8 @@ def test_self_check_finds_a_wrong_row_of_the_table(
     change: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     PAHQModel(plain_heads())
-    wrong = dataclasses.replace(architectures.find_architecture(LlamaConfig()), **change)
-    monkeypatch.setitem(architectures._TABLE, "llama", wrong)
+    wrong = dataclasses.replace(find_architecture(LlamaConfig()), **change)
+    monkeypatch.setitem(TABLE, "llama", lambda config: wrong)
     with pytest.raises(SelfCheckError, match=f"self-check failed.*{what}.*differ by"):
         PAHQModel(plain_heads())
 

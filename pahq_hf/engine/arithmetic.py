@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.held import HeldWeights
-from pahq_hf.engine.tokens import TokenSet
 from pahq_hf.graph import ReaderKind
+from pahq_hf.layers import MLP
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import Anchor, DifferenceProduct, Origin, PAHQLinear, Product, in_chunks
 
@@ -35,7 +35,6 @@ class Reads:
         readers: The readers.
         blocks: Weight block of each.
         inputs: What each reads in the state, before the norm. Each [tokens, d_model]
-        tokens: Which tokens those are.
     """
 
     math: HeadMath
@@ -43,7 +42,6 @@ class Reads:
     readers: Sequence[int]
     blocks: Sequence[int]
     inputs: Sequence[Tensor]
-    tokens: TokenSet
 
 
 class Arithmetic(Protocol):
@@ -63,7 +61,7 @@ class Arithmetic(Protocol):
         """
 
     def read(self, reads: Reads) -> Tensor:
-        """Queries, keys or values of the state.
+        """Queries, keys or values of the state, before norm and rotation.
 
         Args:
             reads: Who reads what.
@@ -128,8 +126,7 @@ class Direct:
 
     def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state. [reader, tokens, d_head]"""
-        math = reads.math
-        return math.rotated(reads.kind, math.raw(reads.kind, reads.blocks, reads.inputs), reads.tokens)
+        return reads.math.raw(reads.kind, reads.blocks, reads.inputs)
 
     def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs. [reader, K, tokens, d_head]"""
@@ -142,12 +139,12 @@ class Direct:
                 room.copy_(f(math.norm(new)))
 
             over_tokens(projected, x, change, out[number])
-        return math.rotated(reads.kind, out, reads.tokens)
+        return out
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state. [tokens, d_model]"""
         rooms = self._model.layers[number]
-        with streamed(self._model.mlp_linears(rooms)):
+        with streamed(rooms.mlp):
             return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
 
     def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
@@ -157,7 +154,7 @@ class Direct:
         def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
             torch.sub(rooms.mlp(rooms.mlp_norm(new)), output[tokens], out=room)
 
-        with streamed(self._model.mlp_linears(rooms)):
+        with streamed(rooms.mlp):
             over_tokens(changed, x, change, out)
 
     def contribution(self, number: int, head: int) -> DifferenceProduct:
@@ -177,6 +174,8 @@ class Anchored:
         self._model = model
         self._reads: dict[int, tuple[Tensor, Tensor]] = {}  # reader -> its normed input and its projection
         self._mlps: dict[int, list[Anchor]] = {}  # layer -> one for each of its linears
+        # layer -> what its experts make of the state at the present precision, and whether that is raised
+        self._routed: dict[int, tuple[Tensor, bool]] = {}
 
     def state_precision(self) -> AbstractContextManager[None]:
         """FP32."""
@@ -190,8 +189,9 @@ class Anchored:
             for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
                 held.use(linear, lambda linear: linear.held_bytes)
         if mlp:
+            hold = PAHQLinear.hold_packed if layer.mlp.is_routed else PAHQLinear.hold_difference
             for linear in self._model.mlp_linears(layer):
-                held.use(linear, PAHQLinear.hold_difference)
+                held.use(linear, hold)
 
     def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state, which become anchors. [reader, tokens, d_head]"""
@@ -199,7 +199,7 @@ class Anchored:
         raw = math.raw(reads.kind, reads.blocks, reads.inputs)
         for reader, x, y in zip(reads.readers, reads.inputs, raw, strict=True):
             self._reads[reader] = (math.norm(x), y)
-        return math.rotated(reads.kind, raw, reads.tokens)
+        return raw
 
     def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs, by differences from the anchors."""
@@ -220,13 +220,16 @@ class Anchored:
                 torch.add(f(math.norm(new).sub_(x0[rows])), y0[rows], out=room)
 
             over_tokens(moved, x, change, out[number])
-        return math.rotated(reads.kind, out, reads.tokens)
+        return out
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state; each of its linears gets its anchor."""
         rooms = self._model.layers[number]
+        if rooms.mlp.is_routed:
+            self._routed.pop(number, None)
+            return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
         linears = self._model.mlp_linears(rooms)
-        with streamed(linears), ExitStack() as stack:
+        with streamed(rooms.mlp), ExitStack() as stack:
             records = [stack.enter_context(linear.recording()) for linear in linears]
             output: Tensor = rooms.mlp(rooms.mlp_norm(x))
         self._mlps[number] = [record[0] for record in records]
@@ -235,6 +238,9 @@ class Anchored:
     def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
         """How that changes, by differences from the anchors. [K, tokens, d_model]"""
         rooms = self._model.layers[number]
+        if rooms.mlp.is_routed:
+            self._routed_change(number, x, change, out)
+            return
         linears = self._model.mlp_linears(rooms)
 
         # Where the MLP ends with a linear map, that map's difference is the change.
@@ -252,6 +258,20 @@ class Anchored:
                 room.copy_(result)
             else:
                 torch.sub(result, output[tokens], out=room)
+
+        over_tokens(changed, x, change, out)
+
+    def _routed_change(self, number: int, x: Tensor, change: Tensor, out: Tensor) -> None:
+        """A mixture of experts is anchored as one: its tokens may meet other weights than the anchor's."""
+        rooms = self._model.layers[number]
+        raised = any(linear.is_raised for linear in rooms.mlp.linears)
+        if number not in self._routed or self._routed[number][1] != raised:
+            made = in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
+            self._routed[number] = made, raised
+        anchor = self._routed[number][0]
+
+        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
+            torch.sub(rooms.mlp(rooms.mlp_norm(new)), anchor[tokens], out=room)
 
         over_tokens(changed, x, change, out)
 
@@ -315,9 +335,9 @@ def _ranges(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def streamed(linears: Sequence[PAHQLinear]) -> ExitStack:
-    """In full precision, read some weights once for all products inside."""
+def streamed(mlp: MLP) -> ExitStack:
+    """In full precision, read an MLP's weights once for all products inside; experts as they are hit."""
     stack = ExitStack()
-    for linear in linears:
+    for linear in () if mlp.is_routed else mlp.linears:
         stack.enter_context(linear.streamed())
     return stack

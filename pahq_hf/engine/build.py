@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from pahq_hf.config import Ablation, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.rule import PrecisionRule
@@ -9,6 +11,8 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.patch import PatchedModel
 from pahq_hf.store import make_store
 from pahq_hf.tasks.base import Task
+
+logger = logging.getLogger(__name__)
 
 
 def make_engine(
@@ -34,7 +38,12 @@ def make_engine(
     """
     rule = PrecisionRule.of(pahq, model.device)
     store = make_store(config.activation_store)
-    if config.engine == "hooks":
+    if config.engine == "sparse" and not model.arch.sparse:
+        logger.warning(
+            "%s mixes tokens in a way that the sparse engine cannot cut: using the hooks engine",
+            model.arch.model_type,
+        )
+    if config.engine == "hooks" or not model.arch.sparse:
         return HooksEngine(model, task, metric, ablation=ablation, rule=rule, store=store)
     return SparseEngine(
         model,

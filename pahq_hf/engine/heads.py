@@ -10,7 +10,7 @@ from torch import Tensor
 from pahq_hf.capture import Activations
 from pahq_hf.engine.tokens import Liveness, TokenPlan, TokenSet
 from pahq_hf.graph import ReaderKind
-from pahq_hf.patch import Layer
+from pahq_hf.layers import Layer
 from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product, in_chunks
 
 
@@ -33,7 +33,8 @@ class HeadMath:
         self._plan = plan
         self._rotary = run.rotary[number]
         mask = run.masks[number]
-        self._mask = None if mask is None else mask.expand(batch, 1, -1, -1)[:, 0]  # [batch, pos, pos]
+        # [batch, 1 or head, pos, pos]
+        self._mask = None if mask is None else mask.expand(batch, -1, -1, -1)
         self._batch = batch
 
     def norm(self, x: Tensor) -> Tensor:
@@ -72,34 +73,44 @@ class HeadMath:
             parts.append(in_chunks(projected, x))
         return torch.stack(parts)
 
-    def rotated(self, kind: ReaderKind, y: Tensor, tokens: TokenSet | None) -> Tensor:
-        """Apply the rotary embedding to queries or keys; values stay as they are.
+    def finished(self, kind: ReaderKind, blocks: Sequence[int], y: Tensor, tokens: TokenSet | None) -> Tensor:
+        """Normalise and rotate queries or keys; values stay as they are.
 
         Args:
             kind: `q`, `k` or `v`.
+            blocks: Weight block of each entry; all of them where a norm spans all heads.
             y: [n, tokens, d_head] or [n, K, tokens, d_head]
             tokens: Which tokens those are; None for the whole padded batch in order.
 
         Returns:
             The same shape.
         """
-        if kind == "v" or self._rotary is None:
+        if kind == "v":
+            return y
+        y = self.attention.normalise(kind, y, blocks, axis=0)
+        if self._rotary is None:
             return y
         tables = []
-        for table in self._rotary:  # [batch or 1, pos, rotary]
+        for table in self._rotary:  # [batch or 1, pos, width]
             full = table.expand(self._batch, -1, -1)
             tables.append(full.flatten(0, 1)[None] if tokens is None else tokens.pick(full)[None])
         # Entries stand in for the batch, circuits for the heads, tokens for the positions.
         grid = y if y.ndim == 4 else y[:, None]
-        return self.attention.rotate(grid, (tables[0], tables[1])).view(y.shape)
+        return self.attention.rotate(kind, grid, tuple(tables)).view(y.shape)
 
-    def attend(self, q: Tensor, k: Tensor, tokens: TokenSet) -> Tensor:
+    @property
+    def spans_heads(self) -> bool:
+        """Whether a norm of queries or keys needs those of all heads."""
+        return self.attention.row.joint_qk_norm
+
+    def attend(self, q: Tensor, k: Tensor, heads: Sequence[int], tokens: TokenSet) -> Tensor:
         """Attention probabilities of queries at some tokens over all positions.
 
         Args:
-            q: Rotated queries. [n, K, tokens, d_head]
-            k: Rotated keys of each query's head; one for all circuits when its K is 1.
+            q: Finished queries. [n, K, tokens, d_head]
+            k: Finished keys of each query's head; one for all circuits when its K is 1.
                 [n, K or 1, batch, pos, d_head]
+            heads: Which heads these are.
             tokens: The query tokens.
 
         Returns:
@@ -107,9 +118,17 @@ class HeadMath:
         """
         grid = tokens.to_grid(q)  # [n, K, batch, width, d_head]
         scores = _per_example(grid, k.transpose(-1, -2)) * self.attention.scaling
+        scores = self.attention.capped(scores)
         if self._mask is not None:
-            scores = scores + tokens.to_grid(tokens.pick(self._mask))
+            scores = scores + self._bias(self._mask, heads, tokens)
         return torch.softmax(scores, dim=-1)
+
+    def _bias(self, mask: Tensor, heads: Sequence[int], tokens: TokenSet) -> Tensor:
+        """What is added to scores. [batch, width, pos] or [n, 1, batch, width, pos]"""
+        if mask.shape[1] == 1:
+            return tokens.to_grid(tokens.pick(mask[:, 0]))
+        own = torch.stack([tokens.pick(mask[:, head]) for head in heads])
+        return tokens.to_grid(own)[:, None]
 
     def read_out(self, probabilities: Tensor, v: Tensor, tokens: TokenSet) -> Tensor:
         """What is read out at the query tokens.

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pahq_hf.capture import Activations, ablated, answer_logits, capture, hooks, with_streams
+from pahq_hf.capture import Activations, ablated, answer_logits, capture, head_outputs, with_streams
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.patched_run import PatchedRun, RunAnchors, record_linears
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.hooking import hooks
 from pahq_hf.metrics import Metric
-from pahq_hf.patch import Layer, PatchedModel
+from pahq_hf.patch import PatchedModel
 from pahq_hf.store import ActivationStore
 from pahq_hf.tasks.base import Task
 
@@ -199,7 +200,14 @@ class HooksEngine:
             ):
                 logits[part.rows] = answer_logits(self.model, part.task, part.task.clean_ids)
             differences = self._differences[:, : len(part.task)].clone()
-            part.anchors = RunAnchors(linears, differences, self._removed.copy(), self._rule.full_writers)
+            part.anchors = RunAnchors(
+                linears,
+                run.heads,
+                run.mlp_anchors(),
+                differences,
+                self._removed.copy(),
+                self._rule.full_writers,
+            )
         return self.metric(logits)
 
     def _run(self, removed: BoolArray) -> Tensor:
@@ -256,13 +264,3 @@ def _parts(task: Task, size: int, device: torch.device) -> list[_Part]:
         part, rows = task.part(examples.start, examples.stop)
         found.append(_Part(part, rows.to(device), examples))
     return found
-
-
-def head_outputs(layer: Layer, run: Activations, number: int) -> Tensor:
-    """Z of a layer's heads in a recorded run, at the present precision. [batch, pos, head, d_head]"""
-    attention = layer.attention
-    x = layer.attention_norm(run.attention_in[number])
-    rotary = run.rotary[number]
-    q = attention.rotate(attention.q(x), rotary)
-    k = attention.rotate(attention.k(x), rotary)
-    return attention.mix(q, k, attention.v(x), run.masks[number])

@@ -11,10 +11,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture import Activations, first_input
+from pahq_hf.capture import Activations
 from pahq_hf.graph import BoolArray, ReaderKind
-from pahq_hf.patch import Layer, PatchedModel
+from pahq_hf.hooking import LayerHooks, first_input, hook_layer
+from pahq_hf.layers import Layer
+from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import Anchor, PAHQLinear
+
+
+@dataclass(frozen=True)
+class HeadAnchor:
+    """An exact run's heads in one layer.
+
+    Attributes:
+        z: What they read out. [batch, pos, head, d_head]
+        written: The same as it enters the stream. [batch, pos, head, d_head]
+        outputs: The output projection head by head, where a norm follows it. [batch, pos, head, d_model]
+        scale: Scale of that norm, [batch, pos, 1], or a factor.
+    """
+
+    z: Tensor
+    written: Tensor
+    outputs: Tensor | None
+    scale: Tensor | float
+
+
+@dataclass(frozen=True)
+class MLPAnchor:
+    """An exact run's mixture of experts, which is anchored as one (semantics.md, section 5).
+
+    Attributes:
+        output: What it adds. [batch, pos, d_model]
+        low: What low-precision weights make of its input. [batch, pos, d_model]
+    """
+
+    output: Tensor
+    low: Tensor
 
 
 @dataclass(frozen=True)
@@ -22,21 +54,20 @@ class RunAnchors:
     """An exact run of the current circuit, from which tests differ (semantics.md, section 5).
 
     Attributes:
-        linears: Input and output of every projection.
+        linears: Input and output of every projection that is anchored by itself.
+        heads: By layer.
+        mlps: By layer, where there is a mixture of experts.
         differences: `a_w - c_w` of every writer. [writers, batch, pos, d_model]
         removed: Edges that were gone. [readers, writers]
         full_writers: Whether tested edges carry exact differences.
     """
 
     linears: dict[PAHQLinear, Anchor]
+    heads: dict[int, HeadAnchor]
+    mlps: dict[int, MLPAnchor]
     differences: Tensor
     removed: BoolArray
     full_writers: bool
-
-    def z(self, layer: Layer) -> Tensor:
-        """What the heads of a layer read out. [batch, pos, head, d_head]"""
-        attention = layer.attention
-        return self.linears[attention.o_proj].x.unflatten(-1, (attention.n_heads, -1))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -47,12 +78,18 @@ class RunAnchors:
             yield
 
 
+def _single(model: PatchedModel) -> Iterator[PAHQLinear]:
+    """The projections that are anchored by themselves: those that every token meets."""
+    routed = {linear for layer in model.layers if layer.mlp.is_routed for linear in layer.mlp.linears}
+    return (linear for linear in model.linears() if linear not in routed)
+
+
 @contextmanager
 def record_linears(model: PatchedModel) -> Iterator[dict[PAHQLinear, Anchor]]:
     """Note input and output of every projection in one forward pass; filled on exit."""
     found: dict[PAHQLinear, Anchor] = {}
     with ExitStack() as stack:
-        records = {linear: stack.enter_context(linear.recording()) for linear in model.linears()}
+        records = {linear: stack.enter_context(linear.recording()) for linear in _single(model)}
         yield found
         found.update({linear: record[0] for linear, record in records.items()})
 
@@ -84,6 +121,8 @@ class PatchedRun:
         self._differences = differences  # [writers, batch, pos, d_model]
         self._anchors = anchors
         self._separate = separate or anchors is not None
+        self.heads: dict[int, HeadAnchor] = {}  # what an exact run noted down
+        self._mlp_runs: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> the stream it read, what it added
 
     def register(self) -> list[Any]:
         """Put all hooks in place; the caller removes them."""
@@ -91,62 +130,84 @@ class PatchedRun:
         first = model.layers[0].block.register_forward_pre_hook(self._on_embedding, with_kwargs=True)
         handles: list[Any] = [first]
         for number, layer in enumerate(model.layers):
-            handles += self._register_layer(number, layer)
-        on_final = self._patch(self._graph.logits_reader, self._substitute.final_in)
-        handles.append(model.final_norm.register_forward_pre_hook(on_final))
+            handles += hook_layer(layer, model.spec.mlps, self._hooks_of(number, layer))
+        handles.append(model.final_norm.register_forward_pre_hook(self._on_final))
         return handles
 
-    def _register_layer(self, number: int, layer: Layer) -> list[Any]:
-        attention = layer.attention
+    def mlp_anchors(self) -> dict[int, MLPAnchor]:
+        """After an exact run: what low-precision weights make of the inputs of mixtures of experts."""
+        found = {}
+        for number, (stream, output) in self._mlp_runs.items():
+            layer = self._model.layers[number]
+            with torch.no_grad():
+                found[number] = MLPAnchor(output, layer.mlp(layer.mlp_norm(stream)))
+        return found
+
+    def _hooks_of(self, number: int, layer: Layer) -> LayerHooks:
         stream: list[Tensor] = []
 
-        def keep_stream(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stream[:] = [args[0]]
+        def keep_stream(reads: Tensor) -> None:
+            stream[:] = [reads]
 
         def give_inputs(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, {**kwargs, "reader_inputs": self._reader_inputs(number, layer, stream[0])}
 
-        def on_z(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            z = args[0].unflatten(-1, (attention.n_heads, -1))
-            start = self._graph.head_writer(number, 0)
-            heads = slice(start, start + attention.n_heads)
-            if self._anchors is None:
-                written = attention.contributions(z - self._substitute.z[number])
-                self._differences[heads] = written.permute(2, 0, 1, 3)
-            else:
-                change = attention.contributions(z - self._anchors.z(layer))
-                self._differences[heads] = self._anchors.differences[heads] + change.permute(2, 0, 1, 3)
+        return LayerHooks(
+            on_stream=keep_stream,
+            on_attention=give_inputs,
+            on_heads=lambda written, z, o: self._on_heads(number, layer, written, z, o),
+            on_mlp_input=lambda reads: self._on_mlp_input(number, layer, reads),
+            on_mlp=lambda adds: self._on_mlp(number, adds),
+        )
 
-        handles = [
-            layer.attention_norm.register_forward_pre_hook(keep_stream),
-            attention.register_forward_pre_hook(give_inputs, with_kwargs=True),
-            attention.o_proj.register_forward_pre_hook(on_z),
-        ]
-        if self._model.spec.mlps:
-            writer = self._graph.mlp_writer(number)
+    def _on_heads(self, number: int, layer: Layer, written: Tensor, z: Tensor, o: Tensor) -> None:
+        attention = layer.attention
+        start = self._graph.head_writer(number, 0)
+        heads = slice(start, start + attention.n_heads)
+        if self._anchors is None:
+            change = attention.contributions(written - self._substitute.z[number])
+            self._differences[heads] = change.permute(2, 0, 1, 3)
+            if self._separate:
+                each = None if attention.output.norm is None else attention.head_outputs(z)
+                self.heads[number] = HeadAnchor(z, written, each, attention.output.scale(o))
+            return
+        before = self._anchors.heads[number]
+        if before.outputs is None:
+            change = attention.contributions(written - before.written)
+        else:  # the exact outputs, times what the norm's scale changed by, and their changes
+            scale, gain = attention.output.scale(o), attention.output.gain
+            assert isinstance(scale, Tensor) and isinstance(before.scale, Tensor) and gain is not None
+            moved = attention.head_outputs(z - before.z)
+            change = gain * (scale[..., None] * moved + (scale - before.scale)[..., None] * before.outputs)
+        self._differences[heads] = self._anchors.differences[heads] + change.permute(2, 0, 1, 3)
 
-            def on_mlp(_: nn.Module, __: Any, output: Tensor) -> None:
-                self._differences[writer] = output - self._substitute.mlp[number]
+    def _on_mlp_input(self, number: int, layer: Layer, reads: Tensor) -> Tensor | None:
+        reader = self._graph.layer_readers(number, "mlp")[0]
+        streams = self._streams(range(reader, reader + 1), reads, self._substitute.mlp_in[number])
+        if layer.mlp.is_routed and self._separate and self._anchors is None:
+            self._mlp_runs[number] = (reads if streams is None else streams[0], reads)
+        return None if streams is None else streams[0]
 
-            reader = self._graph.layer_readers(number, "mlp")[0]
-            on_mlp_norm = self._patch(reader, self._substitute.mlp_in[number])
-            handles.append(layer.mlp_norm.register_forward_pre_hook(on_mlp_norm))
-            handles.append(layer.mlp.register_forward_hook(on_mlp))
-        return handles
+    def _on_mlp(self, number: int, adds: Tensor) -> Tensor | None:
+        anchor = None if self._anchors is None else self._anchors.mlps.get(number)
+        if number in self._mlp_runs:
+            self._mlp_runs[number] = (self._mlp_runs[number][0], adds)
+        if anchor is not None:
+            adds = anchor.output + (adds - anchor.low)
+        self._differences[self._graph.mlp_writer(number)] = adds - self._substitute.mlp[number]
+        if self._separate and self._anchors is None:
+            return adds.clone()  # Falcon adds to it in place, and it is an anchor's output
+        return None if anchor is None else adds
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._differences[0] = first_input(args, kwargs) - self._substitute.embedding
 
-    def _patch(self, reader: int, ablated: Tensor) -> Any:
-        """A pre-hook for a norm that only this reader uses."""
-
-        def patch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            streams = self._streams(range(reader, reader + 1), args[0], ablated)
-            return None if streams is None else (streams[0], *args[1:])
-
-        return patch
+    def _on_final(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        reader = self._graph.logits_reader
+        streams = self._streams(range(reader, reader + 1), args[0], self._substitute.final_in)
+        return None if streams is None else (streams[0], *args[1:])
 
     def _reader_inputs(self, number: int, layer: Layer, stream: Tensor) -> Any:
         def inputs(kind: ReaderKind) -> Tensor | None:
@@ -154,7 +215,7 @@ class PatchedRun:
             streams = self._streams(readers, stream, self._substitute.attention_in[number])
             if streams is None:
                 return None
-            # The norm's own forward, not its call: its hooks belong to the shared stream.
+            # The norm's own forward, not its call: parallel blocks may have hooks on it for the MLP.
             normed: Tensor = layer.attention_norm.forward(streams)
             return normed
 
@@ -189,7 +250,8 @@ class PatchedRun:
                 if node.head is None:
                     continue
                 layer = self._model.layers[node.layer]
-                z = (anchors.z(layer) - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
+                exact = anchors.heads[node.layer].written
+                z = (exact - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
                 low = layer.attention.stored_contribution(z, node.head)
                 streams[number] += anchors.differences[writer] - low
         return streams

@@ -7,7 +7,7 @@ activation is a constant of the current state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -139,11 +139,21 @@ class Propagation:
         index = list(moved)
         own = [readers[i] for i in index]
         blocks = [state.weight_block(i) for i in index]
-        reads = Reads(math, kind, own, blocks, [state.inputs[r] for r in own], self._plan.window)
+        reads = Reads(math, kind, own, blocks, [state.inputs[r] for r in own])
         new = self._arithmetic.reread(reads, list(moved.values()))
         attention = state.attention[layer]
         base = attention.k if kind == "k" else attention.v
-        return dict(zip(index, math.with_window(base[index], new), strict=True))
+        if kind == "k" and math.spans_heads:  # one new key moves all
+            new, index = self._among_all(attention.raw["k"], new, index), list(range(len(readers)))
+            blocks = [state.weight_block(i) for i in index]
+        finished = math.finished(kind, blocks, new, self._plan.window)
+        return dict(zip(index, math.with_window(base[index], finished), strict=True))
+
+    def _among_all(self, raw: Tensor, new: Tensor, index: Sequence[int]) -> Tensor:
+        """Queries or keys of all heads, some of them new. [reader, K, tokens, d_head]"""
+        every = raw[:, None].expand(-1, self._circuits, -1, -1).clone()
+        every[list(index)] = new
+        return every
 
     def _attend(
         self,
@@ -158,22 +168,28 @@ class Propagation:
         state, graph = self._state, self._graph
         slot = {head: number for number, head in enumerate(heads)}
         kv = {head: graph.kv_of_head(head) for head in heads}
-        looking = [h for h in heads if h in queries or kv[h] in keys]
+        together = bool(queries) and state.math[layer].spans_heads  # one new query moves all
+        looking = [h for h in heads if together or h in queries or kv[h] in keys]
         carrying = [h for h in heads if h not in looking and kv[h] in values]
         math, attention = state.math[layer], state.attention[layer]
         tokens = self._plan.at(liveness)
+        changes: dict[int, Tensor] = {}  # head -> change of its z [K, tokens, d_head]
         if looking:
             q = self._queries(layer, liveness, looking, queries)
             k = self._shared(attention.k, keys, [kv[h] for h in looking])
             v = self._shared(attention.v, values, [kv[h] for h in looking])
-            z = math.read_out(math.attend(q, k, tokens), v, tokens)
-            self._write(layer, liveness, looking, z, [slot[h] for h in looking])
+            z = math.read_out(math.attend(q, k, looking, tokens), v, tokens)
+            before = attention.z[liveness][[slot[h] for h in looking]]
+            changes |= zip(looking, z - before[:, None], strict=True)
         if carrying:  # the pattern stays, only what is carried changes
             slots = [slot[h] for h in carrying]
             pattern = attention.probabilities[liveness][slots]
             pattern = pattern[:, None].expand(-1, self._circuits, -1, -1, -1)
             v = self._shared(attention.v, values, [kv[h] for h in carrying])
-            self._write(layer, liveness, carrying, math.read_out(pattern, v, tokens), slots)
+            z = math.read_out(pattern, v, tokens)
+            changes |= zip(carrying, z - attention.z[liveness][slots][:, None], strict=True)
+        if changes:
+            self._write(layer, changes)
 
     def _queries(
         self, layer: int, liveness: Liveness, heads: Sequence[int], queries: dict[int, Tensor]
@@ -189,9 +205,14 @@ class Propagation:
             return q
         changing = [heads[i] for i in new]
         own = [readers[head] for head in changing]
-        tokens = self._plan.at(liveness)
-        reads = Reads(state.math[layer], "q", own, changing, [state.inputs[r] for r in own], tokens)
-        projected = self._arithmetic.reread(reads, [queries[head] for head in changing])
+        tokens, math = self._plan.at(liveness), state.math[layer]
+        reads = Reads(math, "q", own, changing, [state.inputs[r] for r in own])
+        raw = self._arithmetic.reread(reads, [queries[head] for head in changing])
+        if math.spans_heads:  # then `heads` are all
+            return math.finished(
+                "q", heads, self._among_all(state.attention[layer].raw["q"], raw, new), tokens
+            )
+        projected = math.finished("q", changing, raw, tokens)
         if len(new) == len(heads):
             return projected
         q = q.clone()
@@ -206,13 +227,45 @@ class Propagation:
             [new[r] if r in new else base[r].expand(self._circuits, -1, -1, -1) for r in readers]
         )
 
-    def _write(
-        self, layer: int, liveness: Liveness, heads: Sequence[int], z: Tensor, slots: Sequence[int]
-    ) -> None:
-        state = self._state
-        change = z - state.attention[layer].z[liveness][list(slots)][:, None]
-        for head, moved in zip(heads, change, strict=True):
+    def _write(self, layer: int, changes: dict[int, Tensor]) -> None:
+        """Changes of heads' contributions, of those of their z. Each [K, tokens, d_head]"""
+        output = self._state.math[layer].attention.output
+        if output.norm is not None:
+            self._write_normed(layer, changes)
+            return
+        for head, moved in changes.items():
             node = self._graph.head_writer(layer, head)
-            out = self._workspace.take(node, (*moved.shape[:2], state.streams.width))
-            contribute(self._arithmetic.contribution(layer, head), moved, out)
+            out = self._room(node, moved)
+            scaled = moved if output.multiplier == 1.0 else moved * output.multiplier
+            contribute(self._arithmetic.contribution(layer, head), scaled, out)
             self._changes[node] = out
+
+    def _write_normed(self, layer: int, changes: dict[int, Tensor]) -> None:
+        """The same where a norm follows: every head's contribution changes with the norm's scale.
+
+        With o_h a head's part of the output projection, s the scale and g the norm's weight, a change
+        of g s o_h is g (s' do_h + (s' - s) o_h).
+        """
+        state = self._state
+        attention, before = state.math[layer].attention, state.attention[layer].output
+        gain = attention.output.gain
+        assert before is not None and gain is not None
+        moved: dict[int, Tensor] = {}
+        for head, change in changes.items():
+            moved[head] = self._room(("moved", layer, head), change)
+            contribute(self._arithmetic.contribution(layer, head), change, moved[head])
+        scale = attention.output.scale(before.total + torch.stack(list(moved.values())).sum(0))
+        assert isinstance(scale, Tensor)
+        for head in range(attention.n_heads):
+            node = self._graph.head_writer(layer, head)
+            if not state.is_read(node):
+                continue
+            out = self._room(node, next(iter(changes.values())))
+            torch.mul(scale - before.scale, before.heads[head], out=out)
+            if head in moved:
+                out.addcmul_(scale.expand_as(out), moved[head])
+            self._changes[node] = out.mul_(gain)
+
+    def _room(self, name: Hashable, change: Tensor) -> Tensor:
+        """Room for changes at the tokens of another. [K, tokens, d_model]"""
+        return self._workspace.take(name, (*change.shape[:2], self._state.streams.width))

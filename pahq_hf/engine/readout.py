@@ -10,13 +10,65 @@ metrics need a few columns of the unembedding and, for probabilities, the same l
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from pahq_hf.config import MetricName
 from pahq_hf.engine.vocabulary import Vocabulary
 from pahq_hf.metrics import Metric, TokenSets
+from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import PAHQTable, exact_block, exact_rows
+
+_LOGITS = 1 << 23  # at once, where all are needed
+
+
+class MetricReader(Protocol):
+    """Evaluates a metric on normalised final hidden states."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
+
+
+def make_readout(
+    metric: Metric, model: PatchedModel, clean_logits: Tensor, *, hold: bool = True
+) -> MetricReader:
+    """What reads a metric of a model's last stream.
+
+    Args:
+        metric: The metric, bound to the task and the full model's logits.
+        model: The patched model.
+        clean_logits: The full model's logits. [rows, vocab]
+        hold: Keep the unembedding packed for products.
+    """
+    if model.arch.logit_softcap is not None:
+        return CappedReadout(metric, model)
+    scale = model.arch.logit_scale
+    return Readout(metric, model.unembedding, clean_logits, scale=scale, hold=hold)
+
+
+class CappedReadout:
+    """Evaluates a metric where logits are bounded (Gemma 2): no term of it is linear in the stream.
+
+    Args:
+        metric: The metric, bound to the task and the full model's logits.
+        model: The patched model.
+    """
+
+    def __init__(self, metric: Metric, model: PatchedModel) -> None:
+        self._metric = metric
+        self._model = model
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The metric row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
+        few = max(1, _LOGITS // (x.shape[1] * self._model.vocab_size))
+        with self._model.exact_tables():
+            return torch.cat([self._metric.rows(self._model.logits(some)) for some in x.split(few)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
+        return self._metric.reduce(self.rows(x))
 
 
 class Readout:
@@ -26,6 +78,7 @@ class Readout:
         metric: The metric, bound to the task and the full model's logits.
         unembedding: The model's unembedding.
         clean_logits: The full model's logits. [rows, vocab]
+        scale: Factor of the logits.
         hold: Keep the unembedding packed for products.
     """
 
@@ -35,12 +88,14 @@ class Readout:
         unembedding: nn.Linear | PAHQTable,
         clean_logits: Tensor,
         *,
+        scale: float = 1.0,
         hold: bool = True,
     ) -> None:
         self.metric = metric
+        self._scale = scale
         self._unembedding = unembedding  # [vocab, d_model], FP32 here whatever it is kept in
         bias = unembedding.bias
-        self._bias: Tensor | None = None if bias is None else bias.detach()
+        self._bias: Tensor | None = None if bias is None else bias.detach() * scale
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
         self._logsumexp = Vocabulary(unembedding, self._bias, clean_logits.logsumexp(-1), hold=hold)
         name: MetricName = metric.name
@@ -87,6 +142,8 @@ class Readout:
             [batch, rows] in float64
         """
         name = self.metric.name
+        if self._scale != 1.0:
+            x = x * self._scale
         if name == "logit_diff":
             return -((x.to(torch.float64) * self._direction).sum(-1) + self._offset)
         lse = self._logsumexp(x)

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahq_hf.capture import Activations, ablated, capture
+from pahq_hf.capture import Activations, ablated, capture, head_outputs
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.held import HeldWeights
-from pahq_hf.engine.hooks import head_outputs
 from pahq_hf.engine.propagate import Propagation
-from pahq_hf.engine.readout import Readout
+from pahq_hf.engine.readout import make_readout
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.state import CircuitState
 from pahq_hf.engine.streams import Streams
@@ -90,7 +89,7 @@ class SparseEngine:
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
             hold = self._memory.holds_vocabulary
-            self._readout = Readout(self.metric, model.unembedding, clean.logits, hold=hold)
+            self._readout = make_readout(self.metric, model, clean.logits, hold=hold)
             self._streams = Streams(model, plan, clean, self._substitute, store)
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"
@@ -126,7 +125,7 @@ class SparseEngine:
     def _floor_of(self, kept: BoolArray) -> int:
         """First node that a removed edge touches."""
         rows = np.flatnonzero((self.graph.all_edges & ~kept).any(axis=1))
-        nodes = [node for row in rows for node in self.graph.readers[row].nodes]
+        nodes = [node for row in rows for node in self.graph.readers[row].feeds]
         return min(nodes, default=len(self.graph.writers))
 
     # -- the protocol of acdc.Engine --------------------------------------------------------------
@@ -313,7 +312,7 @@ class SparseEngine:
         return before | touched
 
     def _touched(self, components: frozenset[str]) -> set[int]:
-        """Nodes that compute with weights of some components: heads share their group's k and v."""
+        """Nodes that compute with weights of some components: heads share k, v and maybe a norm."""
         graph = self.graph
         size = graph.spec.heads // graph.spec.kv_groups
         touched = set()
@@ -323,7 +322,8 @@ class SparseEngine:
                 touched.add(graph.writer_index(name))
             else:
                 first = writer.head // size * size
-                touched |= {graph.head_writer(writer.layer, h) for h in range(first, first + size)}
+                together = range(graph.spec.heads) if graph.spec.coupled else range(first, first + size)
+                touched |= {graph.head_writer(writer.layer, h) for h in together}
         return touched
 
     def _recompute_substitute(self, reader: int, nodes: set[int]) -> None:

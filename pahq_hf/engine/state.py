@@ -36,14 +36,33 @@ class AttentionState:
         v: Values of every value reader. [reader, batch, pos, d_head]
         probabilities: Attention. [head, batch, width, pos]
         z: What heads read out. [head, tokens, d_head]
+        raw: Where a norm spans all heads: queries, keys before it. [reader, tokens or window, d_head]
+        output: Where a norm follows the output projection: what it gives, and that norm's scale.
     """
 
     heads: dict[Liveness, list[int]]
-    k: Tensor
-    v: Tensor
+    k: Tensor = field(default_factory=lambda: torch.empty(0))
+    v: Tensor = field(default_factory=lambda: torch.empty(0))
     q: dict[Liveness, Tensor] = field(default_factory=dict)
     probabilities: dict[Liveness, Tensor] = field(default_factory=dict)
     z: dict[Liveness, Tensor] = field(default_factory=dict)
+    raw: dict[ReaderKind, Tensor] = field(default_factory=dict)
+    output: NormedOutput | None = None
+
+
+@dataclass
+class NormedOutput:
+    """An attention's output projection under a norm, which couples its heads.
+
+    Attributes:
+        heads: Each head's part of it. [head, tokens, d_model]
+        total: Their sum. [tokens, d_model]
+        scale: The norm's. [tokens, 1]
+    """
+
+    heads: Tensor
+    total: Tensor
+    scale: Tensor
 
 
 class CircuitState:
@@ -88,12 +107,16 @@ class CircuitState:
         """Writers of a reader's kept edges."""
         return self._writers[reader]
 
+    def is_read(self, node: int) -> bool:
+        """Whether a kept edge leaves a node."""
+        return bool(self.kept[:, node].any())
+
     def reader_liveness(self, reader: int) -> Liveness:
         """At which tokens a reader's input matters."""
         node = self.graph.readers[reader]
         if node.kind == "logits":
             return Liveness.ANSWERS
-        most = max(self.liveness[n] for n in node.nodes)
+        most = max(self.liveness[n] for n in node.feeds)
         if node.kind in ("k", "v") and most is not Liveness.DEAD:
             return Liveness.WINDOW
         return most
@@ -144,12 +167,15 @@ class CircuitState:
         need = np.zeros(len(graph.writers), dtype=np.int64)
         for reader in reversed(range(len(graph.readers))):
             node = graph.readers[reader]
-            if node.nodes and node.nodes[0] < self._floor:
+            if node.feeds and node.feeds[0] < self._floor:
                 continue
             if node.kind == "logits":
                 matters = Liveness.ANSWERS
             else:
-                most = Liveness(int(need[list(node.nodes)].max()))
+                feeds = list(node.feeds)
+                most = Liveness(int(need[feeds].max()))
+                if graph.spec.coupled:
+                    need[feeds] = most  # heads that a norm couples are computed together
                 shared = node.kind in ("k", "v") and most is not Liveness.DEAD
                 matters = Liveness.WINDOW if shared else most
             np.maximum(need, np.where(self.kept[reader], int(matters), 0), out=need)
@@ -237,30 +263,44 @@ class CircuitState:
         self.attention[layer] = state
         for liveness, heads in by_liveness.items():
             clean = self.plan.narrow(self.streams.z[layer].transpose(0, 1)[heads], Liveness.WINDOW, liveness)
-            shift = self.streams.change(layer, heads, state.z[liveness], clean)
+            shift = self.streams.change(layer, heads, self._written(layer, state, liveness), clean)
             for head, value in zip(heads, shift, strict=True):
                 self.shifts[nodes[head]] = value
                 changed.add(nodes[head])
 
+    def _written(self, layer: int, state: AttentionState, liveness: Liveness) -> Tensor:
+        """Z as it enters the stream, the norm's scale noted down. [head, tokens, d_head]"""
+        output, z = self.math[layer].attention.output, state.z[liveness]
+        if output.norm is None:
+            return z if output.multiplier == 1.0 else z * output.multiplier
+        each = self.streams.head_outputs(layer, state.heads[liveness], z)
+        total = each.sum(0)
+        scale = output.scale(total)
+        assert isinstance(scale, Tensor)
+        state.output = NormedOutput(each, total, scale)
+        return z * scale
+
     def _compute_attention(self, layer: int, heads: dict[Liveness, list[int]]) -> AttentionState:
         math = self.math[layer]
-        state = AttentionState(
-            heads=heads, k=self._keys_or_values(layer, "k"), v=self._keys_or_values(layer, "v")
-        )
+        state = AttentionState(heads)
+        state.k, state.v = self._keys_or_values(layer, "k", state), self._keys_or_values(layer, "v", state)
         readers = self.graph.layer_readers(layer, "q")
         for liveness, members in heads.items():
             tokens = self.plan.at(liveness)
             own = [readers[head] for head in members]
             inputs = [self.inputs[reader] for reader in own]
-            q = self.arithmetic.read(Reads(math, "q", own, members, inputs, tokens))
+            raw = self.arithmetic.read(Reads(math, "q", own, members, inputs))
+            if math.spans_heads:
+                state.raw["q"] = raw
+            q = math.finished("q", members, raw, tokens)
             kv = [self.graph.kv_of_head(head) for head in members]
-            probabilities = math.attend(q[:, None], state.k[kv][:, None], tokens)
+            probabilities = math.attend(q[:, None], state.k[kv][:, None], members, tokens)
             state.q[liveness] = q
             state.probabilities[liveness] = probabilities[:, 0]
             state.z[liveness] = math.read_out(probabilities, state.v[kv][:, None], tokens)[:, 0]
         return state
 
-    def _keys_or_values(self, layer: int, kind: ReaderKind) -> Tensor:
+    def _keys_or_values(self, layer: int, kind: ReaderKind, state: AttentionState) -> Tensor:
         """Keys or values of every reader of a layer. [reader, batch, pos, d_head]"""
         math = self.math[layer]
         clean = self.streams.attention_in[layer]  # [batch, pos, d_model]
@@ -268,17 +308,20 @@ class CircuitState:
         blocks = [self.weight_block(index) for index in range(len(readers))]
         distinct = sorted(set(blocks))
         raw = math.raw(kind, distinct, [clean.flatten(0, 1)] * len(distinct))
-        projected = math.rotated(kind, raw, None)
+        projected = math.finished(kind, distinct, raw, None)
         base = projected.unflatten(1, clean.shape[:2])[[distinct.index(block) for block in blocks]]
         live = self.live_readers(layer, kind)
         if not live:
             return base
         index = [r - readers.start for r in live]
+        own = [blocks[i] for i in index]
         inputs = [self.inputs[r] for r in live]
-        reads = Reads(math, kind, live, [blocks[i] for i in index], inputs, self.plan.window)
-        new = self.arithmetic.read(reads)
+        new = self.arithmetic.read(Reads(math, kind, live, own, inputs))
+        if math.spans_heads:
+            state.raw[kind] = new
         base = base.clone()
-        base[index] = math.with_window(base[index], new[:, None])[:, 0]
+        finished = math.finished(kind, own, new, self.plan.window)
+        base[index] = math.with_window(base[index], finished[:, None])[:, 0]
         return base
 
     def weight_block(self, kv_reader: int) -> int:

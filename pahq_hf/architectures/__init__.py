@@ -1,0 +1,104 @@
+"""Which families are supported, where they keep what, and how to add one's own."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from pahq_hf.architectures.refusals import check_is_not_quantised, check_is_transformer
+from pahq_hf.architectures.row import Architecture, RowOf
+from pahq_hf.architectures.table import TABLE
+from pahq_hf.errors import ConfigError, UnsupportedModelError
+from pahq_hf.graph import GraphSpec
+
+__all__ = [
+    "Architecture",
+    "find_architecture",
+    "graph_spec",
+    "register_architecture",
+    "supported_families",
+]
+
+
+def supported_families() -> list[str]:
+    """Model types in the table, sorted."""
+    return sorted(TABLE)
+
+
+def register_architecture(row: Architecture | RowOf, model_type: str | None = None) -> None:
+    """Add a family of one's own, or replace one.
+
+    A row says where the model keeps what; the check at load says whether it is right.
+
+    Args:
+        row: The row, or a function that makes it from a config, for families with variants.
+        model_type: Its `config.model_type`; that of the row by default.
+
+    Raises:
+        ConfigError: If a function comes without a `model_type`.
+
+    Example:
+        ```python
+        register_architecture(Architecture(model_type="mine", attention_norm="norm1", mlp_norm="norm2"))
+        model = PAHQModel(MyForCausalLM(config))
+        ```
+    """
+    if isinstance(row, Architecture):
+        known = row
+        TABLE[model_type or row.model_type] = lambda config: known
+    elif model_type is None:
+        raise ConfigError("register_architecture needs the model_type of a row that is a function")
+    else:
+        TABLE[model_type] = row
+
+
+def find_architecture(config: PretrainedConfig) -> Architecture:
+    """The row for a model's config.
+
+    Args:
+        config: A Hugging Face config.
+
+    Returns:
+        Its row.
+
+    Raises:
+        UnsupportedModelError: If the family is not in the table, or uses a feature that changes the graph.
+    """
+    check_is_transformer(config)
+    check_is_not_quantised(config)
+    row = TABLE.get(config.model_type)
+    if row is None:
+        hint = ""
+        text = getattr(config, "text_config", None)
+        if text is not None and getattr(text, "model_type", None) in TABLE:
+            hint = f"; its text model is of family {text.model_type!r}: load that"
+        raise UnsupportedModelError(
+            f"model family {config.model_type!r} is not supported{hint}; known families: "
+            f"{', '.join(supported_families())}; or add it with register_architecture"
+        )
+    return row(config)
+
+
+def graph_spec(config: PretrainedConfig, *, split_kv_groups: bool = False) -> GraphSpec:
+    """The shape of the residual-stream graph, from the config alone.
+
+    Args:
+        config: A Hugging Face config.
+        split_kv_groups: Give every query head key and value readers of its own.
+
+    Returns:
+        The graph's shape.
+
+    Raises:
+        UnsupportedModelError: If the family is not in the table.
+    """
+    row = find_architecture(config)
+    heads = config.num_attention_heads
+    return GraphSpec(
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_groups=row.kv_groups or getattr(config, "num_key_value_heads", None) or heads,
+        mlps=row.mlps,
+        parallel=row.parallel,
+        split_kv_groups=split_kv_groups,
+        coupled=row.is_coupled,
+    )

@@ -1,0 +1,138 @@
+"""How attention learns of positions: tables that turn queries and keys, and what is added to scores."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Tables = tuple[Tensor, ...]
+
+
+class Rotary(Protocol):
+    """Rotary position embedding of a family (RoPE, arXiv 2104.09864)."""
+
+    @property
+    def name(self) -> str:
+        """`rotary` or `none`."""
+
+    def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
+        """The tables of a forward pass, from the arguments the attention is called with.
+
+        Returns:
+            Each [batch or 1, pos, width], or None without any.
+        """
+
+    def __call__(self, attention: nn.Module, x: Tensor, tables: Tables) -> Tensor:
+        """Turn queries or keys. [batch, head, pos, d_head] -> the same"""
+
+
+@dataclass(frozen=True)
+class NoRotary:
+    """Positions are learned, or biases."""
+
+    name: str = "none"
+
+    def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
+        """None."""
+        return None
+
+    def __call__(self, attention: nn.Module, x: Tensor, tables: Tables) -> Tensor:
+        """As it is."""
+        return x
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Tables (cos, sin) from the model, and the family's own `apply_rotary_pos_emb`.
+
+    Tables narrower than a head turn its first features only (partial rotary).
+    """
+
+    name: str = "rotary"
+
+    def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
+        """What the model passes as `position_embeddings`."""
+        return kwargs.get("position_embeddings")
+
+    def __call__(self, attention: nn.Module, x: Tensor, tables: Tables) -> Tensor:
+        """Turn queries or keys. [batch, head, pos, d_head]"""
+        cos, sin = tables
+        width = cos.shape[-1]
+        apply = _apply(attention)
+        # Hugging Face rotates q and k together; an empty k costs nothing.
+        turned: Tensor = apply(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
+        return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+@dataclass(frozen=True)
+class GPTJRotary:
+    """GPT-J keeps sines and cosines in each attention, and turns neighbouring features."""
+
+    name: str = "rotary"
+
+    def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
+        """(sin, cos) at the positions of the tokens."""
+        positions, embedded = kwargs["position_ids"], attention.get_buffer("embed_positions")
+        sin, cos = embedded.to(positions.device)[positions].chunk(2, dim=-1)
+        return sin, cos
+
+    def __call__(self, attention: nn.Module, x: Tensor, tables: Tables) -> Tensor:
+        """Turn queries or keys. [batch, head, pos, d_head]"""
+        sin, cos = (table.to(x.dtype) for table in tables)
+        width = 2 * sin.shape[-1]
+        turned: Tensor = _apply(attention)(x[..., :width].transpose(1, 2), sin, cos).transpose(1, 2)
+        return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+NO_ROTARY: Rotary = NoRotary()
+ROTARY_TABLES: Rotary = RotaryTables()
+GPTJ_ROTARY: Rotary = GPTJRotary()
+
+
+def _apply(attention: nn.Module) -> Any:
+    """The `apply_rotary_pos_emb` that a family's attention class uses."""
+    family = getattr(attention, "family", type(attention))
+    return vars(sys.modules[family.__module__])["apply_rotary_pos_emb"]
+
+
+def plain_bias(
+    attention: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], size: tuple[int, int]
+) -> Tensor | None:
+    """The mask as the model passes it.
+
+    Args:
+        attention: The attention module.
+        mask: Additive mask. [batch or 1, 1 or head, query, key]
+        kwargs: What else the attention is called with.
+        size: Numbers of queries and keys.
+
+    Returns:
+        What is added to the scores. [batch or 1, 1 or head, query, key]
+    """
+    return mask
+
+
+def alibi_bias(
+    attention: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], size: tuple[int, int]
+) -> Tensor | None:
+    """The mask and BLOOM's linear biases (ALiBi, arXiv 2108.12409), one slope for each head."""
+    alibi: Tensor = kwargs["alibi"]  # [batch * head, 1, key]
+    heads = int(attention.num_heads)  # type: ignore[arg-type]
+    bias = alibi.view(-1, heads, 1, alibi.shape[-1])
+    return bias if mask is None else bias + mask
+
+
+def local_bias(
+    attention: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], size: tuple[int, int]
+) -> Tensor | None:
+    """The mask and GPT-Neo's own: causal, and in its local layers a window."""
+    queries, keys = size
+    allowed = attention.get_buffer("bias")[:, :, keys - queries : keys, :keys]
+    dtype = torch.get_default_dtype() if mask is None else mask.dtype
+    own = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    own.masked_fill_(~allowed, torch.finfo(dtype).min)
+    return own if mask is None else own + mask

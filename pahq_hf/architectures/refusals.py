@@ -1,0 +1,73 @@
+"""What cannot be read as writers and readers of one residual stream, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from pahq_hf.errors import UnsupportedModelError
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_RECURRENT = {"rwkv", "mamba", "mamba2", "falcon_mamba", "xlstm", "jamba", "recurrent_gemma"}
+_STATE_SPACE = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_heads")
+
+
+def check_is_transformer(config: PretrainedConfig) -> None:
+    """Refuse what is no plain decoder-only transformer.
+
+    Args:
+        config: A Hugging Face config.
+
+    Raises:
+        UnsupportedModelError: Saying what it is instead.
+    """
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: two residual streams; only decoder-only models are supported"
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"{name} with cross-attention is not a decoder-only model")
+    if _has_states(config):
+        raise UnsupportedModelError(
+            f"{name} has state-space or other recurrent layers, which have no heads that read and write; "
+            "only attention layers are supported"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} has multi-head latent attention: its heads read one compressed key/value, not the stream"
+        )
+
+
+def check_is_not_quantised(config: PretrainedConfig) -> None:
+    """Refuse checkpoints in a foreign quantised format.
+
+    Args:
+        config: A Hugging Face config.
+
+    Raises:
+        UnsupportedModelError: Naming the format.
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    facts = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
+    if method != "gguf":  # those are loaded as full precision
+        raise UnsupportedModelError(
+            f"this checkpoint is quantised ({method[:40]}): load the unquantised one, "
+            "weights get smaller through PAHQConfig instead"
+        )
+
+
+def _has_states(config: PretrainedConfig) -> bool:
+    kinds = {
+        *(getattr(config, "layer_types", None) or ()),
+        *(getattr(config, "layers_block_type", None) or ()),
+    }
+    return (
+        config.model_type in _RECURRENT
+        or bool(kinds - _ATTENTION)
+        or any(getattr(config, name, None) is not None for name in _STATE_SPACE)
+    )
