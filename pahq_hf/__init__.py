@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pahq_hf.architectures import Architecture, register_architecture
     from pahq_hf.circuit import Circuit
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACDCConfig",
+    "Architecture",
     "Circuit",
     "EngineConfig",
     "PAHQConfig",
@@ -25,10 +27,12 @@ __all__ = [
     "PAHQModel",
     "Task",
     "load_task",
+    "register_architecture",
 ]
 
 _ROOMS = {
     "ACDCConfig": "config",
+    "Architecture": "architectures",
     "Circuit": "circuit",
     "EngineConfig": "config",
     "PAHQConfig": "config",
@@ -36,6 +40,7 @@ _ROOMS = {
     "PAHQModel": "model",
     "Task": "tasks.base",
     "load_task": "tasks",
+    "register_architecture": "architectures",
 }
 
 

@@ -177,6 +177,26 @@ def info(
 
 
 @app.command()
+def families(
+    family: Annotated[str | None, typer.Argument(help="Show where this one keeps its parts.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Supported model families, and how their blocks are read."""
+    from pahq_hf.architectures import describe_families
+    from pahq_hf.render.table import facts_table, families_table
+
+    facts = [row for row in describe_families() if family in (None, row.family)]
+    if not facts:
+        raise ConfigError(f"model family {family!r} is not supported; see: pahq families")
+    if as_json:
+        _print_json({"families": [row.to_dict() for row in facts]})
+    elif family is None:
+        _print_rich(families_table(facts))
+    else:
+        _print_rich(*(facts_table(row.to_dict()) for row in facts))
+
+
+@app.command()
 def discover(
     model: ModelArgument,
     task: TaskOption,

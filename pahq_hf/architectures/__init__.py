@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from pahq_hf.architectures.describe import FamilyFacts, describe_families
 from pahq_hf.architectures.refusals import check_is_not_quantised, check_is_transformer
 from pahq_hf.architectures.row import Architecture, RowOf
 from pahq_hf.architectures.table import TABLE
@@ -12,6 +13,8 @@ from pahq_hf.graph import GraphSpec
 
 __all__ = [
     "Architecture",
+    "FamilyFacts",
+    "describe_families",
     "find_architecture",
     "graph_spec",
     "register_architecture",

@@ -7,6 +7,7 @@ config, because some families have variants.
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -323,4 +324,25 @@ TABLE: dict[str, RowOf] = {
     "qwen3_moe": _qwen3_moe,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
+}
+
+# The default configs of two families name tokens that they do not have, and say so when made.
+_IN_VOCABULARY = {"bos_token_id": 0, "eos_token_id": 0}
+
+# Configs that make another row of a family than its default, for the documentation.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cohere": {"": {}, "R+": {"use_qk_norm": True}},
+    "falcon": {
+        "7B": {},
+        "40B, 11B": {"new_decoder_architecture": True},
+        "RW": {"alibi": True, "multi_query": False, "parallel_attn": False},
+    },
+    "gpt_neox": {"": {}, "sequential": {"use_parallel_residual": False}},
+    "granite": {"": {"residual_multiplier": 0.22, "logits_scaling": 8.0}},
+    "phi": {"": {}, "with q/k norm": {"qk_layernorm": True}},
+    "stablelm": {
+        "": _IN_VOCABULARY,
+        "parallel": {"use_parallel_residual": True, "qk_layernorm": True} | _IN_VOCABULARY,
+    },
+    "starcoder2": {"": _IN_VOCABULARY},
 }

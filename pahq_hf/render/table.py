@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pahq_hf.accounting import MemoryReport
+from pahq_hf.architectures import FamilyFacts
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import BoolArray, ReaderKind, edge_list
 
@@ -24,6 +26,34 @@ def facts_table(facts: dict[str, Any]) -> Table:
     for name, value in _flat(facts):
         table.add_row(Text(name), Text(_text(value)))
     return table
+
+
+def families_table(families: Sequence[FamilyFacts]) -> Table:
+    """What families there are, and how they differ."""
+    table = Table(title="Model families", title_justify="left")
+    for title in ("family", "blocks", "positions", "also"):
+        table.add_column(title)
+    for family in families:
+        table.add_row(*map(Text, (family.name, family.blocks, family.positions, family.also)))
+    return table
+
+
+def families_markdown(families: Sequence[FamilyFacts], *, paths: bool = False) -> str:
+    """The same as a Markdown table.
+
+    Args:
+        families: The families.
+        paths: Show where blocks keep their parts instead.
+    """
+    rows: list[tuple[str, ...]]
+    if paths:
+        rows = [("family", "layers", "attention", "MLP")]
+        rows += [(f.name, f"`{f.layers}`", f"`{f.attention}`", f"`{f.mlp}`") for f in families]
+    else:
+        rows = [("family", "blocks", "positions", "also")]
+        rows += [(f.name, f.blocks, f.positions, f.also) for f in families]
+    rows.insert(1, ("---",) * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def memory_table(report: MemoryReport, n: int, length: int) -> Table:
