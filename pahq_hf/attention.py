@@ -328,7 +328,7 @@ def patch_attention(
     if isinstance(module, PAHQAttention):
         raise ConfigError("this model is patched already; wrap a freshly loaded one")
     q, k, v = _split_qkv(module, row, n_heads, n_groups)
-    out = linear_from(getattr(module, row.out), row)
+    out = linear_from(row.find(module, row.out), row)
     for name in (*row.qkv, row.out):
         del module._modules[name]
     original = type(module)
@@ -341,7 +341,9 @@ def patch_attention(
     module.scaling = float(row.scaling(module))
     module.softcap = getattr(module, row.softcap) if row.softcap else None
     # Not attributes: as such their parameters would have two names.
-    module._norms = {kind: getattr(module, name) for kind, name in zip("qk", row.qk_norm or (), strict=False)}
+    module._norms = {
+        kind: row.find(module, name) for kind, name in zip("qk", row.qk_norm or (), strict=False)
+    }
     module.output = output or BlockOutput()
     module.layer_idx = number
     if "_old_forward" in vars(module):  # accelerate's hooks call the forward they found: give them ours
@@ -353,9 +355,9 @@ def _split_qkv(
     module: nn.Module, row: Architecture, n_heads: int, n_groups: int
 ) -> tuple[PAHQLinear, PAHQLinear, PAHQLinear]:
     if len(row.qkv) == 3:
-        q, k, v = (linear_from(getattr(module, name), row) for name in row.qkv)
+        q, k, v = (linear_from(row.find(module, name), row) for name in row.qkv)
         return q, k, v
-    weight, bias = _oriented(getattr(module, row.qkv[0]), row)
+    weight, bias = _oriented(row.find(module, row.qkv[0]), row)
     ranges = qkv_ranges(row, weight.shape[0], n_heads, n_groups)
 
     def cut(values: Tensor, kind: str) -> Tensor:

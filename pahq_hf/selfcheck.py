@@ -15,6 +15,8 @@ from pahq_hf.tasks.base import Task
 _TOLERANCE = 1e-5
 _LENGTH = 8
 _PADDING = 3
+# What products of wrong shapes, and modules called in a wrong way, raise.
+_WRONG_ROW = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 def probe_task(hf: PreTrainedModel) -> Task:
@@ -61,6 +63,17 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
     Raises:
         SelfCheckError: If they differ, naming what differs and by how much.
     """
+    try:
+        _check(model, task, reference)
+    except _WRONG_ROW as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SelfCheckError(
+            f"self-check failed: cut as the row of family {model.arch.model_type} says, the model does "
+            f"not run: {reason[:200]}"
+        ) from error
+
+
+def _check(model: PatchedModel, task: Task, reference: Tensor) -> None:
     run = capture(model, task, task.clean_ids)
     if not torch.isfinite(reference).all():
         raise SelfCheckError(
@@ -103,6 +116,10 @@ def _check_streams(model: PatchedModel, run: Activations) -> None:
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+    if ours.shape != theirs.shape:
+        raise SelfCheckError(
+            f"self-check failed: {what} have shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+        )
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
     if not error <= _TOLERANCE:
         raise SelfCheckError(

@@ -64,7 +64,7 @@ def tiny_gpt2(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int 
         The model, in eval mode.
     """
     config = GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=HEADS, n_positions=64, **COMMON)
-    return _build(GPT2LMHeadModel, config, dtype, seed)
+    return build_model(GPT2LMHeadModel, config, dtype, seed)
 
 
 def tiny_attention_only(
@@ -72,26 +72,26 @@ def tiny_attention_only(
 ) -> GPT2LMHeadModel:
     """GPT-2 whose MLPs have no neurons; arguments as `tiny_gpt2`. Its untouched forward does not run."""
     config = GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=HEADS, n_positions=64, n_inner=0, **COMMON)
-    return _build(GPT2LMHeadModel, config, dtype, seed)
+    return build_model(GPT2LMHeadModel, config, dtype, seed)
 
 
 def tiny_llama(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
     """Llama: grouped-query attention (4 heads, 2 groups), RoPE, untied; arguments as `tiny_gpt2`."""
-    return _build(LlamaForCausalLM, LlamaConfig(**_llama_like(layers)), dtype, seed)
+    return build_model(LlamaForCausalLM, LlamaConfig(**llama_like(layers)), dtype, seed)
 
 
 def tiny_mistral(
     *, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, window: int = 64
 ) -> MistralForCausalLM:
     """Mistral: as `tiny_llama`, but a token sees the `window` last ones only."""
-    config = MistralConfig(**_llama_like(layers), sliding_window=window)
-    return _build(MistralForCausalLM, config, dtype, seed)
+    config = MistralConfig(**llama_like(layers), sliding_window=window)
+    return build_model(MistralForCausalLM, config, dtype, seed)
 
 
 def tiny_qwen2(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Qwen2ForCausalLM:
     """Qwen2: grouped-query attention with q, k, v biases, tied unembedding; arguments as `tiny_gpt2`."""
-    config = Qwen2Config(**(_llama_like(layers) | {"tie_word_embeddings": True}))
-    return _build(Qwen2ForCausalLM, config, dtype, seed)
+    config = Qwen2Config(**(llama_like(layers) | {"tie_word_embeddings": True}))
+    return build_model(Qwen2ForCausalLM, config, dtype, seed)
 
 
 # `mistral_window` looks back 4 tokens, fewer than a prompt has: its window does cut something off.
@@ -141,7 +141,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
 
 
-def _llama_like(layers: int) -> dict[str, Any]:
+def llama_like(layers: int) -> dict[str, Any]:
     return COMMON | {
         "num_hidden_layers": layers,
         "hidden_size": WIDTH,
@@ -153,7 +153,9 @@ def _llama_like(layers: int) -> dict[str, Any]:
     }
 
 
-def _build(family: Callable[[Any], Model], config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Model:
+def build_model(
+    family: Callable[[Any], Model], config: PretrainedConfig, dtype: torch.dtype, seed: int
+) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family(config)
@@ -170,6 +172,7 @@ def randomize_parameters(model: PreTrainedModel) -> None:
 
     Matrices keep the variance of a unit-variance input, times a gain; so scores reach the bend of the
     softmax, and MLP inputs the bend of the nonlinearity, while the logits stay well away from one-hot.
+    Norms' gains spread around 1, whatever their shape; Gemma stores how far they are from it.
 
     Args:
         model: Any causal language model; tied parameters are drawn once.
@@ -185,10 +188,10 @@ def randomize_parameters(model: PreTrainedModel) -> None:
                 parameter.normal_(std=0.35)
             elif isinstance(module, torch.nn.Embedding) or name.endswith("bias"):  # learned positions, biases
                 parameter.normal_(std=0.2)
-            elif parameter.ndim == 1:  # the gain of a norm
-                parameter.normal_(mean=1.0, std=0.2)
-            else:
-                fan_in = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[1]
+            elif "Norm" in (kind := type(module).__name__):
+                parameter.normal_(mean=0.0 if kind.startswith("Gemma") else 1.0, std=0.2)
+            else:  # a matrix, or a stack of experts' matrices
+                fan_in = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[-1]
                 parameter.normal_(std=1.5 / max(1, fan_in) ** 0.5)
 
 

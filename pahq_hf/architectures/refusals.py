@@ -10,7 +10,7 @@ from pahq_hf.errors import UnsupportedModelError
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"rwkv", "mamba", "mamba2", "falcon_mamba", "xlstm", "jamba", "recurrent_gemma"}
-_STATE_SPACE = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_heads")
+_STATE_SPACE = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_heads", "conv_L_cache")
 
 
 def check_is_transformer(config: PretrainedConfig) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pahq_hf.architectures.positions import NO_ROTARY, ROTARY_TABLES, Rotary, plain_bias
+from pahq_hf.errors import UnsupportedModelError
 
 MLPRun = Callable[[nn.Module, Tensor], Tensor]
 ScoreBias = Callable[[nn.Module, Tensor | None, dict[str, Any], tuple[int, int]], Tensor | None]
@@ -120,8 +121,18 @@ class Architecture:
         return self.rotary is not NO_ROTARY
 
     def find(self, root: nn.Module, path: str) -> Any:
-        """The submodule at a path of this table; `root` itself for an empty one."""
-        return attrgetter(path)(root) if path else root
+        """The submodule at a path of this table; `root` itself for an empty one.
+
+        Raises:
+            UnsupportedModelError: If there is none.
+        """
+        try:
+            return attrgetter(path)(root) if path else root
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(root).__name__} has no {path!r}, where family {self.model_type!r} keeps a part of "
+                "it: is this another version of the model's code?"
+            ) from error
 
     def optional(self, root: nn.Module, path: str | None) -> nn.Module | None:
         """The submodule at a path, or None where there is no path."""
@@ -131,17 +142,16 @@ class Architecture:
         """The projections that a layer's MLP has, by their paths inside it; experts are not among them."""
         mlp, found = self.find(block, self.mlp), {}
         for path in self.mlp_linears if self.mlps else ():
-            try:
+            part = next(iter(path.split(".")))
+            if hasattr(mlp, part):  # a family's layers may be of two kinds: one MLP, or a mixture of experts
                 found[path] = self.find(mlp, path)
-            except AttributeError:
-                continue  # a family's layers may be of two kinds: one MLP, or a mixture of experts
         return found
 
     def projections(self, block: nn.Module) -> Iterator[nn.Module]:
         """All projections of an untouched layer, experts apart."""
         attention = self.find(block, self.attention)
         for name in (*self.qkv, self.out):
-            yield getattr(attention, name)
+            yield self.find(attention, name)
         yield from self.mlp_projections(block).values()
 
 

@@ -32,6 +32,7 @@ def _gpt2(config: PretrainedConfig) -> Architecture:
     """A GPT-2 whose MLPs have no neurons counts as attention-only: they add a constant, their bias."""
     return Architecture(
         model_type="gpt2",
+        kv_groups=config.num_attention_heads,
         layers=_BLOCKS,
         final_norm=_FINAL_NORM,
         attention="attn",
@@ -49,6 +50,7 @@ def _gpt2(config: PretrainedConfig) -> Architecture:
 def _gpt_neo(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gpt_neo",
+        kv_groups=config.num_attention_heads,
         layers=_BLOCKS,
         final_norm=_FINAL_NORM,
         attention="attn.attention",
@@ -65,6 +67,7 @@ def _gpt_neo(config: PretrainedConfig) -> Architecture:
 def _gptj(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gptj",
+        kv_groups=config.num_attention_heads,
         layers=_BLOCKS,
         final_norm=_FINAL_NORM,
         attention="attn",
@@ -81,6 +84,7 @@ def _gptj(config: PretrainedConfig) -> Architecture:
 def _gpt_neox(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gpt_neox",
+        kv_groups=config.num_attention_heads,
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         unembedding="lm_head",
@@ -100,6 +104,7 @@ def _opt(config: PretrainedConfig) -> Architecture:
         )
     return Architecture(
         model_type="opt",
+        kv_groups=config.num_attention_heads,
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
         attention_norm="self_attn_layer_norm",
@@ -129,6 +134,7 @@ def _bloom(config: PretrainedConfig) -> Architecture:
         )
     return Architecture(
         model_type="bloom",
+        kv_groups=config.num_attention_heads,
         layers=_BLOCKS,
         final_norm=_FINAL_NORM,
         attention="self_attention",
