@@ -1,0 +1,40 @@
+"""Write the tables of families in README.md and docs/families.md.
+
+$ python -m benchmarks.family_tables
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pahq_hf.architectures import describe_families
+from pahq_hf.files import write_text
+from pahq_hf.render.table import families_markdown
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- families: made by python -m benchmarks.family_tables -->", "<!-- end of families -->"
+
+
+def with_table(text: str, table: str) -> str:
+    """A document with this table between its marks."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{table}\n\n{END}{after}"
+
+
+def documents() -> dict[Path, str]:
+    """Both documents as they should be."""
+    facts = describe_families()
+    wide = f"{families_markdown(facts)}\n\n{families_markdown(facts, paths=True)}"
+    tables = {ROOT / "README.md": families_markdown(facts), ROOT / "docs" / "families.md": wide}
+    return {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
+
+
+def main() -> None:
+    """Rewrite both."""
+    for path, text in documents().items():
+        write_text(path, text)
+
+
+if __name__ == "__main__":
+    main()

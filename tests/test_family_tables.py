@@ -1,0 +1,78 @@
+"""`pahq families`, and the tables of families in the README and the docs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.family_tables import documents
+from pahq_hf.architectures import describe_families, supported_families
+from tests.families import ALL_FAMILIES
+from tests.helpers import run_main
+
+ASKED_FOR = set(
+    [
+        "gpt2",
+        "gpt_neo",
+        "gptj",
+        "gpt_neox",
+        "opt",
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "qwen2_moe",
+        "qwen3_moe",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo2",
+        "stablelm",
+        "granite",
+        "falcon",
+        "bloom",
+        "starcoder2",
+        "cohere",
+    ]
+)
+
+
+def test_documents_hold_the_table_of_the_code() -> None:
+    for path, text in documents().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python -m benchmarks.family_tables"
+        assert "| gemma2 | sequential |" in text
+
+
+def test_every_family_of_the_table_has_a_tiny_model() -> None:
+    assert set(supported_families()) == ASKED_FOR
+    assert {build().config.model_type for build in ALL_FAMILIES.values()} == ASKED_FOR
+
+
+def test_facts_tell_families_apart() -> None:
+    facts = {row.name: row for row in describe_families()}
+    assert facts["gpt_neox"].blocks == "parallel" and facts["gpt_neox (sequential)"].blocks == "sequential"
+    assert facts["falcon (7B)"].blocks == "parallel, one norm"
+    assert "one key/value group" in facts["falcon (7B)"].also
+    assert facts["falcon (RW)"].positions == facts["bloom"].positions == "ALiBi"
+    assert facts["gpt_neo"].positions == "learned, local windows"
+    assert facts["olmo2"].attention == "self_attn.(q_proj, k_proj, v_proj, o_proj) → post_attention_layernorm"
+    assert facts["opt"].mlp == "final_layer_norm → (fc1, fc2)"
+
+
+def test_the_command_lists_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("families", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["families"]
+    assert {row["family"] for row in listed} == ASKED_FOR
+    assert run_main("families") == 0
+    assert "gemma3_text" in capsys.readouterr().out
+    assert run_main("families", "olmo2") == 0
+    assert "post_feedforward_layernorm" in capsys.readouterr().out
+
+
+def test_the_command_names_an_unknown_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("families", "t5") == 2
+    assert "'t5' is not supported" in capsys.readouterr().err
