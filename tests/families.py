@@ -91,8 +91,8 @@ def _llama(**changes: Any) -> Settings:
 
 
 def _ungrouped(**changes: Any) -> Settings:
-    """Settings under Llama's names without those of grouped queries and of the MLP's width."""
-    gone = ("num_key_value_heads", "intermediate_size")
+    """Settings under Llama's names, as far as older families have them; tied or not as the family is."""
+    gone = ("num_key_value_heads", "intermediate_size", "tie_word_embeddings")
     return lambda layers: {k: v for k, v in llama_like(layers).items() if k not in gone} | changes
 
 
@@ -134,6 +134,7 @@ def _gemma(layer_types: bool = True, **changes: Any) -> Settings:
     return settings
 
 
+GPT_NEOX = {"rope_parameters": HALF_ROTARY, "intermediate_size": 2 * WIDTH}
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
@@ -144,15 +145,16 @@ GRANITE = {
     "residual_multiplier": 0.6,
     "logits_scaling": 1.5,
 }
+COHERE = {"tie_word_embeddings": True, "logit_scale": 0.6}
 FALCON_NEW = {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS}
 FALCON_ALIBI = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 
 ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
     "gpt_neo": tiny_gpt_neo,
     "gptj": _family(GPTJForCausalLM, GPTJConfig, _gpt2(rotary_dim=4)),
-    "gpt_neox": _family(GPTNeoXForCausalLM, GPTNeoXConfig, _llama(rope_parameters=HALF_ROTARY)),
+    "gpt_neox": _family(GPTNeoXForCausalLM, GPTNeoXConfig, _ungrouped(**GPT_NEOX)),
     "gpt_neox_sequential": _family(
-        GPTNeoXForCausalLM, GPTNeoXConfig, _llama(rope_parameters=HALF_ROTARY, use_parallel_residual=False)
+        GPTNeoXForCausalLM, GPTNeoXConfig, _ungrouped(**GPT_NEOX, use_parallel_residual=False)
     ),
     "opt": _family(OPTForCausalLM, OPTConfig, _ungrouped(ffn_dim=2 * WIDTH)),
     "mixtral": _family(MixtralForCausalLM, MixtralConfig, _llama(num_local_experts=4, num_experts_per_tok=2)),
@@ -191,7 +193,7 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
         BloomConfig,
         lambda layers: COMMON | {"hidden_size": WIDTH, "n_layer": layers, "n_head": HEADS},
     ),
-    "starcoder2": _family(Starcoder2ForCausalLM, Starcoder2Config, _llama()),
-    "cohere": _family(CohereForCausalLM, CohereConfig, _llama(logit_scale=0.6)),
-    "cohere_qk": _family(CohereForCausalLM, CohereConfig, _llama(logit_scale=0.6, use_qk_norm=True)),
+    "starcoder2": _family(Starcoder2ForCausalLM, Starcoder2Config, _llama(tie_word_embeddings=True)),
+    "cohere": _family(CohereForCausalLM, CohereConfig, _llama(**COHERE)),
+    "cohere_qk": _family(CohereForCausalLM, CohereConfig, _llama(**COHERE, use_qk_norm=True)),
 }

@@ -24,6 +24,7 @@ from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.acdc import ReaderRecord, Search
 from pahq_hf.cli import main
 from pahq_hf.graph import BoolArray, Graph, edge_list
+from tests.families import ALL_FAMILIES
 from tests.models import FAMILIES
 from tests.referee import Edge, Referee, Result
 
@@ -31,6 +32,11 @@ FP32 = PAHQConfig(regime="fp32")
 
 # Family of tests/models.py, and whether key/value groups are split per head.
 GRAPHS = {name: (name, False) for name in FAMILIES} | {"llama_split": ("llama", True)}
+# Those of the other families whose circuits the referee knows.
+OTHER_GRAPHS = {
+    name: (name, False) for name in ("gpt_neox", "gemma2", "gemma3", "falcon", "falcon_new", "olmo2", "qwen3")
+} | {"gemma2_split": ("gemma2", True), "olmo2_split": ("olmo2", True), "falcon_split": ("falcon", True)}
+ALL_GRAPHS = GRAPHS | OTHER_GRAPHS
 
 
 @cache
@@ -45,17 +51,16 @@ def wrapped(
     compute: Any = "auto",
 ) -> PAHQModel:
     """A tiny model of `GRAPHS`, patched. It is shared by all tests of the process: leave it as it was."""
-    family, split = GRAPHS[name]
+    family, split = ALL_GRAPHS[name]
     config = PAHQConfig(regime=regime, format=fmt, split_kv_groups=split, compute=compute)
-    return PAHQModel(FAMILIES[family](dtype=dtype, layers=layers, seed=seed), config)
+    return PAHQModel(ALL_FAMILIES[family](dtype=dtype, layers=layers, seed=seed), config)
 
 
 def referee(name: str, task: Task, *, layers: int = 2, seed: int = 0, **options: Any) -> Referee:
     """The referee of the same model and a task."""
-    family, split = GRAPHS[name]
-    kind = WindowedReferee if family == "mistral_window" else Referee
-    return kind(
-        FAMILIES[family](layers=layers, seed=seed),
+    family, split = ALL_GRAPHS[name]
+    return Referee(
+        ALL_FAMILIES[family](layers=layers, seed=seed),
         task.clean_ids,
         task.corrupted_ids,
         task.attention_mask,
@@ -66,16 +71,6 @@ def referee(name: str, task: Task, *, layers: int = 2, seed: int = 0, **options:
         split_kv_groups=split,
         **options,
     )
-
-
-class WindowedReferee(Referee):
-    """The referee of a Mistral whose sliding window is in effect: a token sees the last `window` ones."""
-
-    def _rotary(self, config: Any) -> tuple[Tensor, Tensor]:
-        index = torch.arange(self.mask.shape[1])
-        self.allowed = self.allowed & (index[:, None] - index[None, :] < config.sliding_window)
-        config.sliding_window = None
-        return super()._rotary(config)
 
 
 # -- edge sets --------------------------------------------------------------------------------------

@@ -1,31 +1,24 @@
 """An independent brute-force referee for circuits and ACDC, written from the semantics page alone.
 
-Plain float64 torch: GPT-2 and the Llama family (Llama, Qwen2, Mistral without a window in effect) by hand
-from a Hugging Face model's weights. It shares no code with the package it judges, and never runs the
-Hugging Face forward pass. "Semantics" below means the project's ``semantics.md``, sections 1 to 4.
+Plain float64 torch, computed by hand from a Hugging Face model's weights (`tests/referee_models.py` reads
+them, and says of which families). It shares no code with the package it judges, and never runs the Hugging
+Face forward pass. "Semantics" below means the project's ``semantics.md``, sections 1 to 4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.referee_models import Layer, Map, read_model
+
 Edge = tuple[str, str]
-
-Map = tuple[Tensor, Tensor]  # weights [in, out], biases [out]; per head [heads, in, out], [heads, 1, 1, out]
-Function = Callable[[Tensor], Tensor]
 Names = set[str]
-
-ACTIVATIONS: dict[str, Function] = {
-    "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
-    "silu": lambda x: x * torch.sigmoid(x),
-}
 
 
 @dataclass
@@ -37,38 +30,6 @@ class Result:
     untested: set[Edge] = field(default_factory=set)
     tested: list[Edge] = field(default_factory=list)
     final: float = math.nan
-
-
-@dataclass
-class Layer:
-    """One sequential block: its norms, per-head maps, and the attention's output bias."""
-
-    norm1: Function
-    q: Map
-    k: Map
-    v: Map
-    o: Tensor
-    o_bias: Tensor
-    scale: float
-    norm2: Function
-    mlp: list[Map]  # down, up; or down, gate, up
-
-
-def _norm(weight: Tensor, bias: Tensor | None, eps: float) -> Function:
-    """A layer norm, or without a bias an RMS norm, in float64."""
-
-    def normalise(x: Tensor) -> Tensor:
-        x = x if bias is None else x - x.mean(-1, keepdim=True)
-        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
-        return x if bias is None else x + bias
-
-    return normalise
-
-
-def _per_head(linear: Map, n: int, times: int = 1) -> Map:
-    """Cut an [in, n * dh] map and its bias into heads, each ``times`` times over."""
-    weight, bias = linear[0].reshape(len(linear[0]), n, -1).transpose(0, 1), linear[1].reshape(n, 1, 1, -1)
-    return weight.repeat_interleave(times, 0), bias.repeat_interleave(times, 0)
 
 
 def _sets(rows: Any, n: int) -> list[list[int]]:
@@ -114,14 +75,12 @@ class Referee:
         real = torch.ones(length, length).tril().bool() & self.mask[:, None, :].bool()
         self.allowed = (real | torch.eye(length).bool())[:, None]
 
-        weights = {k: v.detach().to("cpu", torch.float64) for k, v in hf_model.state_dict().items()}
-        self.layers: list[Layer] = []
-        self._read(weights, hf_model.config, split_kv_groups)
+        self.model = read_model(hf_model, split=split_kv_groups)
+        self.n_heads, self.n_kv, self.layers = self.model.n_heads, self.model.n_kv, self.model.layers
         self._name_graph()
 
         nothing = torch.zeros(len(self.readers), len(self.writers), dtype=torch.float64)
-        self.clean_input = self.embedding[clean_ids] + self.learned
-        corrupted_input = self.embedding[corrupted_ids] + self.learned
+        self.clean_input, corrupted_input = self._embed(clean_ids), self._embed(corrupted_ids)
         # With no edge removed the corrupted activations do not enter: zeros stand in for them.
         blank = torch.zeros(len(self.writers), *self.clean_input.shape, dtype=torch.float64)
         clean, full = self._run(self.clean_input, nothing, blank)
@@ -130,56 +89,10 @@ class Referee:
         means = {"mean": self._mean_per_position(clean), "mean-corrupted": self._mean_per_position(corrupted)}
         self.c = {"corrupted": corrupted, "zero": blank, **means}[ablation]
 
-    def _read(self, w: dict[str, Tensor], config: Any, split: bool) -> None:
-        """Cut GPT2LMHeadModel's or {Llama,Qwen2,Mistral}ForCausalLM's weights into semantics 1's parts."""
-        assert config.model_type in ("gpt2", "llama", "qwen2", "mistral"), config.model_type
-        gpt2 = config.model_type == "gpt2"
-        base = "transformer." if gpt2 else "model."
-        eps = config.layer_norm_epsilon if gpt2 else config.rms_norm_eps
-        self.act = ACTIVATIONS[config.activation_function if gpt2 else config.hidden_act]
-        self.n_heads: int = config.num_attention_heads
-        groups = self.n_heads if gpt2 else config.num_key_value_heads
-        times = self.n_heads // groups if split else 1
-        self.n_kv: int = groups * times
-        self.rotary = (torch.ones(1).double(), torch.zeros(1).double()) if gpt2 else self._rotary(config)
-
-        def norm(name: str) -> Function:
-            return _norm(w[base + name + ".weight"], w.get(base + name + ".bias"), eps)
-
-        def linear(name: str) -> Map:
-            weight = w[base + name + ".weight"] if gpt2 else w[base + name + ".weight"].T
-            return weight, w.get(base + name + ".bias", weight.new_zeros(weight.shape[1]))
-
-        for i in range(config.num_hidden_layers):
-            if gpt2:
-                p, (weight, bias) = f"h.{i}.", linear(f"h.{i}.attn.c_attn")
-                q, k, v = zip(weight.chunk(3, -1), bias.chunk(3), strict=True)
-                (o, o_bias), norm1, norm2 = linear(p + "attn.c_proj"), norm(p + "ln_1"), norm(p + "ln_2")
-                mlp = [linear(p + "mlp.c_proj"), linear(p + "mlp.c_fc")]
-            else:
-                p = f"layers.{i}."
-                q, k, v, (o, o_bias) = (linear(f"{p}self_attn.{n}_proj") for n in "qkvo")
-                norm1, norm2 = norm(p + "input_layernorm"), norm(p + "post_attention_layernorm")
-                mlp = [linear(f"{p}mlp.{n}_proj") for n in ("down", "gate", "up")]
-            q, k, v = _per_head(q, self.n_heads), _per_head(k, groups, times), _per_head(v, groups, times)
-            o = o.reshape(self.n_heads, -1, o.shape[-1])
-            scale = o.shape[1] ** -0.5 if getattr(config, "scale_attn_weights", True) else 1.0
-            scale /= i + 1 if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1
-            self.layers.append(Layer(norm1, q, k, v, o, o_bias, scale, norm2, mlp))
-        self.embedding = w[base + ("wte.weight" if gpt2 else "embed_tokens.weight")]
-        self.learned = w[base + "wpe.weight"][self.positions] if gpt2 else torch.zeros(1).double()
-        self.final_norm, self.unembed = norm("ln_f" if gpt2 else "norm"), w["lm_head.weight"].T
-
-    def _rotary(self, config: Any) -> tuple[Tensor, Tensor]:
-        """The default rotary tables: float32 whatever the model's dtype, as Hugging Face computes them."""
-        window, rope = getattr(config, "sliding_window", None), config.rope_parameters
-        window = window if getattr(config, "use_sliding_window", True) else None
-        assert window is None or window >= self.mask.shape[1], "a sliding window is in effect"
-        assert rope.get("rope_type", "default") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
-        dh = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        inv_freq = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dh, 2).float() / dh))
-        angles = (self.positions.float()[..., None] * inv_freq).repeat(1, 1, 2)[:, None]
-        return angles.cos().double(), angles.sin().double()
+    def _embed(self, ids: Tensor) -> Tensor:
+        """What `input` writes."""
+        learned = self.model.learned
+        return self.model.embedding[ids] + (0.0 if learned is None else learned[self.positions])
 
     def _name_graph(self) -> None:
         """Writers, readers, edges and the node(s) each reader belongs to (semantics 1)."""
@@ -194,15 +107,20 @@ class Referee:
             self.edges.extend((writer, reader) for writer in self.writers)
 
         per = self.n_heads // self.n_kv
-        for i in range(len(self.layers)):
+        for i, layer in enumerate(self.layers):
             heads = [f"a{i}.h{h}" for h in range(self.n_heads)]
             for head in heads:
-                read(f"{head}<q>", [head])
+                read(f"{head}<q>", heads if self.model.coupled else [head])
             for kind in "kv":
                 for g in range(self.n_kv):
-                    read(self._kv_name(i, g, kind), heads[g * per : (g + 1) * per])
-            self.writers += heads
-            read(f"m{i}", [f"m{i}"])
+                    mine = heads if self.model.coupled else heads[g * per : (g + 1) * per]
+                    read(self._kv_name(i, g, kind), mine)
+            if layer.parallel:  # the MLP reads before the heads have written
+                read(f"m{i}", [f"m{i}"])
+                self.writers += heads
+            else:
+                self.writers += heads
+                read(f"m{i}", [f"m{i}"])
             self.writers.append(f"m{i}")
         read("logits", [])
         self.edge_set = set(self.edges)
@@ -221,17 +139,47 @@ class Referee:
             out[:, here] = acts[:, here & self.mask.bool()].mean(1, keepdim=True)
         return out
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary position embedding, rotate-half convention; x is [examples, heads, positions, dh]."""
-        cos, sin = self.rotary
-        a, b = x.chunk(2, -1)
-        return x * cos + torch.cat([-b, a], -1) * sin
+    def _rotate(self, layer: Layer, x: Tensor) -> Tensor:
+        """Rotary position embedding, rotate-half convention; x is [examples, heads, positions, dh].
+
+        The tables are float32 whatever the model's dtype, as Hugging Face computes them.
+        """
+        if layer.inv_freq is None:
+            return x
+        angles = (self.positions.float()[..., None] * layer.inv_freq).repeat(1, 1, 2)[:, None]
+        turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+        a, b = turned.chunk(2, -1)
+        turned = turned * angles.cos().double() + torch.cat([-b, a], -1) * angles.sin().double()
+        return torch.cat([turned, rest], -1)
+
+    def _heads(self, layer: Layer, x: Tensor) -> Tensor:
+        """What a layer's heads write, given each attention reader's input. [heads, examples, positions, d]"""
+        n_q, n_kv = self.n_heads, self.n_kv
+        cuts = (slice(n_q), slice(n_q, n_q + n_kv), slice(n_q + n_kv, None))
+        x = layer.norm1(x)
+        q, k, v = (
+            (torch.einsum("hbtd,hde->hbte", x[cut], weight) + b).transpose(0, 1)
+            for cut, (weight, b) in zip(cuts, (layer.q, layer.k, layer.v), strict=True)
+        )
+        q, k = self._rotate(layer, layer.q_norm(q)), self._rotate(layer, layer.k_norm(k))
+        k, v = (t.repeat_interleave(n_q // n_kv, 1) for t in (k, v))
+        scores = layer.cap(q @ k.transpose(-1, -2) * layer.scale)
+        index = torch.arange(self.mask.shape[1])
+        age = index[:, None] - index[None, :]
+        allowed = self.allowed if layer.window is None else self.allowed & (age < layer.window)
+        pattern = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        out = torch.einsum("bhte,hed->hbtd", pattern @ v, layer.o)
+        if layer.post_gain is None:
+            return out
+        # A norm over what all heads add together: its scale is shared, and contributions still add up.
+        scale = torch.rsqrt((out.sum(0) ** 2).mean(-1, keepdim=True) + layer.post_eps)
+        return out * scale * layer.post_gain
 
     def _mlp(self, maps: list[Map], x: Tensor) -> Tensor:
         """A plain or a gated MLP, its output bias included."""
         down, *up = maps
         hidden = [x @ weight + bias for weight, bias in up]
-        hidden[0] = self.act(hidden[0])
+        hidden[0] = self.model.act(hidden[0])
         return math.prod(hidden[1:], start=hidden[0]) @ down[0] + down[1]
 
     def _run(self, embedded: Tensor, removed: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,23 +202,17 @@ class Referee:
             return ((1 - gone) @ a + gone @ b).reshape(count, *embedded.shape) + bias
 
         n_q, n_kv = self.n_heads, self.n_kv
-        cuts = (slice(n_q), slice(n_q, n_q + n_kv), slice(n_q + n_kv, None))
         for layer in self.layers:
-            x = layer.norm1(read(n_q + 2 * n_kv))
-            q, k, v = (
-                (torch.einsum("hbtd,hde->hbte", x[cut], weight) + b).transpose(0, 1)
-                for cut, (weight, b) in zip(cuts, (layer.q, layer.k, layer.v), strict=True)
-            )
-            q, k = self._rotate(q), self._rotate(k)
-            k, v = (t.repeat_interleave(n_q // n_kv, 1) for t in (k, v))
-            scores = q @ k.transpose(-1, -2) * layer.scale
-            pattern = scores.masked_fill(~self.allowed, -math.inf).softmax(-1)
-            acts[written : written + n_q] = torch.einsum("bhte,hed->hbtd", pattern @ v, layer.o)
+            heads = self._heads(layer, read(n_q + 2 * n_kv))
+            early = read(1)[0] if layer.parallel else None  # the MLP reads before the heads have written
+            acts[written : written + n_q] = heads
             written += n_q
             bias = bias + layer.o_bias  # belongs to no head: always in the stream
-            acts[written] = self._mlp(layer.mlp, layer.norm2(read(1)[0]))
+            x = read(1)[0] if early is None else early
+            acts[written] = layer.post_mlp(self._mlp(layer.mlp, layer.norm2(x)))
             written += 1
-        return acts, self.final_norm(read(1)[0][self.rows, self.columns]) @ self.unembed
+        final = self.model.final_norm(read(1)[0][self.rows, self.columns])
+        return acts, self.model.cap(final @ self.model.unembed)
 
     def circuit_logits(self, removed: set[Edge]) -> Tensor:
         """Logits [rows, vocab] of the circuit with these edges removed (semantics 2)."""

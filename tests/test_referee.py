@@ -20,11 +20,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tests.families import ALL_FAMILIES
+from tests.models import relative_error
 from tests.referee import Edge, Referee
 
 VOCAB, LENGTH, EXAMPLES = 50, 6, 4
 FAMILIES = ["gpt2", "llama", "llama-biases", "qwen2", "mistral"]
 PADDINGS = ["none", "right", "left"]
+OTHERS = [
+    "mistral_window", "qwen3", "gpt_neox", "gpt_neox_sequential", "falcon", "falcon_new",
+    "gemma", "gemma2", "gemma3", "olmo2",
+]  # fmt: skip
 
 
 def build(
@@ -388,3 +394,123 @@ def test_dead_group_needs_all_heads_dead(order: str) -> None:
             dead += group.startswith("kv") and not alive
     assert partly
     assert dead
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", OTHERS)
+def test_whole_runs_of_other_families_equal_hf(family: str, padding: str) -> None:
+    """As above, for what only these families do: parallel blocks, fused projections, norms after, caps."""
+    model, data = ALL_FAMILIES[family](), Data(padding)
+    clean, corrupted = data.hf(model, data.clean), data.hf(model, data.corrupted)
+    assert relative_error(clean, corrupted) > 0.1
+    for split in (False, True):
+        referee = data.referee(model, split_kv_groups=split)
+        assert relative_error(referee.circuit_logits(set()), clean) < 1e-5
+        assert relative_error(referee.circuit_logits(set(referee.edges)), corrupted) < 1e-5
+
+
+# What the layers' parts are called: attention's output map, what the heads add, what the MLP adds.
+PARTS = {
+    "gpt_neox": ("attention.dense", "attention.dense", "mlp"),
+    "falcon": ("self_attention.dense", "self_attention.dense", "mlp"),
+    "gemma2": ("self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("self_attn.o_proj", "post_attention_layernorm", "post_feedforward_layernorm"),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("family", PARTS)
+def test_patches_of_other_families_equal_hooks(family: str, padding: str) -> None:
+    """Writers (heads, MLPs) and readers (queries, keys, values) against hooks in a Hugging Face model."""
+    model, data = ALL_FAMILIES[family](), Data(padding)
+    referee = data.referee(model)
+    base: Any = model.base_model
+    layers: Any = base.h if family == "falcon" else base.layers
+    final: Any = (
+        base.ln_f if family == "falcon" else base.final_layer_norm if family == "gpt_neox" else base.norm
+    )
+    o, heads, mlp = (layers[0].get_submodule(name) for name in PARTS[family])
+    clean = data.hf(model, data.clean)
+
+    def check(removed: set[Edge]) -> None:
+        theirs = data.hf(model, data.clean)
+        assert relative_error(theirs, clean) > 1e-3
+        assert relative_error(referee.circuit_logits(removed), theirs) < 1e-5
+
+    # Writers, over one edge and over all: the MLP, a head (its slice, on the sum's scale), all heads.
+    written = record(data, model, data.clean, mlp) - record(data, model, data.corrupted, mlp)
+    with hooked(final, lambda x: x - written, before=True):
+        check({("m0", "logits")})
+
+    def slice_of(ids: Tensor) -> Tensor:
+        z, total = record(data, model, ids, o, before=True), record(data, model, ids, o)
+        dh = z.shape[-1] // 4
+        one = z[..., 2 * dh : 3 * dh] @ o.weight[:, 2 * dh : 3 * dh].T
+        if o is heads:
+            return one
+        gain = heads.weight + (1 if family == "gemma2" else 0)
+        return one * gain * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps)
+
+    with torch.no_grad():
+        difference = slice_of(data.clean) - slice_of(data.corrupted)
+    with hooked(final, lambda x: x - difference, before=True):
+        check({("a0.h2", "logits")})
+    there = record(data, model, data.corrupted, heads)
+    with hooked(heads, lambda x: there):
+        check({e for h in range(4) for e in out_edges(referee, f"a0.h{h}")})
+    # Readers: what one projects becomes the corrupted run's, before any norm of queries and keys.
+    for reader in ("a1.h2<q>", "a1.kv0<k>", "a1.kv0<v>"):
+        kind, index = "qkv".index(reader[-2]), int(reader[-4])
+        if family == "gpt_neox":  # head by head: query, key, value
+            reader = reader.replace("kv", "h")
+            module, start, dh = layers[1].attention.query_key_value, (3 * index + kind) * 8, 8
+        elif family == "falcon":  # all queries, the key, the value
+            module, start, dh = layers[1].self_attention.query_key_value, (index, 4, 5)[kind] * 8, 8
+        else:
+            module, dh = (
+                layers[1].self_attn.get_submodule(f"{'qkv'[kind]}_proj"),
+                referee.layers[1].q[0].shape[-1],
+            )
+            start = index * dh
+        cut = (..., slice(start, start + dh))
+        there = record(data, model, data.corrupted, module)[cut]
+
+        def swap(x: Tensor, cut: Any = cut, there: Tensor = there) -> Tensor:
+            x = x.clone()
+            x[cut] = there
+            return x
+
+        with hooked(module, swap):
+            check(in_edges(referee, reader))
+
+
+def test_graphs_of_other_families() -> None:
+    """Parallel blocks have no edge from heads to their own MLP; shared scales tie a layer's heads."""
+    for family, parallel in (("gpt_neox", True), ("gpt_neox_sequential", False), ("falcon", True)):
+        referee = Data().referee(ALL_FAMILIES[family]())
+        assert (("a1.h0", "m1") in referee.edge_set) != parallel
+        assert {("a0.h0", "m1"), ("m0", "m1"), ("a1.h0", "logits")} <= referee.edge_set
+        assert referee.writers[1:6] == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0"]
+        assert referee.nodes["a1.h2<q>"] == ["a1.h2"]
+    assert "a1.kv0<k>" in Data().referee(ALL_FAMILIES["falcon"]()).readers
+    for family in ("gemma2", "olmo2"):
+        referee = Data().referee(ALL_FAMILIES[family]())
+        for reader in ("a1.h2<q>", "a1.kv0<k>", "a1.kv1<v>"):
+            assert referee.nodes[reader] == ["a1.h0", "a1.h1", "a1.h2", "a1.h3"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_coupled_heads_live_and_die_together(family: str) -> None:
+    """Where heads share a scale, a layer's readers are searched while any of its heads is kept."""
+    referee = Data("left").referee(ALL_FAMILIES[family]())
+    lone = 0  # readers of dead heads searched for the sake of others
+    for threshold in (0.1, 0.3):
+        result = referee.acdc(threshold)
+        kept = {writer for writer, _ in result.kept}
+        for reader in referee.readers:
+            if reader.startswith("a"):
+                alive = kept & {f"{reader[:2]}.h{h}" for h in range(4)}
+                mine = in_edges(referee, reader)
+                assert mine <= (set(result.tested) if alive else result.untested)
+                lone += bool(alive) and reader.endswith("<q>") and reader[:5] not in alive
+    assert lone
