@@ -207,14 +207,14 @@ class Discovery:
 
         with bar:
             return search(
-                engine, self.acdc, batch=self._batch(), done=done, on_reader=on_reader, on_batch=on_batch
+                engine, self.acdc, batch=self._batch(engine), done=done, on_reader=on_reader, on_batch=on_batch
             )
 
-    def _batch(self) -> BatchSize:
+    def _batch(self, engine: Engine) -> BatchSize:
         if self.engine.batch is not None:
             return FixedBatch(self.engine.batch)
         # The hooks engine gains nothing from trying candidates it may not need.
-        return AdaptiveBatch() if self.engine.engine == "sparse" else FixedBatch(1)
+        return AdaptiveBatch() if isinstance(engine, SparseEngine) else FixedBatch(1)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -230,7 +230,7 @@ class Discovery:
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
-            "engine": self.engine.engine,
+            "engine": "sparse" if isinstance(engine, SparseEngine) else "hooks",
             "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
             "versions": versions() | {"device": str(self.model.device)},
             "edges": {

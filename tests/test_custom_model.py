@@ -102,6 +102,8 @@ def test_a_row_may_ask_for_the_hooks_engine(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level("WARNING", logger="pahq_hf"):
         circuit = model.discover(task, threshold=0.02, progress=False)
     assert "using the hooks engine" in caplog.text and "twin" in caplog.text
+    assert circuit.discovery["engine"] == "hooks"
+    assert circuit.discovery["evaluations"] < 3 * circuit.discovery["edges"]["tested"], "one at a time"
     register()
     assert np.array_equal(
         circuit.kept, PAHQModel(twin(), FP32).discover(task, threshold=0.02, progress=False).kept
