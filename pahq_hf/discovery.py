@@ -207,7 +207,12 @@ class Discovery:
 
         with bar:
             return search(
-                engine, self.acdc, batch=self._batch(engine), done=done, on_reader=on_reader, on_batch=on_batch
+                engine,
+                self.acdc,
+                batch=self._batch(engine),
+                done=done,
+                on_reader=on_reader,
+                on_batch=on_batch,
             )
 
     def _batch(self, engine: Engine) -> BatchSize:

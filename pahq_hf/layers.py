@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pahq_hf.architectures import Architecture
-from pahq_hf.attention import PAHQAttention, linear_from, patch_attention
+from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import UnsupportedModelError
 from pahq_hf.experts import patch_experts
 from pahq_hf.graph import GraphSpec
 from pahq_hf.norms import BlockOutput
 from pahq_hf.precision import PAHQLinear
+from pahq_hf.projections import linear_from, patch_attention
 
 
 @dataclass(frozen=True)

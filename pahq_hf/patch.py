@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf.architectures import Architecture, find_architecture, graph_spec
-from pahq_hf.attention import PAHQAttention, linear_from, qkv_ranges
+from pahq_hf.attention import PAHQAttention
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.graph import Graph
@@ -33,6 +33,7 @@ from pahq_hf.precision import (
     stored_name,
 )
 from pahq_hf.precision.control import Part
+from pahq_hf.projections import linear_from, qkv_ranges
 
 
 class PatchedModel:
