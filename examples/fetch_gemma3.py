@@ -25,7 +25,8 @@ def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     """Build Google's own Gemma 3 tokenizer from the vocabulary in a GGUF file.
 
     `AutoTokenizer` comes close, but its merges follow the vocabulary's order instead of the scores,
-    so that it cuts a run of more than 31 spaces differently, and it forgets that it adds <bos>.
+    so that it cuts a run of more than 31 spaces differently, and it takes every token that SentencePiece
+    calls a control token, the 6,000 unused ones too, for special.
     """
     from gguf import GGUFReader, TokenType
     from transformers import AddedToken, GemmaTokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.architectures.positions import Tables
-from pahq_hf.errors import TaskError
+from pahq_hf.errors import ConfigError, TaskError
 from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel
@@ -121,8 +121,11 @@ def capture(
 
     Raises:
         TaskError: If a token id is outside the vocabulary.
+        ConfigError: If a circuit is applied to the model.
         RunError: If the store has no room.
     """
+    if model.is_applied:
+        raise ConfigError("a circuit is applied to this model: leave that block first")
     check_vocabulary(model, task)
     recorder = _Recorder(len(task), store or MemoryStore())
     step = max(1, _TOKENS // task.length)

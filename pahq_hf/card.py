@@ -3,80 +3,85 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit import PICTURE_NAME, Circuit
 
 _MARKUP = "\\`*<>[]|"
-_TEMPLATE = """---
-{metadata}
----
-
-# Circuit of {base_model} on {task}
-
-{kept:,} of {total:,} edges ({share:.2%}), found by ACDC with activation patching.
-
-| | |
-|---|---|
-| base model | {base_model} |
-| revision | {revision} |
-| task | {task} ({examples} pairs) |
-| metric | {metric} |
-| threshold | {threshold} |
-| precision | {precision} |
-| edges | {kept:,} kept ({live:,} live), {tested:,} tested, {total:,} in all |
-| {metric} of the full model, FP32 | {full} |
-| {metric} of the circuit, FP32 | {final} |
-| {metric} without any edge | {empty} |
-
-## Load it
-
-```python
-from pahq_hf import Circuit
-
-circuit = Circuit.from_pretrained("path/to/this/folder")
-circuit.edges          # [("a0.h1->a2.h3<q>", 0.02), ...]
-circuit.to_networkx()
-```
-"""
+_LONGEST = 200  # characters of a text that comes from files
+_TEMPLATE = Path(__file__).parent / "render" / "templates" / "card.md.jinja"
 
 
-def render_card(circuit: Circuit) -> str:
-    """The text of a circuit's README.md."""
+def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str | None = None) -> str:
+    """The text of a circuit's README.md.
+
+    Args:
+        circuit: The circuit.
+        repo_id: Where it is going to be on the Hub.
+        subfolder: Folder inside that repository.
+
+    Returns:
+        Markdown with metadata on top.
+    """
     run = circuit.discovery
     metric: dict[str, Any] = run.get("metric", {})
     edges: dict[str, Any] = run.get("edges", {})
     arguments: dict[str, Any] = run.get("arguments", {})
-    base_model = str(circuit.model.get("base_model", "unknown"))
-    data = ModelCardData(
-        base_model=base_model if _is_hub_id(base_model) else None,
-        library_name="pahq_hf",
-        license=circuit.model.get("license") or "other",
-        tags=["circuit", "pahq", "mechanistic-interpretability"],
-    )
     task: dict[str, Any] = run.get("task", {})
-    return _TEMPLATE.format(
-        metadata=data.to_yaml(),
-        base_model=_cell(base_model),
-        revision=_cell(circuit.model.get("revision") or "unknown"),
-        task=_cell(task.get("name", "unknown")),
+    base_model = str(circuit.model.get("base_model", "unknown"))
+    where = [repr(repo_id or "path/to/this/folder")]
+    if subfolder is not None:
+        where.append(f"subfolder={subfolder!r}")
+    return _template().render(
+        metadata=_metadata(circuit, base_model),
+        base_model=base_model,
+        revision=circuit.model.get("revision") or "unknown",
+        task=task.get("name", "unknown"),
         examples=task.get("examples", "?"),
         metric=metric.get("name", "metric"),
+        ablation=arguments.get("ablation", "?"),
         threshold=arguments.get("threshold", "?"),
         precision=_precision(run.get("precision", {})),
         kept=circuit.edge_count,
         live=int(circuit.live.sum()),
         tested=edges.get("tested", 0),
         total=circuit.graph.edge_count,
-        share=circuit.edge_count / circuit.graph.edge_count,
-        full=_number(metric.get("full")),
-        final=_number(metric.get("fp32")),
-        empty=_number(metric.get("empty")),
+        full=metric.get("full"),
+        final=metric.get("fp32"),
+        empty=metric.get("empty"),
+        versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
+        picture=PICTURE_NAME,
+        where=", ".join(where),
+        model_argument=repr(base_model if _is_hub_id(base_model) else "path/to/the/model"),
+        has_means=circuit.means is not None,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    # Markdown, not HTML: every value passes `cell`, which escapes what is markup there.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"cell": _cell, "number": _number}
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _metadata(circuit: Circuit, base_model: str) -> str:
+    data = ModelCardData(
+        base_model=base_model if _is_hub_id(base_model) else None,
+        library_name="pahq_hf",
+        license=circuit.model.get("license") or "other",
+        tags=["circuit", "pahq", "mechanistic-interpretability"],
+    )
+    return str(data.to_yaml())
 
 
 def _is_hub_id(name: str) -> bool:
@@ -93,6 +98,8 @@ def _is_hub_id(name: str) -> bool:
 def _cell(value: object) -> str:
     """Text that stays in its table cell and is not markup."""
     text = " ".join(str(value).encode("utf-8", "replace").decode().split())
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + "…"
     return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +16,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pahq_hf.errors import CircuitError, ConfigError, RunError
+from pahq_hf import hub
+from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
 from pahq_hf.files import write_atomically, write_text
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
 
+logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CIRCUIT_NAME = "circuit.json"
 SCORES_NAME = "scores.safetensors"
 DISCOVERY_NAME = "discovery.json"
-CARD_NAME = "README.md"
-_MAX_JSON_BYTES = 1 << 30
+MEANS_NAME = "means.safetensors"
+PICTURE_NAME = "circuit.png"
+_MAX_BYTES = 1 << 30  # of a file
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SECTIONS = ("header", "arguments", "precision", "task", "edges", "metric", "seconds")
 
 
@@ -38,6 +44,7 @@ class Circuit:
         tested: Edges that were tested. [readers, writers]
         model: What identifies the base model: id, revision, family, width, fingerprint.
         discovery: What ran and what came out (`discovery.json`).
+        means: Mean activations of the corrupted prompts, for `PAHQModel.apply` (`pahq_hf.means`).
     """
 
     graph: Graph
@@ -46,6 +53,7 @@ class Circuit:
     tested: BoolArray
     model: dict[str, Any] = field(default_factory=dict)
     discovery: dict[str, Any] = field(default_factory=dict)
+    means: dict[str, NDArray[np.float32]] | None = None
 
     # -- what is in it ----------------------------------------------------------------------------
 
@@ -102,26 +110,88 @@ class Circuit:
         name = self.model.get("base_model", "model")
         return f"Circuit({name!r}, {self.edge_count:,} of {self.graph.edge_count:,} edges)"
 
+    def _repr_html_(self) -> str:
+        """The circuit in a notebook: its picture and the facts of its run."""
+        from pahq_hf.render.notebook import circuit_html
+
+        return circuit_html(self)
+
     # -- files ------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write circuit.json, scores.safetensors, discovery.json and README.md.
+    def save_pretrained(self, folder: str | Path, *, overwrite_card: bool = False) -> None:
+        """Write circuit.json, scores.safetensors, discovery.json, means.safetensors, a picture and a card.
 
         Args:
-            folder: Created if needed. An existing README.md is kept.
+            folder: Created if needed.
+            overwrite_card: Replace a README.md that was written or changed by hand, too.
 
         Raises:
             RunError: If the folder cannot be written.
         """
+        from pahq_hf.card import render_card
+        from pahq_hf.render.picture import draw
+
         folder = make_folder(folder)
         write_atomically(folder / SCORES_NAME, self._write_scores)
+        if self.means is not None:
+            means = self.means
+            write_atomically(folder / MEANS_NAME, lambda path: _save_tensors(means, path))
         write_text(folder / DISCOVERY_NAME, json.dumps(self.discovery, indent=2) + "\n")
-        if not (folder / CARD_NAME).exists():
-            from pahq_hf.card import render_card
-
-            write_text(folder / CARD_NAME, render_card(self))
+        write_atomically(folder / PICTURE_NAME, lambda path: draw(self, path, "png"))
+        if overwrite_card or not hub.is_edited(folder / hub.CARD_NAME):
+            write_text(folder / hub.CARD_NAME, hub.signed(render_card(self)))
         # Last: its presence says that the folder is complete.
         write_text(folder / CIRCUIT_NAME, json.dumps(self.to_json(), indent=1) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        subfolder: str | None = None,
+        overwrite_card: bool = False,
+    ) -> str:
+        """Publish the circuit on the Hugging Face Hub, as one commit.
+
+        Args:
+            repo_id: `owner/name`; the repository is created if need be.
+            private: Whether a new repository is private.
+            token: A token; the stored one by default.
+            revision: Branch to commit to.
+            create_pr: Open a pull request instead.
+            commit_message: Title of the commit.
+            subfolder: Folder inside the repository, to keep several circuits in one.
+            overwrite_card: Replace a card that was edited on the Hub, too.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            HubError: If the Hub refuses.
+        """
+
+        def write(folder: Path) -> None:
+            from pahq_hf.card import render_card
+
+            self.save_pretrained(folder)
+            card = render_card(self, repo_id=repo_id, subfolder=subfolder)
+            write_text(folder / hub.CARD_NAME, hub.signed(card))
+
+        return hub.push(
+            write,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Circuit of {self.edge_count:,} edges (pahq_hf)",
+            subfolder=subfolder,
+            overwrite_card=overwrite_card,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The EAP-IG / MIB style document: config, nodes, kept edges."""
@@ -149,31 +219,61 @@ class Circuit:
             "tested": self.tested.astype(np.uint8),
             "exists": self.graph.all_edges.astype(np.uint8),
         }
-        notes = {
+        layout = {
             "axes": "readers, writers",
-            "readers": json.dumps([reader.name for reader in self.graph.readers]),
-            "writers": json.dumps([writer.name for writer in self.graph.writers]),
+            "readers": [reader.name for reader in self.graph.readers],
+            "writers": [writer.name for writer in self.graph.writers],
         }
-        try:
-            save_file(tensors, path, metadata=notes)
-        except SafetensorError as error:
-            raise RunError(f"cannot write the scores to {path.parent}: {error}") from error
+        # One key: safetensors writes several in a random order, and files could not be compared.
+        notes = {"layout": json.dumps(layout)}
+        _save_tensors(tensors, path, notes)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Circuit:
-        """Read a circuit written by `save_pretrained`.
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Circuit:
+        """Read a circuit written by `save_pretrained`, from a folder or from the Hub.
 
         Args:
-            folder: Its folder.
+            name: Its folder, or the id of a Hub repository.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Hub token; the stored one by default.
+            cache_dir: Where downloads go.
+            force_download: Download again what is in the cache.
+            local_files_only: Do not reach the Hub.
 
         Returns:
             The circuit.
 
         Raises:
             CircuitError: If a file is missing, damaged, or of a newer format.
+            HubError: If the repository cannot be read.
         """
-        folder = Path(folder)
-        document = _read_json(folder / CIRCUIT_NAME)
+        folder = Path(name)
+        if not folder.exists() and _HUB_ID.fullmatch(str(name)):
+            place = hub.HubPlace(
+                str(name), revision, subfolder, token, cache_dir, force_download, local_files_only
+            )
+            try:
+                folder = hub.pull(place, (CIRCUIT_NAME, SCORES_NAME), (DISCOVERY_NAME, MEANS_NAME))
+            except HubError as error:
+                raise HubError(f"there is no folder {name} here, and on the Hub: {error}") from error
+        elif subfolder is not None:
+            folder = folder / subfolder
+        return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> Circuit:
+        document = read_json(folder / CIRCUIT_NAME)
         cfg, edges = document.get("cfg"), document.get("edges")
         if not isinstance(cfg, dict) or not isinstance(edges, dict):
             raise CircuitError(f"{folder / CIRCUIT_NAME} has no 'cfg' and 'edges'; it is not a circuit")
@@ -195,9 +295,11 @@ class Circuit:
             tested=tensors["tested"].astype(bool),
             model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
             discovery=_read_discovery(folder / DISCOVERY_NAME),
+            means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
         )
 
 
+_MODEL_KEYS = {"base_model", "revision", "model_type", "d_model", "fingerprint", "license"}
 _SPEC_KEYS = {
     "format_version": FORMAT_VERSION,
     "n_layers": None,
@@ -211,6 +313,9 @@ _SPEC_KEYS = {
 
 
 def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
+    unknown = sorted(set(cfg) - set(_SPEC_KEYS) - _MODEL_KEYS)
+    if unknown:
+        logger.warning("%s: unknown keys in cfg are ignored: %s", folder, ", ".join(k[:40] for k in unknown))
     version = cfg.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CircuitError(
@@ -232,11 +337,11 @@ def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
 
 def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     """The tensors of a circuit, checked against the shape of its graph before that is built."""
-    try:
-        tensors = load_file(path)
-        found = {name: tensors[name] for name in ("score", "tested", "in_graph")}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CircuitError(f"cannot read {path}: {error}") from error
+    tensors = _load_tensors(path)
+    missing = [name for name in ("score", "tested", "in_graph") if name not in tensors]
+    if missing:
+        raise CircuitError(f"cannot read {path}: it has no {missing[0]!r}")
+    found = {name: tensors[name] for name in ("score", "tested", "in_graph")}
     mlp = int(spec.mlps)
     shape = (
         1 + spec.layers * (spec.heads + 2 * spec.kv_readers + mlp),
@@ -250,17 +355,39 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     return found
 
 
+def _load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise CircuitError(f"{path} is larger than any circuit; not read")
+        tensors: dict[str, NDArray[Any]] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CircuitError(f"cannot read {path}: {error}") from error
+    return tensors
+
+
+def _save_tensors(tensors: dict[str, NDArray[Any]], path: Path, notes: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata=notes)
+    except SafetensorError as error:
+        raise RunError(f"cannot write tensors to {path.parent}: {error}") from error
+
+
 def _read_discovery(path: Path) -> dict[str, Any]:
-    facts = _read_json(path) if path.exists() else {}
+    facts = read_json(path) if path.exists() else {}
     for name in _SECTIONS:
         if not isinstance(facts.get(name, {}), dict):
             raise CircuitError(f"{path} is damaged: {name!r} does not hold an object")
     return facts
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CircuitError: If it is missing, too large, damaged, or no object.
+    """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise CircuitError(f"{path} is larger than any circuit; not read")
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

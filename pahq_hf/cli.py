@@ -6,7 +6,6 @@ says why), 130 interrupted (a run's journal keeps what was done).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from pahq_hf.cli_output import print_facts, print_json, print_rich
+from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime, StoreName
 from pahq_hf.errors import ConfigError, PAHQError
 
@@ -171,9 +172,9 @@ def info(
         source=CheckpointSource(files) if files else None,
     )
     if as_json:
-        _print_json({**facts, "memory": needs.to_dict()})
+        print_json({**facts, "memory": needs.to_dict()})
         return
-    _print_rich(facts_table(facts), memory_table(needs, n, length))
+    print_rich(facts_table(facts), memory_table(needs, n, length))
 
 
 @app.command()
@@ -189,11 +190,11 @@ def families(
     if not facts:
         raise ConfigError(f"model family {family!r} is not supported; see: pahq families")
     if as_json:
-        _print_json({"families": [row.to_dict() for row in facts]})
+        print_json({"families": [row.to_dict() for row in facts]})
     elif family is None:
-        _print_rich(families_table(facts))
+        print_rich(families_table(facts))
     else:
-        _print_rich(*(facts_table(row.to_dict()) for row in facts))
+        print_rich(*(facts_table(row.to_dict()) for row in facts))
 
 
 @app.command()
@@ -268,19 +269,22 @@ def discover(
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
     circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
     if as_json:
-        _print_json({"out": str(out), **circuit.discovery})
+        print_json({"out": str(out), **circuit.discovery})
     else:
-        _print_rich(run_table(circuit))
+        print_rich(run_table(circuit))
 
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a circuit.")],
+    circuit: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
     task: TaskOption,
     n: CountOption = None,
     seed: SeedOption = 0,
     metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Accept other weights of the same shape.")
+    ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
@@ -291,52 +295,16 @@ def evaluate(
     """Judge a circuit on a task, in FP32."""
     from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
 
-    circuit = Circuit.from_pretrained(folder)
+    found = Circuit.from_pretrained(circuit, token=token)
     arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device)
-    pahq = PAHQConfig(regime="fp32", split_kv_groups=circuit.graph.spec.split_kv_groups)
+    pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
-    _print_facts(wrapped.evaluate(circuit, data, metric=metric), as_json)
+    print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-@app.command()
-def show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a circuit.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Show a circuit: what ran, kept edges per layer, the strongest edges."""
-    from pahq_hf import Circuit
-    from pahq_hf.render.table import edge_table, layer_table, run_table
-
-    circuit = Circuit.from_pretrained(folder)
-    if as_json:
-        _print_json({**circuit.to_json(), "discovery": circuit.discovery})
-        return
-    _print_rich(run_table(circuit), layer_table(circuit), edge_table(circuit))
-
-
-# -- printing ---------------------------------------------------------------------------------------
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document) + "\n")
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(facts)
-        return
-    from pahq_hf.render.table import facts_table
-
-    _print_rich(facts_table(facts))
-
-
-def _print_rich(*tables: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in tables:
-        console.print(table)
+for command in (show, push, pull, export, import_, compare):
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def main() -> None:

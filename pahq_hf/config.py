@@ -99,6 +99,45 @@ class PAHQConfig(_JsonConfig):
     policy: Mapping[str, Format] = field(default_factory=dict, hash=False)
     quantize_embeddings: bool = False
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `pahq_config.json` into a folder.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        from pahq_hf.wrapper import Wrapper
+
+        Wrapper(self).save(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            HubError: If the Hub refuses.
+        """
+        from pahq_hf.wrapper import Wrapper
+
+        return Wrapper(self).push(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> PAHQConfig:
+        """Read `pahq_config.json` from a folder or from the Hub.
+
+        Args:
+            name: Folder or Hub id.
+            **options: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ConfigError: If it is missing or damaged.
+            HubError: If the repository cannot be read.
+        """
+        from pahq_hf.wrapper import Wrapper
+
+        return Wrapper.load(name, **options).config
+
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""
         _choice("precision", self.regime, Regime)

@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 import pahq_hf
@@ -80,6 +82,7 @@ class Discovery:
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
         self.progress = progress
         self._seconds: dict[str, float] = {}
+        self._means: dict[str, NDArray[np.float32]] | None = None
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
@@ -133,7 +136,8 @@ class Discovery:
         facts["seconds"] = {name: round(value, 3) for name, value in self._seconds.items()}
         facts["peak_memory"] |= peak.report()
         facts |= {"resumed_readers": resumed, "metric": metric}
-        circuit = Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts)
+        found = state.kept, state.scores, state.tested
+        circuit = Circuit(self.model.graph, *found, self.identity, facts, self._means)
         if folder is not None:
             circuit.save_pretrained(folder)
         return circuit
@@ -146,6 +150,7 @@ class Discovery:
     def _evaluate(self, state: Search, final: float) -> dict[str, Any]:
         """The circuit's metric again by the hooks engine, at the search's precision and in FP32."""
         evaluator = Evaluator(self.model, self.task, self.metric, self.acdc.ablation)
+        self._means = evaluator.means()
         fp32 = recomputed = evaluator.metric_of(state.kept)
         if self.pahq.regime in ("rtn", "pahq-literal"):
             low = HooksEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation)

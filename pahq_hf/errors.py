@@ -39,6 +39,10 @@ class CircuitError(PAHQError):
     """A circuit file is damaged, or belongs to another model."""
 
 
+class HubError(PAHQError):
+    """The Hugging Face Hub lacks something, refuses it, or cannot be reached."""
+
+
 class RunError(PAHQError):
     """An output folder cannot be written, or holds a different run."""
 

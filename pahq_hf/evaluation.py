@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.graph import BoolArray
+from pahq_hf.means import means_of
 from pahq_hf.metrics import Metric, accuracy
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -46,6 +50,10 @@ class Evaluator:
         with self._model.precision.full_precision():
             return self._engine.metric_of(kept)
 
+    def means(self) -> dict[str, NDArray[np.float32]]:
+        """Mean activations of the corrupted prompts."""
+        return means_of(self._engine.corrupted, self._task)
+
     def report(self, circuit: Circuit) -> dict[str, Any]:
         """Everything measured about one circuit.
 
@@ -58,7 +66,7 @@ class Evaluator:
         Raises:
             CircuitError: If the circuit is of another graph.
         """
-        check_fits(circuit, self._model)
+        check_shape(circuit, self._model)
         with self._model.precision.full_precision():
             logits = self._engine.logits(circuit.kept)
         value = self._metric(logits)
@@ -80,8 +88,12 @@ def faithfulness(value: float, full: float, empty: float) -> float | None:
     return None if full == empty else (value - empty) / (full - empty)
 
 
-def check_fits(circuit: Circuit, model: PatchedModel) -> None:
-    """Check that a circuit belongs to a model.
+def check_shape(circuit: Circuit, model: PatchedModel) -> None:
+    """Check that a circuit's graph is a model's.
+
+    Args:
+        circuit: The circuit.
+        model: The patched model.
 
     Raises:
         CircuitError: Naming the first difference.
@@ -99,3 +111,27 @@ def check_fits(circuit: Circuit, model: PatchedModel) -> None:
     width, mine = circuit.model.get("d_model"), model.hf.config.hidden_size
     if width is not None and width != mine:
         raise CircuitError(f"this circuit is of another model: its d_model is {width}, the model's is {mine}")
+
+
+def check_fits(
+    circuit: Circuit, model: PatchedModel, identity: dict[str, Any], *, any_weights: bool = False
+) -> None:
+    """Check that a circuit belongs to a model.
+
+    Args:
+        circuit: The circuit.
+        model: The patched model.
+        identity: What identifies the model.
+        any_weights: Accept a model of the same shape with other weights, such as a fine-tuned one.
+
+    Raises:
+        CircuitError: Naming the first difference.
+    """
+    check_shape(circuit, model)
+    its, mine = circuit.model.get("fingerprint"), identity.get("fingerprint")
+    if not any_weights and its is not None and its != mine:
+        name, revision = (str(circuit.model.get(key))[:80] for key in ("base_model", "revision"))
+        raise CircuitError(
+            f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
+            "any weights of this shape (--any-weights, any_weights=True)"
+        )

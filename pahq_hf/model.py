@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,23 @@ from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
+from pahq_hf.apply import applied, run_of_prompts
 from pahq_hf.architectures import find_architecture
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.evaluation import Evaluator, check_fits
 from pahq_hf.graph import Graph
+from pahq_hf.means import Means, as_activations
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
 from pahq_hf.skeleton import borrowed, stored_tensor
 from pahq_hf.tasks.base import Task
+from pahq_hf.wrapper import Wrapper, find_wrapper
 
 _ROWS = 4096  # of a weight that are hashed at once
 
@@ -110,7 +115,7 @@ class PAHQModel(nn.Module):
         """Load a checkpoint and patch it.
 
         Args:
-            model: Hub id, folder, or `demo` for the bundled checkpoint.
+            model: Hub id, folder, or `demo` for the bundled checkpoint; also of what `save_pretrained` wrote.
             pahq_config: Precision regime and format; `pahq` in FP8 by default.
             **kwargs: As for `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`,
                 `device_map`, `gguf_file`, `trust_remote_code`, ...
@@ -125,9 +130,18 @@ class PAHQModel(nn.Module):
         """
         name = str(model)
         config = pahq_config or PAHQConfig()
-        hf, source = checkpoint.load(
-            name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
-        )
+        try:
+            hf, source = checkpoint.load(
+                name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
+            )
+        except (ModelLoadError, UnsupportedModelError):
+            wrapper = find_wrapper(name, kwargs)
+            if wrapper is None or wrapper.base_model is None:
+                raise
+            rest = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+            return cls.from_pretrained(
+                wrapper.base_model, pahq_config or wrapper.config, revision=wrapper.revision, **rest
+            )
         tokenizer = checkpoint.load_tokenizer(name, **kwargs)
         return cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
 
@@ -150,16 +164,32 @@ class PAHQModel(nn.Module):
         """The wrapped model's generate."""
         return self._wrapped.generate(*args, **kwargs)
 
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refuse: a patched model's weights are cut into heads, and maybe low precision.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `pahq_config.json`: the base model's name and how it is patched, no weights.
+
+        As with PEFT, `PAHQModel.from_pretrained` of that folder loads the base model again.
+
+        Args:
+            folder: Created if needed.
 
         Raises:
-            ConfigError: Always; the checkpoint the model came from is unchanged, save circuits instead.
+            RunError: If it cannot be written.
         """
-        raise ConfigError(
-            "a patched model is not a checkpoint to save: the one it was loaded from is unchanged; "
-            "save circuits with Circuit.save_pretrained"
-        )
+        self._wrapper().save(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            HubError: If the Hub refuses.
+        """
+        return self._wrapper().push(repo_id, **options)
+
+    def _wrapper(self) -> Wrapper:
+        return Wrapper(self.pahq_config, self.identity["base_model"], self.identity["revision"])
 
     @property
     def _wrapped(self) -> Any:
@@ -251,13 +281,21 @@ class PAHQModel(nn.Module):
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
 
-    def evaluate(self, circuit: Circuit, task: Task, *, metric: MetricName | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        circuit: Circuit,
+        task: Task,
+        *,
+        metric: MetricName | None = None,
+        any_weights: bool = False,
+    ) -> dict[str, Any]:
         """Judge a circuit on a task, in FP32.
 
         Args:
             circuit: A circuit of this model.
             task: The prompts.
             metric: The metric whose faithfulness is reported; the circuit's own by default.
+            any_weights: Accept a circuit that was found on other weights of the same shape.
 
         Returns:
             `kl`, `accuracy`, `faithfulness`, `edges` and more; see `evaluation.Evaluator.report`.
@@ -265,11 +303,74 @@ class PAHQModel(nn.Module):
         Raises:
             CircuitError: If the circuit is of another model.
         """
-        check_fits(circuit, self.patched)
+        check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.discovery.get("arguments", {})
         chosen: MetricName = metric or ran.get("metric") or task.metric
         evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
         return evaluator.report(circuit)
+
+    def apply(  # type: ignore[override]
+        self,
+        circuit: Circuit,
+        *,
+        corrupted: Tensor | None = None,
+        corrupted_mask: Tensor | None = None,
+        means: Means | None = None,
+        exact: bool = True,
+        any_weights: bool = False,
+    ) -> AbstractContextManager[PAHQModel]:
+        """Run the model as a circuit: inside, forward, generate and pipelines use nothing but its edges.
+
+        Removed edges carry what the corrupted prompts write, or mean activations, which serve prompts of
+        any length: those stored with the circuit, unless others are given.
+
+        Args:
+            circuit: A circuit of this model.
+            corrupted: Token ids of corrupted prompts; forward passes then need the same shape. [batch, pos]
+            corrupted_mask: Which of them are real. [batch, pos]
+            means: Mean activations (`pahq_hf.means.means_of`).
+            exact: Compute in FP32; False computes at the model's precision, faster.
+            any_weights: Accept a circuit that was found on other weights of the same shape.
+
+        Returns:
+            A context that gives this model.
+
+        Raises:
+            ConfigError: If a circuit is applied already, or nothing says what removed edges carry.
+            CircuitError: If the circuit, or the means, are of another model.
+        """
+        if not isinstance(circuit, Circuit):  # `nn.Module.apply`, which calls a function on every module
+            return super().apply(circuit)  # type: ignore[unreachable]
+        return self._applied(circuit, corrupted, corrupted_mask, means, exact, any_weights)
+
+    @contextmanager
+    def _applied(
+        self,
+        circuit: Circuit,
+        corrupted: Tensor | None,
+        corrupted_mask: Tensor | None,
+        means: Means | None,
+        exact: bool,
+        any_weights: bool,
+    ) -> Iterator[PAHQModel]:
+        check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
+        if corrupted is not None and means is not None:
+            raise ConfigError("give either corrupted prompts or mean activations, not both")
+        if self.patched.is_applied:
+            raise ConfigError("a circuit is applied already: leave that block first")
+        self.deactivate()
+        stored = circuit.means if means is None else means
+        if corrupted is not None:
+            substitute = run_of_prompts(self.patched, corrupted, corrupted_mask)
+        elif stored is not None:
+            with self.patched.precision.full_precision():
+                substitute = as_activations(self.patched, stored)
+        else:
+            raise ConfigError(
+                "this circuit comes without mean activations: give corrupted prompts (corrupted=ids) or means"
+            )
+        with applied(self.patched, circuit.kept, substitute, exact=exact):
+            yield self
 
 
 def _reference(model: PreTrainedModel, probe: Task, origin: CheckpointSource | None) -> Tensor:

@@ -55,6 +55,7 @@ class PatchedModel:
         self.hf = hf
         self.spec = graph_spec(hf.config, split_kv_groups=split_kv_groups)
         self.graph = Graph(self.spec)
+        self.is_applied = False  # whether hooks restrict it to a circuit now
         hf.eval()
         hf.requires_grad_(False)
         blocks = self.arch.find(hf, self.arch.layers)

@@ -190,7 +190,10 @@ def run_main(*arguments: str) -> int:
 
 # -- runs -------------------------------------------------------------------------------------------
 
-FILES = {"circuit.json", "scores.safetensors", "discovery.json", "README.md", "journal.jsonl"}
+FILES = {
+    *("circuit.json", "scores.safetensors", "discovery.json", "means.safetensors"),
+    *("README.md", "circuit.png", "journal.jsonl"),
+}
 
 
 def journal_lines(folder: Path) -> list[bytes]:

@@ -77,12 +77,12 @@ class HooksEngine:
         self._rule = rule or PrecisionRule()
         with self._rule.exactly(self.model):
             clean = capture(model, task, task.clean_ids, store)
-            self._corrupted = capture(model, task, task.corrupted_ids, store)
-            self.substitute: Activations = ablated(model, clean, self._corrupted, task, ablation, store)
+            self.corrupted = capture(model, task, task.corrupted_ids, store)
+            self.substitute: Activations = ablated(model, clean, self.corrupted, task, ablation, store)
         self._fixed = ablation != "corrupted"
         self.clean_logits = clean.logits
         self.metric = Metric(metric, task, clean.logits, model.device)
-        for run in (clean, self._corrupted):
+        for run in (clean, self.corrupted):
             self.metric(run.logits)  # NaN fails here, before anything is searched or written
         self._ablated = self.substitute  # with the streams these writers add up to
         self._removed = self.graph.no_edges()
@@ -239,7 +239,7 @@ class HooksEngine:
 
     def _replace_substitute(self, reader: int) -> None:
         number = self.graph.readers[reader].layer
-        layer, corrupted = self.model.layers[number], self._corrupted
+        layer, corrupted = self.model.layers[number], self.corrupted
         with torch.no_grad():
             if self.graph.readers[reader].kind == "mlp":
                 values = layer.mlp(layer.mlp_norm(corrupted.mlp_in[number]))

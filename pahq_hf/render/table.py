@@ -13,6 +13,7 @@ from pahq_hf.accounting import MemoryReport
 from pahq_hf.architectures import FamilyFacts
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import BoolArray, ReaderKind, edge_list
+from pahq_hf.render.facts import run_facts
 
 _KINDS: tuple[ReaderKind, ...] = ("q", "k", "v", "mlp", "logits")
 _TOP = 15
@@ -82,25 +83,7 @@ def memory_table(report: MemoryReport, n: int, length: int) -> Table:
 
 def run_table(circuit: Circuit) -> Table:
     """What ran and what came out."""
-    run = circuit.discovery
-    edges, metric = run.get("edges", {}), run.get("metric", {})
-    precision = run.get("precision", {})
-    facts = {
-        "model": circuit.model.get("base_model", "unknown"),
-        "task": run.get("task", {}).get("name", "unknown"),
-        "threshold": run.get("arguments", {}).get("threshold"),
-        "precision": precision.get("regime"),
-        "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
-        "edges live": int(circuit.live.sum()),
-        "edges tested": edges.get("tested"),
-        "metric": metric.get("name"),
-        "full model": metric.get("full"),
-        "no edges": metric.get("empty"),
-        "circuit": metric.get("final"),
-        "circuit in FP32": metric.get("fp32"),
-        "seconds": run.get("seconds", {}).get("total"),
-    }
-    return facts_table({name: value for name, value in facts.items() if value is not None})
+    return facts_table(run_facts(circuit))
 
 
 def layer_table(circuit: Circuit) -> Table:

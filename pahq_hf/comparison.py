@@ -1,0 +1,72 @@
+"""How alike two circuits are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pahq_hf.circuit import Circuit
+from pahq_hf.errors import CircuitError
+from pahq_hf.graph import BoolArray
+
+_KINDS = ("q", "k", "v", "mlp", "logits")
+
+
+def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
+    """Overlap and correlation of two circuits of one graph.
+
+    Args:
+        a: One circuit.
+        b: Another.
+
+    Returns:
+        Edge counts, Jaccard indices of edges (also by kind of reader) and of nodes, and the Pearson and
+        Spearman correlations of the scores of edges that both tested; None where nothing is to compare.
+
+    Raises:
+        CircuitError: If their graphs differ.
+    """
+    if a.graph.spec != b.graph.spec:
+        raise CircuitError(
+            f"these circuits are of different graphs, {a.graph.spec} and {b.graph.spec}: nothing to compare"
+        )
+    rows = {kind: np.array([reader.kind == kind for reader in a.graph.readers]) for kind in _KINDS}
+    nodes = set(a.nodes), set(b.nodes)
+    both = a.tested & b.tested
+    return {
+        "edges": {
+            "first": a.edge_count,
+            "second": b.edge_count,
+            "both": int((a.kept & b.kept).sum()),
+            "only first": int((a.kept & ~b.kept).sum()),
+            "only second": int((b.kept & ~a.kept).sum()),
+        },
+        "jaccard": jaccard(a.kept, b.kept),
+        "jaccard by kind": {kind: jaccard(a.kept[mask], b.kept[mask]) for kind, mask in rows.items()},
+        "jaccard of nodes": len(nodes[0] & nodes[1]) / len(nodes[0] | nodes[1]) if any(nodes) else None,
+        "scores": {
+            "tested by both": int(both.sum()),
+            "pearson": _correlation(a.scores[both], b.scores[both]),
+            "spearman": _correlation(_ranks(a.scores[both]), _ranks(b.scores[both])),
+        },
+    }
+
+
+def jaccard(a: BoolArray, b: BoolArray) -> float | None:
+    """Intersection over union; None for two empty sets."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else None
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks; ties share their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[inverse]

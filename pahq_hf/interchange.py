@@ -1,0 +1,170 @@
+"""Circuits in other tools' formats: EAP-IG / MIB JSON, CSV, GraphML and Graphviz DOT, all plain text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx as nx
+import numpy as np
+
+from pahq_hf.circuit import Circuit, read_json
+from pahq_hf.errors import CircuitError, ConfigError
+from pahq_hf.files import write_text
+from pahq_hf.graph import Graph, GraphSpec
+
+ExportFormat = Literal["mib", "csv", "graphml", "dot"]
+_CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
+_COLOURS = {"q": "#1f77b4", "k": "#2ca02c", "v": "#d62728", "mlp": "#9467bd", "logits": "#7f7f7f"}
+
+
+def export(circuit: Circuit, path: str | Path, fmt: ExportFormat) -> None:
+    """Write a circuit in another tool's format.
+
+    Args:
+        circuit: The circuit.
+        path: The file.
+        fmt: `mib` (EAP-IG and MIB JSON), `csv` (every edge), `graphml` or `dot` (kept edges).
+
+    Raises:
+        RunError: If the file cannot be written.
+        ConfigError: If the format is unknown.
+        CircuitError: If the format cannot hold this circuit.
+    """
+    if fmt not in _WRITERS:
+        raise ConfigError(f"format must be one of {', '.join(_WRITERS)}, not {fmt!r}")
+    write_text(Path(path), _WRITERS[fmt](circuit))
+
+
+# -- EAP-IG and MIB ---------------------------------------------------------------------------------
+
+
+def to_mib(circuit: Circuit) -> dict[str, Any]:
+    """The document that EAP-IG's `Graph.from_json` and the MIB benchmark read: every node, every edge.
+
+    They know heads only: a key/value group that heads share becomes an edge to each of these heads.
+
+    Args:
+        circuit: The circuit.
+
+    Returns:
+        `{"cfg": ..., "nodes": ..., "edges": ...}`.
+
+    Raises:
+        CircuitError: If the model has no MLPs, which EAP-IG's graphs always have.
+    """
+    spec = circuit.graph.spec
+    if not spec.mlps:
+        raise CircuitError("EAP-IG's graphs have an MLP in every layer; this model has none: export csv")
+    kept_nodes = set(circuit.nodes)
+    names = [writer.name for writer in circuit.graph.writers] + ["logits"]
+    cfg = {
+        "n_layers": spec.layers,
+        "n_heads": spec.heads,
+        "parallel_attn_mlp": spec.parallel,
+        "d_model": circuit.model.get("d_model"),
+    }
+    return {
+        "cfg": cfg,
+        "nodes": {name: {"in_graph": name in kept_nodes} for name in names},
+        "edges": dict(_mib_edges(circuit)),
+    }
+
+
+def _mib_edges(circuit: Circuit) -> Iterator[tuple[str, dict[str, Any]]]:
+    graph = circuit.graph
+    for r, reader in enumerate(graph.readers):
+        targets = [reader.name]
+        if reader.kind in ("k", "v"):
+            targets = [f"{graph.writers[node].name}<{reader.kind}>" for node in reader.nodes]
+        for w in range(int(graph.prefix[r])):
+            facts = {"score": float(circuit.scores[r, w]), "in_graph": bool(circuit.kept[r, w])}
+            for target in targets:
+                yield f"{graph.writers[w].name}->{target}", facts
+
+
+def from_mib(path: str | Path) -> Circuit:
+    """Read an EAP-IG or MIB graph.
+
+    Args:
+        path: A JSON file with `cfg`, `nodes` and `edges`.
+
+    Returns:
+        The circuit, every head with key and value readers of its own. Edges with a score other than 0
+        count as tested.
+
+    Raises:
+        CircuitError: If it is no such file, or names edges that its graph does not have.
+    """
+    document = read_json(Path(path))
+    cfg, edges = document.get("cfg"), document.get("edges")
+    if not isinstance(cfg, dict) or not isinstance(edges, dict):
+        raise CircuitError(f"{path} has no 'cfg' and 'edges': it is not an EAP-IG or MIB graph")
+    try:
+        spec = GraphSpec(
+            layers=int(cfg["n_layers"]),
+            heads=int(cfg["n_heads"]),
+            kv_groups=int(cfg["n_heads"]),
+            parallel=bool(cfg.get("parallel_attn_mlp", False)),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+        raise CircuitError(f"{path}: unusable cfg ({error!r})") from error
+    graph = Graph(spec)
+    kept, scores = graph.no_edges(), np.zeros(graph.all_edges.shape)
+    for name, facts in edges.items():
+        r, w = graph.parse_edge(name)
+        try:
+            scores[r, w] = float(facts.get("score") or 0.0)
+            kept[r, w] = bool(facts.get("in_graph", False))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CircuitError(f"{path}: edge {name[:80]!r} has no usable score and in_graph") from error
+    model = {"d_model": cfg["d_model"]} if isinstance(cfg.get("d_model"), int) else {}
+    return Circuit(graph, kept, scores, scores != 0, model, {})
+
+
+# -- edges as rows ----------------------------------------------------------------------------------
+
+
+def _to_csv(circuit: Circuit) -> str:
+    """Every edge of the graph, one per row."""
+    graph, text = circuit.graph, io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_CSV_COLUMNS)
+    for r, reader in enumerate(graph.readers):
+        for w in range(int(graph.prefix[r])):
+            facts = float(circuit.scores[r, w]), int(circuit.kept[r, w]), int(circuit.tested[r, w])
+            table.writerow((graph.writers[w].name, reader.name, reader.kind, *facts))
+    return text.getvalue()
+
+
+# -- kept edges as graphs ---------------------------------------------------------------------------
+
+
+def _to_graphml(circuit: Circuit) -> str:
+    return "\n".join(nx.generate_graphml(circuit.to_networkx())) + "\n"
+
+
+def _to_dot(circuit: Circuit) -> str:
+    lines = ["digraph circuit {", "  rankdir=BT;", '  node [shape=box, fontname="sans-serif"];']
+    lines += [f"  {_quoted(name)};" for name in circuit.nodes]
+    for writer, target, facts in circuit.to_networkx().edges(data=True):
+        look = f'color="{_COLOURS[facts["kind"]]}", label="{facts["kind"]} {facts["score"]:.3g}"'
+        lines.append(f"  {_quoted(writer)} -> {_quoted(target)} [{look}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _quoted(name: str) -> str:
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_WRITERS: dict[str, Callable[[Circuit], str]] = {
+    "mib": lambda circuit: json.dumps(to_mib(circuit), indent=1) + "\n",
+    "csv": _to_csv,
+    "graphml": _to_graphml,
+    "dot": _to_dot,
+}

@@ -1,0 +1,37 @@
+"""What ran and what came out, as names and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pahq_hf.circuit import Circuit
+
+
+def run_facts(circuit: Circuit) -> dict[str, Any]:
+    """The facts of a run that are known.
+
+    Args:
+        circuit: The circuit.
+
+    Returns:
+        Values by name, in the order they are read.
+    """
+    run = circuit.discovery
+    edges, metric = run.get("edges", {}), run.get("metric", {})
+    precision = run.get("precision", {})
+    facts = {
+        "model": circuit.model.get("base_model", "unknown"),
+        "task": run.get("task", {}).get("name", "unknown"),
+        "threshold": run.get("arguments", {}).get("threshold"),
+        "precision": precision.get("regime"),
+        "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
+        "edges live": int(circuit.live.sum()),
+        "edges tested": edges.get("tested"),
+        "metric": metric.get("name"),
+        "full model": metric.get("full"),
+        "no edges": metric.get("empty"),
+        "circuit": metric.get("final"),
+        "circuit in FP32": metric.get("fp32"),
+        "seconds": run.get("seconds", {}).get("total"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}

@@ -1,0 +1,228 @@
+"""`model.apply(circuit)`: inside, the Hugging Face model is its circuit; outside, itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import pipeline
+
+from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.errors import CircuitError, ConfigError
+from pahq_hf.graph import BoolArray
+from pahq_hf.means import means_of
+from tests.families import ALL_FAMILIES
+from tests.helpers import FP32, random_edges, wrapped
+from tests.models import padded_prompts, random_task, relative_error, word_tokenizer
+
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "opt", "bloom", "mixtral", "falcon", "olmo2", "granite")
+
+
+def circuit_of(model: PAHQModel, kept: BoolArray, means: Any = None) -> Circuit:
+    nothing = np.zeros(kept.shape)
+    return Circuit(model.graph, kept, nothing, nothing.astype(bool), model.identity, {}, means)
+
+
+def hub_model(family: str, **options: Any) -> PAHQModel:
+    return PAHQModel(ALL_FAMILIES[family](), PAHQConfig(**options) if options else FP32)
+
+
+def answers(model: PAHQModel, task: Task) -> Tensor:
+    """Logits at the answer positions, from a plain forward pass."""
+    with torch.no_grad():
+        logits = model(
+            input_ids=task.clean_ids,
+            attention_mask=task.attention_mask,
+            position_ids=task.position_ids,
+            use_cache=False,
+        ).logits
+    return logits[task.answer_rows, task.answer_positions]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_with_corrupted_prompts_it_is_the_hooks_engine(family: str, padding: str) -> None:
+    model, task = hub_model(family), random_task(padding=padding, rows=2)
+    engine = HooksEngine(model.patched, task, "kl")
+    for seed, share in enumerate((1.0, 0.8, 0.3, 0.0)):
+        kept = random_edges(model.graph, share, seed)
+        expected = engine.logits(kept)
+        corrupted: dict[str, Any] = {
+            "corrupted": task.corrupted_ids,
+            "corrupted_mask": task.attention_mask,
+        }
+        with model.apply(circuit_of(model, kept), **corrupted) as inside:
+            assert inside is model
+            assert relative_error(answers(model, task), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_edges_it_is_the_model_and_afterwards_too(family: str) -> None:
+    model, task = hub_model(family), random_task(padding="left")
+    before = answers(model, task)
+    means = means_of(HooksEngine(model.patched, task, "kl").corrupted, task)
+    with model.apply(circuit_of(model, model.graph.all_edges), means=means):
+        assert relative_error(answers(model, task), before) < 1e-5
+    with model.apply(circuit_of(model, model.graph.no_edges()), means=means):
+        nothing = answers(model, task)
+    assert relative_error(nothing, before) > 1e-2
+    assert torch.equal(answers(model, task), before)
+    # Without any edge nothing of the prompt reaches the logits.
+    torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "falcon"])
+def test_generate_with_and_without_a_cache_is_the_same(family: str) -> None:
+    model, task = hub_model(family), random_task()
+    means = means_of(HooksEngine(model.patched, task, "kl").corrupted, task)
+    circuit = circuit_of(model, random_edges(model.graph, 0.3, 3), means)
+    inputs = {"input_ids": task.clean_ids, "attention_mask": task.attention_mask}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    plain = model.generate(**inputs, **options)
+    with model.apply(circuit):
+        found = [model.generate(**inputs, **options, use_cache=use) for use in (True, False)]
+        assert torch.equal(*found)
+    assert not torch.equal(found[0], plain), "the circuit should say something else"
+    assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_means_are_those_of_real_tokens() -> None:
+    model, task = hub_model("llama"), random_task(padding="right")
+    run = HooksEngine(model.patched, task, "kl").corrupted
+    means, real = means_of(run, task), task.attention_mask.bool()
+    np.testing.assert_allclose(means["z"][1, 2], run.z[1][real][:, 2].mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(means["mlp"][0], run.mlp[0][real].mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(means["embedding"], run.embedding[real].mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_low_precision_models_are_applied_in_fp32_unless_asked() -> None:
+    full, low, task = hub_model("llama"), hub_model("llama", compute="fp32"), random_task()
+    kept = random_edges(full.graph, 0.6, 1)
+    with full.apply(circuit_of(full, kept), corrupted=task.corrupted_ids):
+        expected = answers(full, task)
+    with low.apply(circuit_of(low, kept), corrupted=task.corrupted_ids):
+        assert relative_error(answers(low, task), expected) < 1e-5
+    with low.apply(circuit_of(low, kept), corrupted=task.corrupted_ids, exact=False):
+        assert 1e-4 < relative_error(answers(low, task), expected) < 0.2
+
+
+class Stop(Exception):
+    pass
+
+
+def test_everything_is_restored_after_an_exception() -> None:
+    model, task = hub_model("gpt2", compute="fp32"), random_task()
+    before, count = answers(model, task), hook_count(model)
+    circuit = circuit_of(model, random_edges(model.graph, 0.5, 0))
+    with pytest.raises(Stop), model.apply(circuit, corrupted=task.corrupted_ids):
+        assert hook_count(model) > count
+        raise Stop
+    assert hook_count(model) == count and not model.patched.is_applied
+    assert torch.equal(answers(model, task), before)
+
+
+def hook_count(model: PAHQModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_nesting_and_searching_inside_are_refused() -> None:
+    model, task = hub_model("gpt2"), random_task()
+    circuit = circuit_of(model, random_edges(model.graph, 0.5, 0))
+    with model.apply(circuit, corrupted=task.corrupted_ids):
+        inside = answers(model, task)
+        with pytest.raises(ConfigError, match="applied already"):
+            model.apply(circuit, corrupted=task.corrupted_ids).__enter__()
+        with pytest.raises(ConfigError, match="circuit is applied to this model"):
+            model.discover(task, threshold=0.1, progress=False)
+        with pytest.raises(ConfigError, match="circuit is applied to this model"):
+            model.evaluate(circuit, task)
+        assert torch.equal(answers(model, task), inside)
+
+
+def test_what_cannot_be_applied_is_refused() -> None:
+    model, task = hub_model("llama"), random_task()
+    kept = model.graph.all_edges
+    with pytest.raises(ConfigError, match="without mean activations"), model.apply(circuit_of(model, kept)):
+        pass
+    means = means_of(HooksEngine(model.patched, task, "kl").corrupted, task)
+    circuit = circuit_of(model, kept, means)
+    with (
+        pytest.raises(ConfigError, match="not both"),
+        model.apply(circuit, corrupted=task.corrupted_ids, means=means),
+    ):
+        pass
+    other = circuit_of(wrapped("gpt2"), wrapped("gpt2").graph.all_edges, means)
+    with pytest.raises(CircuitError, match="another model"), model.apply(other):
+        pass
+    wrong = dict(means) | {"z": means["z"][:, :2]}
+    with pytest.raises(CircuitError, match="stored means have shapes"), model.apply(circuit, means=wrong):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"corrupted prompts have shape \(3, 9\)"),
+        model.apply(circuit, corrupted=task.corrupted_ids),
+    ):
+        model(task.clean_ids[:, :5])
+    assert not model.patched.is_applied and model(task.clean_ids).logits.isfinite().all()
+
+
+def test_circuits_of_other_weights_are_refused_unless_allowed() -> None:
+    model, task = hub_model("llama"), random_task()
+    tuned = PAHQModel(ALL_FAMILIES["llama"](seed=1), FP32)
+    circuit = circuit_of(tuned, model.graph.all_edges)
+    with pytest.raises(CircuitError, match=r"other weights.*--any-weights"):
+        model.evaluate(circuit, task)
+    with (
+        pytest.raises(CircuitError, match="other weights"),
+        model.apply(circuit, corrupted=task.corrupted_ids),
+    ):
+        pass
+    assert model.evaluate(circuit, task, any_weights=True)["kl"] == pytest.approx(0, abs=1e-6)
+    with model.apply(circuit, corrupted=task.corrupted_ids, any_weights=True):
+        assert answers(model, task).isfinite().all()
+
+
+def test_a_discovered_circuit_applies_as_it_comes(tmp_path: Any) -> None:
+    model, task = hub_model("llama", compute="fp32"), random_task()
+    found = model.discover(task, threshold=0.02, out=tmp_path / "run", progress=False)
+    again = Circuit.from_pretrained(tmp_path / "run")
+    logits = []
+    for circuit in (found, again):
+        with model.apply(circuit):
+            logits.append(answers(model, task))
+    assert torch.equal(*logits)
+
+
+def test_a_pipeline_runs_the_circuit() -> None:
+    model, task = hub_model("gpt2"), random_task()
+    means = means_of(HooksEngine(model.patched, task, "kl").corrupted, task)
+    write = pipeline("text-generation", model=model.base_model, tokenizer=word_tokenizer())
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    plain = write("w3 w5 w7", **options)
+    with model.apply(circuit_of(model, model.graph.no_edges(), means)):
+        assert write("w3 w5 w7", **options) != plain
+        assert write("w3 w5 w7", **options) == write("w9 w2 w8", **options)
+    assert write("w3 w5 w7", **options) == plain
+
+
+def test_modules_apply_still_works() -> None:
+    """`nn.Module.apply` calls a function on every module."""
+    seen: list[nn.Module] = []
+    model = hub_model("gpt2")
+    assert model.apply(seen.append) is model  # type: ignore[arg-type]
+    assert model in seen and len(seen) == len(list(model.modules()))
+
+
+def test_prompts_with_padding_keep_their_positions() -> None:
+    model = hub_model("llama")
+    means = means_of(HooksEngine(model.patched, random_task(), "kl").corrupted, random_task())
+    circuit = circuit_of(model, random_edges(model.graph, 0.7, 0), means)
+    left = padded_prompts("left")
+    with model.apply(circuit), torch.no_grad():
+        together = model(**left).logits
+        for row, real in enumerate(left["attention_mask"].bool()):
+            alone = model(input_ids=left["input_ids"][row : row + 1, real]).logits
+            assert relative_error(together[row, real], alone[0]) < 1e-4
