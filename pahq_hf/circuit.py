@@ -18,12 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
 from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
-from pahq_hf.files import write_atomically, write_text
+from pahq_hf.files import CIRCUIT_NAME, write_atomically, write_text
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-CIRCUIT_NAME = "circuit.json"
 SCORES_NAME = "scores.safetensors"
 DISCOVERY_NAME = "discovery.json"
 MEANS_NAME = "means.safetensors"

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from pahq_hf.cli_output import print_facts, print_json, print_rich
-from pahq_hf.interchange import ExportFormat
+from pahq_hf.config import ExportFormat
+from pahq_hf.errors import RunError
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 
 CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -91,6 +93,7 @@ def pull(
     """Fetch a circuit from the Hugging Face Hub, checked, into a folder."""
     from pahq_hf import Circuit
 
+    _refuse_overwrite(out)
     circuit = Circuit.from_pretrained(repo_id, revision=revision, subfolder=subfolder, token=token)
     circuit.save_pretrained(out)
     print_facts({"out": str(out), "edges": circuit.edge_count}, as_json)
@@ -115,6 +118,7 @@ def import_(
     """Make a circuit folder of an EAP-IG or MIB graph."""
     from pahq_hf.interchange import from_mib
 
+    _refuse_overwrite(out)
     from_mib(file).save_pretrained(out)
 
 
@@ -136,3 +140,14 @@ def compare(
 
         write_text(html, compare_page(a, b))
     print_facts(facts, as_json)
+
+
+def _refuse_overwrite(folder: Path) -> None:
+    """Keep what a run or another circuit left in a folder.
+
+    Raises:
+        RunError: If there is something.
+    """
+    for name in (CIRCUIT_NAME, JOURNAL_NAME):
+        if (folder / name).exists():
+            raise RunError(f"{folder} holds another circuit or run ({name}); choose another folder")

@@ -21,6 +21,7 @@ MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
+ExportFormat = Literal["mib", "csv", "graphml", "dot"]
 SelfT = TypeVar("SelfT", bound="_JsonConfig")
 
 

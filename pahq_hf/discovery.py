@@ -27,14 +27,15 @@ from pahq_hf.acdc import (
     Search,
     search,
 )
-from pahq_hf.circuit import CIRCUIT_NAME, DISCOVERY_NAME, Circuit, make_folder
+from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError, DriftError, RunError
 from pahq_hf.evaluation import Evaluator
-from pahq_hf.journal import JOURNAL_NAME, Journal, check_header
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
+from pahq_hf.journal import Journal, check_header
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from pahq_hf.errors import RunError
 
+# What a run's folder holds, and other rooms ask for.
+CIRCUIT_NAME = "circuit.json"
+JOURNAL_NAME = "journal.jsonl"
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file in the same folder, then rename it to `path`.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pahq_hf.errors import HubError
+from pahq_hf.errors import ConfigError, HubError
 
 CARD_NAME = "README.md"
 _MAX_BYTES = 1 << 30  # of a file that is worth downloading
@@ -136,24 +136,28 @@ def push(
 
     Raises:
         HubError: If the Hub refuses.
+        ConfigError: If both a branch and a pull request are asked for.
     """
+    if create_pr and revision is not None:
+        raise ConfigError("a pull request goes to the main branch: give either revision or create_pr")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="pahq-push-") as temporary, _explained(repo_id):
         folder = Path(temporary)
         write(folder)
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        if revision is not None:
             api.create_branch(full_id, branch=revision, exist_ok=True)
         place = HubPlace(full_id, revision, subfolder, token)
         keep = not overwrite_card and _is_edited(_card_of(place))
-        commit = api.upload_folder(
-            repo_id=full_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
+        paths = [path for path in sorted(folder.iterdir()) if not (keep and path.name == CARD_NAME)]
+        above = f"{subfolder}/" if subfolder else ""
+        # Not `upload_folder`: where Xet is installed that one commits in several steps.
+        commit = api.create_commit(
+            full_id,
+            [CommitOperationAdd(f"{above}{path.name}", path) for path in paths],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
-            ignore_patterns=[CARD_NAME] if keep else None,
         )
         return str(commit.pr_url or commit.commit_url)
 
@@ -193,7 +197,6 @@ def _card_of(place: HubPlace) -> str | None:
             subfolder=place.subfolder,
             revision=place.revision,
             token=place.token,
-            force_download=True,
         )
     except EntryNotFoundError:
         return None

@@ -7,17 +7,17 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import networkx as nx
 import numpy as np
 
 from pahq_hf.circuit import Circuit, read_json
+from pahq_hf.config import ExportFormat
 from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.files import write_text
 from pahq_hf.graph import Graph, GraphSpec
 
-ExportFormat = Literal["mib", "csv", "graphml", "dot"]
 _CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
 _COLOURS = {"q": "#1f77b4", "k": "#2ca02c", "v": "#d62728", "mlp": "#9467bd", "logits": "#7f7f7f"}
 

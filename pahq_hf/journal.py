@@ -12,10 +12,8 @@ from typing import Any
 from pahq_hf.acdc import ReaderRecord
 from pahq_hf.config import Order
 from pahq_hf.errors import RunError
-from pahq_hf.files import write_text
+from pahq_hf.files import JOURNAL_NAME, write_text
 from pahq_hf.graph import Graph
-
-JOURNAL_NAME = "journal.jsonl"
 
 
 class Journal:

@@ -1,8 +1,7 @@
 """A Hugging Face Hub on loopback, for model repositories, that the real huggingface_hub talks to.
 
-It keeps Git semantics (every commit is a snapshot with a sha; branches, tags, pull requests), and the Hub's
-access rules and error codes. Every file is a regular one: no LFS, no Xet. Like the Hub it starts a
-repository with a commit that holds `.gitattributes`.
+Commits, branches, tags and pull requests are Git's; access rules, error codes and the first commit, of
+`.gitattributes`, are the Hub's. Every file is a regular one: no LFS, no Xet.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from huggingface_hub import RepoCard
 from yaml import YAMLError
 
-Environment = dict[str, str]
+Env = dict[str, str]
 _HEADS, _TAGS, _PULLS = "refs/heads/", "refs/tags/", "refs/pr/"
 
 
@@ -73,21 +72,17 @@ class Repo:
     def add(self, ref: str, files: dict[str, bytes], title: str, author: str) -> Commit:
         """Commit these files, and no others, to a ref."""
         parent = self.refs.get(ref)
-        tree = sorted((path, blob_sha(data)) for path, data in files.items())
-        seed = json.dumps([self.id, len(self.commits), parent, title, tree])
-        commit = Commit(hashlib.sha1(seed.encode()).hexdigest(), parent, title, author, dict(files))
-        self.commits[commit.sha] = commit
-        self.refs[ref] = commit.sha
-        return commit
+        seed = (self.id, len(self.commits), parent, title, sorted(files.items()))
+        sha = hashlib.sha1(repr(seed).encode()).hexdigest()
+        self.commits[sha], self.refs[ref] = Commit(sha, parent, title, author, dict(files)), sha
+        return self.commits[sha]
 
     def commit(self, rev: str = "main") -> Commit:
         """The commit of a branch, tag, pull request or full sha."""
-        for name in (rev, _HEADS + rev, _TAGS + rev):
-            if name in self.refs:
-                return self.commits[self.refs[name]]
-        if rev not in self.commits:
+        sha = next((self.refs[ref] for ref in (rev, _HEADS + rev, _TAGS + rev) if ref in self.refs), rev)
+        if sha not in self.commits:
             raise Answer(f"Invalid rev id: {rev}", 404, "RevisionNotFound")
-        return self.commits[rev]
+        return self.commits[sha]
 
     def files(self, rev: str = "main") -> dict[str, bytes]:
         """Content of every file at a revision, `.gitattributes` included."""
@@ -100,25 +95,14 @@ class Repo:
         return number
 
 
-@dataclass
-class Fault:
-    """Something that goes wrong with the next requests whose path holds a text."""
-
-    kind: str
-    text: str
-    times: int = 1
-    status: int = 0
-    method: str | None = None
-
-
 class HubServer:
-    """The server, a context manager; `tokens` gives the user of a token, `read_only` those that cannot write."""
+    """The server, a context manager. `tokens` gives each token's user; those in `read_only` cannot write."""
 
     def __init__(self, tokens: dict[str, str], read_only: frozenset[str] = frozenset()):
         self.tokens, self.read_only = dict(tokens), read_only
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.faults: list[Fault] = []
+        self.faults: list[tuple[str, str, int, str | None]] = []  # kind, text in the path, status, method
         self.lock = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -140,15 +124,15 @@ class HubServer:
 
     def fail_next(self, path: str, status: int, times: int = 1, method: str | None = None) -> None:
         """Answer the next requests whose path holds a text with an error; the client retries some."""
-        self.faults.append(Fault("fail", path, times, status, method))
+        self.faults.extend([("fail", path, status, method)] * times)
 
     def truncate_next_download(self, path: str, resumable: bool = False) -> None:
         """Send half of the next matching file; what the client asks for next, the rest, fails or not."""
-        self.faults.append(Fault("truncate", path, 1, 0 if resumable else 503, "GET"))
+        self.faults.append(("truncate", path, 0 if resumable else 503, "GET"))
 
     def drop_next_upload(self, times: int = 1) -> None:
         """Hang up within the next commits; `upload_folder` tries 6 times with Xet on, all else only once."""
-        self.faults.append(Fault("drop", "/commit/", times, method="POST"))
+        self.faults.extend([("drop", "/commit/", 0, "POST")] * times)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -159,62 +143,58 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Stay silent."""
+        pass
 
     def _answer(self) -> None:
         hub, url, length = self.hub, urlsplit(self.path), int(self.headers.get("Content-Length") or 0)
         self.path, self.query = unquote(url.path), parse_qs(url.query)
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        with hub.lock:
-            hub.requests.append(Request(self.command, self.path, self.token))
-            dropped = self._struck("drop")
+        hub.requests.append(Request(self.command, self.path, self.token))
+        dropped = self._struck("drop") is not None
         self.body = self.rfile.read(length // 2 if dropped else length)
         if dropped:
             self.close_connection = True
             return
         with hub.lock:
             try:
-                if fault := self._struck("fail"):
-                    raise Answer("injected failure", fault.status)
+                if status := self._struck("fail"):
+                    raise Answer("injected failure", status)
+                if self.token not in (None, *hub.tokens):
+                    raise Answer("Invalid credentials in Authorization header", 401)
                 # Split before unquoting: a revision such as refs%2Fpr%2F1 is one part.
                 answer = self._route(*(unquote(part) for part in url.path.split("/")[1:]))
             except Answer as error:
                 answer = error
             except (ValueError, LookupError, TypeError, YAMLError) as error:
                 answer = Answer(f"bad request: {error!r}", 400)
-            cut = self._struck("truncate") if answer.status in (200, 206) else None
-            if cut is not None and cut.status:
-                hub.fail_next(self.path, cut.status, method="GET")
+            cut = self._struck("truncate") if "/resolve/" in self.path and answer.status < 300 else None
+            if cut:
+                hub.fail_next(self.path, cut, method="GET")
         self.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: len(answer.body) // 2] if cut else answer.body)
+            self.wfile.write(answer.body if cut is None else answer.body[: len(answer.body) // 2])
         self.close_connection = self.close_connection or cut is not None
 
     do_GET = do_HEAD = do_POST = _answer
 
-    def _struck(self, kind: str) -> Fault | None:
-        """The fault that hits the request, if any; that uses it up once."""
+    def _struck(self, kind: str) -> int | None:
+        """The status of a fault that hits the request, if any; that uses it up."""
         for fault in self.hub.faults:
-            fits = fault.kind == kind and fault.method in (None, self.command) and fault.text in self.path
-            if fits and fault.times > 0:
-                fault.times -= 1
-                return fault
+            if fault[0] == kind and fault[1] in self.path and fault[3] in (None, self.command):
+                self.hub.faults.remove(fault)
+                return fault[2]
         return None
 
-    def _user(self) -> str | None:
-        if self.token is not None and self.token not in self.hub.tokens:
-            raise Answer("Invalid credentials in Authorization header", 401)
-        return self.hub.tokens[self.token] if self.token is not None else None
-
     def _login(self) -> str:
-        if (user := self._user()) is not None:
-            return user
-        # The Hub gives no code with this 401; the client infers it, but only from an https address.
-        code = None if self.path.startswith(("/api/repos/", "/api/whoami")) else "RepoNotFound"
-        raise Answer("Invalid username or password.", 401, code)
+        """The user, who has to be known."""
+        if self.token is None:
+            # The Hub gives no code with this 401; the client infers it, but only from an https address.
+            code = None if self.path.startswith(("/api/repos/", "/api/whoami")) else "RepoNotFound"
+            raise Answer("Invalid username or password.", 401, code)
+        return self.hub.tokens[self.token]
 
     def _writer(self, owner: str | None = None) -> str:
         """The user, who has to be allowed to write (to a namespace)."""
@@ -225,8 +205,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repo(self, *parts: str) -> Repo:
         """A repository that the user may see."""
-        user, repo = self._user(), self.hub.repos.get("/".join(parts))
-        if repo is None or (repo.private and user != repo.owner):
+        repo = self.hub.repos.get("/".join(parts))
+        if repo is None or (repo.private and self._login() != repo.owner):
             raise Answer(f"Repository not found by {self._login()}", 404, "RepoNotFound")
         return repo
 
@@ -252,17 +232,16 @@ class Handler(BaseHTTPRequestHandler):
     def _create(self) -> Answer:
         asked = json.loads(self.body)
         repo_id = f"{self._writer(asked.get('organization'))}/{asked['name']}"
-        facts = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        url = {"url": f"{self.hub.url}/{repo_id}"}
         if repo_id in self.hub.repos:
-            return Answer({**facts, "error": "You already created this model repo"}, 409)
+            return Answer({**url, "error": "You already created this model repo"}, 409)
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
-        return Answer(facts)
+        return Answer(url)
 
     def _get_revision(self, repo: Repo, rev: str = "main") -> Answer:
-        commit = repo.commit(rev)
-        files = [{"rfilename": path} for path in sorted(commit.files)]
+        files = [{"rfilename": path} for path in sorted(repo.commit(rev).files)]
         facts = {"id": repo.id, "private": repo.private, "gated": "auto" if repo.gated else False}
-        return Answer({**facts, "sha": commit.sha, "tags": [], "siblings": files})
+        return Answer({**facts, "sha": repo.commit(rev).sha, "tags": [], "siblings": files})
 
     def _get_tree(self, repo: Repo, rev: str, folder: str = "") -> Answer:
         commit = repo.commit(rev)
@@ -273,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         inside = sorted(path for path in entries if not folder or path.startswith(folder + "/"))
         if folder and not inside:
             raise Answer(f"{folder} does not exist on {rev}", 404, "EntryNotFound")
-        depth = None if self.query["recursive"] == ["true"] else len(PurePosixPath(folder).parts)
+        depth = None if self.query.get("recursive") == ["true"] else len(PurePosixPath(folder).parts)
         return Answer([entries[path] for path in inside if depth in (None, path.count("/"))])
 
     def _post_branch(self, repo: Repo, name: str) -> Answer:
@@ -288,7 +267,6 @@ class Handler(BaseHTTPRequestHandler):
         return Answer()
 
     def _post_discussions(self, repo: Repo) -> Answer:
-        """Open a pull request, the way `upload_folder` does with Xet on."""
         self._writer()
         return self._get_discussions(repo, str(repo.open_pull(repo.commit().sha)))
 
@@ -321,19 +299,18 @@ class Handler(BaseHTTPRequestHandler):
         return Answer(facts | ({"pullRequestUrl": f"{url}/discussions/{number}"} if pull else {}))
 
     def _resolve(self, repo: Repo, rev: str, path: str) -> Answer:
-        user = self._user()
-        if repo.gated and user != repo.owner:
-            raise Answer(f"Access to model {repo.id} is restricted.", 403 if user else 401, "GatedRepo")
+        if repo.gated and self.hub.tokens.get(self.token or "") != repo.owner:
+            raise Answer(f"Access to model {repo.id} is restricted", 403 if self.token else 401, "GatedRepo")
         commit = repo.commit(rev)
         if path not in commit.files:
             raise Answer("Entry not found", 404, "EntryNotFound", X_Repo_Commit=commit.sha)
         data = commit.files[path]
-        headers = {"X_Repo_Commit": commit.sha, "ETag": f'"{blob_sha(data)}"', "Accept_Ranges": "bytes"}
+        headers = {"X_Repo_Commit": commit.sha, "ETag": f'"{blob_sha(data)}"'}
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked is not None:
-            headers["Content_Range"] = f"bytes {asked[1]}-{len(data) - 1}/{len(data)}"
-            return Answer(data[int(asked[1]) :], 206, **headers)
-        return Answer(data, **headers)
+        if asked is None:
+            return Answer(data, **headers)
+        span = f"bytes {asked[1]}-{len(data) - 1}/{len(data)}"
+        return Answer(data[int(asked[1]) :], 206, **headers, Content_Range=span)
 
 
 def blob_sha(data: bytes) -> str:
@@ -344,9 +321,7 @@ def blob_sha(data: bytes) -> str:
 def _apply(files: dict[str, bytes], key: str, value: dict[str, str]) -> None:
     """Carry out one line of a commit."""
     path = value["path"].rstrip("/")
-    if key == "file":
-        if {"", ".", "..", ".git"} & set(path.split("/")):
-            raise Answer(f"invalid path {path}", 400)
+    if key == "file" and not {"", ".", "..", ".git"} & set(path.split("/")):
         files[path] = base64.b64decode(value["content"], validate=True)
     elif key in ("deletedFile", "deletedFolder"):
         gone = [n for n in files if n == path or (key == "deletedFolder" and n.startswith(path + "/"))]
@@ -355,23 +330,19 @@ def _apply(files: dict[str, bytes], key: str, value: dict[str, str]) -> None:
         for name in gone:
             del files[name]
     else:
-        raise Answer(f"this server does not take {key}", 400)
+        raise Answer(f"cannot carry out: {key} {path}", 400)
 
 
-def client_environment(
-    hub: HubServer, home: Path, token: str | None = None, xet: bool = False
-) -> Environment:
+def client_environment(hub: HubServer, home: Path, token: str | None = None, xet: bool = False) -> Env:
     """Environment of a client that caches below `home`; `upload_folder` goes another way with Xet on."""
     away = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith(away)}
-    env.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1")
-    env |= {
-        f"HF_HUB_DISABLE_{name}": "1" for name in ("TELEMETRY", "PROGRESS_BARS", *(() if xet else ("XET",)))
-    }
-    return env | ({"HF_TOKEN": token} if token else {})
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return env | {"HF_HUB_DISABLE_XET": str(int(not xet))} | ({"HF_TOKEN": token} if token else {})
 
 
-def run_client(code: str, env: Environment, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_client(code: str, env: Env, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = (sys.executable, "-c", textwrap.dedent(code))
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)

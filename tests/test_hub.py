@@ -13,7 +13,7 @@ import pytest
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.hub import signed
-from tests.helpers import FP32
+from tests.helpers import FP32, run_main
 from tests.hub_server import HubServer, client_environment, run_client
 from tests.models import random_task, tiny_llama
 
@@ -151,6 +151,17 @@ def test_pull_requests(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     assert "/discussions/" in url
     assert "circuit.json" not in hub.repos["other/circuit"].files()
     assert "circuit.json" in hub.repos["other/circuit"].files("refs/pr/1")
+    options = {"create_pr": True, "revision": "ioi"}
+    said = Client(hub, tmp_path).fails(PUSH.format(folder=str(folder), repo="me/x", options=options))
+    assert "either revision or create_pr" in said
+
+
+def test_a_push_is_one_commit_with_xet_too(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    client = Client(hub, tmp_path)
+    client.env = client_environment(hub, tmp_path, "hf_mine", xet=True)
+    client.push(folder, "me/circuit", commit_message="All at once")
+    made = [commit for commit in hub.repos["me/circuit"].commits.values() if commit.title == "All at once"]
+    assert len(made) == 1 and {"circuit.json", "scores.safetensors", "README.md"} <= set(made[0].files)
 
 
 def test_several_circuits_in_one_repository(hub: HubServer, folder: Path, tmp_path: Path) -> None:
@@ -273,6 +284,14 @@ def test_unknown_keys_warn_and_nothing_else_is_fetched(hub: HubServer, folder: P
     assert done.returncode == 0 and "unknown keys in cfg are ignored: flavour" in done.stderr
     fetched = {request.path.rpartition("/")[2] for request in hub.requests if "resolve" in request.path}
     assert not fetched & {"evil.py", "x.pt"}
+
+
+def test_a_pull_overwrites_nothing(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    Client(hub, tmp_path / "home").push(folder, "me/circuit")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run_main("pull", "me/circuit", "--out", str(folder)) == 2
+    assert run_main("import", str(folder / "circuit.json"), "--out", str(folder)) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_command_line(hub: HubServer, folder: Path, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_injected_failures_and_conflicts(hub: HubServer, tmp_path: Path) -> None
     repo = hub.create("me/x", FILES)
     start = repo.commit().sha
     hub.fail_next("/commit/main", 500)
-    hub.fail_next("config.json", 500, method="HEAD")
+    hub.fail_next("config.json", 501, method="HEAD")  # after a 500 the client would ask again
     code = f"""
 def push(data, **kwargs):
     return api.upload_file(repo_id="me/x", path_or_fileobj=data, path_in_repo="a", **kwargs).oid

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import math
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -16,11 +15,11 @@ from markupsafe import Markup
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError
-from pahq_hf.graph import Graph
+from pahq_hf.render.facts import run_facts
 from pahq_hf.render.layout import layout
-from pahq_hf.render.table import run_table
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
+_TITLE = (("of", "model"), ("on", "task"))
 _LONGEST = 120
 # JSON inside HTML: nothing may look like markup, and the two separators end lines in old scripts.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -38,7 +37,7 @@ def circuit_page(circuit: Circuit) -> str:
         An HTML document.
     """
     facts = _facts(circuit)
-    title = f"Circuit of {facts.get('model', 'a model')} on {facts.get('task', 'a task')}"
+    title = " ".join(["Circuit", *(f"{word} {facts[key]}" for word, key in _TITLE if key in facts)])
     return _render(title, [""], [facts], _drawing(circuit, [circuit]))
 
 
@@ -55,9 +54,8 @@ def compare_page(a: Circuit, b: Circuit) -> str:
     Raises:
         CircuitError: If their graphs differ.
     """
-    # Coupled heads change what a run computes, not which edges there are.
-    if replace(a.graph.spec, coupled=False) != replace(b.graph.spec, coupled=False):
-        raise CircuitError("only circuits of one graph can be compared: layers, heads and groups must agree")
+    if a.graph.spec != b.graph.spec:
+        raise CircuitError(f"these circuits are of different graphs, {a.graph.spec} and {b.graph.spec}")
     both = Circuit(
         graph=a.graph,
         kept=a.kept | b.kept,
@@ -68,9 +66,14 @@ def compare_page(a: Circuit, b: Circuit) -> str:
 
 
 def _facts(circuit: Circuit) -> _Facts:
-    """What ran and what came out, as the terminal shows it."""
-    names, values = (column.cells for column in run_table(circuit).columns)
-    return {str(name): _readable(str(value)) for name, value in zip(names, values, strict=True)}
+    facts = {name: _readable(_text(value)) for name, value in run_facts(circuit).items()}
+    return {name: value for name, value in facts.items() if value != "unknown"}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _readable(text: str) -> str:
@@ -97,7 +100,7 @@ def _drawing(union: Circuit, circuits: list[Circuit]) -> dict[str, Any]:
         edges["writer"].append(number[writer])
         edges["reader"].append(readers[reader]["number"])
         edges["bends"].append([round(part.bend, 3) for part in parts])
-        index = _index(union.graph, reader), union.graph.writer_index(writer)
+        index = union.graph.reader_index(reader), union.graph.writer_index(writer)
         for circuit, own, seen in zip(circuits, scores, tested, strict=True):
             own.append(_finite(float(circuit.scores[index])) if circuit.kept[index] else None)
             seen.append(int(circuit.tested[index]))
@@ -107,10 +110,6 @@ def _drawing(union: Circuit, circuits: list[Circuit]) -> dict[str, Any]:
         "edges": {**edges, "scores": scores, "tested": tested},
         "rows": places.rows,
     }
-
-
-def _index(graph: Graph, reader: str) -> int:
-    return graph.reader_index(reader)
 
 
 def _finite(score: float) -> float:
@@ -128,7 +127,7 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
     own = "\n".join(_source(pages, name) for name in _SCRIPTS)
     scripts = [_one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
     names = list(dict.fromkeys(name for column in facts for name in column))
-    return pages.get_template("page.html.j2").render(
+    return pages.get_template("page.html.jinja").render(
         title=title,
         columns=columns,
         facts=[(name, [column.get(name, "–") for column in facts]) for name in names],

@@ -3,16 +3,24 @@
 const element = (id) => document.getElementById(id);
 const startEdges = 4000; // more than these at once is a grey square, and slow
 let last = { shown: edges, lit: null };
+let turn = 0; // of the latest wish to draw, and of the latest picture
+let drawn = -1;
 let waiting = false;
 
+// However often the slider moves, there is one picture per frame.
 function update() {
+  turn++;
   if (waiting) return;
   waiting = true;
   requestAnimationFrame(() => {
+    const now = turn;
     waiting = false;
     showCount();
     showDetails();
-    draw().then((result) => { last = result; });
+    draw().then((result) => {
+      last = result;
+      drawn = now;
+    });
   });
 }
 
@@ -198,7 +206,7 @@ element("clear").addEventListener("click", () => {
   select(null);
   search.focus();
 });
-element("reset").addEventListener("click", () => moveTo(startRanges()));
+element("reset").addEventListener("click", () => moveTo(whole));
 
 // -- start ------------------------------------------------------------------------------------------
 
@@ -209,6 +217,7 @@ showTheme();
 showCount();
 draw().then((result) => {
   last = result;
+  drawn = 0;
   listenToPlot();
   requestAnimationFrame(() => requestAnimationFrame(() => { window.pahq.openedAfter = performance.now(); }));
 });
@@ -218,7 +227,7 @@ window.pahq = {
   nodes: nodes.length,
   edges: edges.length,
   openedAfter: null, // milliseconds until the first picture was on the screen
-  idle: () => !waiting && window.pahq.openedAfter !== null,
+  idle: () => drawn === turn && window.pahq.openedAfter !== null,
   theme: () => theme,
   cut: () => state.cut,
   visibleEdges: () => last.shown.map((edge) => edge.name),

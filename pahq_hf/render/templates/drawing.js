@@ -21,7 +21,7 @@ const widths = fewEdges ? [1.3, 1.9, 2.7, 3.8] : [0.8, 1.2, 2, 3.2];
 const opacities = fewEdges ? [0.55, 0.7, 0.85, 1] : [0.3, 0.45, 0.7, 0.95];
 const binEnds = [0.5, 0.2, 0.05].map((share) => (ranking.length ? ranking[Math.floor(share * ranking.length)].strength : 0));
 const markerSize = nodes.length <= 80 ? 15 : 10;
-const curvePoints = 8;
+const curvePoints = fewEdges ? 16 : 8;
 
 let theme = "light";
 
@@ -133,13 +133,22 @@ function nodeTrace(shown, lit) {
   };
 }
 
+// Room for every node and for the middle of every line, shown or not.
 function startRanges() {
-  const xs = nodes.map((node) => node.x);
-  const ys = nodes.map((node) => node.y);
-  const around = (values, room) => [Math.min(0, ...values) - room, Math.max(0, ...values) + room];
-  const [left, right] = around(xs, 1.2);
-  return { x: [left, right], y: around(ys, 0.6 + Math.max(0, ...ys) / 60) };
+  const range = { x: [0, 0], y: [0, 0] };
+  const include = (axis, value) => {
+    range[axis] = [Math.min(range[axis][0], value), Math.max(range[axis][1], value)];
+  };
+  for (const node of nodes) {
+    include("x", node.x);
+    include("y", node.y);
+  }
+  for (const edge of edges) edge.targets.forEach((_, i) => include("x", pointAt(edge, i, 0.5)[0]));
+  const padded = ([from, to], room) => [from - room, to + room];
+  return { x: padded(range.x, 0.8), y: padded(range.y, 0.5 + range.y[1] / 50) };
 }
+
+const whole = startRanges();
 
 const plotLayout = {
   hovermode: "closest",
@@ -147,8 +156,8 @@ const plotLayout = {
   dragmode: "pan",
   showlegend: false,
   margin: { l: 64, r: 8, t: 8, b: 8 },
-  xaxis: { visible: false, range: startRanges().x },
-  yaxis: { range: startRanges().y, zeroline: false, showgrid: true, ticks: "" },
+  xaxis: { visible: false, range: [...whole.x] },
+  yaxis: { range: [...whole.y], zeroline: false, showgrid: true, ticks: "" },
 };
 
 function paintLayout() {
@@ -187,15 +196,14 @@ function moveTo(ranges) {
   return Plotly.relayout(plot, { "xaxis.range": ranges.x, "yaxis.range": ranges.y });
 }
 
-// Half of the whole picture at most, with the node in its middle.
+// At most half of the whole picture, with the node in its middle.
 function centreOn(i) {
-  const whole = startRanges();
-  const window_ = (now, full, middle) => {
+  const around = (now, full, middle) => {
     const half = Math.min(now[1] - now[0], (full[1] - full[0]) / 2) / 2;
     return [middle - half, middle + half];
   };
   return moveTo({
-    x: window_(plotLayout.xaxis.range, whole.x, nodes[i].x),
-    y: window_(plotLayout.yaxis.range, whole.y, nodes[i].y),
+    x: around(plotLayout.xaxis.range, whole.x, nodes[i].x),
+    y: around(plotLayout.yaxis.range, whole.y, nodes[i].y),
   });
 }

@@ -1,0 +1,158 @@
+"""A real Chromium for the tests of pages, driven by Playwright. `python -m tests.browser` installs one.
+
+Playwright's own browsers come from a server that is not always within reach; Debian's come with apt.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_PACKAGES = ("chromium", "fonts-dejavu-core")
+MISSING = (
+    "the tests of pages need Chromium: as root run `apt-get install chromium` (make test then does it by "
+    "itself), or name another one in PAHQ_CHROMIUM"
+)
+
+
+def find_chromium() -> str | None:
+    """Path of the browser: PAHQ_CHROMIUM, or the first on the path."""
+    named = os.environ.get("PAHQ_CHROMIUM")
+    if named:
+        return shutil.which(named)
+    return next((path for path in map(shutil.which, _NAMES) if path), None)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless browser.
+
+    Raises:
+        RuntimeError: If there is none on this machine.
+    """
+    path = find_chromium()
+    if path is None:
+        raise RuntimeError(MISSING)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Opened:
+    """A page in a browser, and what happened on it.
+
+    Attributes:
+        page: Playwright's page.
+        url: Where it came from.
+        requests: Every address it asked for.
+        troubles: Dialogs, errors and warnings.
+    """
+
+    page: Page
+    url: str
+    requests: list[str] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Wait until everything asked for is drawn."""
+        self.page.wait_for_function("window.pahq && window.pahq.idle()", timeout=60_000)
+
+    def ask(self, call: str, *arguments: Any) -> Any:
+        """What a function or value of `window.pahq` says, once everything is drawn."""
+        self.settle()
+        return self.page.evaluate(
+            "([name, values]) => typeof pahq[name] === 'function' ? pahq[name](...values) : pahq[name]",
+            [call, list(arguments)],
+        )
+
+    def drawn_lines(self, colour: str | None = None) -> int:
+        """Lines that are really in the picture, of one colour or of all."""
+        self.settle()
+        return self.page.evaluate(
+            """(colour) => [...document.querySelectorAll("#plot .scatterlayer .js-line")].filter((line) =>
+                 line.getAttribute("d") && (colour === null || getComputedStyle(line).stroke === colour)
+               ).length""",
+            colour,
+        )
+
+    def drawn_nodes(self) -> int:
+        """Markers that are really in the picture."""
+        self.settle()
+        return self.page.locator("#plot .scatterlayer path.point").count()
+
+    def hover(self, name: str) -> str:
+        """The text that appears when the pointer rests on a node."""
+        self.page.mouse.move(*self.ask("position", name))
+        box = self.page.locator("#plot .hoverlayer .hovertext")
+        box.wait_for()
+        return "\n".join(box.locator("tspan").all_text_contents()) or box.text_content() or ""
+
+    def click(self, name: str) -> None:
+        """Click on a node."""
+        self.page.mouse.click(*self.ask("position", name))
+        self.settle()
+
+
+@contextmanager
+def opened(browser: Browser, html: str, folder: Path, **context: Any) -> Iterator[Opened]:
+    """Open a document from a file, as whoever made it would.
+
+    Args:
+        browser: The browser.
+        html: The document.
+        folder: Where its file goes.
+        **context: Options of Playwright's context, such as `color_scheme`.
+    """
+    path = folder / "page.html"
+    path.write_text(html, encoding="utf-8")
+    own = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **context})
+    page = own.new_page()
+    result = Opened(page, path.as_uri())
+    page.on("request", lambda request: result.requests.append(request.url))
+    page.on("pageerror", lambda error: result.troubles.append(str(error)))
+    page.on(
+        "console",
+        lambda line: result.troubles.append(line.text) if line.type in ("error", "warning") else None,
+    )
+
+    def refuse(dialog: Any) -> None:
+        result.troubles.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    page.on("dialog", refuse)
+    page.goto(result.url)
+    result.settle()
+    yield result
+    own.close()
+
+
+def main() -> int:
+    """Install Chromium where that is possible; otherwise say in one line what to do."""
+    if find_chromium():
+        return 0
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        print(MISSING, file=sys.stderr)
+        return 1
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *_PACKAGES]):
+        done = subprocess.run(["apt-get", "-qq", *command], env=environment, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            print(MISSING, file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
