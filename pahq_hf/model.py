@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -16,24 +15,21 @@ from transformers import PreTrainedModel
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, run_of_prompts
-from pahq_hf.architectures import find_architecture
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.evaluation import Evaluator, check_fits
+from pahq_hf.fingerprint import fingerprint
 from pahq_hf.graph import Graph
 from pahq_hf.means import Means, as_activations
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
-from pahq_hf.selfcheck import check_patched, probe_task, reference_logits
-from pahq_hf.skeleton import borrowed, stored_tensor
+from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
 from pahq_hf.tasks.base import Task
 from pahq_hf.wrapper import Wrapper, find_wrapper
-
-_ROWS = 4096  # of a weight that are hashed at once
 
 
 class PAHQModel(nn.Module):
@@ -84,7 +80,7 @@ class PAHQModel(nn.Module):
         name = base_model or model.config.name_or_path or "unknown"
         self.identity = self._identify(name, fingerprint(model, origin))
         probe = probe_task(model)
-        reference = _reference(model, probe, origin)
+        reference = untouched_logits(model, probe, origin)
         self.patched = PatchedModel(
             model, split_kv_groups=self.pahq_config.split_kv_groups, streamed=streamed
         )
@@ -373,54 +369,8 @@ class PAHQModel(nn.Module):
             yield self
 
 
-def _reference(model: PreTrainedModel, probe: Task, origin: CheckpointSource | None) -> Tensor:
-    """Logits of the untouched model, which afterwards has eager attention: that shows its masks."""
-    _use_attention(model, find_architecture(model.config).reference)
-    if model.dtype == torch.float64 and hasattr(model.config, "_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product has no float64
-    if origin is None:
-        logits = reference_logits(model, probe)
-    else:
-        with borrowed(model, origin, resident_device(model)):
-            logits = reference_logits(model, probe)
-    _use_attention(model, "eager")
-    return logits
-
-
-def _use_attention(model: PreTrainedModel, name: str) -> None:
-    if model.config._attn_implementation != name:
-        model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:  # older families look it up, but cannot be told
-        model.config._attn_implementation = name
-
-
 def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:
     """The configuration with what `auto` means here, so that it pins a run."""
     if config.regime != "pahq":
         return replace(config, compute="fp32")
     return replace(config, compute=resolve_compute(config.compute, config.format, device))
-
-
-def fingerprint(model: PreTrainedModel, source: CheckpointSource | None = None) -> str:
-    """A short hash of a model's shape and every weight, the same in all precision regimes.
-
-    Each row of each parameter enters as the sum of its FP32 bit patterns: exact whatever the order of
-    summation, and as fast as memory.
-
-    Args:
-        model: The model before it is patched or quantised.
-        source: Where parameters are that have no memory yet.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in model.named_parameters():
-        digest.update(repr((name, tuple(parameter.shape))).encode())
-        values = parameter.detach()
-        if parameter.is_meta and source is not None:
-            values = stored_tensor(source, model, name)
-        for rows in values.split(_ROWS):
-            bits = rows.to(torch.float32).contiguous().view(torch.int32)
-            digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]

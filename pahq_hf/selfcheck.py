@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pahq_hf.architectures import find_architecture
 from pahq_hf.capture import Activations, capture, head_outputs, with_streams
 from pahq_hf.errors import SelfCheckError
 from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel, resident_device, token_embedding
+from pahq_hf.precision import CheckpointSource
+from pahq_hf.skeleton import borrowed
 from pahq_hf.tasks.base import Task
 
 _TOLERANCE = 1e-5
@@ -50,6 +53,36 @@ def reference_logits(hf: PreTrainedModel, task: Task) -> Tensor:
         )
     logits: Tensor = output.logits
     return logits[task.answer_rows.to(logits.device), task.answer_positions.to(logits.device)].clone()
+
+
+def untouched_logits(model: PreTrainedModel, probe: Task, origin: CheckpointSource | None) -> Tensor:
+    """Logits of the untouched model, which afterwards has eager attention: that shows its masks.
+
+    Args:
+        model: The model.
+        probe: The probe.
+        origin: Where weights are that have no memory yet.
+
+    Returns:
+        [rows, vocab]
+    """
+    _use_attention(model, find_architecture(model.config).reference)
+    if model.dtype == torch.float64 and hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    if origin is None:
+        logits = reference_logits(model, probe)
+    else:
+        with borrowed(model, origin, resident_device(model)):
+            logits = reference_logits(model, probe)
+    _use_attention(model, "eager")
+    return logits
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # older families look it up, but cannot be told
+        model.config._attn_implementation = name
 
 
 def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:

@@ -31,7 +31,8 @@ from pahq_hf.architectures.positions import NO_ROTARY
 from pahq_hf.architectures.table import TABLE
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
-from pahq_hf.model import PAHQModel, fingerprint
+from pahq_hf.fingerprint import fingerprint
+from pahq_hf.model import PAHQModel
 from pahq_hf.precision import resolve_compute
 from tests.helpers import FP32
 from tests.models import (
