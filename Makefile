@@ -29,7 +29,9 @@ demo: $(STAMP)
 	$(BIN)/pahq discover demo --task ioi --n 20 --threshold 0.05 --out "$(RUN)"
 	$(BIN)/pahq show "$(RUN)"
 
+# The tests of pages need a browser; Debian's is installed where there is none (as root).
 test: lint
+	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
