@@ -1,4 +1,4 @@
-"""Gemma 3 270M, real weights of a family unlike GPT-2 and Llama: coupled heads, two kinds of rotary tables."""
+"""Gemma 3 270M, real weights of a family unlike Llama: coupled heads, two kinds of rotary tables."""
 
 from __future__ import annotations
 
