@@ -59,7 +59,7 @@ def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str 
         versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
         picture=PICTURE_NAME,
         where=", ".join(where),
-        model_argument=repr(base_model if _is_hub_id(base_model) else "path/to/the/model"),
+        model_argument=_model_argument(circuit, base_model),
         has_means=circuit.means is not None,
     )
 
@@ -82,6 +82,12 @@ def _metadata(circuit: Circuit, base_model: str) -> str:
         tags=["circuit", "pahq", "mechanistic-interpretability"],
     )
     return str(data.to_yaml())
+
+
+def _model_argument(circuit: Circuit, base_model: str) -> str:
+    known = base_model == "demo" or _is_hub_id(base_model)
+    argument = repr(base_model if known else "path/to/the/model")
+    return f"{argument}, PAHQConfig(split_kv_groups=True)" if circuit.graph.spec.split_kv_groups else argument
 
 
 def _is_hub_id(name: str) -> bool:
