@@ -9,16 +9,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from pahq_hf.circuit import Circuit
+from pahq_hf.graph import Graph, GraphSpec
+
+SMALL = GraphSpec(layers=3, heads=4, kv_groups=2)
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PACKAGES = ("chromium", "fonts-dejavu-core")
+_PATIENCE = 60.0  # seconds
 MISSING = (
     "the tests of pages need Chromium: as root run `apt-get install chromium` (make test then does it by "
     "itself), or name another one in PAHQ_CHROMIUM"
@@ -31,6 +38,18 @@ def find_chromium() -> str | None:
     if named:
         return shutil.which(named)
     return next((path for path in map(shutil.which, _NAMES) if path), None)
+
+
+def random_circuit(spec: GraphSpec, count: int, seed: int = 0, **facts: Any) -> Circuit:
+    """A circuit of `count` edges anywhere, with scores of both signs and many sizes."""
+    graph = Graph(spec)
+    rng = np.random.default_rng(seed)
+    places = np.argwhere(graph.all_edges)
+    chosen = places[rng.choice(len(places), count, replace=False)]
+    kept = graph.no_edges()
+    kept[chosen[:, 0], chosen[:, 1]] = True
+    scores = np.where(kept, rng.standard_normal(kept.shape) ** 3, 0.0)
+    return Circuit(graph, kept, scores, kept.copy(), **facts)
 
 
 @contextmanager
@@ -67,7 +86,11 @@ class Opened:
 
     def settle(self) -> None:
         """Wait until everything asked for is drawn."""
-        self.page.wait_for_function("window.pahq && window.pahq.idle()", timeout=60_000)
+        # Playwright's own wait_for_function needs eval on the page, which the page forbids.
+        end = time.monotonic() + _PATIENCE
+        while not self.page.evaluate("Boolean(window.pahq && window.pahq.idle())"):
+            assert time.monotonic() < end, f"the page is not ready; {self.troubles}"
+            self.page.wait_for_timeout(20)
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """What a function or value of `window.pahq` says, once everything is drawn."""
@@ -142,16 +165,14 @@ def main() -> int:
     """Install Chromium where that is possible; otherwise say in one line what to do."""
     if find_chromium():
         return 0
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        print(MISSING, file=sys.stderr)
-        return 1
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", *_PACKAGES]):
-        done = subprocess.run(["apt-get", "-qq", *command], env=environment, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            print(MISSING, file=sys.stderr)
-            return 1
-    return 0
+    if os.geteuid() == 0 and shutil.which("apt-get") and not os.environ.get("PAHQ_CHROMIUM"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", *_PACKAGES]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, stdout=subprocess.DEVNULL)
+        if find_chromium():
+            return 0
+    print(MISSING, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

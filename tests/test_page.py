@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
 from pahq_hf import Circuit
 from pahq_hf.errors import CircuitError
-from pahq_hf.graph import Graph, GraphSpec
+from pahq_hf.graph import GraphSpec
 from pahq_hf.render.layout import layout
 from pahq_hf.render.page import circuit_page, compare_page
-from tests.browser import Opened, chromium, opened
-
-SMALL = GraphSpec(layers=3, heads=4, kv_groups=2)
-SMOLLM2 = GraphSpec(layers=30, heads=9, kv_groups=3)
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)><svg onload=alert(1)>",
-    "\"'><b onmouseover=alert(1)>\\\\\\u003cscript\\u003e",
-    "${alert(1)} {{ 7 * 7 }} %{x} <!-- <script> --> ]]>",
-    "\u2028\u2029\u202eevil\x00\x1b[31m\ud800",
-    "<a href='javascript:alert(1)'>x</a>" + "w" * 10_000,
-]
-
-
-def random_circuit(spec: GraphSpec, count: int, seed: int = 0, **facts: Any) -> Circuit:
-    graph = Graph(spec)
-    rng = np.random.default_rng(seed)
-    places = np.argwhere(graph.all_edges)
-    chosen = places[rng.choice(len(places), count, replace=False)]
-    kept = graph.no_edges()
-    kept[chosen[:, 0], chosen[:, 1]] = True
-    scores = np.where(kept, rng.standard_normal(kept.shape) ** 3, 0.0)
-    return Circuit(graph, kept, scores, kept.copy(), **facts)
+from tests.browser import SMALL, Opened, chromium, opened, random_circuit
 
 
 def stronger(circuit: Circuit, cut: float) -> nx.MultiDiGraph:
@@ -258,7 +234,7 @@ def test_facts(shown: Opened) -> None:
     facts = dict(rows)
     assert facts["model"] == "some/model"
     assert (facts["task"], facts["threshold"], facts["precision"]) == ("ioi", "0.02", "pahq")
-    assert (facts["metric"], facts["circuit"], facts["edges kept"]) == ("kl", "0.25", "60 of 455")
+    assert (facts["metric"], facts["circuit"], facts["edges kept"]) == ("kl", "0.25", "60 of 190")
     assert "seconds" not in facts
     assert shown.page.title() == "Circuit of some/model on ioi"
 
@@ -278,14 +254,17 @@ def test_keyboard(shown: Opened) -> None:
     press(shown, "Enter")
     assert "logits" in shown.ask("highlightedNodes")
     nameless = shown.page.evaluate(
-        "[...document.querySelectorAll('input, button')].filter((e) => "
-        "!(e.labels && e.labels.length) && !e.textContent.trim()).length"
+        """[...document.querySelectorAll("input, button")].filter((control) =>
+             !(control.labels && control.labels.length) && !control.textContent.trim() && !control.ariaLabel
+           ).map((control) => control.outerHTML)"""
     )
-    assert nameless == 0
+    assert nameless == []
 
 
 def test_zoom_pan_and_reset(shown: Opened) -> None:
     before = shown.ask("position", "a2.h3"), shown.ask("position", "a0.h0")
+    shown.click("a1.h1")
+    lit = shown.ask("highlightedNodes")
     shown.page.mouse.move(500, 450)
     shown.page.mouse.wheel(0, -400)
     shown.page.wait_for_timeout(400)
@@ -297,12 +276,19 @@ def test_zoom_pan_and_reset(shown: Opened) -> None:
     shown.page.wait_for_timeout(200)
     panned = shown.ask("position", "a0.h0")
     assert panned[0] - zoomed[1][0] == pytest.approx(60, abs=3)
+    assert shown.ask("highlightedNodes") == lit
     # What is redrawn stays where it was moved to.
     move_slider(shown, 0.5)
     assert shown.ask("position", "a0.h0") == pytest.approx(panned, abs=1)
     shown.page.get_by_role("button", name="Reset view").click()
     shown.page.wait_for_timeout(200)
     assert shown.ask("position", "a0.h0") == pytest.approx(before[1], abs=1)
+
+
+def test_nothing_offers_to_send_the_circuit_away(shown: Opened) -> None:
+    titles = [b.get_attribute("data-title") or "" for b in shown.page.locator(".modebar-btn").all()]
+    assert sorted(titles) == ["Download plot as a PNG", "Pan", "Zoom", "Zoom in", "Zoom out"]
+    assert shown.page.locator("a[href], form, iframe").count() == 0
 
 
 def test_picture_can_be_saved(shown: Opened) -> None:
@@ -358,101 +344,3 @@ def test_compare_colours_three_sets(browser: Browser, tmp_path: Path) -> None:
 def test_compare_needs_one_graph() -> None:
     with pytest.raises(CircuitError, match="different graphs"):
         compare_page(random_circuit(SMALL, 5), random_circuit(GraphSpec(2, 4, 2), 5))
-
-
-# -- safety -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_names_are_inert(browser: Browser, tmp_path: Path, text: str) -> None:
-    run: dict[str, Any] = {"task": {"name": text}, "metric": {"name": text, "final": text}}
-    run |= {"arguments": {"threshold": text}, "precision": {"regime": {"<script>": text}}}
-    circuit = random_circuit(SMALL, 30, model={"base_model": text, "revision": text}, discovery=run)
-    for html in (circuit_page(circuit), compare_page(circuit, circuit)):
-        with opened(browser, html, tmp_path) as shown:
-            assert shown.drawn_lines() == circuit.to_networkx().number_of_edges()
-            assert shown.page.locator("script").count() == 3
-            assert shown.page.locator("#facts :is(img, svg, b, a, script), h1 > *").count() == 0
-            value = shown.page.locator("#facts td").first.text_content() or ""
-            assert len(value) <= 120
-            if len(text) > 120:
-                assert value.endswith("…")
-            elif text.isprintable():
-                assert value == text
-            shown.hover(circuit.nodes[1])
-            shown.page.get_by_label("Find a node").fill(text[:30])
-            shown.click(circuit.nodes[1])
-            assert circuit.nodes[1] in shown.ask("highlightedNodes")
-            assert shown.troubles == []
-            assert set(shown.requests) == {shown.url}
-
-
-def test_data_cannot_end_its_script(circuit: Circuit) -> None:
-    html = circuit_page(circuit)
-    data = html.split('id="data">')[1].split("</script>")[0]
-    assert not re.search("[<>&\u2028\u2029]", data)
-    assert json.loads(data)["readers"]
-
-
-def test_browser_refuses_other_scripts_and_the_network(
-    browser: Browser, circuit: Circuit, tmp_path: Path
-) -> None:
-    html = circuit_page(circuit).replace("<main>", "<script>window.intruder = true</script><main>")
-    with opened(browser, html, tmp_path) as shown:
-        assert shown.page.evaluate("window.intruder") is None
-        assert any("Content Security Policy" in trouble for trouble in shown.troubles)
-        blocked = shown.page.evaluate(
-            """async () => {
-                 const seen = [];
-                 document.addEventListener("securitypolicyviolation", (e) => seen.push(e.effectiveDirective));
-                 new Image().src = "http://127.0.0.1:9/picture";
-                 await fetch("http://127.0.0.1:9/data").catch(() => null);
-                 await new Promise((done) => setTimeout(done, 200));
-                 return seen.sort();
-               }"""
-        )
-        assert blocked == ["connect-src", "img-src"]
-
-
-# -- size ---------------------------------------------------------------------------------------------
-
-
-def test_opens_fast(browser: Browser, tmp_path: Path) -> None:
-    circuit = random_circuit(SMOLLM2, 2000)
-    assert circuit.graph.edge_count == 70_651
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
-        seconds = shown.ask("openedAfter") / 1000
-        assert shown.drawn_lines() == circuit.to_networkx().number_of_edges()
-        assert shown.drawn_nodes() == len(circuit.nodes)
-    # The debugger that drives the browser about doubles the time.
-    print(f"2,000 of 70,651 edges: open after {seconds:.2f} s")
-    assert seconds < 6
-
-
-def test_starts_with_the_strongest_of_very_many(browser: Browser, tmp_path: Path) -> None:
-    circuit = random_circuit(SMOLLM2, 12_000)
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
-        cut = shown.ask("cut")
-        expected = [name for name, score in circuit.edges if abs(score) >= cut]
-        assert shown.ask("visibleEdges") == expected
-        assert 3_800 < len(expected) <= 4_000
-        assert f"{len(expected):,} of 12,000" in (shown.page.locator("#count").text_content() or "")
-
-
-@pytest.mark.parametrize("scores", [np.nan, np.inf, 0.0])
-def test_odd_scores(browser: Browser, tmp_path: Path, scores: float) -> None:
-    circuit = random_circuit(SMALL, 20)
-    circuit.scores[circuit.kept] = scores
-    circuit.tested[:] = False
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
-        assert len(shown.ask("visibleEdges")) == 20
-        assert shown.page.locator("#top span:last-child").first.text_content() == "not tested"
-        assert shown.troubles == []
-
-
-def test_empty_circuit(browser: Browser, tmp_path: Path) -> None:
-    with opened(browser, circuit_page(random_circuit(SMALL, 0)), tmp_path) as shown:
-        assert (shown.drawn_nodes(), shown.drawn_lines()) == (0, 0)
-        assert shown.page.locator("#count").text_content() == "0 of 0 edges shown"
-        assert shown.page.title() == "Circuit"
-        assert shown.troubles == []

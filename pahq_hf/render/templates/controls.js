@@ -26,53 +26,60 @@ function update() {
 
 function select(selection) {
   state.selected = selection;
-  for (const button of document.querySelectorAll("li button")) {
-    const pressed = selection !== null && selection.edge === Number(button.dataset.edge);
-    button.setAttribute("aria-pressed", String(pressed));
+  for (const [i, entry] of [...element("top").children].entries()) {
+    const chosen = selection !== null && selection.edge === ranking[i].number;
+    entry.firstChild.setAttribute("aria-pressed", String(chosen));
   }
   update();
 }
 
 // -- lists of edges ---------------------------------------------------------------------------------
 
-function edgeItems(list) {
-  return list.map((edge) => {
-    const button = document.createElement("button");
-    const name = document.createElement("span");
-    const score = document.createElement("span");
-    name.textContent = edge.name;
-    score.textContent = scoreText(edge);
-    button.type = "button";
-    button.dataset.edge = edge.number;
-    button.setAttribute("aria-pressed", String(state.selected !== null && state.selected.edge === edge.number));
-    button.append(name, score);
-    button.addEventListener("click", () => select({ edge: edge.number }));
-    const item = document.createElement("li");
-    item.append(button);
-    return item;
+function item(texts, selection) {
+  const button = document.createElement("button");
+  const parts = texts.map((text) => {
+    const part = document.createElement("span");
+    part.textContent = text;
+    return part;
   });
+  button.type = "button";
+  button.append(...parts);
+  button.addEventListener("click", () => select(selection));
+  const entry = document.createElement("li");
+  entry.append(button);
+  return entry;
+}
+
+function edgeItems(list) {
+  return list.map((edge) => item([edge.name, scoreText(edge)], { edge: edge.number }));
 }
 
 function showDetails() {
   const box = element("details");
-  // An edge picked from a node's list leaves that list in place.
-  const node = state.selected === null ? null : state.selected.node;
+  const list = box.querySelector("ol");
+  const focused = list.contains(document.activeElement);
   box.hidden = state.selected === null;
   if (state.selected === null) return;
-  const lit = highlight(shownEdges());
-  const text = box.querySelector("p");
+  const { node } = state.selected;
+  let title, text, entries;
   if (node === undefined) {
     const edge = edges[state.selected.edge];
-    box.querySelector("h2").textContent = edge.name;
-    text.textContent = compares ? `${edge.group}; ${scoreText(edge)}` : `score ${scoreText(edge)}`;
-    return;
+    title = edge.name;
+    text = compares ? `${edge.group}; score ${scoreText(edge)}` : `score ${scoreText(edge)}`;
+    entries = [edge.writer, ...edge.targets].map((i) => item([nodes[i].name], { node: i }));
+  } else {
+    const others = highlight(shownEdges()).nodes.size - 1;
+    const near = [...all.into[node], ...all.outOf[node]].sort((a, b) => b.strength - a.strength);
+    title = nodes[node].name;
+    text =
+      `${all.into[node].length} in, ${all.outOf[node].length} out; ` +
+      `${others.toLocaleString("en")} other nodes on paths through it`;
+    entries = edgeItems(near.slice(0, 8));
   }
-  box.querySelector("h2").textContent = nodes[node].name;
-  text.textContent =
-    `${all.into[node].length} in, ${all.outOf[node].length} out; ` +
-    `${(lit.nodes.size - 1).toLocaleString("en")} nodes on paths through it`;
-  const near = [...all.into[node], ...all.outOf[node]].sort((a, b) => b.strength - a.strength);
-  box.querySelector("ol").replaceChildren(...edgeItems(near.slice(0, 8)));
+  box.querySelector("h2").textContent = title;
+  box.querySelector("p").textContent = text;
+  list.replaceChildren(...entries);
+  if (focused) list.querySelector("button").focus(); // so that the keyboard can walk along
 }
 
 // -- which edges are shown --------------------------------------------------------------------------
@@ -185,17 +192,37 @@ prefersDark.addEventListener("change", () => {
 
 // -- pointer and keys -------------------------------------------------------------------------------
 
-let hit = false; // Plotly reports a click on a point just before the page sees the click itself
+let pressed = [0, 0];
+
+// Plotly's own click event speaks of what the pointer last rested on, which a quick hand has left.
+function nearest(trace, x, y) {
+  const { xaxis, yaxis } = plot._fullLayout;
+  let best = { distance: Infinity, item: null };
+  trace.x.forEach((_, i) => {
+    const distance = Math.hypot(xaxis.d2p(trace.x[i]) - x, yaxis.d2p(trace.y[i]) - y);
+    if (distance < best.distance) best = { distance, item: trace.customdata[i] };
+  });
+  return best;
+}
+
+function clicked(event) {
+  const { xaxis, yaxis } = plot._fullLayout;
+  const box = plot.getBoundingClientRect();
+  const x = event.clientX - box.left - xaxis._offset;
+  const y = event.clientY - box.top - yaxis._offset;
+  const traceOf = (meta) => plot.data.find((trace) => trace.meta === meta);
+  const node = nearest(traceOf("nodes"), x, y);
+  const edge = nearest(traceOf("edges"), x, y);
+  if (node.distance <= markerSize / 2 + 4) select({ node: node.item });
+  else if (edge.distance <= plotLayout.hoverdistance) select({ edge: edge.item });
+  else select(null);
+}
 
 function listenToPlot() {
-  plot.on("plotly_click", (event) => {
-    const point = event.points[event.points.length - 1];
-    hit = true;
-    select(point.data.meta === "nodes" ? { node: point.customdata } : { edge: point.customdata });
-  });
+  plot.addEventListener("pointerdown", (event) => { pressed = [event.clientX, event.clientY]; }, true);
   plot.addEventListener("click", (event) => {
-    if (!hit && !event.target.closest(".modebar")) select(null);
-    hit = false;
+    const moved = Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]);
+    if (moved < 6 && !event.target.closest(".modebar")) clicked(event);
   });
 }
 

@@ -85,7 +85,7 @@ function highlight(shown) {
 }
 
 function number(value) {
-  return value === null ? "–" : (value < 0 ? "−" : "+") + Number(Math.abs(value).toPrecision(4));
+  return value === null ? "–" : (value < 0 ? "−" : "+") + Number(Math.abs(value).toPrecision(compares ? 3 : 4));
 }
 
 function scoreText(edge) {

@@ -21,7 +21,7 @@ const widths = fewEdges ? [1.3, 1.9, 2.7, 3.8] : [0.8, 1.2, 2, 3.2];
 const opacities = fewEdges ? [0.55, 0.7, 0.85, 1] : [0.3, 0.45, 0.7, 0.95];
 const binEnds = [0.5, 0.2, 0.05].map((share) => (ranking.length ? ranking[Math.floor(share * ranking.length)].strength : 0));
 const markerSize = nodes.length <= 80 ? 15 : 10;
-const curvePoints = fewEdges ? 16 : 8;
+const curvePoints = edges.length <= 1000 ? 16 : 8;
 
 let theme = "light";
 
@@ -181,7 +181,10 @@ const plotConfig = {
   scrollZoom: true,
   displaylogo: false,
   doubleClick: "reset",
-  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+  // All there are: plotly.js 4 would add one that sends the picture's data to its makers.
+  modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d"]],
+  showSendToCloud: false,
+  plotlyServerURL: "",
 };
 
 function draw() {
