@@ -226,6 +226,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts == compare_circuits(a, b)
     assert run_main("compare", str(tmp_path / "a"), back) == 2
     assert "different graphs" in capsys.readouterr().err
+    page, both = tmp_path / "page.html", tmp_path / "both.html"
+    assert run_main("show", str(tmp_path / "a"), "--html", str(page)) == 0
+    assert run_main("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(both)) == 0
+    for path in (page, both):
+        assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert run_main("show", str(tmp_path / "a"), "--html", str(tmp_path / "no" / "page.html")) == 2
     for flag in ("png", "svg"):
         out = tmp_path / f"picture.{flag}"
         assert run_main("show", str(tmp_path / "a"), f"--{flag}", str(out)) == 0
