@@ -252,7 +252,7 @@ class Propagation:
         assert before is not None and gain is not None
         moved: dict[int, Tensor] = {}
         for head, change in changes.items():
-            moved[head] = self._room(("moved", layer, head), change)
+            moved[head] = self._room(("moved", head), change)  # wanted in this layer only
             contribute(self._arithmetic.contribution(layer, head), change, moved[head])
         scale = attention.output.scale(before.total + torch.stack(list(moved.values())).sum(0))
         assert isinstance(scale, Tensor)
