@@ -251,10 +251,12 @@ class Propagation:
         gain = attention.output.gain
         assert before is not None and gain is not None
         moved: dict[int, Tensor] = {}
+        total = before.total.expand(self._circuits, -1, -1).clone()
         for head, change in changes.items():
             moved[head] = self._room(("moved", head), change)  # wanted in this layer only
             contribute(self._arithmetic.contribution(layer, head), change, moved[head])
-        scale = attention.output.scale(before.total + torch.stack(list(moved.values())).sum(0))
+            total += moved[head]
+        scale = attention.output.scale(total)
         assert isinstance(scale, Tensor)
         for head in range(attention.n_heads):
             node = self._graph.head_writer(layer, head)
