@@ -212,13 +212,11 @@ class PAHQAttention(nn.Module):
         total = self.out(written)
         if self.o_proj.bias is not None and self.output.multiplier != 1.0:
             total = total + (self.output.multiplier - 1.0) * self.o_proj.bias
-        gain = self.output.gain
-        return total if gain is None else total * gain
+        return self.output.weighted(total)
 
     def contributions(self, written: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """What each head adds to the stream. [..., head, d_head] -> [..., head, d_model]"""
-        each, gain = self.head_outputs(written, heads), self.output.gain
-        return each if gain is None else each * gain
+        return self.output.weighted(self.head_outputs(written, heads))
 
     def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """The output projection head by head. [..., head, d_head] -> [..., head, d_model]"""
@@ -228,9 +226,7 @@ class PAHQAttention(nn.Module):
 
     def stored_contribution(self, written: Tensor, head: int) -> Tensor:
         """What one head would add with the weight as it is stored. [..., 1, d_head] -> [..., d_model]"""
-        each = written.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t()
-        gain = self.output.gain
-        return each if gain is None else each * gain
+        return self.output.weighted(written.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t())
 
     # -- the module -------------------------------------------------------------------------------
 

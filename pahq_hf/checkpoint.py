@@ -25,7 +25,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from pahq_hf.architectures import find_architecture
 from pahq_hf.checkpoints import demo_path
-from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.skeleton import load_skeleton
 
@@ -69,10 +69,8 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(resolve(name), **wanted)
     except _LOAD_ERRORS as error:
         if "model type" in str(error) or "architecture" in str(error):
-            raise UnsupportedModelError(
-                f"cannot tell the family of {name!r}: {_first_line(error)}"
-            ) from error
-        raise ModelLoadError(f"cannot read the model {name!r}: {_first_line(error)}") from error
+            raise UnsupportedModelError(f"cannot tell the family of {name!r}: {first_line(error)}") from error
+        raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
     find_architecture(config)
     return config
 
@@ -206,7 +204,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
             resolve(name), attn_implementation="eager", output_loading_info=True, **kwargs
         )
     except _LOAD_ERRORS as error:
-        raise ModelLoadError(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
     model: PreTrainedModel
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
@@ -251,7 +249,7 @@ def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
             return []
         files, _ = get_checkpoint_shard_files(source, index, **wanted)
     except (*_LOAD_ERRORS, TypeError) as error:  # TypeError: an index of another shape
-        raise ModelLoadError(f"cannot find the weights of {name!r}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot find the weights of {name!r}: {first_line(error)}") from error
     return [Path(file) for file in files]
 
 
@@ -265,8 +263,3 @@ def local_files(name: str, **kwargs: Any) -> list[Path]:
 
 def _pick(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: arguments[name] for name in names if name in arguments}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

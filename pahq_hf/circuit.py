@@ -128,17 +128,22 @@ class Circuit:
             RunError: If the folder cannot be written.
         """
         from pahq_hf.card import render_card
-        from pahq_hf.render.picture import draw
 
         folder = make_folder(folder)
+        if overwrite_card or not hub.is_edited(folder / hub.CARD_NAME):
+            write_text(folder / hub.CARD_NAME, hub.signed(render_card(self)))
+        self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        """All files but the card."""
+        from pahq_hf.render.picture import draw
+
         write_atomically(folder / SCORES_NAME, self._write_scores)
         if self.means is not None:
             means = self.means
             write_atomically(folder / MEANS_NAME, lambda path: _save_tensors(means, path))
         write_text(folder / DISCOVERY_NAME, json.dumps(self.discovery, indent=2) + "\n")
         write_atomically(folder / PICTURE_NAME, lambda path: draw(self, path, "png"))
-        if overwrite_card or not hub.is_edited(folder / hub.CARD_NAME):
-            write_text(folder / hub.CARD_NAME, hub.signed(render_card(self)))
         # Last: its presence says that the folder is complete.
         write_text(folder / CIRCUIT_NAME, json.dumps(self.to_json(), indent=1) + "\n")
 
@@ -176,9 +181,9 @@ class Circuit:
         def write(folder: Path) -> None:
             from pahq_hf.card import render_card
 
-            self.save_pretrained(folder)
             card = render_card(self, repo_id=repo_id, subfolder=subfolder)
             write_text(folder / hub.CARD_NAME, hub.signed(card))
+            self._write(folder)
 
         return hub.push(
             write,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pahq_hf.cli_output import print_facts, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime, StoreName
 from pahq_hf.errors import ConfigError, PAHQError
@@ -39,7 +39,6 @@ DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instan
 DtypeOption = Annotated[
     Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 TaskOption = Annotated[str, typer.Option(help="Task name, data file, dataset folder or Hub dataset id.")]
 CountOption = Annotated[int | None, typer.Option("--n", min=1, help="Number of prompt pairs.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pahq_hf.cli_output import print_facts, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.config import ExportFormat
 from pahq_hf.errors import RunError
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
@@ -16,7 +16,6 @@ CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or H
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 SubfolderOption = Annotated[str | None, typer.Option(help="Folder inside the repository.")]
 TokenOption = Annotated[str | None, typer.Option(help="Hub token; the stored one if unset.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
 
 def show(

@@ -8,9 +8,7 @@ import numpy as np
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError
-from pahq_hf.graph import BoolArray
-
-_KINDS = ("q", "k", "v", "mlp", "logits")
+from pahq_hf.graph import READER_KINDS, BoolArray
 
 
 def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
@@ -27,11 +25,8 @@ def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
     Raises:
         CircuitError: If their graphs differ.
     """
-    if a.graph.spec != b.graph.spec:
-        raise CircuitError(
-            f"these circuits are of different graphs, {a.graph.spec} and {b.graph.spec}: nothing to compare"
-        )
-    rows = {kind: np.array([reader.kind == kind for reader in a.graph.readers]) for kind in _KINDS}
+    check_same_graph(a, b)
+    rows = {kind: np.array([reader.kind == kind for reader in a.graph.readers]) for kind in READER_KINDS}
     nodes = set(a.nodes), set(b.nodes)
     both = a.tested & b.tested
     return {
@@ -51,6 +46,18 @@ def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
             "spearman": _correlation(_ranks(a.scores[both]), _ranks(b.scores[both])),
         },
     }
+
+
+def check_same_graph(a: Circuit, b: Circuit) -> None:
+    """Check that two circuits can be compared.
+
+    Raises:
+        CircuitError: If their graphs differ.
+    """
+    if a.graph.spec != b.graph.spec:
+        raise CircuitError(
+            f"these circuits are of different graphs, {a.graph.spec} and {b.graph.spec}: nothing to compare"
+        )
 
 
 def jaccard(a: BoolArray, b: BoolArray) -> float | None:

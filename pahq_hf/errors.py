@@ -49,3 +49,9 @@ class RunError(PAHQError):
 
 class DriftError(PAHQError):
     """A search's final metric is not what the hooks engine finds for its circuit: a bug, please report it."""
+
+
+def first_line(error: Exception, longest: int = 300) -> str:
+    """The first line of what an error says, for one line of our own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:longest] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pahq_hf.errors import CircuitError, ConfigError
 
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
+READER_KINDS: tuple[ReaderKind, ...] = get_args(ReaderKind)
 ReaderOrder = Literal["acdc", "head"]
 BoolArray = NDArray[np.bool_]
 EDGE_SEPARATOR = "->"

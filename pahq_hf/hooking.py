@@ -75,7 +75,7 @@ def hook_layer(layer: Layer, has_mlp: bool, on: LayerHooks) -> list[Any]:
     def at_entry(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
         given = args[0]
         # A shared norm ran for the attention: what the MLP reads before it is the layer's own input.
-        reads = stream[0] if layer.is_parallel else given.view(stream[0].shape)
+        reads = stream[0] if mlp.row.parallel else given.view(stream[0].shape)
         other = on.on_mlp_input(reads)
         if other is None:
             return None
@@ -84,8 +84,9 @@ def hook_layer(layer: Layer, has_mlp: bool, on: LayerHooks) -> list[Any]:
 
     def at_exit(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
         adds = output.view(stream[0].shape)
-        other = on.on_mlp(adds if mlp.factor == 1.0 else adds * mlp.factor)
-        return None if other is None else (other / mlp.factor).view(output.shape)
+        factor = mlp.output.multiplier
+        other = on.on_mlp(adds if factor == 1.0 else adds * factor)
+        return None if other is None else (other / factor).view(output.shape)
 
     handles = [
         layer.block.register_forward_pre_hook(at_block, with_kwargs=True),

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pahq_hf.errors import ConfigError, HubError
+from pahq_hf.errors import ConfigError, HubError, first_line
 
 CARD_NAME = "README.md"
 _MAX_BYTES = 1 << 30  # of a file that is worth downloading
@@ -76,24 +76,30 @@ def pull(place: HubPlace, names: Sequence[str], optional: Sequence[str] = ()) ->
         try:
             with _explained(f"{place.repo_id} ({name})"):
                 _check_size(place, name)
-                path = hf_hub_download(
-                    place.repo_id,
-                    name,
-                    subfolder=place.subfolder,
-                    revision=place.revision,
-                    token=place.token,
-                    cache_dir=place.cache_dir,
-                    force_download=place.force_download,
-                    local_files_only=place.local_files_only,
-                )
+                path = _download(place, name)
         except _MissingFile:
             if name in names:
                 raise
             continue
-        folder = folder or Path(path).parent
+        folder = folder or path.parent
     if folder is None:
         raise HubError(f"{place.repo_id} holds none of {', '.join(optional)}")
     return folder
+
+
+def _download(place: HubPlace, name: str) -> Path:
+    """A file in the cache, downloaded if it is not there."""
+    path = hf_hub_download(
+        place.repo_id,
+        name,
+        subfolder=place.subfolder,
+        revision=place.revision,
+        token=place.token,
+        cache_dir=place.cache_dir,
+        force_download=place.force_download,
+        local_files_only=place.local_files_only,
+    )
+    return Path(path)
 
 
 def _check_size(place: HubPlace, name: str) -> None:
@@ -191,16 +197,10 @@ def is_edited(path: Path) -> bool:
 def _card_of(place: HubPlace) -> str | None:
     """The card that is on the Hub now, if any."""
     try:
-        path = hf_hub_download(
-            place.repo_id,
-            CARD_NAME,
-            subfolder=place.subfolder,
-            revision=place.revision,
-            token=place.token,
-        )
+        path = _download(place, CARD_NAME)
     except EntryNotFoundError:
         return None
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 # -- errors -----------------------------------------------------------------------------------------
@@ -229,15 +229,10 @@ def _explained(what: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise _MissingFile(f"{what}: no such file in the repository") from error
     except HFValidationError as error:
-        raise HubError(f"{what!r} cannot be a repository id: {_first_line(error)}") from error
+        raise HubError(f"{what!r} cannot be a repository id: {first_line(error)}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "?")
         hint = ": the token does not allow it (hf auth login, or --token)" if status in (401, 403) else ""
-        raise HubError(f"{what}: the Hub answered {status}{hint}: {_first_line(error)}") from error
+        raise HubError(f"{what}: the Hub answered {status}{hint}: {first_line(error)}") from error
     except (OSError, ValueError, HTTPError) as error:
-        raise HubError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+        raise HubError(f"{what}: {first_line(error)}") from error

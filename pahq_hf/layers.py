@@ -27,8 +27,7 @@ class MLP:
         output: What makes of the module's result what the block adds.
         entry: Module whose input is what the MLP reads.
         reads_stream: Whether that is the stream; else it is the stream after the norm.
-        exit: Module whose output is what the block adds, up to `factor`.
-        factor: Factor of the exit's output.
+        exit: Module whose output is what the block adds, up to the multiplier of `output`.
         is_routed: Whether the weights that a token meets depend on the token.
     """
 
@@ -39,7 +38,6 @@ class MLP:
     entry: nn.Module
     reads_stream: bool
     exit: nn.Module
-    factor: float
     is_routed: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,7 +58,6 @@ class Layer:
         attention_norm: Norm before the attention; an identity where there is none.
         mlp_norm: Norm before the MLP; an identity where there is none.
         mlp: The MLP; its module may have no neurons in an attention-only model.
-        is_parallel: Whether the MLP reads what the heads read.
     """
 
     block: nn.Module
@@ -68,7 +65,6 @@ class Layer:
     attention_norm: nn.Module
     mlp_norm: nn.Module
     mlp: MLP
-    is_parallel: bool = False
 
 
 def patch_layer(block: nn.Module, row: Architecture, number: int, spec: GraphSpec) -> Layer:
@@ -99,7 +95,6 @@ def patch_layer(block: nn.Module, row: Architecture, number: int, spec: GraphSpe
         attention_norm=row.optional(block, row.attention_norm) or nn.Identity(),
         mlp_norm=row.optional(block, row.mlp_norm) or nn.Identity(),
         mlp=_patch_mlp(block, row),
-        is_parallel=row.parallel,
     )
 
 
@@ -124,6 +119,5 @@ def _patch_mlp(block: nn.Module, row: Architecture) -> MLP:
         entry=module if own_norm is None else own_norm,
         reads_stream=not row.shares_norm,
         exit=row.optional(block, row.mlp_exit) or post or module,
-        factor=row.residual_multiplier,
         is_routed=experts is not None,
     )

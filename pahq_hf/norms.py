@@ -56,6 +56,11 @@ class BlockOutput:
         weight: Tensor = self.norm.weight.detach()  # type: ignore[operator]
         return weight + self.offset
 
+    def weighted(self, x: Tensor) -> Tensor:
+        """Times the norm's weight, where there is a norm. [..., d_model]"""
+        gain = self.gain
+        return x if gain is None else x * gain
+
 
 def _epsilon(norm: nn.Module) -> float:
     value = getattr(norm, "variance_epsilon", None)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from pahq_hf.architectures import find_architecture
 from pahq_hf.capture import Activations, capture, head_outputs, with_streams
-from pahq_hf.errors import SelfCheckError
+from pahq_hf.errors import SelfCheckError, first_line
 from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel, resident_device, token_embedding
 from pahq_hf.precision import CheckpointSource
@@ -99,10 +99,9 @@ def check_patched(model: PatchedModel, task: Task, reference: Tensor) -> None:
     try:
         _check(model, task, reference)
     except _WRONG_ROW as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SelfCheckError(
             f"self-check failed: cut as the row of family {model.arch.model_type} says, the model does "
-            f"not run: {reason[:200]}"
+            f"not run: {first_line(error)}"
         ) from error
 
 

@@ -15,10 +15,6 @@ Tables = tuple[Tensor, ...]
 class Rotary(Protocol):
     """Rotary position embedding of a family (RoPE, arXiv 2104.09864)."""
 
-    @property
-    def name(self) -> str:
-        """`rotary` or `none`."""
-
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """The tables of a forward pass, from the arguments the attention is called with.
 
@@ -33,8 +29,6 @@ class Rotary(Protocol):
 @dataclass(frozen=True)
 class NoRotary:
     """Positions are learned, or biases."""
-
-    name: str = "none"
 
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """None."""
@@ -51,8 +45,6 @@ class RotaryTables:
 
     Tables narrower than a head turn its first features only (partial rotary).
     """
-
-    name: str = "rotary"
 
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """What the model passes as `position_embeddings`."""
@@ -71,8 +63,6 @@ class RotaryTables:
 @dataclass(frozen=True)
 class GPTJRotary:
     """GPT-J keeps sines and cosines in each attention, and turns neighbouring features."""
-
-    name: str = "rotary"
 
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """(sin, cos) at the positions of the tokens."""

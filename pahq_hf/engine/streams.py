@@ -102,11 +102,8 @@ class Streams:
 
     def contribute(self, layer: int, heads: Sequence[int], written: Tensor) -> Tensor:
         """What heads add to the stream at the present precision. [head, tokens, d_head or d_model]"""
-        each, gain = self.head_outputs(layer, heads, written), self._gain(layer)
-        return each if gain is None else each * gain
-
-    def _gain(self, layer: int) -> Tensor | None:
-        return self._model.layers[layer].attention.output.gain
+        output = self._model.layers[layer].attention.output
+        return output.weighted(self.head_outputs(layer, heads, written))
 
     def change(self, layer: int, heads: Sequence[int], new: Tensor, captured: Tensor) -> Tensor:
         """What heads add now against what they added at capture; a raised weight may be another one.
@@ -129,8 +126,7 @@ class Streams:
     def _contribute(self, weight: Tensor, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
         attention = self._model.layers[layer].attention
         by_head = weight.view(-1, attention.n_heads, attention.d_head)
-        each, gain = torch.bmm(z, by_head[:, list(heads)].permute(1, 2, 0)), self._gain(layer)
-        return each if gain is None else each * gain
+        return attention.output.weighted(torch.bmm(z, by_head[:, list(heads)].permute(1, 2, 0)))
 
     def base_input(self, reader: int, kept: np.ndarray, liveness: Liveness) -> Tensor:
         """A reader's input as far as the clean run decides it.

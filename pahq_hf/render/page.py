@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pahq_hf.circuit import Circuit
-from pahq_hf.errors import CircuitError
+from pahq_hf.comparison import check_same_graph
 from pahq_hf.render.facts import run_facts
 from pahq_hf.render.layout import layout
 
@@ -54,8 +54,7 @@ def compare_page(a: Circuit, b: Circuit) -> str:
     Raises:
         CircuitError: If their graphs differ.
     """
-    if a.graph.spec != b.graph.spec:
-        raise CircuitError(f"these circuits are of different graphs, {a.graph.spec} and {b.graph.spec}")
+    check_same_graph(a, b)
     both = Circuit(
         graph=a.graph,
         kept=a.kept | b.kept,

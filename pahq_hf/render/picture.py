@@ -15,16 +15,9 @@ from matplotlib.lines import Line2D
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import ReaderKind
-from pahq_hf.render.layout import Layout, LayoutEdge, layout
+from pahq_hf.render.layout import COLOURS, Layout, LayoutEdge, layout
 
 PictureFormat = Literal["png", "svg"]
-COLOURS: dict[ReaderKind, str] = {
-    "q": "#1f77b4",
-    "k": "#2ca02c",
-    "v": "#d62728",
-    "mlp": "#9467bd",
-    "logits": "#7f7f7f",
-}
 _LABELLED = 150  # nodes; more names than this cannot be read
 _TALLEST = 10.0  # inches
 # What would make two pictures of one circuit differ.

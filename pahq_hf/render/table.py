@@ -12,10 +12,9 @@ from rich.text import Text
 from pahq_hf.accounting import MemoryReport
 from pahq_hf.architectures import FamilyFacts
 from pahq_hf.circuit import Circuit
-from pahq_hf.graph import BoolArray, ReaderKind, edge_list
+from pahq_hf.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
 from pahq_hf.render.facts import run_facts
 
-_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v", "mlp", "logits")
 _TOP = 15
 
 
@@ -90,13 +89,13 @@ def layer_table(circuit: Circuit) -> Table:
     """Kept edges per layer and kind of reader, and which heads take part."""
     table = Table(title="Kept edges by layer", title_justify="left")
     table.add_column("layer")
-    for kind in _KINDS[:-1]:
+    for kind in READER_KINDS[:-1]:
         table.add_column(kind, justify="right")
     table.add_column("heads")
     graph = circuit.graph
     written: BoolArray = np.any(circuit.kept, axis=0)
     for layer in reversed(range(graph.spec.layers)):
-        counts = [_count(circuit, layer, kind) for kind in _KINDS[:-1]]
+        counts = [_count(circuit, layer, kind) for kind in READER_KINDS[:-1]]
         heads = [str(h) for h in range(graph.spec.heads) if written[graph.head_writer(layer, h)]]
         table.add_row(str(layer), *(str(count) if count else "·" for count in counts), " ".join(heads))
     table.caption = f"logits: {_count(circuit, 0, 'logits')} edges"
