@@ -8,16 +8,37 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from pahq_hf.cli_options import (
+    BudgetOption,
+    CountOption,
+    DeviceOption,
+    DtypeOption,
+    FormatOption,
+    GgufOption,
+    ModelArgument,
+    PolicyOption,
+    PrecisionOption,
+    RevisionOption,
+    SeedOption,
+    SplitOption,
+    StoreOption,
+    TablesOption,
+    TaskOption,
+    TokenOption,
+    TrustOption,
+    load_arguments,
+    read_bytes,
+    read_policy,
+)
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
-from pahq_hf.config import Ablation, Active, Compute, EngineName, Format, MetricName, Order, Regime, StoreName
+from pahq_hf.config import Ablation, Active, Compute, EngineName, MetricName, Order
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -29,88 +50,6 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
-GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TokenOption = Annotated[str | None, typer.Option(help="Hub token for private or gated models.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instance cuda:0.")]
-DtypeOption = Annotated[
-    Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")
-]
-TaskOption = Annotated[str, typer.Option(help="Task name, data file, dataset folder or Hub dataset id.")]
-CountOption = Annotated[int | None, typer.Option("--n", min=1, help="Number of prompt pairs.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
-SplitOption = Annotated[
-    bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
-]
-PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="Low-precision format.")]
-BudgetOption = Annotated[
-    str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
-]
-StoreOption = Annotated[
-    StoreName, typer.Option(help="Keep captured activations in memory or in a temporary file.")
-]
-PolicyOption = Annotated[
-    list[str] | None,
-    typer.Option("--policy", metavar="PATTERN=FORMAT", help="Format of some components: 'm*=bf16'; repeat."),
-]
-TablesOption = Annotated[
-    bool, typer.Option("--quantize-embeddings", help="Embedding and unembedding in low precision too.")
-]
-
-
-def _load_arguments(
-    gguf_file: str | None,
-    revision: str | None,
-    token: str | None,
-    trust_remote_code: bool,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> dict[str, Any]:
-    """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
-    import torch
-
-    arguments: dict[str, Any] = {
-        "gguf_file": gguf_file,
-        "revision": revision,
-        "token": token,
-        "trust_remote_code": trust_remote_code or None,
-        "dtype": getattr(torch, dtype) if dtype else None,
-    }
-    if device is not None:
-        try:
-            arguments["device_map"] = {"": torch.empty(0, device=device).device}
-        except (RuntimeError, AssertionError, ValueError) as error:  # unknown, or not on this machine
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
-    return {key: value for key, value in arguments.items() if value is not None}
-
-
-def _policy(entries: list[str] | None) -> dict[str, Any]:
-    """Parse `PATTERN=FORMAT` entries."""
-    found = {}
-    for entry in entries or ():
-        pattern, equals, fmt = entry.partition("=")
-        if not (pattern and equals and fmt):
-            raise ConfigError(f"cannot read the policy {entry!r}; write it like 'm*=bf16'")
-        found[pattern] = fmt
-    return found
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def _bytes(text: str | None) -> int | None:
-    """Parse a size such as `500MB` or `4GiB`."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
-    if found is None or found[2] not in _UNITS:
-        raise ConfigError(f"cannot read the size {text!r}; write it like 500MB or 4GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @app.command()
@@ -140,7 +79,7 @@ def info(
     from pahq_hf.precision import CheckpointSource
     from pahq_hf.render.table import facts_table, memory_table
 
-    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code)
     config = load_config(model, **arguments)
     graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
     facts = {
@@ -156,7 +95,7 @@ def info(
         precision,
         fmt,
         split_kv_groups,
-        policy=_policy(policy),
+        policy=read_policy(policy),
         quantize_embeddings=quantize_embeddings,
     )
     files = local_files(model, **arguments)
@@ -166,7 +105,7 @@ def info(
         pahq,
         n=n,
         length=length,
-        budget=_bytes(memory_budget),
+        budget=read_bytes(memory_budget),
         stored=activation_store,
         source=CheckpointSource(files) if files else None,
     )
@@ -261,9 +200,11 @@ def discover(
         readers=readers,
         margin=margin,
     )
-    pahq = PAHQConfig(precision, fmt, split_kv_groups, active, compute, _policy(policy), quantize_embeddings)
-    limits = EngineConfig(engine, batch, _bytes(memory_budget), activation_store)
-    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    pahq = PAHQConfig(
+        precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
+    )
+    limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
     circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
@@ -295,7 +236,7 @@ def evaluate(
     from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
 
     found = Circuit.from_pretrained(circuit, token=token)
-    arguments = _load_arguments(gguf_file, revision, token, trust_remote_code, device)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
     pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)

@@ -1,0 +1,113 @@
+"""Options that several commands of `pahq` share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pahq_hf.config import Format, Regime, StoreName
+from pahq_hf.errors import ConfigError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+TokenOption = Annotated[str | None, typer.Option(help="Hub token for private or gated models.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instance cuda:0.")]
+DtypeOption = Annotated[
+    Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")
+]
+TaskOption = Annotated[str, typer.Option(help="Task name, data file, dataset folder or Hub dataset id.")]
+CountOption = Annotated[int | None, typer.Option("--n", min=1, help="Number of prompt pairs.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
+SplitOption = Annotated[
+    bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
+]
+PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="Low-precision format.")]
+BudgetOption = Annotated[
+    str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
+]
+StoreOption = Annotated[
+    StoreName, typer.Option(help="Keep captured activations in memory or in a temporary file.")
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="PATTERN=FORMAT", help="Format of some components: 'm*=bf16'; repeat."),
+]
+TablesOption = Annotated[
+    bool, typer.Option("--quantize-embeddings", help="Embedding and unembedding in low precision too.")
+]
+
+
+def load_arguments(
+    gguf_file: str | None,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
+    import torch
+
+    arguments: dict[str, Any] = {
+        "gguf_file": gguf_file,
+        "revision": revision,
+        "token": token,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": getattr(torch, dtype) if dtype else None,
+    }
+    if device is not None:
+        try:
+            arguments["device_map"] = {"": torch.empty(0, device=device).device}
+        except (RuntimeError, AssertionError, ValueError) as error:  # unknown, or not on this machine
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def read_policy(entries: list[str] | None) -> dict[str, Any]:
+    """Parse `PATTERN=FORMAT` entries.
+
+    Args:
+        entries: As given on the command line.
+
+    Returns:
+        Formats by pattern, in the given order.
+
+    Raises:
+        ConfigError: If an entry is not of this form.
+    """
+    found = {}
+    for entry in entries or ():
+        pattern, equals, fmt = entry.partition("=")
+        if not (pattern and equals and fmt):
+            raise ConfigError(f"cannot read the policy {entry!r}; write it like 'm*=bf16'")
+        found[pattern] = fmt
+    return found
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def read_bytes(text: str | None) -> int | None:
+    """Parse a size such as `500MB` or `4GiB`.
+
+    Args:
+        text: As given on the command line, or None.
+
+    Returns:
+        Bytes, or None.
+
+    Raises:
+        ConfigError: If it is not a size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if found is None or found[2] not in _UNITS:
+        raise ConfigError(f"cannot read the size {text!r}; write it like 500MB or 4GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
