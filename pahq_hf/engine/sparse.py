@@ -133,6 +133,7 @@ class SparseEngine:
     @torch.no_grad()
     def begin(self, kept: BoolArray) -> float:
         """Start from an edge set; its metric."""
+        self.model.precision.keep_full(self._memory.full_weights)  # `finish` ended that
         self._kept = kept.copy()
         self._state = self._new_state()
         self._state.update(kept, self._floor_of(kept))
