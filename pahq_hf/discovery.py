@@ -29,6 +29,7 @@ from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
@@ -161,13 +162,21 @@ class Discovery:
         self._refuse_overwrite(folder, resume)
         return None
 
-    def search(self, engine: HooksEngine | SparseEngine, folder: Path | None, *, resume: bool) -> Found:
+    def search(
+        self,
+        engine: HooksEngine | SparseEngine,
+        folder: Path | None,
+        *,
+        resume: bool,
+        answers: Answers | None = None,
+    ) -> Found:
         """Search with an engine, which can begin another search afterwards.
 
         Args:
             engine: Made for this model, task, metric and precision.
             folder: Folder of the journal; None keeps none.
             resume: Continue the run whose journal is there.
+            answers: What the engine answered to other searches; what it did is not computed again.
 
         Returns:
             What was found.
@@ -178,8 +187,9 @@ class Discovery:
         journal = self._journal(folder, resume)
         resumed = 0 if journal is None else len(journal.records)
         before = engine.evaluations
+        recalling = None if answers is None else RecallingEngine(engine, answers, self._source(engine))
         with self._phase("search"):
-            state = self._search(engine, journal)
+            state = self._search(recalling or engine, self._batch(engine), journal)
         final = state.metric
         with self._phase("evaluate"):
             if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
@@ -187,6 +197,11 @@ class Discovery:
                 engine.finish()
         facts = self._facts(state, engine) | {"resumed_readers": resumed}
         facts["evaluations"] = engine.evaluations - before
+        if recalling is not None:
+            facts["reused"] = {
+                "evaluations": recalling.recalled,
+                "readers": recalling.recalled_readers,
+            }
         return Found(state, final, facts)
 
     def judge(self) -> Judge:
@@ -238,13 +253,23 @@ class Discovery:
             return journal
         return Journal.create(folder, self.header())
 
-    def _search(self, engine: Engine, journal: Journal | None) -> Search:
+    def _source(self, engine: HooksEngine | SparseEngine) -> str:
+        """What answers depend on to the bit, beside the run's header."""
+        return f"{type(engine).__name__} {self.model.device} {torch.get_num_threads()}"
+
+    def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
         graph = self.model.graph
         done = [] if journal is None else list(journal.records)
         chosen = graph.match_readers(self.acdc.readers)
         total = int(graph.prefix[chosen].sum())
         decided = sum(int(graph.prefix[r.reader]) for r in done if r.searched)
-        bar = tqdm(total=total, initial=decided, desc="ACDC", unit="edge", disable=not self.progress)
+        bar = tqdm(
+            total=total,
+            initial=decided,
+            desc=f"ACDC, tau {self.acdc.threshold:g}",
+            unit="edge",
+            disable=not self.progress,
+        )
 
         def on_reader(state: Search, record: ReaderRecord) -> None:
             if journal is not None:
@@ -261,13 +286,13 @@ class Discovery:
             return search(
                 engine,
                 self.acdc,
-                batch=self._batch(engine),
+                batch=batch,
                 done=done,
                 on_reader=on_reader,
                 on_batch=on_batch,
             )
 
-    def _batch(self, engine: Engine) -> BatchSize:
+    def _batch(self, engine: HooksEngine | SparseEngine) -> BatchSize:
         if self.engine.batch is not None:
             return FixedBatch(self.engine.batch)
         # The hooks engine gains nothing from trying candidates it may not need.

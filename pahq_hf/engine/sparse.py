@@ -173,6 +173,11 @@ class SparseEngine:
         return self._read(finals)
 
     @torch.no_grad()
+    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
+        """Do all that `try_removals` does besides its answer: `remove` uses what was tried."""
+        self._input_changes(reader, candidates)
+
+    @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Metric in FP32 with exactly each candidate's edges into `reader` removed.
 
