@@ -127,7 +127,7 @@ class Discovery:
             return finished
         with PeakMemory() as peak:
             with self._phase("capture"):
-                engine = self._engine()
+                engine = self.make_engine()
             found = self.search(engine, folder, resume=resume)
             del engine  # its captured runs make room for the evaluation's
             with self._phase("evaluate"):
@@ -161,6 +161,10 @@ class Discovery:
             return circuit
         self._refuse_overwrite(folder, resume)
         return None
+
+    def make_engine(self) -> HooksEngine | SparseEngine:
+        """An engine for this model, task, metric and precision, its runs captured."""
+        return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine)
 
     def search(
         self,
@@ -232,9 +236,6 @@ class Discovery:
         return Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts, means)
 
     # -- parts of them ----------------------------------------------------------------------------
-
-    def _engine(self) -> HooksEngine | SparseEngine:
-        return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine)
 
     def _refuse_overwrite(self, folder: Path, resume: bool) -> None:
         for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
