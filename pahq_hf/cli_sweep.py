@@ -79,12 +79,12 @@ def sweep(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Find a task's circuits at several thresholds, computing once what the searches share."""
-    values = read_thresholds(thresholds)
-
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import sweep_table
+    from pahq_hf.sweep import check_thresholds
 
+    values = check_thresholds(read_thresholds(thresholds))  # before a model is loaded
     acdc = ACDCConfig(
         metric=metric,
         order=order,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -343,18 +344,19 @@ class SweepRun:
             RunError: If the folder holds another sweep, or any when there may be none.
         """
         for name in (SWEEP_NAME, ANSWERS_NAME):
-            if (folder / name).exists() and not resume:
+            if os.path.exists(folder / name) and not resume:
                 raise RunError(
                     f"{folder} holds another sweep ({name}); continue it with --resume or choose another "
                     "folder"
                 )
-        for path in sorted(folder.glob(f"{_PREFIX}*")):
-            if path.is_dir() and path.name not in {_folder_of(folder, tau).name for tau in self._runs}:
+        wanted = {_folder_of(folder, tau).name for tau in self._runs}
+        for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+            if path.name.startswith(_PREFIX) and path.name not in wanted:
                 raise RunError(
                     f"{folder} holds a sweep with threshold {path.name.removeprefix(_PREFIX)}; ask for that "
                     "too or choose another folder"
                 )
-        if not (folder / SWEEP_NAME).exists():
+        if not os.path.exists(folder / SWEEP_NAME):
             return None
         sweep = Sweep.from_pretrained(folder)
         check_header(sweep.facts.get("header", {}), self.header(), folder)

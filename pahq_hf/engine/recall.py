@@ -7,7 +7,8 @@ thresholds do, up to and including the batch in which their decisions first diff
 thresholds, margins or batches here that could be wrong, as each search runs whole and only its engine
 recalls.
 
-Beyond the common beginning nothing is shared: the edge sets differ for good.
+Once decisions differ nothing is shared any more: the edge sets differ for good. Where only second looks
+differ, searches part within a reader and meet again at the next.
 """
 
 from __future__ import annotations

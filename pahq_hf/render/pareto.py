@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes
 from pahq_hf.render.picture import NO_DATE, PictureFormat
@@ -97,6 +98,9 @@ def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFo
                 f"τ={row.threshold:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter())
+        axes.margins(0.1)
         axes.set_xlabel("edges kept")
         axes.set_ylabel(panel.label, parse_math=False)
         axes.grid(alpha=0.25)
