@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import benchmarks.sweep
 import pahq_hf.discovery
 from pahq_hf import ACDCConfig, Circuit, PAHQConfig, PAHQModel, Sweep, load_task
 from pahq_hf.config import EngineConfig
@@ -378,3 +379,25 @@ def test_wrong_thresholds_are_one_line(
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("pahq: ") and text in captured.err
     assert not (tmp_path / "out").exists()
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_compares_ways_to_the_same_circuits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sweep.json"
+    small = ["demo", "--n=2", "--thresholds=0.5,0.2", "--readers=logits,m*", "--repeats=2", "--no-commands"]
+    assert benchmarks.sweep.main([*small, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    ours, theirs = document["ways"]
+    assert (ours["name"], theirs["name"]) == ("sweep", "runs")
+    assert ours["same"] and theirs["same"] and ours["ratio"] == 1
+    assert theirs["ratio"] == pytest.approx(theirs["median"] / ours["median"])
+    assert len(ours["seconds"]) == len(theirs["search_seconds"]) == 2
+    assert ours["evaluations"] == sum(row["evaluations"] for row in document["rows"])
+    assert theirs["evaluations"] == sum(row["separate"] for row in document["rows"])
+    assert ours["evaluations"] <= theirs["evaluations"]
+    assert "same circuits" in capsys.readouterr().out
+    assert benchmarks.sweep.main(["demo", "--thresholds=0.1,0.1"]) == 2

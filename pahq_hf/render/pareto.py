@@ -135,8 +135,8 @@ def pareto_page(rows: Sequence[SweepRow], title: str) -> str:
 
 
 def _plot(rows: Sequence[SweepRow], panel: _Panel) -> dict[str, Any]:
-    """What Plotly draws. It reads some tags in texts, so they are escaped here too."""
-    places, label = _places(rows), escape(readable(panel.label))
+    """What Plotly draws. It reads some tags and TeX in texts, so they are escaped here too."""
+    places, label = _places(rows), escape(readable(panel.label)).replace("$", "&#36;")
     front = pareto_front([row.kept for row in rows], panel.values)
     texts = [
         f"τ = {row.threshold:g}<br>{row.kept:,} edges, {row.live:,} live, {row.tested:,} tested"
