@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,7 +28,7 @@ from pahq_hf.files import write_text
 from pahq_hf.graph import BoolArray
 from pahq_hf.journal import check_header
 
-Values = tuple[float, ...]
+Values = Sequence[float]
 Sets = tuple[tuple[int, ...], ...]
 _Kind = Literal["try", "look", "remove", "restore"]
 
@@ -46,7 +47,7 @@ class Answers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, Values] = {}
+        self._known: dict[str, array[float]] = {}  # 8 bytes a value: there can be millions
         self._path: Path | None = None
 
     @classmethod
@@ -85,7 +86,7 @@ class Answers:
         for line in raw.split(b"\n")[:-1]:  # what follows the last newline was not finished
             try:
                 key, values = json.loads(line)
-                self._known[str(key)] = tuple(float(value) for value in values)
+                self._known[str(key)] = array("d", values)
             except (ValueError, TypeError, RecursionError):
                 break
             done += len(line) + 1
@@ -105,12 +106,12 @@ class Answers:
         Raises:
             RunError: If the file cannot be written, for instance on a full disk.
         """
-        self._known[key] = values
+        self._known[key] = array("d", values)
         if self._path is None:
             return
         try:
             with self._path.open("ab") as file:
-                file.write(json.dumps([key, values]).encode() + b"\n")
+                file.write(json.dumps([key, list(values)]).encode() + b"\n")
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -207,14 +208,14 @@ class RecallingEngine:
 
     def _recall(self, key: str) -> Values | None:
         known = self._answers.get(key)
-        self.recalled += len(known or ())
+        self.recalled += 0 if known is None else len(known)
         return known
 
     def _learn(self, key: str, values: Sequence[float]) -> Values:
         self._computed = True
         self.evaluations = self._engine.evaluations
-        self._answers.add(key, tuple(values))
-        return tuple(values)
+        self._answers.add(key, values)
+        return values
 
     def _ask(
         self, kind: Literal["try", "look"], reader: int, candidates: Sequence[Sequence[int]]
