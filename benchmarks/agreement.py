@@ -129,9 +129,9 @@ class OnceEngine(SparseEngine):
 class _Run(Discovery):
     once = False
 
-    def _engine(self) -> SparseEngine:
+    def make_engine(self) -> SparseEngine:
         if not self.once:
-            engine = super()._engine()
+            engine = super().make_engine()
             assert isinstance(engine, SparseEngine)
             return engine
         rule = PrecisionRule.of(self.pahq, self.model.device)

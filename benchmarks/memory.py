@@ -106,7 +106,7 @@ def _search(run: Discovery, stop_after: int | None) -> tuple[int, int, float]:
         circuit = run.run()
         seconds: float = circuit.discovery["seconds"]["search"]
         return int(circuit.tested.sum()), circuit.edge_count, seconds
-    engine = run._engine()
+    engine = run.make_engine()
     decided: list[int] = []
 
     def on_batch(_: int, count: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
     from pahq_hf.model import PAHQModel
+    from pahq_hf.sweep import Sweep
     from pahq_hf.tasks import load_task
     from pahq_hf.tasks.base import Task
 
@@ -25,6 +26,7 @@ __all__ = [
     "PAHQConfig",
     "PAHQError",
     "PAHQModel",
+    "Sweep",
     "Task",
     "load_task",
     "register_architecture",
@@ -38,6 +40,7 @@ _ROOMS = {
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",
+    "Sweep": "sweep",
     "Task": "tasks.base",
     "load_task": "tasks",
     "register_architecture": "architectures",

@@ -15,15 +15,25 @@ from typing import Annotated, NoReturn
 import typer
 
 from pahq_hf.cli_options import (
+    AblationOption,
+    AbsoluteOption,
+    ActiveOption,
+    BatchOption,
     BudgetOption,
+    ComputeOption,
     CountOption,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     FormatOption,
     GgufOption,
+    MarginOption,
+    MetricOption,
     ModelArgument,
+    OrderOption,
     PolicyOption,
     PrecisionOption,
+    ReadersOption,
     RevisionOption,
     SeedOption,
     SplitOption,
@@ -38,7 +48,8 @@ from pahq_hf.cli_options import (
 )
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
-from pahq_hf.config import Ablation, Active, Compute, EngineName, MetricName, Order
+from pahq_hf.cli_sweep import sweep
+from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -145,33 +156,18 @@ def discover(
     threshold: Annotated[
         float, typer.Option(help="tau: an edge stays when removing it costs this much.")
     ] = 0.01,
-    metric: Annotated[
-        MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
-    ] = None,
+    metric: MetricOption = None,
     precision: PrecisionOption = "pahq",
     fmt: FormatOption = "fp8",
-    active: Annotated[
-        Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")
-    ] = "receiver",
-    margin: Annotated[
-        float | None,
-        typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
-    ] = None,
-    compute: Annotated[
-        Compute, typer.Option(help="Dtype of products with differences (precision pahq).")
-    ] = "auto",
-    order: Annotated[Order, typer.Option(help="Order in which readers are visited.")] = "acdc",
-    ablation: Annotated[Ablation, typer.Option(help="What stands in for removed edges.")] = "corrupted",
-    absolute: Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")] = False,
-    readers: Annotated[
-        str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
-    ] = None,
-    engine: Annotated[
-        EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
-    ] = "sparse",
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Candidates tried at once; adaptive if unset.")
-    ] = None,
+    active: ActiveOption = "receiver",
+    margin: MarginOption = None,
+    compute: ComputeOption = "auto",
+    order: OrderOption = "acdc",
+    ablation: AblationOption = "corrupted",
+    absolute: AbsoluteOption = False,
+    readers: ReadersOption = None,
+    engine: EngineOption = "sparse",
+    batch: BatchOption = None,
     memory_budget: BudgetOption = None,
     activation_store: StoreOption = "ram",
     policy: PolicyOption = None,
@@ -243,7 +239,7 @@ def evaluate(
     print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-for command in (show, push, pull, export, import_, compare):
+for command in (sweep, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

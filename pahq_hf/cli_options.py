@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pahq_hf.config import Format, Regime, StoreName
+from pahq_hf.config import (
+    Ablation,
+    Active,
+    Compute,
+    EngineName,
+    Format,
+    MetricName,
+    Order,
+    Regime,
+    StoreName,
+)
 from pahq_hf.errors import ConfigError
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
@@ -40,6 +50,25 @@ PolicyOption = Annotated[
 TablesOption = Annotated[
     bool, typer.Option("--quantize-embeddings", help="Embedding and unembedding in low precision too.")
 ]
+
+# Of a search.
+MetricOption = Annotated[MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")]
+ActiveOption = Annotated[Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")]
+MarginOption = Annotated[
+    float | None,
+    typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
+]
+ComputeOption = Annotated[Compute, typer.Option(help="Dtype of products with differences (precision pahq).")]
+OrderOption = Annotated[Order, typer.Option(help="Order in which readers are visited.")]
+AblationOption = Annotated[Ablation, typer.Option(help="What stands in for removed edges.")]
+AbsoluteOption = Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")]
+ReadersOption = Annotated[
+    str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
+]
+EngineOption = Annotated[
+    EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
+]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Candidates tried at once; adaptive if unset.")]
 
 
 def load_arguments(

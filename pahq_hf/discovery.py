@@ -7,14 +7,12 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 import pahq_hf
@@ -31,21 +29,34 @@ from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.errors import ConfigError, DriftError, RunError
-from pahq_hf.evaluation import Evaluator
+from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.journal import Journal, check_header
+from pahq_hf.judge import Judge
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
-# The two engines round differently; more than this is a mistake (semantics.md, design.md).
-_DRIFT_RELATIVE = 1e-4
-_DRIFT_ABSOLUTE = 1e-6
 DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, before it is measured.
+
+    Attributes:
+        state: The finished search.
+        final: The metric of its circuit, by its engine.
+        facts: What ran.
+    """
+
+    state: Search
+    final: float
+    facts: dict[str, Any]
 
 
 class Discovery:
@@ -83,7 +94,6 @@ class Discovery:
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
         self.progress = progress
         self._seconds: dict[str, float] = {}
-        self._means: dict[str, NDArray[np.float32]] | None = None
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
@@ -112,63 +122,120 @@ class Discovery:
             DriftError: If the engine's final metric is not the hooks engine's.
         """
         folder = None if out is None else Path(out)
-        if folder is not None:
-            if resume and os.path.exists(folder / CIRCUIT_NAME):
-                return self._finished(folder)
-            self._refuse_overwrite(folder, resume)
+        finished = self.finished(folder, resume=resume)
+        if finished is not None:
+            return finished
         with PeakMemory() as peak:
-            started = time.perf_counter()
             with self._phase("capture"):
-                engine = self._engine()
-            journal = self._journal(folder, resume)
-            resumed = 0 if journal is None else len(journal.records)
-            with self._phase("search"):
-                state = self._search(engine, journal)
-            final = state.metric
-            if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
-                final = engine.metric_of(state.kept)
-                engine.finish()
-            facts = self._facts(state, engine)
+                engine = self.make_engine()
+            found = self.search(engine, folder, resume=resume)
             del engine  # its captured runs make room for the evaluation's
             with self._phase("evaluate"):
-                metric = self._evaluate(state, final)
-            self._seconds["total"] = time.perf_counter() - started
-        self._seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
-        facts["seconds"] = {name: round(value, 3) for name, value in self._seconds.items()}
-        facts["peak_memory"] |= peak.report()
-        facts |= {"resumed_readers": resumed, "metric": metric}
-        found = state.kept, state.scores, state.tested
-        circuit = Circuit(self.model.graph, *found, self.identity, facts, self._means)
+                judge = self.judge()
+            circuit = self.conclude(found, judge)
+        circuit.discovery["peak_memory"] |= peak.report()
         if folder is not None:
             circuit.save_pretrained(folder)
         return circuit
 
-    # -- steps ------------------------------------------------------------------------------------
+    # -- steps, which runs on one model and task may share what they need for -------------------------
 
-    def _engine(self) -> HooksEngine | SparseEngine:
+    def finished(self, folder: Path | None, *, resume: bool) -> Circuit | None:
+        """The circuit of a run that is finished already.
+
+        Args:
+            folder: The run's folder.
+            resume: Whether there may be a run.
+
+        Returns:
+            The circuit, or None when something is left to do.
+
+        Raises:
+            RunError: If the folder holds another run, or any run when there may be none.
+        """
+        if folder is None:
+            return None
+        if resume and os.path.exists(folder / CIRCUIT_NAME):
+            circuit = Circuit.from_pretrained(folder)
+            check_header(circuit.discovery.get("header", {}), self.header(), folder)
+            return circuit
+        self._refuse_overwrite(folder, resume)
+        return None
+
+    def make_engine(self) -> HooksEngine | SparseEngine:
+        """An engine for this model, task, metric and precision, its runs captured."""
         return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine)
 
-    def _evaluate(self, state: Search, final: float) -> dict[str, Any]:
-        """The circuit's metric again by the hooks engine, at the search's precision and in FP32."""
-        evaluator = Evaluator(self.model, self.task, self.metric, self.acdc.ablation)
-        self._means = evaluator.means()
-        fp32 = recomputed = evaluator.metric_of(state.kept)
-        if self.pahq.regime in ("rtn", "pahq-literal"):
-            low = HooksEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation)
-            recomputed = low.metric_of(state.kept)
-        if abs(final - recomputed) > max(_DRIFT_ABSOLUTE, _DRIFT_RELATIVE * abs(recomputed)):
-            raise DriftError(
-                f"the search ended at {self.metric} {final!r}, the hooks engine finds {recomputed!r} for the "
-                "same circuit; this is a bug, please report it"
-            )
-        return {
-            "name": self.metric,
-            "full": evaluator.full,
-            "empty": evaluator.empty,
-            "final": final,
-            "final_recomputed": recomputed,
-            "fp32": fp32,
-        }
+    def search(
+        self,
+        engine: HooksEngine | SparseEngine,
+        folder: Path | None,
+        *,
+        resume: bool,
+        answers: Answers | None = None,
+    ) -> Found:
+        """Search with an engine, which can begin another search afterwards.
+
+        Args:
+            engine: Made for this model, task, metric and precision.
+            folder: Folder of the journal; None keeps none.
+            resume: Continue the run whose journal is there.
+            answers: What the engine answered to other searches; what it did is not computed again.
+
+        Returns:
+            What was found.
+
+        Raises:
+            RunError: If the folder cannot be written or holds another run.
+        """
+        journal = self._journal(folder, resume)
+        resumed = 0 if journal is None else len(journal.records)
+        before = engine.evaluations
+        recalling = None if answers is None else RecallingEngine(engine, answers, self._source(engine))
+        with self._phase("search"):
+            state = self._search(recalling or engine, self._batch(engine), journal)
+        final = state.metric
+        with self._phase("evaluate"):
+            if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
+                final = engine.metric_of(state.kept)
+                engine.finish()
+        facts = self._facts(state, engine) | {"resumed_readers": resumed}
+        facts["evaluations"] = engine.evaluations - before
+        if recalling is not None:
+            facts["reused"] = {
+                "evaluations": recalling.recalled,
+                "readers": recalling.recalled_readers,
+            }
+        return Found(state, final, facts)
+
+    def judge(self) -> Judge:
+        """What measures the circuits of this model, task, metric and precision."""
+        return Judge(self.model, self.task, self.metric, self.acdc.ablation, self.pahq)
+
+    def conclude(self, found: Found, judge: Judge) -> Circuit:
+        """Measure what a search found.
+
+        Args:
+            found: What it found.
+            judge: What measures it.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            DriftError: If the engine's final metric is not the hooks engine's.
+        """
+        state = found.state
+        with self._phase("evaluate"):
+            metric, means = judge.measure(state.kept, found.final), judge.means()
+        facts = dict(found.facts)
+        seconds = self._seconds | {"total": sum(self._seconds.values())}
+        seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
+        facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+        facts["metric"] = metric
+        return Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts, means)
+
+    # -- parts of them ----------------------------------------------------------------------------
 
     def _refuse_overwrite(self, folder: Path, resume: bool) -> None:
         for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
@@ -176,11 +243,6 @@ class Discovery:
                 raise RunError(
                     f"{folder} holds another run ({name}); continue it with --resume or choose another folder"
                 )
-
-    def _finished(self, folder: Path) -> Circuit:
-        circuit = Circuit.from_pretrained(folder)
-        check_header(circuit.discovery.get("header", {}), self.header(), folder)
-        return circuit
 
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
         if folder is None:
@@ -192,13 +254,23 @@ class Discovery:
             return journal
         return Journal.create(folder, self.header())
 
-    def _search(self, engine: Engine, journal: Journal | None) -> Search:
+    def _source(self, engine: HooksEngine | SparseEngine) -> str:
+        """What answers depend on to the bit, beside the run's header."""
+        return f"{type(engine).__name__} {self.model.device} {torch.get_num_threads()}"
+
+    def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
         graph = self.model.graph
         done = [] if journal is None else list(journal.records)
         chosen = graph.match_readers(self.acdc.readers)
         total = int(graph.prefix[chosen].sum())
         decided = sum(int(graph.prefix[r.reader]) for r in done if r.searched)
-        bar = tqdm(total=total, initial=decided, desc="ACDC", unit="edge", disable=not self.progress)
+        bar = tqdm(
+            total=total,
+            initial=decided,
+            desc=f"ACDC, tau {self.acdc.threshold:g}",
+            unit="edge",
+            disable=not self.progress,
+        )
 
         def on_reader(state: Search, record: ReaderRecord) -> None:
             if journal is not None:
@@ -215,13 +287,13 @@ class Discovery:
             return search(
                 engine,
                 self.acdc,
-                batch=self._batch(engine),
+                batch=batch,
                 done=done,
                 on_reader=on_reader,
                 on_batch=on_batch,
             )
 
-    def _batch(self, engine: Engine) -> BatchSize:
+    def _batch(self, engine: HooksEngine | SparseEngine) -> BatchSize:
         if self.engine.batch is not None:
             return FixedBatch(self.engine.batch)
         # The hooks engine gains nothing from trying candidates it may not need.
@@ -231,7 +303,7 @@ class Discovery:
     def _phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._seconds[name] = time.perf_counter() - started
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _facts(self, state: Search, engine: HooksEngine | SparseEngine) -> dict[str, Any]:
         graph = self.model.graph
@@ -251,13 +323,12 @@ class Discovery:
                 "kept": int(state.kept.sum()),
                 "live": int(graph.live_edges(state.kept).sum()),
             },
-            "evaluations": engine.evaluations,
             "second_looks": {
                 "margin": self.acdc.to_dict()["margin"],
                 "tests": sum(record.looks for record in state.records),
                 "changed": sum(record.changed for record in state.records),
             },
-            "phases": engine.phases.seconds if isinstance(engine, SparseEngine) else {},
+            "phases": engine.phases.take() if isinstance(engine, SparseEngine) else {},
             "peak_memory": {
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
+from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
 from pahq_hf.wrapper import Wrapper, find_wrapper
 
@@ -271,11 +272,47 @@ class PAHQModel(nn.Module):
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
-        if config is not None and options:
-            raise ConfigError("give either config or its fields as keywords, not both")
-        acdc = config or ACDCConfig.from_dict(options)
+        acdc = _search_config(config, options)
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
+
+    def sweep(
+        self,
+        task: Task,
+        *,
+        thresholds: Sequence[float],
+        config: ACDCConfig | None = None,
+        engine: EngineConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> Sweep:
+        """Find a task's circuits at several thresholds, in one run that computes what they share once.
+
+        Args:
+            task: The prompts.
+            thresholds: They, in any order. The circuits are, to the bit, those of `discover` at each.
+            config: The search, but for its threshold; or give its fields as keywords.
+            engine: Which engine computes metrics, and its limits.
+            out: Folder for a run's folder per threshold, `sweep.json` and plots.
+            resume: Continue the sweep in `out`, or add thresholds to it.
+            progress: Show a progress bar per threshold.
+            **options: Fields of `ACDCConfig`.
+
+        Returns:
+            Circuits by threshold.
+
+        Raises:
+            ConfigError: If an option is unknown or out of range, or a threshold is given twice.
+            MetricError: If the metric needs answers the task lacks, or came out as NaN.
+            RunError: If `out` cannot be written or holds another sweep.
+        """
+        if "threshold" in options:
+            raise ConfigError("a sweep takes thresholds, not a threshold")
+        acdc = _search_config(config, options)
+        where = self.patched, self.identity, task, self.pahq_config
+        return SweepRun(*where, acdc, thresholds, engine, progress=progress).run(out, resume=resume)
 
     def evaluate(
         self,
@@ -367,6 +404,12 @@ class PAHQModel(nn.Module):
             )
         with applied(self.patched, circuit.kept, substitute, exact=exact):
             yield self
+
+
+def _search_config(config: ACDCConfig | None, options: dict[str, Any]) -> ACDCConfig:
+    if config is not None and options:
+        raise ConfigError("give either config or its fields as keywords, not both")
+    return config or ACDCConfig.from_dict(options)
 
 
 def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:

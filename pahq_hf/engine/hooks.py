@@ -136,6 +136,9 @@ class HooksEngine:
         """Metric with each candidate's edges into `reader` removed besides those already gone."""
         return [self._measure(self._without(reader, writers)) for writers in candidates]
 
+    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
+        """Do all that `try_removals` does besides its answer, which is nothing."""
+
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
         kept, self._removed = self._removed, self._removed.copy()

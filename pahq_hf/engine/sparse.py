@@ -133,6 +133,7 @@ class SparseEngine:
     @torch.no_grad()
     def begin(self, kept: BoolArray) -> float:
         """Start from an edge set; its metric."""
+        self.model.precision.keep_full(self._memory.full_weights)  # `finish` ended that
         self._kept = kept.copy()
         self._state = self._new_state()
         self._state.update(kept, self._floor_of(kept))
@@ -170,6 +171,11 @@ class SparseEngine:
         finals = self._propagate(reader, delta, self._state.arithmetic)
         self._held.settle()
         return self._read(finals)
+
+    @torch.no_grad()
+    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
+        """Do all that `try_removals` does besides its answer: `remove` uses what was tried."""
+        self._input_changes(reader, candidates)
 
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:

@@ -25,3 +25,8 @@ class Phases:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; counting starts anew."""
+        taken, self.seconds = self.seconds, {}
+        return taken

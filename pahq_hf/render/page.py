@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from itertools import groupby
 from typing import Any
@@ -15,14 +12,12 @@ from markupsafe import Markup
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.comparison import check_same_graph
+from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes
 from pahq_hf.render.facts import run_facts
 from pahq_hf.render.layout import layout
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
 _TITLE = (("of", "model"), ("on", "task"))
-_LONGEST = 120
-# JSON inside HTML: nothing may look like markup, and the two separators end lines in old scripts.
-_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 _Facts = dict[str, str]
 
@@ -65,7 +60,7 @@ def compare_page(a: Circuit, b: Circuit) -> str:
 
 
 def _facts(circuit: Circuit) -> _Facts:
-    facts = {name: _readable(_text(value)) for name, value in run_facts(circuit).items()}
+    facts = {name: readable(_text(value)) for name, value in run_facts(circuit).items()}
     return {name: value for name, value in facts.items() if value != "unknown"}
 
 
@@ -73,13 +68,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _readable(text: str) -> str:
-    """Text from a file, made harmless to look at: short, and without control or direction characters."""
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST - 1] + "…"
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _drawing(union: Circuit, circuits: list[Circuit]) -> dict[str, Any]:
@@ -124,30 +112,21 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
         loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     own = "\n".join(_source(pages, name) for name in _SCRIPTS)
-    scripts = [_one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
+    scripts = [one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
     names = list(dict.fromkeys(name for column in facts for name in column))
     return pages.get_template("page.html.jinja").render(
         title=title,
         columns=columns,
         facts=[(name, [column.get(name, "–") for column in facts]) for name in names],
         # Only these very scripts run: the browser refuses whatever else got into the page.
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        hashes=script_hashes(scripts),
         scripts=[Markup(script) for script in scripts],
         style=Markup(_source(pages, "page.css")),
-        data=Markup(json.dumps(drawing, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)),
+        data=embedded_json(drawing),
     )
 
 
 def _source(pages: Environment, name: str) -> str:
     """A file as it is: scripts and styles are full of braces, so they are no templates."""
     assert pages.loader is not None
-    return _one_line_ends(pages.loader.get_source(pages, name)[0])
-
-
-def _one_line_ends(text: str) -> str:
-    """A browser hashes a script after it has made every line end a newline."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return one_line_ends(pages.loader.get_source(pages, name)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -14,6 +14,9 @@ from pahq_hf.architectures import FamilyFacts
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
 from pahq_hf.render.facts import run_facts
+
+if TYPE_CHECKING:
+    from pahq_hf.sweep import SweepRow
 
 _TOP = 15
 
@@ -113,6 +116,24 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
     for number in order:
         r, w = pairs[number]
         table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}")
+    return table
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> Table:
+    """A sweep's circuits, one a line."""
+    table = Table(title="Circuits by threshold", title_justify="left", box=None, pad_edge=False)
+    metrics = list(dict.fromkeys((rows[0].name, "kl")))
+    for title in ("tau", "kept", "live", "tested", "computed", "reused", *metrics, "faithful", "seconds"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        values = [row.metric, row.kl][: len(metrics)]
+        table.add_row(
+            f"{row.threshold:g}",
+            *(f"{count:,}" for count in (row.kept, row.live, row.tested, row.evaluations, row.reused)),
+            *(f"{value:.4g}" for value in values),
+            "" if row.faithfulness is None else f"{row.faithfulness:.4f}",
+            f"{row.seconds:.1f}",
+        )
     return table
 
 

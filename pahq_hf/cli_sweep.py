@@ -1,0 +1,127 @@
+"""`pahq sweep`: circuits at several thresholds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pahq_hf.cli_options import (
+    AblationOption,
+    AbsoluteOption,
+    ActiveOption,
+    BatchOption,
+    BudgetOption,
+    ComputeOption,
+    CountOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    FormatOption,
+    GgufOption,
+    MarginOption,
+    MetricOption,
+    ModelArgument,
+    OrderOption,
+    PolicyOption,
+    PrecisionOption,
+    ReadersOption,
+    RevisionOption,
+    SeedOption,
+    SplitOption,
+    StoreOption,
+    TablesOption,
+    TaskOption,
+    TokenOption,
+    TrustOption,
+    load_arguments,
+    read_bytes,
+    read_policy,
+)
+from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.errors import ConfigError
+
+
+def sweep(
+    model: ModelArgument,
+    task: TaskOption,
+    thresholds: Annotated[str, typer.Option(metavar="A,B,...", help="tau of every circuit.")],
+    out: Annotated[Path, typer.Option(help="Folder for a run per threshold, sweep.json and plots.")],
+    n: CountOption = None,
+    seed: SeedOption = 0,
+    metric: MetricOption = None,
+    precision: PrecisionOption = "pahq",
+    fmt: FormatOption = "fp8",
+    active: ActiveOption = "receiver",
+    margin: MarginOption = None,
+    compute: ComputeOption = "auto",
+    order: OrderOption = "acdc",
+    ablation: AblationOption = "corrupted",
+    absolute: AbsoluteOption = False,
+    readers: ReadersOption = None,
+    engine: EngineOption = "sparse",
+    batch: BatchOption = None,
+    memory_budget: BudgetOption = None,
+    activation_store: StoreOption = "ram",
+    policy: PolicyOption = None,
+    quantize_embeddings: TablesOption = False,
+    split_kv_groups: SplitOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep in --out, or add thresholds to it.")
+    ] = False,
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Find a task's circuits at several thresholds, computing once what the searches share."""
+    from pahq_hf import PAHQModel, load_task
+    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.render.table import sweep_table
+    from pahq_hf.sweep import check_thresholds
+
+    values = check_thresholds(read_thresholds(thresholds))  # before a model is loaded
+    acdc = ACDCConfig(
+        metric=metric,
+        order=order,
+        ablation=ablation,
+        absolute=absolute,
+        readers=readers,
+        margin=margin,
+    )
+    pahq = PAHQConfig(
+        precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
+    )
+    limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    found = wrapped.sweep(
+        data,
+        thresholds=values,
+        config=acdc,
+        engine=limits,
+        out=out,
+        resume=resume,
+        progress=not as_json,
+    )
+    if as_json:
+        print_json({"out": str(out), **found.to_json()})
+    else:
+        print_rich(sweep_table(found.rows))
+
+
+def read_thresholds(text: str) -> list[float]:
+    """Parse `0.001,0.01`.
+
+    Raises:
+        ConfigError: If it is not a list of numbers.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"cannot read the thresholds {text!r}; write them like 0.001,0.01") from error

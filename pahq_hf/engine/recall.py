@@ -1,0 +1,274 @@
+"""Answers an engine gave, so that searches with a common beginning compute it once.
+
+An engine's answer depends on the edges kept when the search turned to a reader, and on the calls made
+since: nothing else (the state of an engine is a function of the edge set, which resumed searches rely on
+too). So two searches that make the same calls get the same answers, to the bit. Searches at two
+thresholds do, up to and including the batch in which their decisions first differ: there is no rule about
+thresholds, margins or batches here that could be wrong, as each search runs whole and only its engine
+recalls.
+
+Once decisions differ nothing is shared any more: the edge sets differ for good. Where only second looks
+differ, searches part within a reader and meet again at the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from pahq_hf.acdc import Engine
+from pahq_hf.errors import RunError
+from pahq_hf.files import write_text
+from pahq_hf.graph import BoolArray
+from pahq_hf.journal import check_header
+
+Values = Sequence[float]
+Sets = tuple[tuple[int, ...], ...]
+_Kind = Literal["try", "look", "remove", "restore"]
+
+
+class Retraceable(Engine, Protocol):
+    """An engine that can be brought to where a search has got to without its answers."""
+
+    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
+        """Do all that `try_removals` does besides its answer."""
+
+
+class Answers:
+    """Answers by a digest of what they depend on; also in a file that survives a crash, if one is given.
+
+    A line of the file is a fact whatever follows it, so what a crash tore off costs time only.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, array[float]] = {}  # 8 bytes a value: there can be millions
+        self._path: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path, header: Mapping[str, Any]) -> Answers:
+        """Read the answers in a file, and append what comes.
+
+        Args:
+            path: The file; made where there is none.
+            header: What pins the answers; must match the file's.
+
+        Raises:
+            RunError: If the file cannot be read or written, or is of other searches.
+        """
+        answers = cls()
+        answers._path = path
+        try:
+            raw = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from error
+        first, newline, rest = raw.partition(b"\n")
+        if not newline:
+            write_text(path, json.dumps(header) + "\n")
+            return answers
+        try:
+            check_header(dict(json.loads(first)), header, path.parent)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunError(f"{path} is damaged ({error}); remove it: it only saves time") from error
+        size = len(first) + 1 + answers._read(rest)
+        if size < len(raw):
+            write_text(path, raw[:size].decode())
+        return answers
+
+    def _read(self, raw: bytes) -> int:
+        """Take over whole lines; returns the bytes of those."""
+        done = 0
+        for line in raw.split(b"\n")[:-1]:  # what follows the last newline was not finished
+            try:
+                key, values = json.loads(line)
+                self._known[str(key)] = array("d", values)
+            except (ValueError, TypeError, RecursionError):
+                break
+            done += len(line) + 1
+        return done
+
+    def __len__(self) -> int:
+        """How many answers there are."""
+        return len(self._known)
+
+    def get(self, key: str) -> Values | None:
+        """The answer, if it is known."""
+        return self._known.get(key)
+
+    def add(self, key: str, values: Values) -> None:
+        """Remember an answer.
+
+        Raises:
+            RunError: If the file cannot be written, for instance on a full disk.
+        """
+        self._known[key] = array("d", values)
+        if self._path is None:
+            return
+        try:
+            with self._path.open("ab") as file:
+                file.write(json.dumps([key, list(values)]).encode() + b"\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+class RecallingEngine:
+    """An engine that answers from memory as long as it can; then another one takes over.
+
+    Args:
+        engine: Computes what is not known.
+        answers: What is known; gets what is computed.
+        source: What answers depend on beside the calls: which engine computes, and where.
+
+    Attributes:
+        evaluations: Metric values the engine computed, whoever asked it.
+        recalled: Metric values known already.
+        recalled_readers: Readers about which nothing had to be computed.
+    """
+
+    def __init__(self, engine: Retraceable, answers: Answers, source: str) -> None:
+        self._engine = engine
+        self._answers = answers
+        self._source = source
+        self.graph = engine.graph
+        self.evaluations = engine.evaluations
+        self.recalled = 0
+        self.recalled_readers = 0
+        self._kept = engine.graph.all_edges.copy()
+        self._in_step = False  # whether the engine is where the search is
+        self._reader: int | None = None
+        self._start = self._kept  # edges when the search turned to the reader
+        self._calls: list[tuple[_Kind, Sets]] = []  # since then
+        self._key = ""
+        self._computed = False  # whether anything about the reader was
+
+    # -- the protocol of acdc.Engine ----------------------------------------------------------------
+
+    def begin(self, kept: BoolArray) -> float:
+        """Start from an edge set; its metric."""
+        self._leave_reader()
+        self._kept = kept.copy()
+        self._in_step = False
+        key = _digest(self._source, "begin", _packed(kept))
+        known = self._recall(key)
+        if known is None:
+            known = self._learn(key, [self._engine.begin(kept)])
+            self._in_step = True
+        return known[0]
+
+    def focus(self, reader: int) -> float | None:
+        """Turn to a reader; the metric measured again when that changed what tests start from."""
+        self._leave_reader()
+        self._reader, self._start, self._calls = reader, self._kept.copy(), []
+        self._key = _digest(self._source, "focus", reader, _packed(self._kept))
+        known = self._recall(self._key)
+        if known is not None:
+            self._in_step = False
+        else:
+            if not self._in_step:
+                self._engine.begin(self._kept)
+            measured = self._engine.focus(reader)
+            self._in_step = True
+            known = self._learn(self._key, [] if measured is None else [measured])
+        return known[0] if known else None
+
+    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Metric with each candidate's edges into `reader` removed besides those already gone."""
+        return self._ask("try", reader, candidates)
+
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
+        return self._ask("look", reader, candidates)
+
+    def remove(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove edges into a reader for good."""
+        self._kept[reader, list(writers)] = False
+        self._note("remove", reader, writers)
+        if self._in_step:
+            self._engine.remove(reader, writers)
+
+    def restore(self, reader: int, writers: Sequence[int]) -> None:
+        """Put removed edges into the reader in focus back."""
+        self._kept[reader, list(writers)] = True
+        self._note("restore", reader, writers)
+        if self._in_step:
+            self._engine.restore(reader, writers)
+
+    def finish(self) -> None:
+        """Release what the engine took."""
+        self._leave_reader()
+        self._in_step = False
+        self._engine.finish()
+
+    # -- recalling ----------------------------------------------------------------------------------
+
+    def _recall(self, key: str) -> Values | None:
+        known = self._answers.get(key)
+        self.recalled += 0 if known is None else len(known)
+        return known
+
+    def _learn(self, key: str, values: Sequence[float]) -> Values:
+        self._computed = True
+        self.evaluations = self._engine.evaluations
+        self._answers.add(key, values)
+        return values
+
+    def _ask(
+        self, kind: Literal["try", "look"], reader: int, candidates: Sequence[Sequence[int]]
+    ) -> list[float]:
+        sets = tuple(tuple(candidate) for candidate in candidates)
+        key = _digest(self._key, kind, sets)
+        known = self._recall(key)
+        if known is not None:
+            self._in_step = False
+        else:
+            self._catch_up()
+            answer = self._engine.try_removals if kind == "try" else self._engine.look_again
+            known = self._learn(key, answer(reader, candidates))
+        self._key = key
+        self._calls.append((kind, sets))
+        return list(known)
+
+    def _note(self, kind: Literal["remove", "restore"], reader: int, writers: Sequence[int]) -> None:
+        if reader == self._reader:
+            sets = (tuple(writers),)
+            self._key = _digest(self._key, kind, sets)
+            self._calls.append((kind, sets))
+
+    def _catch_up(self) -> None:
+        """Bring the engine to where the search is, by the very calls of a search that recalls nothing."""
+        reader = self._reader
+        if self._in_step or reader is None:
+            return
+        self._engine.begin(self._start)
+        self._engine.focus(reader)
+        for kind, sets in self._calls:
+            if kind == "try":
+                self._engine.retrace(reader, sets)
+            elif kind == "remove":
+                self._engine.remove(reader, sets[0])
+            elif kind == "restore":
+                self._engine.restore(reader, sets[0])
+        self._in_step = True
+
+    def _leave_reader(self) -> None:
+        if self._reader is not None and not self._computed:
+            self.recalled_readers += 1
+        self._reader, self._computed = None, False
+
+
+def _packed(kept: BoolArray) -> bytes:
+    return np.packbits(kept).tobytes()
+
+
+def _digest(*parts: object) -> str:
+    """128 bits that stand for the parts."""
+    made = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part if isinstance(part, bytes) else repr(part).encode()
+        made.update(len(raw).to_bytes(8, "little") + raw)
+    return made.hexdigest()

@@ -1,0 +1,75 @@
+"""What a finished search is measured by: the hooks engine, in FP32 and at the search's precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.config import Ablation, MetricName, PAHQConfig
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.errors import DriftError
+from pahq_hf.evaluation import Evaluator
+from pahq_hf.graph import BoolArray
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+# The two engines round differently; more than this is a mistake (semantics.md, design.md).
+_DRIFT_RELATIVE = 1e-4
+_DRIFT_ABSOLUTE = 1e-6
+
+
+class Judge:
+    """Measures what searches found. Its captured runs serve any number of circuits.
+
+    Args:
+        model: The patched model.
+        task: The prompts.
+        metric: What the searches minimise.
+        ablation: What stands in for removed edges.
+        pahq: The searches' precision.
+    """
+
+    def __init__(
+        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, pahq: PAHQConfig
+    ) -> None:
+        self.evaluator = Evaluator(model, task, metric, ablation)
+        self._metric = metric
+        # `pahq` ends in FP32; the other regimes end at their own precision.
+        low = pahq.regime in ("rtn", "pahq-literal")
+        self._low = HooksEngine(model, task, metric, ablation=ablation) if low else None
+
+    def means(self) -> dict[str, NDArray[np.float32]]:
+        """Mean activations of the corrupted prompts."""
+        return self.evaluator.means()
+
+    def measure(self, kept: BoolArray, final: float) -> dict[str, Any]:
+        """A circuit's metric again by the hooks engine, at the search's precision and in FP32.
+
+        Args:
+            kept: The circuit. [readers, writers]
+            final: Its metric as the search has it.
+
+        Returns:
+            `name`, `full`, `empty`, `final`, `final_recomputed` and `fp32`.
+
+        Raises:
+            DriftError: If the search's value is not the hooks engine's.
+        """
+        fp32 = recomputed = self.evaluator.metric_of(kept)
+        if self._low is not None:
+            recomputed = self._low.metric_of(kept)
+        if abs(final - recomputed) > max(_DRIFT_ABSOLUTE, _DRIFT_RELATIVE * abs(recomputed)):
+            raise DriftError(
+                f"the search ended at {self._metric} {final!r}, the hooks engine finds {recomputed!r} for "
+                "the same circuit; this is a bug, please report it"
+            )
+        return {
+            "name": self._metric,
+            "full": self.evaluator.full,
+            "empty": self.evaluator.empty,
+            "final": final,
+            "final_recomputed": recomputed,
+            "fp32": fp32,
+        }

@@ -1,0 +1,174 @@
+"""A sweep's trade-off: edges of its circuits against how far they are from the full model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes
+from pahq_hf.render.picture import NO_DATE, PictureFormat
+
+if TYPE_CHECKING:
+    from pahq_hf.sweep import SweepRow
+
+_NO_EDGES = 0.5  # where an empty circuit stands on the logarithmic axis
+_SCRIPT = """(() => {
+"use strict";
+for (const [number, plot] of JSON.parse(document.getElementById("data").textContent).entries()) {
+  Plotly.newPlot(`plot-${number}`, plot.data, plot.layout, {responsive: true, displaylogo: false});
+}
+})();
+"""
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One measure of a sweep's circuits.
+
+    Attributes:
+        label: Its name.
+        values: It by threshold.
+    """
+
+    label: str
+    values: list[float]
+
+
+def pareto_front(edges: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Which circuits no other one beats: none with as few edges has a lower value, and the other way round.
+
+    Args:
+        edges: Edges of each.
+        values: What should be low.
+
+    Returns:
+        Their indices, by ascending number of edges.
+    """
+    front: list[int] = []
+    lowest = math.inf
+    for index in sorted(range(len(edges)), key=lambda i: (edges[i], values[i])):
+        if values[index] < lowest:
+            lowest = values[index]
+            front.append(index)
+    return front
+
+
+def _panels(rows: Sequence[SweepRow]) -> list[_Panel]:
+    kl = _Panel("KL from the full model, FP32", [row.kl for row in rows])
+    name = rows[0].name
+    return [kl] if name == "kl" else [_Panel(f"{name} (minimised), FP32", [row.metric for row in rows]), kl]
+
+
+def _places(rows: Sequence[SweepRow]) -> list[float]:
+    return [float(row.kept) or _NO_EDGES for row in rows]
+
+
+def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFormat = "png") -> None:
+    """Draw a sweep into a file.
+
+    Args:
+        rows: Its thresholds.
+        title: What it is of; any text.
+        path: The file.
+        fmt: `png` or `svg`.
+    """
+    panels = _panels(rows)
+    figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(readable(title), fontsize=10, parse_math=False)
+    places, edges = _places(rows), [row.kept for row in rows]
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        front = pareto_front(edges, panel.values)
+        xs, ys = [places[i] for i in front], [panel.values[i] for i in front]
+        axes.plot(xs, ys, drawstyle="steps-post", color="#999999", linewidth=1, zorder=1)
+        axes.scatter(places, panel.values, s=24, color="#1f5fa8", zorder=2)
+        for row, x, y in zip(rows, places, panel.values, strict=True):
+            axes.annotate(
+                f"τ={row.threshold:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter())
+        axes.margins(0.1)
+        axes.set_xlabel("edges kept")
+        axes.set_ylabel(panel.label, parse_math=False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, format=fmt, dpi=100, metadata=NO_DATE[fmt])
+
+
+def pareto_page(rows: Sequence[SweepRow], title: str) -> str:
+    """A self-contained page of a sweep, with its figures on hover.
+
+    Args:
+        rows: Its thresholds.
+        title: What it is of; any text.
+
+    Returns:
+        An HTML document.
+    """
+    from plotly.offline import get_plotlyjs  # only a page needs it
+
+    pages = Environment(
+        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    scripts = [one_line_ends(get_plotlyjs()), _SCRIPT]
+    panels = _panels(rows)
+    return pages.get_template("pareto.html.jinja").render(
+        title=readable(title),
+        rows=rows,
+        panels=panels,
+        hashes=script_hashes(scripts),
+        scripts=[Markup(script) for script in scripts],
+        data=embedded_json([_plot(rows, panel) for panel in panels]),
+    )
+
+
+def _plot(rows: Sequence[SweepRow], panel: _Panel) -> dict[str, Any]:
+    """What Plotly draws. It reads some tags and TeX in texts, so they are escaped here too."""
+    places, label = _places(rows), escape(readable(panel.label)).replace("$", "&#36;")
+    front = pareto_front([row.kept for row in rows], panel.values)
+    texts = [
+        f"τ = {row.threshold:g}<br>{row.kept:,} edges, {row.live:,} live, {row.tested:,} tested"
+        f"<br>{label}: {value:.6g}"
+        for row, value in zip(rows, panel.values, strict=True)
+    ]
+    line = {
+        "x": [places[i] for i in front],
+        "y": [_finite(panel.values[i]) for i in front],
+        "mode": "lines",
+        "line": {"shape": "hv", "color": "#999999", "width": 1},
+        "hoverinfo": "skip",
+    }
+    points = {
+        "x": places,
+        "y": [_finite(value) for value in panel.values],
+        "mode": "markers+text",
+        "text": [f"τ={row.threshold:g}" for row in rows],
+        "textposition": "top right",
+        "hovertext": texts,
+        "hoverinfo": "text",
+        "marker": {"size": 9, "color": "#1f5fa8"},
+    }
+    layout = {
+        "showlegend": False,
+        "xaxis": {"type": "log", "title": {"text": "edges kept"}},
+        "yaxis": {"title": {"text": label}},
+        "margin": {"t": 20},
+    }
+    return {"data": [line, points], "layout": layout}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities; what is infinite is not drawn."""
+    return value if math.isfinite(value) else None

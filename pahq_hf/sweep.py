@@ -1,0 +1,384 @@
+"""ACDC at several thresholds: one run that computes once what the searches have in common.
+
+The model, the engine's captured runs, the evaluation's captured runs, and every search's common beginning
+with another one (`engine/recall.py`) are shared. What comes out is, to the bit, what a run per threshold
+would find: batches depend on decisions alone, so values are computed side by side with the same others.
+Only where memory runs short do batches depend on what is free; then scores may differ in their last bits,
+as those of any two runs may.
+
+How much is shared depends on how early decisions differ, and the first edge with a score between two
+thresholds is where they do. What is always shared is starting, loading and capturing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pahq_hf.circuit import Circuit, make_folder, read_json
+from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+from pahq_hf.discovery import Discovery, Found, versions
+from pahq_hf.engine.recall import Answers
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import CircuitError, ConfigError, RunError
+from pahq_hf.evaluation import faithfulness
+from pahq_hf.files import write_atomically, write_text
+from pahq_hf.graph import BoolArray
+from pahq_hf.journal import check_header
+from pahq_hf.judge import Judge
+from pahq_hf.memory import PeakMemory
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+SWEEP_NAME = "sweep.json"
+ANSWERS_NAME = "answers.jsonl"
+_PLOT_NAME = "pareto"
+_PREFIX = "tau-"
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One threshold of a sweep.
+
+    Attributes:
+        threshold: tau.
+        kept: Edges of its circuit.
+        live: Those on a path from `input` to `logits`.
+        tested: Edges that were tested.
+        evaluations: Metric values computed for it; of the last session, if the sweep was interrupted.
+        reused: Metric values that another threshold's search had computed.
+        name: The metric that was minimised.
+        metric: The circuit's, in FP32.
+        kl: Its KL divergence from the full model, in FP32.
+        faithfulness: `(m(C) - m(empty)) / (m(full) - m(empty))`.
+        seconds: Search and evaluation; what all thresholds share is not in it.
+    """
+
+    threshold: float
+    kept: int
+    live: int
+    tested: int
+    evaluations: int
+    reused: int
+    name: str
+    metric: float
+    kl: float
+    faithfulness: float | None
+    seconds: float
+
+    @classmethod
+    def of(cls, circuit: Circuit) -> SweepRow:
+        """The row of a circuit that a sweep found.
+
+        Raises:
+            CircuitError: If no sweep found it.
+        """
+        facts = circuit.discovery
+        try:
+            metric = facts["metric"]
+            return cls(
+                threshold=float(facts["arguments"]["threshold"]),
+                kept=circuit.edge_count,
+                live=int(circuit.live.sum()),
+                tested=int(circuit.tested.sum()),
+                evaluations=int(facts["evaluations"]),
+                reused=int(facts["reused"]["evaluations"]),
+                name=str(metric["name"]),
+                metric=float(metric["fp32"]),
+                kl=float(facts["kl"]),
+                faithfulness=faithfulness(metric["fp32"], metric["full"], metric["empty"]),
+                seconds=float(facts["seconds"]["total"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CircuitError(f"this circuit is not one of a sweep: its facts lack {error}") from error
+
+
+class Sweep(Mapping[float, Circuit]):
+    """The circuits of a sweep by threshold, ascending.
+
+    Args:
+        circuits: They, each with the facts of its search.
+        facts: What the searches shared: `header`, `seconds`, `peak_memory`, `versions`.
+    """
+
+    def __init__(self, circuits: Mapping[float, Circuit], facts: Mapping[str, Any]) -> None:
+        self._circuits = dict(sorted(circuits.items()))
+        self.facts = dict(facts)
+        self.rows = [SweepRow.of(circuit) for circuit in self._circuits.values()]
+
+    def __getitem__(self, threshold: float) -> Circuit:
+        """The circuit of a threshold."""
+        return self._circuits[threshold]
+
+    def __iter__(self) -> Iterator[float]:
+        """The thresholds, ascending."""
+        return iter(self._circuits)
+
+    def __len__(self) -> int:
+        """How many thresholds there are."""
+        return len(self._circuits)
+
+    def __repr__(self) -> str:
+        """Thresholds and edges on one line."""
+        inside = ", ".join(f"{row.threshold:g}: {row.kept:,} edges" for row in self.rows)
+        return f"Sweep({inside})"
+
+    @property
+    def kept(self) -> list[BoolArray]:
+        """The edge sets, by ascending threshold: what a ROC curve over a sweep needs."""
+        return [circuit.kept for circuit in self.values()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows and totals (`sweep.json`)."""
+        shared = self.facts.get("seconds", {})
+        own = sum(row.seconds for row in self.rows)
+        totals = {
+            "thresholds": len(self),
+            "tested": sum(row.tested for row in self.rows),
+            "evaluations": sum(row.evaluations for row in self.rows),
+            "reused": sum(row.reused for row in self.rows),
+            "seconds": round(own + sum(shared.values()), 3),
+        }
+        return {"rows": [asdict(row) for row in self.rows], "totals": totals, **self.facts}
+
+    def draw(self, path: str | Path) -> None:
+        """Draw edges against the metric into a file, by its ending: .png, .svg or .html.
+
+        Raises:
+            ConfigError: If the ending is another one.
+            RunError: If it cannot be written.
+        """
+        from pahq_hf.render.pareto import draw_pareto, pareto_page
+
+        path = Path(path)
+        rows, title, ending = self.rows, self._title(), path.suffix.lower()
+        if ending == ".html":
+            write_text(path, pareto_page(rows, title))
+        elif ending == ".png":
+            write_atomically(path, lambda where: draw_pareto(rows, title, where, "png"))
+        elif ending == ".svg":
+            write_atomically(path, lambda where: draw_pareto(rows, title, where, "svg"))
+        else:
+            raise ConfigError(f"cannot draw into {path.name}; use a file that ends in .png, .svg or .html")
+
+    def _title(self) -> str:
+        first = next(iter(self.values()))
+        task = first.discovery.get("task", {}).get("name", "unknown")
+        return f"{first.model.get('base_model', 'model')} on {task}"
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Sweep:
+        """Read what a finished sweep wrote.
+
+        Args:
+            folder: Its folder.
+
+        Raises:
+            CircuitError: If something is missing or damaged.
+        """
+        folder = Path(folder)
+        document = read_json(folder / SWEEP_NAME)
+        rows, totals = document.pop("rows", None), document.pop("totals", None)
+        if not isinstance(rows, list) or not rows or not isinstance(totals, dict):
+            raise CircuitError(f"{folder / SWEEP_NAME} has no rows; it is not a sweep")
+        try:
+            thresholds = [float(row["threshold"]) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CircuitError(f"{folder / SWEEP_NAME} is damaged: a row has no threshold") from error
+        return cls({tau: Circuit.from_pretrained(_folder_of(folder, tau)) for tau in thresholds}, document)
+
+
+def check_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds of a sweep, ascending.
+
+    Raises:
+        ConfigError: If there are none, one is no number >= 0, or one is given twice.
+    """
+    try:
+        found = sorted(float(value) for value in thresholds)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"thresholds must be numbers; got {thresholds!r}") from error
+    if not found:
+        raise ConfigError("a sweep needs at least one threshold")
+    for value in found:
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"thresholds must be numbers >= 0; got {value}")
+    for value, following in pairwise(found):
+        if value == following:
+            raise ConfigError(f"threshold {value:g} is given twice")
+    return tuple(value + 0.0 for value in found)  # -0.0 is 0.0
+
+
+class SweepRun:
+    """One sweep.
+
+    Args:
+        model: The patched model.
+        identity: What identifies the base model, stored with circuits.
+        task: The prompts.
+        pahq: The model's precision.
+        acdc: The searches, but for their thresholds.
+        thresholds: These.
+        engine: How metrics are computed.
+        progress: Show a progress bar per threshold on stderr.
+
+    Raises:
+        ConfigError: If a threshold is no number >= 0 or given twice, an option contradicts the precision,
+            or no reader matches.
+        MetricError: If the task lacks what the metric needs.
+    """
+
+    def __init__(
+        self,
+        model: PatchedModel,
+        identity: dict[str, Any],
+        task: Task,
+        pahq: PAHQConfig,
+        acdc: ACDCConfig,
+        thresholds: Sequence[float],
+        engine: EngineConfig | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        self._runs = {
+            tau: Discovery(
+                model, identity, task, pahq, replace(acdc, threshold=tau), engine, progress=progress
+            )
+            for tau in check_thresholds(thresholds)
+        }
+        self._any = next(iter(self._runs.values()))
+
+    def header(self) -> dict[str, Any]:
+        """What pins a sweep: a run's header without its threshold."""
+        header = self._any.header()
+        acdc = {name: value for name, value in header["acdc"].items() if name != "threshold"}
+        return header | {"acdc": acdc}
+
+    def run(self, out: str | Path | None = None, *, resume: bool = False) -> Sweep:
+        """Search at every threshold, evaluate, and (given `out`) save.
+
+        All searches come before the first evaluation, so that no more captured runs are in memory at
+        once than in a single discovery.
+
+        Args:
+            out: Folder of the sweep; None keeps everything in memory.
+            resume: Continue the sweep in `out`, or add thresholds to it; a finished one is returned as
+                it is, and where there is none one starts.
+
+        Returns:
+            The circuits.
+
+        Raises:
+            RunError: If `out` cannot be written or holds another sweep.
+            DriftError: If a search's final metric is not the hooks engine's.
+        """
+        folder = None if out is None else Path(out)
+        if folder is not None and (finished := self._look_into(folder, resume)) is not None:
+            return finished
+        answers = Answers() if folder is None else self._answers(folder)
+        folders = {tau: None if folder is None else _folder_of(folder, tau) for tau in self._runs}
+        found: dict[float, Circuit] = {}
+        for tau, run in self._runs.items():
+            circuit = run.finished(folders[tau], resume=resume)
+            if circuit is not None:
+                found[tau] = circuit
+        seconds = {}
+        with PeakMemory() as peak:
+            started = time.perf_counter()
+            left = {tau: folders[tau] for tau in self._runs if tau not in found}
+            searched, seconds["capture"] = self._search(left, answers, resume)
+            if searched:
+                started = time.perf_counter()
+                judge = self._any.judge()
+                seconds["judge"] = round(time.perf_counter() - started, 3)
+                for tau, result in searched.items():
+                    found[tau] = self._conclude(tau, result, judge, peak, folders[tau])
+        facts = {
+            "header": self.header(),
+            "versions": versions(),
+            "seconds": seconds,
+            "peak_memory": peak.report(),
+        }
+        sweep = Sweep(found, facts)
+        if folder is not None:
+            _save(sweep, folder)
+        return sweep
+
+    def _search(
+        self, left: Mapping[float, Path | None], answers: Answers, resume: bool
+    ) -> tuple[dict[float, Found], float]:
+        """What searches find at some thresholds, and the seconds that capturing took."""
+        if not left:
+            return {}, 0.0
+        started = time.perf_counter()
+        engine = self._any.make_engine()
+        capture = round(time.perf_counter() - started, 3)
+        if isinstance(engine, SparseEngine):
+            engine.phases.take()  # capturing is no search's own
+        # In any order all make the same tests together; the smallest circuits are found soonest.
+        return {
+            tau: self._runs[tau].search(engine, left[tau], resume=resume, answers=answers)
+            for tau in sorted(left, reverse=True)
+        }, capture
+
+    def _conclude(
+        self, tau: float, found: Found, judge: Judge, peak: PeakMemory, folder: Path | None
+    ) -> Circuit:
+        circuit = self._runs[tau].conclude(found, judge)
+        circuit.discovery["peak_memory"] |= peak.report()
+        metric = circuit.discovery["metric"]
+        is_kl = metric["name"] == "kl"
+        circuit.discovery["kl"] = metric["fp32"] if is_kl else judge.evaluator.report(circuit)["kl"]
+        if folder is not None:
+            circuit.save_pretrained(folder)
+        return circuit
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _look_into(self, folder: Path, resume: bool) -> Sweep | None:
+        """The sweep in a folder, if it is this one and finished.
+
+        Raises:
+            RunError: If the folder holds another sweep, or any when there may be none.
+        """
+        for name in (SWEEP_NAME, ANSWERS_NAME):
+            if os.path.exists(folder / name) and not resume:
+                raise RunError(
+                    f"{folder} holds another sweep ({name}); continue it with --resume or choose another "
+                    "folder"
+                )
+        wanted = {_folder_of(folder, tau).name for tau in self._runs}
+        for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+            if path.name.startswith(_PREFIX) and path.name not in wanted:
+                raise RunError(
+                    f"{folder} holds a sweep with threshold {path.name.removeprefix(_PREFIX)}; ask for that "
+                    "too or choose another folder"
+                )
+        if not os.path.exists(folder / SWEEP_NAME):
+            return None
+        sweep = Sweep.from_pretrained(folder)
+        check_header(sweep.facts.get("header", {}), self.header(), folder)
+        return sweep if set(sweep) == set(self._runs) else None
+
+    def _answers(self, folder: Path) -> Answers:
+        make_folder(folder)
+        return Answers.open(folder / ANSWERS_NAME, self.header())
+
+
+def _folder_of(folder: Path, tau: float) -> Path:
+    """The run of a threshold; `repr` tells any two floats apart."""
+    return folder / f"{_PREFIX}{tau!r}"
+
+
+def _save(sweep: Sweep, folder: Path) -> None:
+    for ending in ("png", "svg", "html"):
+        sweep.draw(folder / f"{_PLOT_NAME}.{ending}")
+    # Last: its presence says that the folder is complete.
+    write_text(folder / SWEEP_NAME, json.dumps(sweep.to_json(), indent=1) + "\n")
