@@ -19,6 +19,7 @@ Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
+MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
 ExportFormat = Literal["mib", "csv", "graphml", "dot"]
@@ -161,6 +162,49 @@ class PAHQConfig(_JsonConfig):
     def is_low(self) -> bool:
         """Whether any weight is kept in low precision."""
         return self.regime != "fp32"
+
+
+@dataclass(frozen=True)
+class AttributionConfig(_JsonConfig):
+    """How edges are scored, and which of them make the circuit (semantics.md, section 7).
+
+    Attributes:
+        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `hisp`, head importance; `exact`,
+            every edge removed alone from the full model; `random`.
+        metric: What is minimised; None takes the task's own.
+        steps: Runs whose gradients `eap-ig` averages.
+        topn: Keep so many edges; by default all, or those of the threshold.
+        threshold: Keep edges with at least this score.
+        absolute: Compare magnitudes of scores.
+        ablation: What takes the place of a removed edge.
+        seed: Of `random`.
+    """
+
+    method: MethodName = "eap-ig"
+    metric: MetricName | None = None
+    steps: int = 5
+    topn: int | None = None
+    threshold: float | None = None
+    absolute: bool = False
+    ablation: Ablation = "corrupted"
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        _choice("method", self.method, MethodName)
+        if self.metric is not None:
+            _choice("metric", self.metric, MetricName)
+        _choice("ablation", self.ablation, Ablation)
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1; got {self.steps}")
+        if self.topn is not None and self.threshold is not None:
+            raise ConfigError("give either topn or a threshold, not both")
+        if self.topn is not None and self.topn < 1:
+            raise ConfigError(f"topn must be at least 1; got {self.topn}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold must be a number; got {self.threshold}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
 
 
 @dataclass(frozen=True)

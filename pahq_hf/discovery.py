@@ -238,6 +238,7 @@ class Discovery:
         tested = int(state.tested.sum())
         weights = self.model.precision
         return {
+            "method": "acdc",
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
