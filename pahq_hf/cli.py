@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pahq_hf.cli_attribute import attribute
 from pahq_hf.cli_options import (
     BudgetOption,
     CountOption,
@@ -243,7 +244,7 @@ def evaluate(
     print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-for command in (show, push, pull, export, import_, compare):
+for command in (attribute, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 
