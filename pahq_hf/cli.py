@@ -167,6 +167,13 @@ def discover(
     readers: Annotated[
         str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
     ] = None,
+    screen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD:FRACTION",
+            help="Test only the edges that attribution scores highest, e.g. eap-ig:0.1.",
+        ),
+    ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
     ] = "sparse",
@@ -200,6 +207,7 @@ def discover(
         absolute=absolute,
         readers=readers,
         margin=margin,
+        screen=screen,
     )
     pahq = PAHQConfig(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings

@@ -221,6 +221,9 @@ class ACDCConfig(_JsonConfig):
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
             have no second look.
+        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
+            this fraction of them, those with the largest magnitudes. The others are removed untested when
+            their reader is visited. None tests all.
     """
 
     threshold: float = 0.01
@@ -230,6 +233,7 @@ class ACDCConfig(_JsonConfig):
     absolute: bool = False
     readers: str | None = None
     margin: float | None = None
+    screen: str | None = None
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -241,10 +245,14 @@ class ACDCConfig(_JsonConfig):
         _choice("ablation", self.ablation, Ablation)
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
+        if self.screen is not None:
+            parse_screen(self.screen)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; JSON has no infinity."""
+        """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
         values = asdict(self)
+        if self.screen is None:
+            del values["screen"]
         return values | {"margin": "inf"} if self.margin == math.inf else values
 
     @classmethod
@@ -253,6 +261,30 @@ class ACDCConfig(_JsonConfig):
         if values.get("margin") == "inf":
             values = values | {"margin": math.inf}
         return super().from_dict(values)
+
+
+def parse_screen(text: str) -> tuple[MethodName, float]:
+    """Method and fraction of a screen.
+
+    Args:
+        text: `METHOD:FRACTION`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    method, _, rest = text.partition(":")
+    try:
+        fraction = float(rest)
+    except ValueError:
+        fraction = math.nan
+    for known in get_args(MethodName):
+        if method == known and 0 < fraction <= 1:
+            return known, fraction
+    methods = ", ".join(get_args(MethodName))
+    raise ConfigError(
+        f"screen must be METHOD:FRACTION, such as eap-ig:0.1, with a method of {methods} and a fraction "
+        f"above 0 and up to 1; got {text!r}"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, run_of_prompts
-from pahq_hf.attribution import Attribution
+from pahq_hf.attribution.run import Attribution
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
