@@ -17,8 +17,8 @@ from pahq_hf.metrics import Metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
-_BACKWARD_BYTES = 256 << 20  # of what one forward pass keeps for its backward pass
-_DIFFERENCE_BYTES = 128 << 20  # of what writers write at some tokens
+_BACKWARD_BYTES = 128 << 20  # of what one forward pass keeps for its backward pass
+_DIFFERENCE_BYTES = 64 << 20  # of what writers write at some tokens
 
 
 @dataclass(frozen=True)

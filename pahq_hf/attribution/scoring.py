@@ -17,6 +17,7 @@ from pahq_hf.config import Ablation, EngineConfig, MethodName, MetricName, PAHQC
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.timing import Phases
+from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
@@ -55,7 +56,27 @@ def edge_scores(
         MetricError: If the method means nothing for the metric, or numbers come out as NaN.
         TaskError: If the prompts do not fit the model.
     """
-    phases = phases or Phases()
+    try:
+        return check_finite(
+            _scores(method, model, task, metric, ablation, pahq, engine, steps, seed, phases or Phases()),
+            method,
+        )
+    finally:
+        trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
+
+
+def _scores(
+    method: MethodName,
+    model: PatchedModel,
+    task: Task,
+    metric: MetricName,
+    ablation: Ablation,
+    pahq: PAHQConfig,
+    engine: EngineConfig | None,
+    steps: int,
+    seed: int,
+    phases: Phases,
+) -> Scores:
     check_gradient(method, metric)
     if method == "random":
         return random_scores(model.graph, seed)
@@ -64,10 +85,10 @@ def edge_scores(
         with phases("capture"):
             computes = make_engine(model, task, metric, ablation, pahq, engine or EngineConfig())
         with phases("scores"):
-            return check_finite(exact(computes), method)
+            return exact(computes)
     with phases("capture"):
         runs = Runs(model, task, metric, ablation, PrecisionRule.of(pahq, model.device))
     with phases("scores"):
         if method == "eap-ig":
-            return check_finite(eap_ig(runs, steps), method)
-        return check_finite(eap(runs) if method == "eap" else hisp(runs), method)
+            return eap_ig(runs, steps)
+        return eap(runs) if method == "eap" else hisp(runs)
