@@ -194,6 +194,7 @@ class Discovery:
         if text is None or self._screen is not None:
             return
         if folder is not None and resume and (folder / JOURNAL_NAME).exists():
+            Journal.resume(folder, self.header())  # another run is refused as such
             self._screen = Screen.load(text, self.model.graph, folder, self.header())
             return
         with self._phase("screen"):

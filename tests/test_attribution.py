@@ -326,6 +326,29 @@ def test_gradients_through_low_weights_are_near_fp32s(family: str, fmt: Any) -> 
     assert near < far  # activations are exact in pahq
 
 
+@pytest.mark.parametrize("regime", ["pahq", "rtn"])
+def test_no_decoded_weight_is_kept_for_the_backward_pass(regime: Any) -> None:
+    """What waits for it is activations: in FP32 PyTorch keeps the weights, which are there anyway."""
+
+    def kept(config: PAHQConfig) -> int:
+        model = PAHQModel(FAMILIES["llama"](), config).patched
+        shapes = {(linear.out_features, linear.in_features) for linear in model.linears()}
+        shapes |= {shape[::-1] for shape in shapes}
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        source = Runs(model, TASK, "nll", "corrupted", PrecisionRule.of(config, model.device))
+        (part,) = source.parts()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            source.gradients(part, source.clean.embedding)
+        return sum(tuple(tensor.shape) in shapes for tensor in found)
+
+    assert kept(FP32) > 0 and kept(PAHQConfig(regime)) == 0
+
+
 def test_edges_into_logits_meet_no_low_weight() -> None:
     """In pahq activations, contributions and the unembedding are exact."""
 

@@ -193,6 +193,14 @@ def test_another_screen_is_another_run(whole: Path, tmp_path: Path) -> None:
                 run(low("llama", "pahq"), other, out=folder, resume=True)
 
 
+def test_a_run_without_a_screen_is_another_run(whole: Path, tmp_path: Path) -> None:
+    header = json.loads(journal_lines(whole)[0])
+    del header["acdc"]["screen"]
+    (tmp_path / "journal.jsonl").write_text(json.dumps(header) + "\n")
+    with pytest.raises(RunError, match="another run: its acdc is"):
+        run(low("llama", "pahq"), "eap-ig:0.5", out=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign"])
 def test_a_lost_screen_is_refused(whole: Path, tmp_path: Path, damage: str) -> None:
     folder = cut(whole, tmp_path / "cut", 2)
