@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pahq_hf.cli_attribute import attribute
 from pahq_hf.cli_options import (
     AblationOption,
     AbsoluteOption,
@@ -35,6 +36,7 @@ from pahq_hf.cli_options import (
     PrecisionOption,
     ReadersOption,
     RevisionOption,
+    ScreenOption,
     SeedOption,
     SplitOption,
     StoreOption,
@@ -166,6 +168,7 @@ def discover(
     ablation: AblationOption = "corrupted",
     absolute: AbsoluteOption = False,
     readers: ReadersOption = None,
+    screen: ScreenOption = None,
     engine: EngineOption = "sparse",
     batch: BatchOption = None,
     memory_budget: BudgetOption = None,
@@ -195,6 +198,7 @@ def discover(
         absolute=absolute,
         readers=readers,
         margin=margin,
+        screen=screen,
     )
     pahq = PAHQConfig(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
@@ -239,7 +243,7 @@ def evaluate(
     print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-for command in (sweep, show, push, pull, export, import_, compare):
+for command in (attribute, sweep, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

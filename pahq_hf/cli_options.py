@@ -65,6 +65,13 @@ AbsoluteOption = Annotated[bool, typer.Option("--absolute", help="Compare |new -
 ReadersOption = Annotated[
     str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
 ]
+ScreenOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD:FRACTION",
+        help="Test only the edges that attribution scores highest, e.g. eap-ig:0.1.",
+    ),
+]
 EngineOption = Annotated[
     EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
 ]
