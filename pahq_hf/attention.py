@@ -249,6 +249,7 @@ class PAHQAttention(nn.Module):
         self,
         hidden_states: Tensor,
         residual: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         reader_inputs: ReaderInputs | None = None,
@@ -260,7 +261,8 @@ class PAHQAttention(nn.Module):
         Args:
             hidden_states: Normalised residual stream. [batch, pos, d_model]
             residual: The stream, which BLOOM's attention adds itself.
-            past_key_values: A key/value cache.
+            cache: A key/value cache.
+            past_key_values: The same, as transformers before 5.24 calls it.
             layer_past: The same, as older families call it.
             reader_inputs: Inputs that differ from head to head, put here by the engines' hooks.
             projected: Sees queries, keys and values, put here by hooks that take gradients.
@@ -276,9 +278,9 @@ class PAHQAttention(nn.Module):
             q, k, v = projected("q", q), projected("k", k), projected("v", v)
         tables = self.row.rotary.tables(self, kwargs)
         q, k = self.finish("q", q, tables), self.finish("k", k, tables)
-        cache = layer_past if past_key_values is None else past_key_values
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+        past = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
+        if past is not None:
+            k, v = past.update(k, v, self.layer_idx)
         size = q.shape[-2], k.shape[-2]
         weights = self.weights(q, k, self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, size))
         out = self.out(self._read_out(weights, v))

@@ -62,10 +62,14 @@ class RotaryTables:
 
 @dataclass(frozen=True)
 class GPTJRotary:
-    """GPT-J keeps sines and cosines in each attention, and turns neighbouring features."""
+    """GPT-J's tables hold sines first, and it turns neighbouring features."""
 
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """(sin, cos) at the positions of the tokens."""
+        given: Tables | None = kwargs.get("position_embeddings")
+        if given is not None:
+            return given
+        # Before transformers 5.24 each attention keeps them.
         positions, embedded = kwargs["position_ids"], attention.get_buffer("embed_positions")
         sin, cos = embedded.to(positions.device)[positions].chunk(2, dim=-1)
         return sin, cos

@@ -64,6 +64,11 @@ def _gpt_neo(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _gptj_scaling(attention: Any) -> float:
+    """GPT-J's factor of the scores, which transformers before 5.24 keeps as a divisor."""
+    return float(attention.scaling) if hasattr(attention, "scaling") else 1.0 / float(attention.scale_attn)
+
+
 def _gptj(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gptj",
@@ -76,7 +81,7 @@ def _gptj(config: PretrainedConfig) -> Architecture:
         out="out_proj",
         mlp_linears=("fc_in", "fc_out"),
         rotary=GPTJ_ROTARY,
-        scaling=lambda attention: 1.0 / float(attention.scale_attn),
+        scaling=_gptj_scaling,
         parallel=True,
     )
 
