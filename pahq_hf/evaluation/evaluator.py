@@ -6,13 +6,15 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.checks import check_shape
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.graph import BoolArray, Graph, edge_list
 from pahq_hf.means import means_of
 from pahq_hf.metrics import Metric, accuracy
 from pahq_hf.patch import PatchedModel
@@ -42,6 +44,7 @@ class Evaluator:
         with model.precision.full_precision():
             self._engine = HooksEngine(model, task, metric, ablation=ablation)
         self._metric = self._engine.metric
+        self._ablation: Ablation = ablation
         self._kl = Metric("kl", task, self._engine.clean_logits, model.device)
         self.full = self._metric(self._engine.clean_logits)
         self.empty = self.metric_of(model.graph.no_edges())
@@ -56,6 +59,35 @@ class Evaluator:
         with self._model.precision.full_precision():
             return self._engine.metric_of(kept)
 
+    def drop_effects(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of a circuit alone adds to the metric.
+
+        The sparse engine computes only what each removal changes; models it cannot cut run whole.
+
+        Args:
+            kept: The circuit. [readers, writers]
+
+        Returns:
+            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+        """
+        with self._model.precision.full_precision():
+            ordered = bool((self._task.answer_rows.diff() >= 0).all())
+            if not self._model.arch.sparse or not ordered:
+                return self._drop_one_by_one(kept)
+            engine = SparseEngine(self._model, self._task, self._metric.name, ablation=self._ablation)
+            try:
+                return engine.drop_each(kept)
+            finally:
+                engine.finish()
+
+    def _drop_one_by_one(self, kept: BoolArray) -> NDArray[np.float64]:
+        before, effects = self._engine.metric_of(kept), np.zeros(kept.shape)
+        for edge in edge_list(kept):
+            without = kept.copy()
+            without[edge] = False
+            effects[edge] = self._engine.metric_of(without) - before
+        return effects
+
     def means(self) -> dict[str, NDArray[np.float32]]:
         """Mean activations of the corrupted prompts."""
         return means_of(self._engine.corrupted, self._task)
@@ -67,7 +99,9 @@ class Evaluator:
             circuit: A circuit of this model.
 
         Returns:
-            `kl`, the metric with its full and empty values, `faithfulness`, `accuracy` and edge counts.
+            `kl`, the metric with its full and empty values, `faithfulness`, `accuracy`, edge counts,
+            `sparsity` (the share of edges that are gone) and, if the task has answers and distractors,
+            `logit_diff` of the circuit and `logit_diff_full` (answer minus distractor, means over sets).
 
         Raises:
             CircuitError: If the circuit is of another graph.
@@ -82,11 +116,20 @@ class Evaluator:
             "accuracy_full": accuracy(self._engine.clean_logits, self._task),
             "metric": {"name": self._metric.name, "value": value, "full": self.full, "empty": self.empty},
             "faithfulness": faithfulness(value, self.full, self.empty),
+            **self._logit_diffs(logits),
             "edges": circuit.edge_count,
             "edges_live": int(circuit.live.sum()),
             "edges_total": circuit.graph.edge_count,
+            "sparsity": 1 - circuit.edge_count / circuit.graph.edge_count,
             "examples": len(self._task),
         }
+
+    def _logit_diffs(self, logits: Tensor) -> dict[str, float]:
+        if not (self._task.has_answers and self._task.has_distractors):
+            return {}
+        minimised = Metric("logit_diff", self._task, None, self._model.device)
+        runs = {"logit_diff": logits, "logit_diff_full": self._engine.clean_logits}
+        return {name: -minimised(run) for name, run in runs.items()}
 
 
 def faithfulness(value: float, full: float, empty: float) -> float | None:
