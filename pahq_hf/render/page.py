@@ -120,9 +120,7 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
     # Only a page needs them, and `pahq show` alone should start fast.
     from plotly.offline import get_plotlyjs
 
-    pages = Environment(
-        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    pages = _environment()
     own = "\n".join(_source(pages, name) for name in _SCRIPTS)
     scripts = [_one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
     names = list(dict.fromkeys(name for column in facts for name in column))
@@ -134,7 +132,40 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
         hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
         scripts=[Markup(script) for script in scripts],
         style=Markup(_source(pages, "page.css")),
-        data=Markup(json.dumps(drawing, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)),
+        data=Markup(json_in_page(drawing)),
+    )
+
+
+def plot_page(title: str, data: str) -> str:
+    """A page that shows one plotly figure.
+
+    Args:
+        title: Its title, any text.
+        data: The figure as `json_in_page` writes it.
+
+    Returns:
+        An HTML document.
+    """
+    from plotly.offline import get_plotlyjs
+
+    pages = _environment()
+    scripts = [_one_line_ends(get_plotlyjs()), _source(pages, "plot.js")]
+    return pages.get_template("plot.html.jinja").render(
+        title=title,
+        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(data),
+    )
+
+
+def json_in_page(document: Any) -> str:
+    """JSON that cannot be taken for markup; no NaN."""
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
 
 

@@ -21,7 +21,7 @@ PictureFormat = Literal["png", "svg"]
 _LABELLED = 150  # nodes; more names than this cannot be read
 _TALLEST = 10.0  # inches
 # What would make two pictures of one circuit differ.
-_NO_DATE: dict[PictureFormat, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
+NO_DATE: dict[PictureFormat, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
 def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
@@ -46,7 +46,7 @@ def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
         figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     axes.autoscale_view()
     axes.margins(0.04)
-    figure.savefig(path, format=fmt, dpi=90, metadata=_NO_DATE[fmt])
+    figure.savefig(path, format=fmt, dpi=90, metadata=NO_DATE[fmt])
 
 
 def _draw_edges(axes: Axes, places: Layout) -> list[ReaderKind]:
