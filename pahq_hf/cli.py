@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pahq_hf.cli_attribute import attribute
+from pahq_hf.cli_evaluate import evaluate
 from pahq_hf.cli_options import (
     AblationOption,
     AbsoluteOption,
@@ -48,10 +49,9 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
-from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -214,36 +214,7 @@ def discover(
         print_rich(run_table(circuit))
 
 
-@app.command()
-def evaluate(
-    circuit: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
-    task: TaskOption,
-    n: CountOption = None,
-    seed: SeedOption = 0,
-    metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
-    any_weights: Annotated[
-        bool, typer.Option("--any-weights", help="Accept other weights of the same shape.")
-    ] = False,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-    gguf_file: GgufOption = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Judge a circuit on a task, in FP32."""
-    from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
-
-    found = Circuit.from_pretrained(circuit, token=token)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
-    pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
-    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
-    print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
-
-
-for command in (attribute, sweep, show, push, pull, export, import_, compare):
+for command in (attribute, evaluate, sweep, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -21,7 +21,7 @@ from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricNa
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from pahq_hf.evaluation import Evaluator, check_fits
+from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.fingerprint import fingerprint
 from pahq_hf.graph import Graph
 from pahq_hf.means import Means, as_activations
@@ -350,6 +350,7 @@ class PAHQModel(nn.Module):
         *,
         metric: MetricName | None = None,
         any_weights: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
         """Judge a circuit on a task, in FP32.
 
@@ -358,18 +359,20 @@ class PAHQModel(nn.Module):
             task: The prompts.
             metric: The metric whose faithfulness is reported; the circuit's own by default.
             any_weights: Accept a circuit that was found on other weights of the same shape.
+            **options: Fields of `evaluation.EvaluationOptions`: `curve`, `minimality`, `completeness`, ...
 
         Returns:
-            `kl`, `accuracy`, `faithfulness`, `edges` and more; see `evaluation.Evaluator.report`.
+            `kl`, `accuracy`, `faithfulness`, `edges` and more; see `evaluation.evaluate`.
 
         Raises:
             CircuitError: If the circuit is of another model.
         """
+        wanted = EvaluationOptions.from_dict(options)
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.discovery.get("arguments", {})
         chosen: MetricName = metric or ran.get("metric") or task.metric
         evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
-        return evaluator.report(circuit)
+        return evaluate(evaluator, circuit, wanted)
 
     def apply(  # type: ignore[override]
         self,

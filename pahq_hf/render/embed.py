@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 _LONGEST = 120
@@ -36,3 +37,16 @@ def script_hashes(scripts: Sequence[str]) -> str:
     """What a page's policy names: only these very scripts run."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def templates() -> Environment:
+    """The package's page templates; what goes into them is escaped."""
+    return Environment(
+        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+
+
+def source(pages: Environment, name: str) -> str:
+    """A file as it is: scripts and styles are full of braces, so they are no templates."""
+    assert pages.loader is not None
+    return one_line_ends(pages.loader.get_source(pages, name)[0])

@@ -7,12 +7,11 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.comparison import check_same_graph
-from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes
+from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
 from pahq_hf.render.facts import run_facts
 from pahq_hf.render.layout import layout
 
@@ -108,10 +107,8 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
     # Only a page needs them, and `pahq show` alone should start fast.
     from plotly.offline import get_plotlyjs
 
-    pages = Environment(
-        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    own = "\n".join(_source(pages, name) for name in _SCRIPTS)
+    pages = templates()
+    own = "\n".join(source(pages, name) for name in _SCRIPTS)
     scripts = [one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
     names = list(dict.fromkeys(name for column in facts for name in column))
     return pages.get_template("page.html.jinja").render(
@@ -121,12 +118,6 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
         # Only these very scripts run: the browser refuses whatever else got into the page.
         hashes=script_hashes(scripts),
         scripts=[Markup(script) for script in scripts],
-        style=Markup(_source(pages, "page.css")),
+        style=Markup(source(pages, "page.css")),
         data=embedded_json(drawing),
     )
-
-
-def _source(pages: Environment, name: str) -> str:
-    """A file as it is: scripts and styles are full of braces, so they are no templates."""
-    assert pages.loader is not None
-    return one_line_ends(pages.loader.get_source(pages, name)[0])

@@ -7,28 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes
+from pahq_hf.render.embed import readable
 from pahq_hf.render.picture import NO_DATE, PictureFormat
+from pahq_hf.render.plots_page import Figure as Plotted
+from pahq_hf.render.plots_page import PageTable, plots_page
 
 if TYPE_CHECKING:
     from pahq_hf.sweep import SweepRow
 
 _NO_EDGES = 0.5  # where an empty circuit stands on the logarithmic axis
-_SCRIPT = """(() => {
-"use strict";
-for (const [number, plot] of JSON.parse(document.getElementById("data").textContent).entries()) {
-  Plotly.newPlot(`plot-${number}`, plot.data, plot.layout, {responsive: true, displaylogo: false});
-}
-})();
-"""
 
 
 @dataclass(frozen=True)
@@ -117,24 +110,23 @@ def pareto_page(rows: Sequence[SweepRow], title: str) -> str:
     Returns:
         An HTML document.
     """
-    from plotly.offline import get_plotlyjs  # only a page needs it
-
-    pages = Environment(
-        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    scripts = [one_line_ends(get_plotlyjs()), _SCRIPT]
     panels = _panels(rows)
-    return pages.get_template("pareto.html.jinja").render(
-        title=readable(title),
-        rows=rows,
-        panels=panels,
-        hashes=script_hashes(scripts),
-        scripts=[Markup(script) for script in scripts],
-        data=embedded_json([_plot(rows, panel) for panel in panels]),
-    )
+    titles = ("τ", "edges", "live", "tested", *(panel.label for panel in panels), "faithfulness")
+    cells = [
+        (
+            f"{row.threshold:g}",
+            f"{row.kept:,}",
+            f"{row.live:,}",
+            f"{row.tested:,}",
+            *(f"{panel.values[number]:.6g}" for panel in panels),
+            "–" if row.faithfulness is None else f"{row.faithfulness:.4f}",
+        )
+        for number, row in enumerate(rows)
+    ]
+    return plots_page(title, [_plot(rows, panel) for panel in panels], PageTable(titles, cells))
 
 
-def _plot(rows: Sequence[SweepRow], panel: _Panel) -> dict[str, Any]:
+def _plot(rows: Sequence[SweepRow], panel: _Panel) -> Plotted:
     """What Plotly draws. It reads some tags and TeX in texts, so they are escaped here too."""
     places, label = _places(rows), escape(readable(panel.label)).replace("$", "&#36;")
     front = pareto_front([row.kept for row in rows], panel.values)
@@ -166,7 +158,7 @@ def _plot(rows: Sequence[SweepRow], panel: _Panel) -> dict[str, Any]:
         "yaxis": {"title": {"text": label}},
         "margin": {"t": 20},
     }
-    return {"data": [line, points], "layout": layout}
+    return Plotted(f"Edges against {panel.label}", [line, points], layout)
 
 
 def _finite(value: float) -> float | None:

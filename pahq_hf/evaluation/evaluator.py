@@ -6,12 +6,15 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.graph import BoolArray
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import ConfigError
+from pahq_hf.evaluation.checks import check_shape
+from pahq_hf.graph import BoolArray, Graph, edge_list
 from pahq_hf.means import means_of
 from pahq_hf.metrics import Metric, accuracy
 from pahq_hf.patch import PatchedModel
@@ -41,14 +44,49 @@ class Evaluator:
         with model.precision.full_precision():
             self._engine = HooksEngine(model, task, metric, ablation=ablation)
         self._metric = self._engine.metric
+        self._ablation: Ablation = ablation
         self._kl = Metric("kl", task, self._engine.clean_logits, model.device)
         self.full = self._metric(self._engine.clean_logits)
         self.empty = self.metric_of(model.graph.no_edges())
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+        return self._model.graph
 
     def metric_of(self, kept: BoolArray) -> float:
         """The metric of an edge set."""
         with self._model.precision.full_precision():
             return self._engine.metric_of(kept)
+
+    def drop_effects(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of a circuit alone adds to the metric.
+
+        The sparse engine computes only what each removal changes; models it cannot cut run whole.
+
+        Args:
+            kept: The circuit. [readers, writers]
+
+        Returns:
+            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+        """
+        with self._model.precision.full_precision():
+            ordered = bool((self._task.answer_rows.diff() >= 0).all())
+            if not self._model.arch.sparse or not ordered:
+                return self._drop_one_by_one(kept)
+            engine = SparseEngine(self._model, self._task, self._metric.name, ablation=self._ablation)
+            try:
+                return engine.drop_each(kept)
+            finally:
+                engine.finish()
+
+    def _drop_one_by_one(self, kept: BoolArray) -> NDArray[np.float64]:
+        before, effects = self._engine.metric_of(kept), np.zeros(kept.shape)
+        for edge in edge_list(kept):
+            without = kept.copy()
+            without[edge] = False
+            effects[edge] = self._engine.metric_of(without) - before
+        return effects
 
     def means(self) -> dict[str, NDArray[np.float32]]:
         """Mean activations of the corrupted prompts."""
@@ -61,7 +99,9 @@ class Evaluator:
             circuit: A circuit of this model.
 
         Returns:
-            `kl`, the metric with its full and empty values, `faithfulness`, `accuracy` and edge counts.
+            `kl`, the metric with its full and empty values, `faithfulness`, `accuracy`, edge counts,
+            `sparsity` (the share of edges that are gone) and, if the task has answers and distractors,
+            `logit_diff` of the circuit and `logit_diff_full` (answer minus distractor, means over sets).
 
         Raises:
             CircuitError: If the circuit is of another graph.
@@ -76,62 +116,22 @@ class Evaluator:
             "accuracy_full": accuracy(self._engine.clean_logits, self._task),
             "metric": {"name": self._metric.name, "value": value, "full": self.full, "empty": self.empty},
             "faithfulness": faithfulness(value, self.full, self.empty),
+            **self._logit_diffs(logits),
             "edges": circuit.edge_count,
             "edges_live": int(circuit.live.sum()),
             "edges_total": circuit.graph.edge_count,
+            "sparsity": 1 - circuit.edge_count / circuit.graph.edge_count,
             "examples": len(self._task),
         }
+
+    def _logit_diffs(self, logits: Tensor) -> dict[str, float]:
+        if not (self._task.has_answers and self._task.has_distractors):
+            return {}
+        minimised = Metric("logit_diff", self._task, None, self._model.device)
+        runs = {"logit_diff": logits, "logit_diff_full": self._engine.clean_logits}
+        return {name: -minimised(run) for name, run in runs.items()}
 
 
 def faithfulness(value: float, full: float, empty: float) -> float | None:
     """`(m(C) - m(empty)) / (m(full) - m(empty))`; None when the task makes no difference at all."""
     return None if full == empty else (value - empty) / (full - empty)
-
-
-def check_shape(circuit: Circuit, model: PatchedModel) -> None:
-    """Check that a circuit's graph is a model's.
-
-    Args:
-        circuit: The circuit.
-        model: The patched model.
-
-    Raises:
-        CircuitError: Naming the first difference.
-    """
-    ours, theirs = model.spec, circuit.graph.spec
-    for name in ("layers", "heads", "kv_groups", "mlps", "parallel", "coupled", "split_kv_groups"):
-        mine, its = getattr(ours, name), getattr(theirs, name)
-        if mine != its:
-            raise CircuitError(
-                f"this circuit is of another model: it has {name}={its}, the model has {name}={mine}"
-            )
-    family, mine = circuit.model.get("model_type"), model.hf.config.model_type
-    if family is not None and family != mine:
-        raise CircuitError(f"this circuit is of another model: its family is {family}, the model's is {mine}")
-    width, mine = circuit.model.get("d_model"), model.hf.config.hidden_size
-    if width is not None and width != mine:
-        raise CircuitError(f"this circuit is of another model: its d_model is {width}, the model's is {mine}")
-
-
-def check_fits(
-    circuit: Circuit, model: PatchedModel, identity: dict[str, Any], *, any_weights: bool = False
-) -> None:
-    """Check that a circuit belongs to a model.
-
-    Args:
-        circuit: The circuit.
-        model: The patched model.
-        identity: What identifies the model.
-        any_weights: Accept a model of the same shape with other weights, such as a fine-tuned one.
-
-    Raises:
-        CircuitError: Naming the first difference.
-    """
-    check_shape(circuit, model)
-    its, mine = circuit.model.get("fingerprint"), identity.get("fingerprint")
-    if not any_weights and its is not None and its != mine:
-        name, revision = (str(circuit.model.get(key))[:80] for key in ("base_model", "revision"))
-        raise CircuitError(
-            f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
-            "any weights of this shape (--any-weights, any_weights=True)"
-        )

@@ -1,0 +1,109 @@
+"""`pahq evaluate`: is the circuit right?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pahq_hf.cli_options import (
+    CountOption,
+    DeviceOption,
+    GgufOption,
+    RevisionOption,
+    SeedOption,
+    TaskOption,
+    TokenOption,
+    TrustOption,
+    load_arguments,
+)
+from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.config import MetricName
+from pahq_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit import Circuit
+
+
+def evaluate(
+    circuit: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
+    task: TaskOption,
+    n: CountOption = None,
+    seed: SeedOption = 0,
+    metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="CPR, CMD and faithfulness over circuit size, by score.")
+    ] = False,
+    minimality: Annotated[
+        bool, typer.Option("--minimality", help="What removing each kept edge alone does.")
+    ] = False,
+    completeness: Annotated[
+        bool, typer.Option("--completeness", help="The complement, and damage to circuit and model alike.")
+    ] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Random subsets for --completeness.")] = 20,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="A known circuit (folder, or EAP-IG / MIB JSON): ROC, precision and recall."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for PNG, SVG and HTML of --curve and --reference.")
+    ] = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Accept other weights of the same shape.")
+    ] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Judge a circuit on a task, in FP32."""
+    from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
+    from pahq_hf.circuit import make_folder
+    from pahq_hf.evaluation.report import reference_facts
+
+    if plots is not None and not curve and reference is None:
+        raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
+    found = Circuit.from_pretrained(circuit, token=token)
+    known = None if reference is None else _read_reference(reference)
+    if known is not None:
+        reference_facts(found, known)  # what does not fit should fail before the model runs
+    if plots is not None:
+        make_folder(plots)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
+    pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
+    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    facts = wrapped.evaluate(
+        found,
+        data,
+        metric=metric,
+        any_weights=any_weights,
+        curve=curve,
+        minimality=minimality,
+        completeness=completeness,
+        samples=samples,
+        seed=seed,
+        reference=known,
+    )
+    if plots is not None:
+        from pahq_hf.render.plots import write_plots
+
+        write_plots(facts, plots)
+    if as_json:
+        print_json(facts)
+    else:
+        from pahq_hf.render.judged import evaluation_tables
+
+        print_rich(*evaluation_tables(facts))
+
+
+def _read_reference(path: Path) -> Circuit:
+    """A circuit's folder, or a file in EAP-IG's format."""
+    from pahq_hf import Circuit
+    from pahq_hf.interchange import from_mib
+
+    return from_mib(path) if path.is_file() else Circuit.from_pretrained(path)

@@ -1,0 +1,28 @@
+"""Judge a circuit, wholly in FP32 (semantics.md, section 6)."""
+
+from pahq_hf.evaluation.checks import check_fits, check_shape
+from pahq_hf.evaluation.curves import MIB_FRACTIONS, Curve, faithfulness_curve, rank_edges
+from pahq_hf.evaluation.evaluator import Evaluator, faithfulness
+from pahq_hf.evaluation.necessity import Completeness, Minimality, completeness, minimality
+from pahq_hf.evaluation.report import EvaluationOptions, evaluate
+from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
+
+__all__ = [
+    "MIB_FRACTIONS",
+    "Completeness",
+    "Curve",
+    "EvaluationOptions",
+    "Evaluator",
+    "Minimality",
+    "Roc",
+    "check_fits",
+    "check_shape",
+    "completeness",
+    "edge_roc",
+    "evaluate",
+    "faithfulness",
+    "faithfulness_curve",
+    "minimality",
+    "node_roc",
+    "rank_edges",
+]

@@ -1,0 +1,58 @@
+"""Checks that a circuit belongs to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pahq_hf.circuit import Circuit
+from pahq_hf.errors import CircuitError
+from pahq_hf.patch import PatchedModel
+
+
+def check_shape(circuit: Circuit, model: PatchedModel) -> None:
+    """Check that a circuit's graph is a model's.
+
+    Args:
+        circuit: The circuit.
+        model: The patched model.
+
+    Raises:
+        CircuitError: Naming the first difference.
+    """
+    ours, theirs = model.spec, circuit.graph.spec
+    for name in ("layers", "heads", "kv_groups", "mlps", "parallel", "coupled", "split_kv_groups"):
+        mine, its = getattr(ours, name), getattr(theirs, name)
+        if mine != its:
+            raise CircuitError(
+                f"this circuit is of another model: it has {name}={its}, the model has {name}={mine}"
+            )
+    family, mine = circuit.model.get("model_type"), model.hf.config.model_type
+    if family is not None and family != mine:
+        raise CircuitError(f"this circuit is of another model: its family is {family}, the model's is {mine}")
+    width, mine = circuit.model.get("d_model"), model.hf.config.hidden_size
+    if width is not None and width != mine:
+        raise CircuitError(f"this circuit is of another model: its d_model is {width}, the model's is {mine}")
+
+
+def check_fits(
+    circuit: Circuit, model: PatchedModel, identity: dict[str, Any], *, any_weights: bool = False
+) -> None:
+    """Check that a circuit belongs to a model.
+
+    Args:
+        circuit: The circuit.
+        model: The patched model.
+        identity: What identifies the model.
+        any_weights: Accept a model of the same shape with other weights, such as a fine-tuned one.
+
+    Raises:
+        CircuitError: Naming the first difference.
+    """
+    check_shape(circuit, model)
+    its, mine = circuit.model.get("fingerprint"), identity.get("fingerprint")
+    if not any_weights and its is not None and its != mine:
+        name, revision = (str(circuit.model.get(key))[:80] for key in ("base_model", "revision"))
+        raise CircuitError(
+            f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
+            "any weights of this shape (--any-weights, any_weights=True)"
+        )

@@ -1,0 +1,168 @@
+"""Everything asked about one circuit, JSON-ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.circuit import Circuit
+from pahq_hf.errors import ConfigError
+from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.necessity import completeness, minimality
+from pahq_hf.evaluation.roc import edge_roc, node_roc, nodes_of, precision_recall
+from pahq_hf.graph import BoolArray, Graph, edge_list
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to measure besides `Evaluator.report`.
+
+    Attributes:
+        curve: Faithfulness over circuit size, CPR and CMD, by the circuit's scores.
+        minimality: The drop-one effect of every kept edge.
+        completeness: The complement, and Wang et al.'s criterion on `samples` random subsets.
+        samples: How many.
+        seed: What they are drawn from.
+        reference: A known circuit of the same graph to score against: ROC, precision, recall.
+    """
+
+    curve: bool = False
+    minimality: bool = False
+    completeness: bool = False
+    samples: int = 20
+    seed: int = 0
+    reference: Circuit | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ConfigError(f"the number of samples must not be negative; got {self.samples}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EvaluationOptions:
+        """Read options by name.
+
+        Raises:
+            ConfigError: If one is unknown or out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r}; evaluation knows {', '.join(known)}")
+        return cls(**values)
+
+
+def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions) -> dict[str, Any]:
+    """Measure a circuit.
+
+    Args:
+        evaluator: Measures circuits of the circuit's model.
+        circuit: The circuit.
+        options: What to measure besides the usual.
+
+    Returns:
+        `Evaluator.report`, with `curve`, `minimality`, `completeness` and `reference` as asked.
+
+    Raises:
+        CircuitError: If the circuit or the reference is of another graph.
+        ConfigError: If the reference holds no edge, or all of them.
+        MetricError: If a curve is asked and the metric does not tell the full model from no edges.
+    """
+    facts = evaluator.report(circuit)
+    if options.curve:
+        facts["curve"] = curve_facts(evaluator, circuit)
+    if options.minimality:
+        ran = circuit.discovery.get("arguments", {})
+        # tau means something in the metric it was searched with.
+        same = circuit.discovery.get("metric", {}).get("name") == facts["metric"]["name"]
+        tau = ran.get("threshold") if same else None
+        facts["minimality"] = minimality(evaluator, circuit.kept, tau).to_dict()
+    if options.completeness:
+        facts["completeness"] = completeness(evaluator, circuit.kept, options.samples, options.seed).to_dict()
+    if options.reference is not None:
+        facts["reference"] = reference_facts(circuit, options.reference)
+    return facts
+
+
+def kept_first(circuit: Circuit) -> bool:
+    """Whether kept edges rank before all others: a greedy search's scores of the two do not compare."""
+    return bool(circuit.discovery.get("method", "acdc") == "acdc")
+
+
+def curve_facts(evaluator: Evaluator, circuit: Circuit) -> dict[str, Any]:
+    """CPR by signed score, CMD by |score|, and both curves."""
+    first = circuit.kept if kept_first(circuit) else None
+    curves = {
+        name: faithfulness_curve(
+            evaluator, rank_edges(circuit.graph, circuit.scores, absolute=absolute, first=first)
+        )
+        for name, absolute in (("signed", False), ("absolute", True))
+    }
+    return {
+        "cpr": curves["signed"].cpr,
+        "cmd": curves["absolute"].cmd,
+        "ranking": "scores" if first is None else "kept edges first, then scores",
+        **{name: curve.to_dict() for name, curve in curves.items()},
+    }
+
+
+def reference_facts(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
+    """ROC by the circuit's scores, and precision and recall of what it kept.
+
+    Args:
+        circuit: The circuit.
+        reference: A known circuit; its edges are matched by name.
+
+    Returns:
+        `edges` and `nodes`, each with `total`, `truth`, `precision`, `recall` and `roc`. The ROC of nodes is
+        None where the reference touches all of them.
+
+    Raises:
+        CircuitError: If the reference has edges that the circuit's graph does not have.
+        ConfigError: If it holds no edge, or all of them.
+    """
+    graph = circuit.graph
+    truth = edges_in(graph, reference)
+    scores = ranked_scores(circuit)
+    nodes, found = nodes_of(graph, truth), nodes_of(graph, circuit.kept)
+    return {
+        "edges": {
+            "total": graph.edge_count,
+            "truth": int(truth.sum()),
+            **precision_recall(truth, circuit.kept),
+            "roc": edge_roc(graph, truth, scores=scores).to_dict(),
+        },
+        "nodes": {
+            "total": len(nodes),
+            "truth": int(nodes.sum()),
+            **precision_recall(nodes, found),
+            "roc": None if nodes.all() else node_roc(graph, truth, scores=scores).to_dict(),
+        },
+    }
+
+
+def edges_in(graph: Graph, reference: Circuit) -> BoolArray:
+    """A circuit's edges in another graph, by name.
+
+    Raises:
+        CircuitError: If the graph lacks one.
+    """
+    kept = graph.no_edges()
+    for r, w in edge_list(reference.kept):
+        kept[graph.parse_edge(reference.graph.edge_name(r, w))] = True
+    return kept
+
+
+def ranked_scores(circuit: Circuit) -> NDArray[np.float64]:
+    """The circuit's scores, or where kept edges come first numbers in that order. [readers, writers]"""
+    if not kept_first(circuit):
+        return circuit.scores
+    exists = circuit.graph.all_edges
+    pairs = np.stack([circuit.kept[exists].astype(np.float64), circuit.scores[exists]], axis=1)
+    _, order = np.unique(pairs, axis=0, return_inverse=True)
+    ranked = np.zeros(exists.shape)
+    ranked[exists] = order.reshape(-1)
+    return ranked
