@@ -28,6 +28,7 @@ from pahq_hf.cli_options import (
     PrecisionOption,
     ReadersOption,
     RevisionOption,
+    ScreenOption,
     SeedOption,
     SplitOption,
     StoreOption,
@@ -60,6 +61,7 @@ def sweep(
     ablation: AblationOption = "corrupted",
     absolute: AbsoluteOption = False,
     readers: ReadersOption = None,
+    screen: ScreenOption = None,
     engine: EngineOption = "sparse",
     batch: BatchOption = None,
     memory_budget: BudgetOption = None,
@@ -92,6 +94,7 @@ def sweep(
         absolute=absolute,
         readers=readers,
         margin=margin,
+        screen=screen,
     )
     pahq = PAHQConfig(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings

@@ -96,7 +96,7 @@ class Discovery:
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
         if acdc.screen is not None:
             check_gradient(parse_screen(acdc.screen)[0], self.metric)
-        self._screen: Screen | None = None
+        self.screen: Screen | None = None
         self.progress = progress
         self._seconds: dict[str, float] = {}
 
@@ -131,7 +131,8 @@ class Discovery:
         if finished is not None:
             return finished
         with PeakMemory() as peak:
-            self._prepare_screen(folder, resume)  # first: its captured runs make room for the engine's
+            if not self._is_begun(folder, resume):
+                self.screen = self.make_screen()
             with self._phase("capture"):
                 engine = self.make_engine()
             found = self.search(engine, folder, resume=resume)
@@ -250,32 +251,37 @@ class Discovery:
                     f"{folder} holds another run ({name}); continue it with --resume or choose another folder"
                 )
 
-    def _prepare_screen(self, folder: Path | None, resume: bool) -> None:
-        """Score the edges that the search may pass over, unless the interrupted run did."""
+    def make_screen(self) -> Screen | None:
+        """Score the edges that the search may pass over; None if it tests all.
+
+        Its captured runs are gone afterwards: before an engine is made they make room for the engine's.
+        """
         text = self.acdc.screen
-        if text is None or self._screen is not None:
-            return
-        if folder is not None and resume and (folder / JOURNAL_NAME).exists():
-            Journal.resume(folder, self.header())  # another run is refused as such
-            self._screen = Screen.load(text, self.model.graph, folder, self.header())
-            return
+        if text is None:
+            return None
         with self._phase("screen"):
-            self._screen = make_screen(
+            return make_screen(
                 text, self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine
             )
-        if folder is not None:
-            make_folder(folder)
-            self._screen.save(folder, self.header())
+
+    def _is_begun(self, folder: Path | None, resume: bool) -> bool:
+        return folder is not None and resume and (folder / JOURNAL_NAME).exists()
 
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
-        self._prepare_screen(folder, resume)
+        """The run's journal, and its screen: of an interrupted run the one that is kept with it."""
+        if folder is None or not self._is_begun(folder, resume):
+            self.screen = self.screen or self.make_screen()
         if folder is None:
             return None
         make_folder(folder)
-        if resume and (folder / JOURNAL_NAME).exists():
+        if self._is_begun(folder, resume):
             journal = Journal.resume(folder, self.header())
+            if self.acdc.screen is not None:
+                self.screen = Screen.load(self.acdc.screen, self.model.graph, folder, self.header())
             journal.check(self.model.graph, self.acdc.order)
             return journal
+        if self.screen is not None:
+            self.screen.save(folder, self.header())
         return Journal.create(folder, self.header())
 
     def _source(self, engine: HooksEngine | SparseEngine) -> str:
@@ -313,7 +319,7 @@ class Discovery:
                 self.acdc,
                 batch=batch,
                 done=done,
-                survivors=None if self._screen is None else self._screen.survivors,
+                survivors=None if self.screen is None else self.screen.survivors,
                 on_reader=on_reader,
                 on_batch=on_batch,
             )
@@ -355,7 +361,7 @@ class Discovery:
                 "changed": sum(record.changed for record in state.records),
             },
             "phases": engine.phases.take() if isinstance(engine, SparseEngine) else {},
-            **({} if self._screen is None else {"screen": self._screen.facts()}),
+            **({} if self.screen is None else {"screen": self.screen.facts()}),
             "peak_memory": {
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,

@@ -317,6 +317,9 @@ class SweepRun:
         """What searches find at some thresholds, and the seconds that capturing took."""
         if not left:
             return {}, 0.0
+        screen = self._any.make_screen()
+        for run in self._runs.values():
+            run.screen = screen
         started = time.perf_counter()
         engine = self._any.make_engine()
         capture = round(time.perf_counter() - started, 3)

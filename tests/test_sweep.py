@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 import benchmarks.sweep
 import pahq_hf.discovery
@@ -80,6 +81,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ("pahq", {"margin": 0.5, "absolute": True}),
         ("pahq", {"engine": EngineConfig("hooks"), "readers": "logits,m*"}),
         ("pahq-literal", {"order": "head", "ablation": "mean", "metric": "kl"}),
+        ("pahq", {"screen": "eap-ig:0.5"}),
     ],
 )
 def test_circuits_are_those_of_separate_runs(regime: Any, options: dict[str, Any]) -> None:
@@ -93,6 +95,27 @@ def test_circuits_are_those_of_separate_runs(regime: Any, options: dict[str, Any
         assert found[tau].discovery["second_looks"] == separate.discovery["second_looks"]
         assert row.evaluations <= separate.discovery["evaluations"]
         assert row.evaluations + row.reused >= separate.discovery["evaluations"]
+
+
+def test_a_screen_is_made_once_and_kept_with_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    make = pahq_hf.discovery.make_screen
+
+    def count(*arguments: Any) -> Any:
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(pahq_hf.discovery, "make_screen", count)
+    found = sweep(wrapped("llama"), tmp_path / "out", screen="eap:0.3")
+    assert len(made) == 1
+    for tau, circuit in found.items():
+        assert circuit.discovery["screen"]["survivors"] == 33
+        separate = tmp_path / str(tau)
+        assert_same_circuit(circuit, alone(wrapped("llama"), tau, separate, screen="eap:0.3"))
+        ours = tmp_path / "out" / f"tau-{tau}" / "screen.safetensors"
+        assert load_file(ours)["score"].tobytes() == load_file(separate / ours.name)["score"].tobytes()
 
 
 def test_the_demos_circuits_are_those_of_separate_runs() -> None:
