@@ -38,6 +38,7 @@ from pahq_hf.cli_options import (
 )
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
+from pahq_hf.cli_tasks import tasks
 from pahq_hf.config import Ablation, Active, Compute, EngineName, MetricName, Order
 from pahq_hf.errors import ConfigError, PAHQError
 
@@ -243,7 +244,7 @@ def evaluate(
     print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-for command in (show, push, pull, export, import_, compare):
+for command in (tasks, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

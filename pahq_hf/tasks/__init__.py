@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
 from pahq_hf.tasks.docstring import make_docstring
 from pahq_hf.tasks.gendered_pronoun import make_gendered_pronoun
@@ -109,9 +110,11 @@ def load_task(
 
 __all__ = [
     "DEFAULT_N",
+    "DESCRIPTIONS",
     "TASKS",
     "Pair",
     "Task",
+    "TaskFacts",
     "available_tasks",
     "collate",
     "load_dataset_task",
