@@ -109,9 +109,8 @@ def make_docstring(
     check_corruption(NAME, corruption, CORRUPTIONS)
     needed = 1 + 2 * _ARGUMENTS + 2 + _WORDS
     arguments = word_pool(NAME, tokenizer, "nouns", words.ARGUMENTS, needed)
-    rng = random.Random(seed)
 
-    def attempt() -> Pair | str:
+    def attempt(rng: random.Random) -> Pair | str:
         text = draw(rng, arguments)
         return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], text.distractors)
 

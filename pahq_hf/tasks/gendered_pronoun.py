@@ -107,9 +107,8 @@ def make_gendered_pronoun(
         adjectives=word_pool(NAME, tokenizer, "adjectives", words.ADJECTIVES),
         roles=word_pool(NAME, tokenizer, "roles", words.ROLES),
     )
-    rng = random.Random(seed)
 
-    def attempt() -> Pair | str:
+    def attempt(rng: random.Random) -> Pair | str:
         text = draw(rng, scene)
         return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
 

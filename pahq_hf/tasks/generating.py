@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -123,7 +124,7 @@ def draw_pairs(n: int, attempt: Callable[[], Pair | str]) -> tuple[list[Pair], s
 def generate(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
-    attempt: Callable[[], Pair | str],
+    attempt: Callable[[random.Random], Pair | str],
     *,
     n: int,
     seed: int,
@@ -136,9 +137,9 @@ def generate(
     Args:
         name: The task.
         tokenizer: The model's tokenizer.
-        attempt: Draws a pair, or says why what it drew cannot be used.
+        attempt: Draws a pair with the given randomness, or says why what it drew cannot be used.
         n: Number of prompt pairs.
-        seed: Kept with the task; `attempt` is seeded already.
+        seed: The same seed and tokenizer give the same task on every machine.
         corruption: Kept with the task.
         metric: Default metric.
         padding_side: `"right"` or `"left"`.
@@ -149,7 +150,8 @@ def generate(
     Raises:
         TaskError: If too few pairs pass; the message says why the last one failed.
     """
-    pairs, failure = draw_pairs(n, attempt)
+    rng = random.Random(seed)
+    pairs, failure = draw_pairs(n, lambda: attempt(rng))
     if len(pairs) < n:
         raise TaskError(
             f"task {name!r} could make only {len(pairs)} of {n} prompt pairs; the last failed as {failure}"

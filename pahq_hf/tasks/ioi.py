@@ -118,9 +118,8 @@ def make_ioi(
     names = word_pool("ioi", tokenizer, "names", words.NAMES, 5)
     places = word_pool("ioi", tokenizer, "places", words.PLACES)
     objects = word_pool("ioi", tokenizer, "objects", words.OBJECTS)
-    rng = random.Random(seed)
 
-    def attempt() -> Pair | str:
+    def attempt(rng: random.Random) -> Pair | str:
         text = draw(rng, names, places, objects, corruption)
         return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
 

@@ -100,9 +100,8 @@ def make_sva(
         whole = [noun for noun in singular if both_numbers(noun)[1] in plurals]
         pools.append(word_pool(NAME, tokenizer, f"{kind} in both numbers", whole))
     subjects, attractors = pools
-    rng = random.Random(seed)
 
-    def attempt() -> Pair | str:
+    def attempt(rng: random.Random) -> Pair | str:
         text = draw(rng, subjects, attractors)
         return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
 
