@@ -85,7 +85,7 @@ def test_mib_multiple_choice_columns(tmp_path: Path, gpt2_like: PreTrainedTokeni
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"symbol_counterfactual": None}))
     task = load_task(path, gpt2_like)
     assert task.source["corruption"] == "symbol" and task.source["skipped"] == 1
-    labels = [words(*tokens, gpt2_like) for tokens in (task.answers, task.distractors)]
+    labels = [words(tokens[0], gpt2_like) for tokens in (task.answers, task.distractors)]
     # MIB's metric: the right label against the one that would be right in the counterfactual.
     assert labels == [["C"], ["L"]]
     assert text(task, 0, gpt2_like, corrupted=True).endswith("M. bag\nAnswer:")
@@ -112,7 +112,7 @@ def test_mib_arithmetic_columns(tmp_path: Path, gpt2_like: PreTrainedTokenizerFa
     # Row 1 has no counterfactual, row 2 an answer of two tokens, row 3 none.
     assert len(task) == 1 and task.source["skipped"] == 3 and task.source["corruption"] == "random"
     assert text(task, 0, gpt2_like) == "12 + 34 = "
-    assert [words(*tokens, gpt2_like) for tokens in (task.answers, task.distractors)] == [["46"], ["45"]]
+    assert [words(tokens[0], gpt2_like) for tokens in (task.answers, task.distractors)] == [["46"], ["45"]]
     with pytest.raises(TaskError, match=r"none of the 4 examples can be used; .*not a row in MIB's layout"):
         load_task(path, gpt2_like, corruption="ones_carry")
 
