@@ -6,7 +6,8 @@
 One tenth of all pairs of names never occurs in training; the IOI figures are on those pairs. The bundled
 weights went on from those of git revision 62ab469, trained the same way on `ioi` and `greater_than` alone:
 
-    python examples/train_demo.py --start OLD --steps 800 --batch-size 64
+    python examples/train_demo.py --start OLD --out NEW --steps 800 --batch-size 64 --mixture new
+    python examples/train_demo.py --start NEW --steps 160 --batch-size 64 --lr 7e-4
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from pahq_hf.tasks.base import Pair, Task, collate
 
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 EVALUATION_SEED = 987_654
+# Shares of the texts; `abc` is IOI's corrupted prompt. `new` is for learning induction and pronouns.
+MIXTURES = {
+    "even": {"induction": 16, "ioi": 20, "abc": 16, "gendered_pronoun": 11, "sva": 4, "greater_than": 33},
+    "new": {"induction": 42, "ioi": 18, "abc": 5, "gendered_pronoun": 13, "sva": 4, "greater_than": 18},
+}
 BY_ACCURACY = ("gendered_pronoun", "induction", "sva")
 # A word with the space before it, two digits of a year (the first two with the space), a punctuation mark.
 TOKEN = r" ?[A-Za-z]+| ?[0-9]{2}|[^A-Za-z0-9]|[0-9]"
@@ -144,9 +150,11 @@ class Corpus:
     Args:
         tokenizer: The demo tokenizer.
         seed: Decides the held-out pairs and the texts.
+        mixture: A name of `MIXTURES`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, mixture: str = "even") -> None:
+        self.shares = MIXTURES[mixture]
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         self.vocabulary = induction.ordinary_tokens(tokenizer)
@@ -175,28 +183,28 @@ class Corpus:
 
     def draw(self) -> Text:
         """One training text."""
-        kind = self.rng.random()
-        if kind < 0.42:
+        (kind,) = self.rng.choices(list(self.shares), weights=list(self.shares.values()))
+        if kind == "induction":
             return self.draw_induction()
         prompt, answer = self.draw_prompt(kind)
         before = self.tokenizer(prompt)["input_ids"]
         ids = self.tokenizer(f"{prompt}{answer}.{END}")["input_ids"]
         return Text(ids, range(len(before) - 1, len(before)))
 
-    def draw_prompt(self, kind: float) -> tuple[str, str]:
-        """A prompt and its continuation; `kind`, from .42 to 1, decides of which task."""
-        if kind < 0.6:
+    def draw_prompt(self, kind: str) -> tuple[str, str]:
+        """A prompt and its continuation."""
+        if kind == "ioi":
             text = self.draw_ioi(self.rng, held_out=False)
             return text.clean, text.answer
-        if kind < 0.65:
+        if kind == "abc":
             # Three different names: the corrupted prompt of `abc`. Either of the first two may receive.
             prompt = self.draw_ioi(self.rng, held_out=False).corrupted
             present = [name for name in re.findall(r" [A-Z][a-z]+", prompt) if name[1:] in words.NAMES]
             return prompt, self.rng.choice(present[:2])
-        if kind < 0.78:
+        if kind == "gendered_pronoun":
             pronoun = gendered_pronoun.draw(self.rng, gendered_pronoun.Scene())
             return pronoun.clean, pronoun.answer
-        if kind < 0.82:
+        if kind == "sva":
             agreement = sva.draw(self.rng, words.SUBJECTS, words.ATTRACTORS)
             return agreement.clean, agreement.answer
         years = greater_than.draw(self.rng, words.NOUNS, first=greater_than.CORRUPTED_YEAR)
@@ -395,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=demo_path(), help="folder of the checkpoint")
     parser.add_argument("--start", type=Path, help="folder of a trained checkpoint to go on from")
+    parser.add_argument("--mixture", choices=sorted(MIXTURES), default="even", help="shares of the tasks")
     parser.add_argument("--steps", type=int, default=2400, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=128, help="texts per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
@@ -416,7 +425,7 @@ def main(argv: list[str] | None = None) -> None:
     model.set_attn_implementation("eager")  # faster than sdpa on sequences this short
     if arguments.start is not None:
         continue_from(model, tokenizer, arguments.start)
-    corpus = Corpus(tokenizer, arguments.seed)
+    corpus = Corpus(tokenizer, arguments.seed, arguments.mixture)
     print(f"{len(tokenizer)} tokens, {model.num_parameters():,} parameters")
     started = time.perf_counter()
     train(
