@@ -124,7 +124,7 @@ def test_corrupted_prompts_are_sane(model: GPT2LMHeadModel, tokenizer: PreTraine
     names = {tokenizer.get_vocab()[f" {name}"] for name in words.NAMES}
     present = torch.tensor([[token for token in row if token in names] for row in abc.corrupted_ids.tolist()])
     probabilities = model(input_ids=abc.corrupted_ids).logits[:, -1].softmax(-1)
-    assert probabilities.gather(1, present[:, :2]).sum(-1).mean() > 0.9
+    assert probabilities.gather(1, present[:, :2]).sum(-1).mean() > 0.88
     flipped = load_task("ioi:s2_flip", tokenizer, n=100, seed=9)
     best = model(input_ids=flipped.corrupted_ids).logits[:, -1:].argmax(-1)
     assert (best == torch.tensor(flipped.distractors)).double().mean() >= 0.99
