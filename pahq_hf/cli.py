@@ -52,6 +52,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
+from pahq_hf.cli_tasks import tasks
 from pahq_hf.errors import ConfigError, PAHQError
 
 app = typer.Typer(
@@ -214,7 +215,7 @@ def discover(
         print_rich(run_table(circuit))
 
 
-for command in (attribute, evaluate, sweep, show, push, pull, export, import_, compare):
+for command in (attribute, evaluate, sweep, tasks, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -7,19 +7,28 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from pahq_hf.errors import TaskError
-from pahq_hf.tasks import greater_than, ioi, words
+from pahq_hf.tasks import gendered_pronoun, greater_than, ioi, sva, words
 from pahq_hf.tasks.base import Task
 
 NAMES, PLACES, OBJECTS, NOUNS = words.NAMES[:40], words.PLACES[:8], words.OBJECTS[:8], words.NOUNS[:30]
 TEXT_WORDS = sorted(
     {
         word.strip(".,;")
-        for template in (*ioi.TEMPLATES, "The lasted from the year to")
+        for template in (
+            *ioi.TEMPLATES,
+            "The lasted from the year to",
+            gendered_pronoun.TEMPLATE.replace("n't", "n"),
+            " ".join((*gendered_pronoun.PRONOUNS, *sva.PREPOSITIONS, *sva.VERBS)),
+            "def self param",
+        )
         for word in template.split()
         if "{" not in word
     }
 )
+COUNTED = (*words.SUBJECTS[:12], *words.ATTRACTORS[:12])
 WORDS = ("the", *TEXT_WORDS, *NAMES, *PLACES, *OBJECTS, *NOUNS)
+WORDS += (*words.ADJECTIVES[:5], *words.ROLES[:8], *words.ARGUMENTS[:30])
+WORDS += tuple(form for noun in COUNTED for form in sva.both_numbers(noun))
 
 
 def byte_level_bpe(*, digits: str) -> PreTrainedTokenizerFast:
@@ -60,8 +69,8 @@ def byte_level_bpe(*, digits: str) -> PreTrainedTokenizerFast:
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
     """A Llama-2-like tokenizer: a mark before every text, single digits, a BOS."""
-    pieces = ["<unk>", "<s>", "▁", *"0123456789", ".", ",", ";"]
-    pieces += [f"▁{word}" for word in WORDS]
+    pieces = ["<unk>", "<s>", "▁", *"0123456789", *".,;:()'\"\nt", "self", "param"]
+    pieces += [*(f"▁{word}" for word in WORDS), *words.ARGUMENTS[:30]]
     scored = [(piece, -float(index) / 100) for index, piece in enumerate(dict.fromkeys(pieces))]
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

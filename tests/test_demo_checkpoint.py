@@ -1,8 +1,9 @@
-"""The demo checkpoint: small, plain, and truly able to do both tasks."""
+"""The demo checkpoint: small, plain, and truly able to do its tasks."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pahq_hf.checkpoints import demo_path
+from pahq_hf.errors import TaskError
+from pahq_hf.metrics import Metric
 from pahq_hf.tasks import load_task, words
 
 UNSEEN_SEEDS = (101, 202, 303)
@@ -56,6 +59,8 @@ def test_tokenizer_keeps_words_and_halves_of_years_whole(tokenizer: PreTrainedTo
         "When Mary and John went to the store, John gave a drink to Mary.",
         "Then Amy and Zach met. At the zoo Amy lent a book to Zach.",
         "The war lasted from the year 1732 to the year 1745.",
+        "So Mary is a great friend, isn't she.",
+        "The keys to the tables are.",
     ):
         ids = tokenizer(sentence)["input_ids"]
         assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == sentence
@@ -85,6 +90,33 @@ def test_greater_than(seed: int, model: GPT2LMHeadModel, tokenizer: PreTrainedTo
     assert train_demo.prob_diff(model, task) >= 0.8
 
 
+@pytest.mark.parametrize("seed", UNSEEN_SEEDS)
+@pytest.mark.parametrize("name", ["gendered_pronoun", "sva"])
+def test_one_word_decides(
+    name: str, seed: int, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task = load_task(name, tokenizer, n=200, seed=seed)
+    assert train_demo.argmax_share(model, task) >= 0.95
+    flipped = replace(task, clean_ids=task.corrupted_ids, answers=task.distractors, distractors=task.answers)
+    assert train_demo.argmax_share(model, flipped) >= 0.95
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", UNSEEN_SEEDS)
+def test_induction(seed: int, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = load_task("induction", tokenizer, n=200, seed=seed)
+    assert train_demo.argmax_share(model, task) >= 0.9
+    nll = Metric("match_nll", task)
+    corrupted = replace(task, clean_ids=task.corrupted_ids)
+    assert nll(train_demo.answer_logits(model, task)) < 0.5
+    assert nll(train_demo.answer_logits(model, corrupted)) > 4
+
+
+def test_docstrings_are_not_its_language(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TaskError, match=r"'docstring' .*nouns that are one token|does not know"):
+        load_task("docstring", tokenizer)
+
+
 @torch.no_grad()
 def test_corrupted_prompts_are_sane(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Patching towards a corrupted prompt must not push the model off what it knows."""
@@ -92,7 +124,7 @@ def test_corrupted_prompts_are_sane(model: GPT2LMHeadModel, tokenizer: PreTraine
     names = {tokenizer.get_vocab()[f" {name}"] for name in words.NAMES}
     present = torch.tensor([[token for token in row if token in names] for row in abc.corrupted_ids.tolist()])
     probabilities = model(input_ids=abc.corrupted_ids).logits[:, -1].softmax(-1)
-    assert probabilities.gather(1, present[:, :2]).sum(-1).mean() > 0.9
+    assert probabilities.gather(1, present[:, :2]).sum(-1).mean() > 0.88
     flipped = load_task("ioi:s2_flip", tokenizer, n=100, seed=9)
     best = model(input_ids=flipped.corrupted_ids).logits[:, -1:].argmax(-1)
     assert (best == torch.tensor(flipped.distractors)).double().mean() >= 0.99

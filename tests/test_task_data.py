@@ -174,53 +174,6 @@ def test_fingerprint_follows_the_data(tmp_path: Path, gpt2_like: PreTrainedToken
     assert len(set(prints)) == len(prints)
 
 
-# ---------------------------------------------------------------- MIB
-
-
-def mib_row(subject: str, indirect: str, **counterfactuals: str) -> dict[str, Any]:
-    """A row as in mib-bench/ioi."""
-    return {
-        "prompt": f"Then {subject} and {indirect} met. {subject} gave a bag to",
-        "choices": [indirect, subject],
-        "answerKey": 0,
-        **{
-            f"{kind}_counterfactual": {"prompt": prompt, "answerKey": 1}
-            for kind, prompt in counterfactuals.items()
-        },
-    }
-
-
-def test_mib_columns(tmp_path: Path, gpt2_like: PreTrainedTokenizerFast) -> None:
-    rows = [
-        mib_row(
-            a,
-            b,
-            abc="Then Carl and Chris met. Ben gave a bag to",
-            s2_io_flip=f"Then {a} and {b} met. {b} gave a bag to",
-        )
-        for a, b in (("Alan", "Amy"), ("Zebulon", "Amy"), ("Adam", "Anna"))
-    ]
-    path = tmp_path / "mib.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    task = load_task(path, gpt2_like)
-    # As in MIB, what cannot be paired is left out; the task says how much.
-    assert len(task) == 2 and task.source["skipped"] == 1 and task.source["corruption"] == "s2_io_flip"
-    assert text(task, 1, gpt2_like, corrupted=True) == "Then Adam and Anna met. Anna gave a bag to"
-    assert task.answers[0] == (gpt2_like.convert_tokens_to_ids("ĠAmy"),)
-    assert task.distractors[0] == (gpt2_like.convert_tokens_to_ids("ĠAlan"),)
-    other = load_task(path, gpt2_like, corruption="abc")
-    assert text(other, 0, gpt2_like, corrupted=True) == "Then Carl and Chris met. Ben gave a bag to"
-    with pytest.raises(TaskError, match="no corruption 'xyz'; the data has abc, s2_io_flip"):
-        load_task(path, gpt2_like, corruption="xyz")
-    path.write_text(json.dumps(rows[1]))
-    with pytest.raises(
-        TaskError,
-        match=r"none of the 1 examples can be used; the last: .*example 0: distractor ' Zebulon' is 8",
-    ) as error:
-        load_task(path, gpt2_like)
-    one_line(error)
-
-
 # ---------------------------------------------------------------- every way data can be wrong
 
 GOOD = {"clean": "Then Alan", "corrupted": "Then Adam"}

@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Any, get_args
 from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
+from pahq_hf.tasks.docstring import make_docstring
+from pahq_hf.tasks.gendered_pronoun import make_gendered_pronoun
 from pahq_hf.tasks.greater_than import make_greater_than
+from pahq_hf.tasks.induction import make_induction
 from pahq_hf.tasks.ioi import make_ioi
 from pahq_hf.tasks.reading import FILE_TYPES
+from pahq_hf.tasks.sva import make_sva
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TASKS: dict[str, Callable[..., Task]] = {"ioi": make_ioi, "greater_than": make_greater_than}
+TASKS: dict[str, Callable[..., Task]] = {
+    "ioi": make_ioi,
+    "greater_than": make_greater_than,
+    "docstring": make_docstring,
+    "induction": make_induction,
+    "gendered_pronoun": make_gendered_pronoun,
+    "sva": make_sva,
+}
 """Generators by name; `make(tokenizer, *, n, seed, padding_side)` with optional `metric`, `corruption`."""
 
 DEFAULT_N = 50
@@ -98,9 +110,11 @@ def load_task(
 
 __all__ = [
     "DEFAULT_N",
+    "DESCRIPTIONS",
     "TASKS",
     "Pair",
     "Task",
+    "TaskFacts",
     "available_tasks",
     "collate",
     "load_dataset_task",

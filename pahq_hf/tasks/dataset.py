@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COUNTERFACTUAL = "_counterfactual"
+# What MIB's circuit track patches with: IOI; MCQA and ARC; arithmetic.
+_USUAL_COUNTERFACTUALS = ("s2_io_flip", "symbol", "random")
 
 
 def load_dataset_task(
@@ -35,17 +37,19 @@ def load_dataset_task(
 
     - `clean_ids`, `corrupted_ids`, optional `answer_ids`, `distractor_ids`: token ids, no tokenizer needed;
     - `clean`, `corrupted`, optional `answer`, `distractor`: text, or lists of texts for the last two;
-    - `prompt`, `choices`, `answerKey`, `*_counterfactual`: MIB. Rows a tokenizer cannot pair are left
-      out, as MIB does, and counted in `task.source["skipped"]`.
+    - `prompt`, `choices`, `answerKey`, `*_counterfactual`: MIB's IOI, MCQA and ARC; `prompt`, `label`,
+      `*_counterfactual`: its arithmetic. Rows a tokenizer cannot pair are left out, as MIB does, and counted
+      in `task.source["skipped"]`.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id. Lists in
-            CSV cells are written as JSON.
+        source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id, with its
+            configuration after a colon where it has several (`mib-bench/copycolors_mcqa:4_answer_choices`).
+            Lists in CSV cells are written as JSON.
         tokenizer: The model's tokenizer.
         n: Use the first `n` examples; all by default.
         split: Split of a dataset that has several; `train` by default.
-        corruption: Which `*_counterfactual` column of MIB data to use; `s2_io_flip` by default where it
-            exists, else the first.
+        corruption: Which `*_counterfactual` column of MIB data to use; by default MIB's own choice,
+            `s2_io_flip`, `symbol` or `random`, where it exists, else the first.
         metric: Default metric of the task.
         padding_side: `"right"` or `"left"`.
 
@@ -236,13 +240,15 @@ def _answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, co
 
 def _counterfactual_column(rows: list[Row], corruption: str | None, where: str) -> str:
     columns = [column for column in rows[0] if column.endswith(_COUNTERFACTUAL)]
-    if not columns or "choices" not in rows[0] or "answerKey" not in rows[0]:
+    answered = {"choices", "answerKey"} <= rows[0].keys() or "label" in rows[0]
+    if not columns or not answered:
         raise TaskError(
             f"{where}: missing columns clean, corrupted (or clean_ids, corrupted_ids; or MIB's prompt, "
-            f"choices, answerKey and a *{_COUNTERFACTUAL}), and has {', '.join(sorted(rows[0]))}"
+            f"choices, answerKey or label and a *{_COUNTERFACTUAL}), and has {', '.join(sorted(rows[0]))}"
         )
     if corruption is None:
-        return next((column for column in columns if column.startswith("s2_io_flip")), columns[0])
+        usual = (f"{name}{_COUNTERFACTUAL}" for name in _USUAL_COUNTERFACTUALS)
+        return next((column for column in usual if column in columns), columns[0])
     if f"{corruption}{_COUNTERFACTUAL}" not in columns:
         names = ", ".join(column.removesuffix(_COUNTERFACTUAL) for column in columns)
         raise TaskError(f"{where}: no corruption {corruption!r}; the data has {names}")
@@ -267,20 +273,38 @@ def _mib_pairs(
 
 
 def _mib_as_text(row: Row, column: str, at: str) -> Row:
-    """A MIB row in our columns: the right choice is the answer, the others are distractors."""
+    """A MIB row in our columns.
+
+    As in MIB's circuit track, the distractor is what the counterfactual's answer is where the rows say so
+    (arithmetic, MCQA, ARC); in IOI it is the other name.
+    """
     try:
-        choices, key, corrupted = row["choices"], int(row["answerKey"]), row[column]["prompt"]
-        if isinstance(choices, dict):
-            texts = [str(label) for label in choices["label"]]
+        other = row[column]
+        if row.get("choices") is None:
+            answer, distractors = _label(row), [_label(other)]
         else:
-            # Names are listed bare there and follow a word of the prompt.
-            texts = [choice if choice.startswith(" ") else f" {choice}" for choice in choices]
-        answer = texts[key]
+            texts = _choices(row)
+            answer = texts[int(row["answerKey"])]
+            distractors = [text for text in texts if text != answer]
+            if isinstance(other.get("choices"), dict):
+                wrong = _choices(other)[int(other["answerKey"])]
+                distractors = [wrong] if wrong != answer else distractors
+        corrupted = other["prompt"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise TaskError(f"{at}: not a row in MIB's layout: {error!r}") from error
-    return {
-        "clean": row["prompt"],
-        "corrupted": corrupted,
-        "answer": answer,
-        "distractor": [text for text in texts if text != answer],
-    }
+    return {"clean": row["prompt"], "corrupted": corrupted, "answer": answer, "distractor": distractors}
+
+
+def _label(row: Row) -> str:
+    """The answer of an arithmetic row, which is a number there."""
+    if row["label"] is None:
+        raise ValueError("no label")
+    return str(row["label"])
+
+
+def _choices(row: Row) -> list[str]:
+    choices = row["choices"]
+    if isinstance(choices, dict):
+        return [str(label) for label in choices["label"]]
+    # Names are listed bare there and follow a word of the prompt.
+    return [choice if choice.startswith(" ") else f" {choice}" for choice in choices]

@@ -10,6 +10,7 @@ from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.generating import check_corruption, draw_pairs
 from pahq_hf.tasks.tokens import (
     continuation,
     encode,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TEMPLATE = "The {noun} lasted from the year {century}{year:02d} to the year {century}"
 CENTURIES = tuple(range(11, 18))
 CORRUPTED_YEAR = 1
+CORRUPTIONS = ("01",)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ def make_greater_than(
     Raises:
         TaskError: If the corruption is unknown or the tokenizer splits years in neither way.
     """
-    if corruption != "01":
-        raise TaskError(f"task 'greater_than' has no corruption {corruption!r}; its only one is '01'")
+    check_corruption("greater_than", corruption, CORRUPTIONS)
     # Nouns of one token give the task one prompt length; a small vocabulary uses whatever there is.
     nouns = single_token_words(tokenizer, words.NOUNS)
     nouns = nouns if len(nouns) >= 20 else words.NOUNS
@@ -160,15 +161,14 @@ def _pairs(
     rng: random.Random,
 ) -> list[Pair]:
     """`n` pairs, or none if the tokenizer does not split years that way."""
-    pairs: list[Pair] = []
-    # A failing pair is redrawn: GPT-2 keeps some years whole.
-    for _ in range(20 * n + 100):
-        pair = _tokenise(tokenizer, draw(rng, nouns, splitting.first, splitting.last), splitting)
-        if pair is not None:
-            pairs.append(pair)
-        if len(pairs) == n:
-            return pairs
-    return []
+
+    def attempt() -> Pair | str:
+        # GPT-2 keeps some years whole.
+        text = draw(rng, nouns, splitting.first, splitting.last)
+        return _tokenise(tokenizer, text, splitting) or f"{text.clean!r} splits another way"
+
+    pairs, _ = draw_pairs(n, attempt)
+    return pairs if len(pairs) == n else []
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: _Splitting) -> Pair | None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.config import MetricName
-from pahq_hf.errors import TaskError
 from pahq_hf.tasks import words
-from pahq_hf.tasks.base import Pair, Task, collate
-from pahq_hf.tasks.tokens import continuation, encode_prompt, has_unknown, pad_id, single_token_words
+from pahq_hf.tasks.base import Pair, Task
+from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 CORRUPTIONS = ("abc", "s2_flip")
 
 # {A} and {B} are the two first mentions, {S} the second mention of the subject: ABBA when it is {B}, BABA
-# when it is {A}. All have 14 words and
-# marks, so a task's prompts have one length under most tokenizers.
+# when it is {A}. All have 14 words and marks, so a task's prompts have one length under most tokenizers.
 TEMPLATES: tuple[str, ...] = (
     "When {A} and {B} went to the {PLACE}, {S} gave a {OBJECT} to",
     "After {A} and {B} walked to the {PLACE}, {S} handed a {OBJECT} to",
@@ -116,54 +114,22 @@ def make_ioi(
     Raises:
         TaskError: If the corruption is unknown or the tokenizer has too few single-token words.
     """
-    if corruption not in CORRUPTIONS:
-        raise TaskError(f"task 'ioi' has no corruption {corruption!r}; choose from {', '.join(CORRUPTIONS)}")
-    pools: list[tuple[str, ...]] = []
-    kinds = (("names", words.NAMES, 5), ("places", words.PLACES, 1), ("objects", words.OBJECTS, 1))
-    for kind, candidates, needed in kinds:
-        usable = single_token_words(tokenizer, candidates)
-        if len(usable) < needed:
-            raise TaskError(
-                f"task 'ioi' needs {needed} {kind} that are one token, and this tokenizer has "
-                f"{len(usable)} of {len(candidates)}"
-            )
-        pools.append(usable)
-    names, places, objects = pools
-    rng = random.Random(seed)
-    pairs: list[Pair] = []
-    failure = ""
-    # A failing pair is redrawn; when not even one in twenty passes the tokenizer does not suit the task.
-    for _ in range(20 * n + 100):
-        if len(pairs) == n:
-            break
-        outcome = _tokenise(tokenizer, draw(rng, names, places, objects, corruption))
-        if isinstance(outcome, Pair):
-            pairs.append(outcome)
-        else:
-            failure = outcome
-    if len(pairs) < n:
-        raise TaskError(
-            f"task 'ioi' could make only {len(pairs)} of {n} prompt pairs; the last failed as {failure}"
-        )
-    return collate(
-        pairs,
-        name="ioi",
+    check_corruption("ioi", corruption, CORRUPTIONS)
+    names = word_pool("ioi", tokenizer, "names", words.NAMES, 5)
+    places = word_pool("ioi", tokenizer, "places", words.PLACES)
+    objects = word_pool("ioi", tokenizer, "objects", words.OBJECTS)
+
+    def attempt(rng: random.Random) -> Pair | str:
+        text = draw(rng, names, places, objects, corruption)
+        return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
+
+    return generate(
+        "ioi",
+        tokenizer,
+        attempt,
+        n=n,
+        seed=seed,
+        corruption=corruption,
         metric=metric,
-        pad_id=pad_id(tokenizer),
         padding_side=padding_side,
-        source={"generator": "ioi", "corruption": corruption, "n": n, "seed": seed},
     )
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: IOIText) -> Pair | str:
-    """The pair in tokens, or why it cannot be used."""
-    clean, corrupted = encode_prompt(tokenizer, text.clean), encode_prompt(tokenizer, text.corrupted)
-    if len(clean) != len(corrupted):
-        return f"{text.clean!r} has {len(clean)} tokens and its corrupted prompt {len(corrupted)}"
-    if has_unknown(tokenizer, clean) or has_unknown(tokenizer, corrupted):
-        return f"{text.clean!r} has words the tokenizer does not know"
-    answer = continuation(tokenizer, text.clean, text.answer)
-    distractor = continuation(tokenizer, text.clean, text.distractor)
-    if answer is None or distractor is None:
-        return f"{text.answer!r} or {text.distractor!r} is not one token after {text.clean!r}"
-    return Pair(clean, corrupted, (answer,), (distractor,))

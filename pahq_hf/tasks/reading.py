@@ -19,7 +19,8 @@ def read_rows(source: str | Path, *, split: str | None = None, n: int | None = N
     """Read the examples of a dataset.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id.
+        source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id
+            (`owner/name` or `owner/name:configuration`).
         split: Split to read; by default the only one, else `train`, else the first.
         n: Read at most this many rows from the start.
 
@@ -116,7 +117,9 @@ def _read_dataset(source: str | Path, split: str | None, n: int | None) -> list[
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             data: Any = load_from_disk(str(path))
         else:
-            data = load_dataset(str(source))
+            name, _, configuration = str(source).partition(":")
+            whole = path.is_dir() or not configuration
+            data = load_dataset(str(source)) if whole else load_dataset(name, configuration)
     except Exception as error:  # datasets, huggingface_hub and the network each raise their own
         kind = "dataset folder" if path.is_dir() else "dataset on the Hub"
         raise TaskError(f"{str(source)!r} could not be loaded as a {kind}: {_reason(error)}") from error
