@@ -286,7 +286,7 @@ class Discovery:
 
     def _source(self, engine: HooksEngine | SparseEngine) -> str:
         """What answers depend on to the bit, beside the run's header."""
-        return f"{type(engine).__name__} {self.model.device} {torch.get_num_threads()}"
+        return f"{type(engine).__name__} {torch.__version__} {self.model.device} {torch.get_num_threads()}"
 
     def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
         graph = self.model.graph
