@@ -182,6 +182,7 @@ def search(
     *,
     batch: BatchSize | None = None,
     done: Sequence[ReaderRecord] = (),
+    survivors: BoolArray | None = None,
     on_reader: Observer | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Search:
@@ -192,6 +193,7 @@ def search(
         config: Threshold, order, readers.
         batch: Chooses batch sizes; one candidate at a time by default.
         done: Readers finished by an earlier run, in order.
+        survivors: Edges to be tested; the others are removed untested. All by default. [readers, writers]
         on_reader: Called after every finished reader.
         on_batch: Called with the reader and the number of edges just decided, negative when undone.
 
@@ -214,7 +216,11 @@ def search(
         for reader in graph.reader_order(config.order):
             if reader in finished:
                 continue
-            record = _search_reader(engine, config, state, reader, bool(chosen[reader]), batch, on_batch)
+            if chosen[reader]:
+                tested = None if survivors is None else survivors[reader]
+                record = _search_reader(engine, config, state, reader, tested, batch, on_batch)
+            else:
+                record = ReaderRecord(reader, False, tuple(sorted(graph.in_edges(reader))), {}, state.metric)
             state.apply(record)
             if on_reader is not None:
                 on_reader(state, record)
@@ -228,20 +234,22 @@ def _search_reader(
     config: ACDCConfig,
     state: Search,
     reader: int,
-    searched: bool,
+    survives: BoolArray | None,
     batch: BatchSize,
     on_batch: Callable[[int, int], None] | None,
 ) -> ReaderRecord:
     graph = engine.graph
     edges = list(graph.in_edges(reader))
-    if not searched:
-        return ReaderRecord(reader, False, tuple(sorted(edges)), {}, state.metric)
     if not graph.has_out_edge(state.kept, reader):
         engine.remove(reader, edges)
         return ReaderRecord(reader, True, (), {}, state.metric)
-    remeasured = engine.focus(reader)
-    cur = state.metric if remeasured is None else remeasured
-    decided = _ReaderSearch(engine, config, reader, cur, batch, _keep_rate(state), on_batch)
+    screened = [] if survives is None else [writer for writer in edges if not survives[writer]]
+    if screened:  # before the focus: where tests start from anchors, it makes them those without these edges
+        engine.remove(reader, screened)
+    cur = engine.focus(reader)
+    if cur is None:
+        cur = engine.try_removals(reader, [[]])[0] if screened else state.metric
+    decided = _ReaderSearch(engine, config, reader, screened, cur, batch, _keep_rate(state), on_batch)
     return decided.run()
 
 
@@ -272,6 +280,7 @@ class _ReaderSearch:
         engine: Engine,
         config: ACDCConfig,
         reader: int,
+        screened: Sequence[int],
         cur: float,
         batch: BatchSize,
         keep_rate: float,
@@ -280,14 +289,15 @@ class _ReaderSearch:
         self._engine = engine
         self._config = config
         self._reader = reader
-        self._edges = list(engine.graph.in_edges(reader))
+        gone = set(screened)
+        self._edges = [writer for writer in engine.graph.in_edges(reader) if writer not in gone]
         self._cur = cur
         self._batch = batch
         self._prior = keep_rate
         self._on_batch = on_batch
         self._position = 0  # edges before it are decided
         self._kept: list[int] = []
-        self._removed: list[int] = []
+        self._removed = list(screened)
         self._scores: dict[int, float] = {}
         self._waiting: list[_Look] = []
         self._looks = self._changed = 0

@@ -31,6 +31,21 @@ class ReaderInputs(Protocol):
         """
 
 
+class Projected(Protocol):
+    """Sees what the projections give, and may replace it."""
+
+    def __call__(self, kind: ReaderKind, y: Tensor) -> Tensor:
+        """What goes on in its place.
+
+        Args:
+            kind: `q`, `k` or `v`.
+            y: Before norm and rotation. [batch, entry, pos, d_head]
+
+        Returns:
+            As many entries, or one key or value for each query head. [batch, entry, pos, d_head]
+        """
+
+
 class PAHQAttention(nn.Module):
     """Attention cut into heads. Use `projections.patch_attention`, not the constructor.
 
@@ -237,6 +252,7 @@ class PAHQAttention(nn.Module):
         past_key_values: Any = None,
         layer_past: Any = None,
         reader_inputs: ReaderInputs | None = None,
+        projected: Projected | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Hugging Face's attention forward.
@@ -247,6 +263,7 @@ class PAHQAttention(nn.Module):
             past_key_values: A key/value cache.
             layer_past: The same, as older families call it.
             reader_inputs: Inputs that differ from head to head, put here by the engines' hooks.
+            projected: Sees queries, keys and values, put here by hooks that take gradients.
             **kwargs: What else the family passes: the mask, rotary tables, positions.
 
         Returns:
@@ -255,6 +272,8 @@ class PAHQAttention(nn.Module):
         q = self._read(self.q_proj, "q", hidden_states, reader_inputs)
         k = self._read(self.k_proj, "k", hidden_states, reader_inputs)
         v = self._read(self.v_proj, "v", hidden_states, reader_inputs)
+        if projected is not None:
+            q, k, v = projected("q", q), projected("k", k), projected("v", v)
         tables = self.row.rotary.tables(self, kwargs)
         q, k = self.finish("q", q, tables), self.finish("k", k, tables)
         cache = layer_past if past_key_values is None else past_key_values

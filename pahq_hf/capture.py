@@ -85,6 +85,12 @@ def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
     Returns:
         [rows, vocab]
     """
+    with torch.no_grad(), model.exact_tables():
+        return forward_to_answers(model, task, input_ids)
+
+
+def forward_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
+    """The same as `answer_logits`, with gradients where they are enabled, and tables as they are."""
     device = model.device
     rows, positions = task.answer_rows.to(device), task.answer_positions.to(device)
 
@@ -92,7 +98,7 @@ def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
         return (args[0][rows, positions].unsqueeze(0),)
 
     handle = model.unembedding.register_forward_pre_hook(keep_rows)
-    with hooks(handle), torch.no_grad(), model.exact_tables():
+    with hooks(handle):
         output = model.hf(
             input_ids=input_ids.to(device),
             attention_mask=task.attention_mask.to(device),

@@ -14,6 +14,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from pahq_hf.circuit import PICTURE_NAME, Circuit
 
+_METHODS = {
+    "acdc": "ACDC with activation patching",
+    "eap": "edge attribution patching (EAP)",
+    "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
+    "hisp": "head importance (HISP)",
+    "exact": "removing each edge alone",
+    "random": "random scores",
+}
 _MARKUP = "\\`*<>[]|"
 _LONGEST = 200  # characters of a text that comes from files
 _TEMPLATE = Path(__file__).parent / "render" / "templates" / "card.md.jinja"
@@ -47,7 +55,9 @@ def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str 
         examples=task.get("examples", "?"),
         metric=metric.get("name", "metric"),
         ablation=arguments.get("ablation", "?"),
-        threshold=arguments.get("threshold", "?"),
+        method=_METHODS.get(str(run.get("method", "acdc")), run.get("method")),
+        threshold=_threshold(arguments),
+        screen=arguments.get("screen"),
         precision=_precision(run.get("precision", {})),
         kept=circuit.edge_count,
         live=int(circuit.live.sum()),
@@ -107,6 +117,12 @@ def _cell(value: object) -> str:
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + "…"
     return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)
+
+
+def _threshold(arguments: dict[str, Any]) -> object:
+    if "topn" not in arguments or arguments.get("threshold") is not None:
+        return arguments.get("threshold", "?")
+    return "none" if arguments["topn"] is None else f"that of the best {arguments['topn']} edges"
 
 
 def _precision(precision: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pahq_hf.cli_attribute import attribute
 from pahq_hf.cli_options import (
     BudgetOption,
     CountOption,
@@ -166,6 +167,13 @@ def discover(
     readers: Annotated[
         str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
     ] = None,
+    screen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD:FRACTION",
+            help="Test only the edges that attribution scores highest, e.g. eap-ig:0.1.",
+        ),
+    ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
     ] = "sparse",
@@ -199,6 +207,7 @@ def discover(
         absolute=absolute,
         readers=readers,
         margin=margin,
+        screen=screen,
     )
     pahq = PAHQConfig(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
@@ -243,7 +252,7 @@ def evaluate(
     print_facts(wrapped.evaluate(found, data, metric=metric, any_weights=any_weights), as_json)
 
 
-for command in (show, push, pull, export, import_, compare):
+for command in (attribute, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -19,6 +19,7 @@ Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 MetricName = Literal["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 Order = Literal["acdc", "head"]
+MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
 ExportFormat = Literal["mib", "csv", "graphml", "dot"]
@@ -164,6 +165,49 @@ class PAHQConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
+class AttributionConfig(_JsonConfig):
+    """How edges are scored, and which of them make the circuit (semantics.md, section 7).
+
+    Attributes:
+        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `hisp`, head importance; `exact`,
+            every edge removed alone from the full model; `random`.
+        metric: What is minimised; None takes the task's own.
+        steps: Runs whose gradients `eap-ig` averages.
+        topn: Keep so many edges; by default all, or those of the threshold.
+        threshold: Keep edges with at least this score.
+        absolute: Compare magnitudes of scores.
+        ablation: What takes the place of a removed edge.
+        seed: Of `random`.
+    """
+
+    method: MethodName = "eap-ig"
+    metric: MetricName | None = None
+    steps: int = 5
+    topn: int | None = None
+    threshold: float | None = None
+    absolute: bool = False
+    ablation: Ablation = "corrupted"
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        _choice("method", self.method, MethodName)
+        if self.metric is not None:
+            _choice("metric", self.metric, MetricName)
+        _choice("ablation", self.ablation, Ablation)
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1; got {self.steps}")
+        if self.topn is not None and self.threshold is not None:
+            raise ConfigError("give either topn or a threshold, not both")
+        if self.topn is not None and self.topn < 1:
+            raise ConfigError(f"topn must be at least 1; got {self.topn}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold must be a number; got {self.threshold}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0; got {self.seed}")
+
+
+@dataclass(frozen=True)
 class ACDCConfig(_JsonConfig):
     """How ACDC searches (semantics.md, section 3).
 
@@ -177,6 +221,9 @@ class ACDCConfig(_JsonConfig):
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
             have no second look.
+        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
+            this fraction of them, those with the largest magnitudes. The others are removed untested when
+            their reader is visited. None tests all.
     """
 
     threshold: float = 0.01
@@ -186,6 +233,7 @@ class ACDCConfig(_JsonConfig):
     absolute: bool = False
     readers: str | None = None
     margin: float | None = None
+    screen: str | None = None
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -197,10 +245,14 @@ class ACDCConfig(_JsonConfig):
         _choice("ablation", self.ablation, Ablation)
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
+        if self.screen is not None:
+            parse_screen(self.screen)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; JSON has no infinity."""
+        """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
         values = asdict(self)
+        if self.screen is None:
+            del values["screen"]
         return values | {"margin": "inf"} if self.margin == math.inf else values
 
     @classmethod
@@ -209,6 +261,30 @@ class ACDCConfig(_JsonConfig):
         if values.get("margin") == "inf":
             values = values | {"margin": math.inf}
         return super().from_dict(values)
+
+
+def parse_screen(text: str) -> tuple[MethodName, float]:
+    """Method and fraction of a screen.
+
+    Args:
+        text: `METHOD:FRACTION`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    method, _, rest = text.partition(":")
+    try:
+        fraction = float(rest)
+    except ValueError:
+        fraction = math.nan
+    for known in get_args(MethodName):
+        if method == known and 0 < fraction <= 1:
+            return known, fraction
+    methods = ", ".join(get_args(MethodName))
+    raise ConfigError(
+        f"screen must be METHOD:FRACTION, such as eap-ig:0.1, with a method of {methods} and a fraction "
+        f"above 0 and up to 1; got {text!r}"
+    )
 
 
 @dataclass(frozen=True)

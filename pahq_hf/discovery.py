@@ -27,8 +27,10 @@ from pahq_hf.acdc import (
     Search,
     search,
 )
+from pahq_hf.attribution.methods import check_gradient
+from pahq_hf.attribution.screen import Screen, make_screen
 from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
-from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
@@ -81,6 +83,9 @@ class Discovery:
         self.metric: MetricName = acdc.metric or task.metric
         check_metric(self.metric, task)
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
+        if acdc.screen is not None:
+            check_gradient(parse_screen(acdc.screen)[0], self.metric)
+        self._screen: Screen | None = None
         self.progress = progress
         self._seconds: dict[str, float] = {}
         self._means: dict[str, NDArray[np.float32]] | None = None
@@ -118,6 +123,7 @@ class Discovery:
             self._refuse_overwrite(folder, resume)
         with PeakMemory() as peak:
             started = time.perf_counter()
+            self._prepare_screen(folder, resume)  # first: its captured runs make room for the engine's
             with self._phase("capture"):
                 engine = self._engine()
             journal = self._journal(folder, resume)
@@ -182,7 +188,25 @@ class Discovery:
         check_header(circuit.discovery.get("header", {}), self.header(), folder)
         return circuit
 
+    def _prepare_screen(self, folder: Path | None, resume: bool) -> None:
+        """Score the edges that the search may pass over, unless the interrupted run did."""
+        text = self.acdc.screen
+        if text is None or self._screen is not None:
+            return
+        if folder is not None and resume and (folder / JOURNAL_NAME).exists():
+            Journal.resume(folder, self.header())  # another run is refused as such
+            self._screen = Screen.load(text, self.model.graph, folder, self.header())
+            return
+        with self._phase("screen"):
+            self._screen = make_screen(
+                text, self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine
+            )
+        if folder is not None:
+            make_folder(folder)
+            self._screen.save(folder, self.header())
+
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
+        self._prepare_screen(folder, resume)
         if folder is None:
             return None
         make_folder(folder)
@@ -217,6 +241,7 @@ class Discovery:
                 self.acdc,
                 batch=self._batch(engine),
                 done=done,
+                survivors=None if self._screen is None else self._screen.survivors,
                 on_reader=on_reader,
                 on_batch=on_batch,
             )
@@ -238,6 +263,7 @@ class Discovery:
         tested = int(state.tested.sum())
         weights = self.model.precision
         return {
+            "method": "acdc",
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
@@ -257,6 +283,7 @@ class Discovery:
                 "tests": sum(record.looks for record in state.records),
                 "changed": sum(record.changed for record in state.records),
             },
+            **({} if self._screen is None else {"screen": self._screen.facts()}),
             "phases": engine.phases.seconds if isinstance(engine, SparseEngine) else {},
             "peak_memory": {
                 "linear_weights": weights.nbytes,

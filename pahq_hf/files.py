@@ -12,6 +12,7 @@ from pahq_hf.errors import RunError
 # What a run's folder holds, and other rooms ask for.
 CIRCUIT_NAME = "circuit.json"
 JOURNAL_NAME = "journal.jsonl"
+SCREEN_NAME = "screen.safetensors"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, run_of_prompts
+from pahq_hf.attribution.run import Attribution
 from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
@@ -276,6 +277,34 @@ class PAHQModel(nn.Module):
         acdc = config or ACDCConfig.from_dict(options)
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
+
+    def attribute(
+        self,
+        task: Task,
+        *,
+        engine: EngineConfig | None = None,
+        out: str | Path | None = None,
+        **options: Any,
+    ) -> Circuit:
+        """Score every edge by attribution, and keep the best or all of them.
+
+        Args:
+            task: The prompts.
+            engine: Which engine method `exact` uses, and its limits.
+            out: Folder for the result; nothing is written without it.
+            **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
+                `topn`, `threshold`, `absolute`, `ablation`, `seed`.
+
+        Returns:
+            The circuit; `scores` holds the score of every edge, positive where removing it would hurt.
+
+        Raises:
+            ConfigError: If an option is unknown or out of range.
+            MetricError: If the method means nothing for the metric, or the metric came out as NaN.
+            RunError: If `out` cannot be written or holds another run.
+        """
+        config = AttributionConfig.from_dict(options)
+        return Attribution(self.patched, self.identity, task, self.pahq_config, config, engine).run(out)
 
     def evaluate(
         self,

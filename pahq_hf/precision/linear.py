@@ -15,6 +15,7 @@ from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.float8 import Float8Weight
+from pahq_hf.precision.gradient import differentiable, is_differentiated
 from pahq_hf.precision.low import LowWeight
 from pahq_hf.precision.pieces import lowered
 from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
@@ -288,6 +289,8 @@ class PAHQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + b`. [..., in] -> [..., out]"""
+        if self.low is not None and is_differentiated(x):
+            return differentiable(self, x)
         if self._anchor is not None:
             product = self.difference(*self._everything)
             moved = product.raw(self._anchor.origin.difference(x, product.dtype)).to(x.dtype)
@@ -296,6 +299,12 @@ class PAHQLinear(nn.Module):
         if self._recorded is not None:
             self._recorded.append(Anchor(Origin(x), y))
         return y
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """`y W`, of a backward pass. [..., out] -> [..., in]"""
+        if self._full and self.low is not None:
+            return y @ self._stage_full(*self._everything)
+        return y @ self.dense()
 
     def _absolute(self, x: Tensor) -> Tensor:
         if self._full and self._streamed is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pahq_hf.precision.gradient import differentiable, is_differentiated
 from pahq_hf.precision.linear import PAHQLinear
 
 _BLOCK = 2048  # rows at once
@@ -16,11 +19,23 @@ class PAHQTable(PAHQLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of all tokens. [..., d_model] -> [..., vocab]"""
+        if self.low is not None and is_differentiated(x):
+            return differentiable(self, x)
         scores = []
-        for start in range(0, self.out_features, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, self.out_features))
+        for rows in self._row_blocks():
             scores.append(F.linear(x, self.dense(rows), None if self.bias is None else self.bias[rows]))
         return torch.cat(scores, dim=-1)
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """`y W`, of a backward pass. [..., vocab] -> [..., d_model]"""
+        total = y.new_zeros(*y.shape[:-1], self.in_features)
+        for rows in self._row_blocks():
+            total += y[..., rows] @ self.dense(rows)
+        return total
+
+    def _row_blocks(self) -> Iterator[slice]:
+        for start in range(0, self.out_features, _BLOCK):
+            yield slice(start, min(start + _BLOCK, self.out_features))
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of some tokens at the current precision. [...] -> [..., d_model]"""

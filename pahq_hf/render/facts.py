@@ -18,11 +18,14 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
     """
     run = circuit.discovery
     edges, metric = run.get("edges", {}), run.get("metric", {})
-    precision = run.get("precision", {})
+    arguments, precision = run.get("arguments", {}), run.get("precision", {})
     facts = {
         "model": circuit.model.get("base_model", "unknown"),
         "task": run.get("task", {}).get("name", "unknown"),
-        "threshold": run.get("arguments", {}).get("threshold"),
+        "method": run.get("method"),
+        "threshold": arguments.get("threshold"),
+        "best edges": arguments.get("topn"),
+        "screen": arguments.get("screen"),
         "precision": precision.get("regime"),
         "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
         "edges live": int(circuit.live.sum()),

@@ -1,0 +1,202 @@
+"""Gradients of a metric with respect to what every reader reads, before its norm.
+
+The Hugging Face model runs forwards once as it is. Gradients are taken where readers part ways: at each
+layer's queries, keys and values, at the stream its MLP reads, and at the final stream. From the gradient of
+a head's query follows that of what its reader reads, through the head's rows of the projection and the norm
+before it; that is done later, for a few tokens at a time, so that no more is held of all readers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pahq_hf.capture import forward_to_answers
+from pahq_hf.graph import ReaderKind
+from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
+from pahq_hf.layers import Layer
+from pahq_hf.metrics import Metric
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+HEAD_KINDS: tuple[ReaderKind, ...] = ("v", "k", "q")
+
+
+@dataclass
+class ReaderGradients:
+    """Gradients of one backward pass.
+
+    Attributes:
+        streams: Per layer, the stream its heads read. [batch, pos, d_model]
+        heads: Per layer, gradients of queries, keys and values before norm and rotation, one entry for each
+            reader. [batch, entry, pos, d_head]
+        mlps: Per layer, of the stream the MLP reads; empty for attention-only models. [batch, pos, d_model]
+        final: Of the stream `logits` reads. [batch, pos, d_model]
+    """
+
+    streams: list[Tensor] = field(default_factory=list)
+    heads: list[dict[ReaderKind, Tensor]] = field(default_factory=list)
+    mlps: list[Tensor] = field(default_factory=list)
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def walk(self, model: PatchedModel, tokens: Tensor) -> Iterator[tuple[range, Tensor]]:
+        """Gradients reader by reader, from the output to the input.
+
+        Args:
+            model: The patched model, at the precision that gradients are to run through.
+            tokens: Which tokens, as indices into the flattened batch.
+
+        Yields:
+            Consecutive readers, and the gradients of what they read. [reader, tokens, d_model]
+        """
+        graph = model.graph
+        yield range(graph.logits_reader, graph.logits_reader + 1), self.final.flatten(0, 1)[tokens][None]
+        for number in reversed(range(len(model.layers))):
+            if self.mlps:
+                yield graph.layer_readers(number, "mlp"), self.mlps[number].flatten(0, 1)[tokens][None]
+            stream = self.streams[number].flatten(0, 1)[tokens]
+            for kind in HEAD_KINDS:
+                y = self.heads[number][kind].transpose(0, 1).flatten(1, 2)[:, tokens]
+                gradients = _before_norm(model.layers[number], kind, stream, y)
+                yield graph.layer_readers(number, kind), gradients
+
+
+def _before_norm(layer: Layer, kind: ReaderKind, stream: Tensor, y: Tensor) -> Tensor:
+    """From gradients of queries, keys or values to those of what their readers read.
+
+    Args:
+        layer: The layer.
+        kind: `q`, `k` or `v`.
+        stream: What the readers read. [tokens, d_model]
+        y: Gradients of the projection's outputs. [entry, tokens, d_head]
+
+    Returns:
+        [entry, tokens, d_model]
+    """
+    attention = layer.attention
+    linear = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}[kind]
+    weight = linear.dense().view(-1, attention.d_head, linear.in_features)
+    weight = weight.repeat_interleave(y.shape[0] // weight.shape[0], dim=0)  # where groups are split
+    normed = torch.bmm(y, weight)
+    if isinstance(layer.attention_norm, nn.Identity):
+        return normed
+    with torch.enable_grad():
+        reads = stream.expand(normed.shape).clone().requires_grad_()
+        # The norm's own forward, not its call, as everywhere: parallel blocks may have hooks on it.
+        made = layer.attention_norm.forward(reads)
+        (gradient,) = torch.autograd.grad(made, reads, normed)
+    return gradient
+
+
+def reader_gradients(
+    model: PatchedModel,
+    part: Task,
+    metric: Metric,
+    embedding: Tensor,
+    forward: AbstractContextManager[None],
+) -> ReaderGradients:
+    """Gradients of a metric on some examples.
+
+    Args:
+        model: The patched model. Gradients run through its weights at its precision outside of `forward`.
+        part: The examples.
+        metric: The metric of these examples.
+        embedding: What the `input` writer writes, in place of the prompts' own. [batch, pos, d_model]
+        forward: The precision of the forward pass, and so of all activations.
+
+    Returns:
+        The gradients.
+    """
+    taps = _Taps(model, embedding)
+    with model.exact_tables(), torch.enable_grad():
+        with forward, hooks(*taps.register()):
+            logits = forward_to_answers(model, part, part.clean_ids)
+        value = metric.reduce(metric.rows(logits))
+        gradients = iter(torch.autograd.grad(value, list(taps.all()), materialize_grads=True))
+    return taps.filled(gradients)
+
+
+class _Taps:
+    """Hooks that note down the tensors where gradients are wanted, in one forward pass."""
+
+    def __init__(self, model: PatchedModel, embedding: Tensor) -> None:
+        self._model = model
+        self._embedding = embedding.detach().clone().requires_grad_()
+        self._found = ReaderGradients()
+
+    def register(self) -> list[Any]:
+        """Put all hooks in place; the caller removes them."""
+        model = self._model
+        first = model.layers[0].block.register_forward_pre_hook(self._on_embedding, with_kwargs=True)
+        handles: list[Any] = [first]
+        for layer in model.layers:
+            handles += hook_layer(layer, model.spec.mlps, self._hooks_of(layer))
+        handles.append(model.final_norm.register_forward_pre_hook(self._on_final))
+        return handles
+
+    def all(self) -> Iterator[Tensor]:
+        """What was noted down, in a fixed order."""
+        for kinds in self._found.heads:
+            yield from (kinds[kind] for kind in HEAD_KINDS)
+        yield from self._found.mlps
+        yield self._found.final
+
+    def filled(self, gradients: Iterator[Tensor]) -> ReaderGradients:
+        """Gradients, in that order, in the place of what was noted down."""
+        return ReaderGradients(
+            streams=self._found.streams,
+            heads=[{kind: next(gradients) for kind in HEAD_KINDS} for _ in self._found.heads],
+            mlps=[next(gradients) for _ in self._found.mlps],
+            final=next(gradients),
+        )
+
+    def _on_embedding(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert first_input(args, kwargs).shape == self._embedding.shape
+        if args:
+            return (self._embedding, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._embedding}
+
+    def _on_final(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._found.final = _own(args[0])
+        return (self._found.final, *args[1:])
+
+    def _hooks_of(self, layer: Layer) -> LayerHooks:
+        found: dict[ReaderKind, Tensor] = {}
+
+        def on_stream(stream: Tensor) -> None:
+            self._found.streams.append(stream.detach())
+            self._found.heads.append(found)
+
+        def projected(kind: ReaderKind, y: Tensor) -> Tensor:
+            readers = self._model.spec.heads if kind == "q" else self._model.spec.kv_readers
+            found[kind] = _own(y) if readers == y.shape[1] else y.repeat_interleave(readers // y.shape[1], 1)
+            return found[kind]
+
+        def on_attention(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {**kwargs, "projected": projected}
+
+        def on_mlp_input(reads: Tensor) -> Tensor:
+            self._found.mlps.append(_own(reads))
+            return self._found.mlps[-1]
+
+        return LayerHooks(
+            on_stream=on_stream,
+            on_attention=on_attention,
+            on_heads=lambda written, z, o: None,
+            on_mlp_input=on_mlp_input,
+            on_mlp=lambda adds: None,
+        )
+
+
+def _own(values: Tensor) -> Tensor:
+    """The same values as a tensor of their own, so that its gradient is that of one reader."""
+    return values.view_as(values)

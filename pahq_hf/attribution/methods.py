@@ -1,0 +1,223 @@
+"""Scores of all edges by attribution (semantics.md, section 7).
+
+Scores are float64 [readers, writers], 0 where there is no edge. A positive score says that removing the edge
+raises the minimised metric: the edge matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pahq_hf.acdc import Engine
+from pahq_hf.attribution.gradients import ReaderGradients
+from pahq_hf.attribution.runs import Part, Runs
+from pahq_hf.errors import MetricError
+from pahq_hf.graph import Graph
+
+Scores = NDArray[np.float64]
+
+_CANDIDATES = 64  # edges removed side by side
+
+
+def check_gradient(method: str, metric: str) -> None:
+    """Check that a method means anything for a metric.
+
+    Args:
+        method: Name of the method.
+        metric: Name of the metric.
+
+    Raises:
+        MetricError: If the method takes the gradient at the clean run, where the metric's is zero.
+    """
+    if method in ("eap", "hisp") and metric == "kl":
+        raise MetricError(
+            f"{method} cannot use kl: its gradient at the clean run is zero, and so would be every score; "
+            "use eap-ig, or a metric such as logit_diff"
+        )
+
+
+def eap(runs: Runs) -> Scores:
+    """Edge attribution patching (Syed et al. 2023): `Σ (c_u - a_u) · ∂L/∂input_v` at the clean run.
+
+    Args:
+        runs: The task's runs.
+
+    Returns:
+        [readers, writers]
+
+    Raises:
+        MetricError: If the metric is `kl`.
+    """
+    check_gradient("eap", runs.metric.name)
+    total = np.zeros(runs.graph.all_edges.shape)
+    for part in runs.parts():
+        _add_edge_scores(total, runs, part, runs.gradients(part, runs.clean.embedding[part.examples]))
+    return total
+
+
+def eap_ig(runs: Runs, steps: int) -> Scores:
+    """EAP with integrated gradients over the inputs (Hanna et al. 2024).
+
+    The gradient is averaged over runs whose `input` writes `corr + (k/m)(clean - corr)`, k = 0 … m-1.
+
+    The authors' first release steps k = 1 … m, the later one k = 0 … m-1, as here. There the metric's sign is
+    the caller's affair; here it is minimised. `input` is the whole embedding output, learned positions
+    included. The path starts at the corrupted prompts' embeddings whatever the ablation, which changes only
+    what removed edges carry.
+
+    Args:
+        runs: The task's runs.
+        steps: m.
+
+    Returns:
+        [readers, writers]
+    """
+    total = np.zeros(runs.graph.all_edges.shape)
+    for part in runs.parts():
+        start = runs.corrupted.embedding[part.examples]
+        whole = runs.clean.embedding[part.examples] - start
+        for k in range(steps):
+            _add_edge_scores(total, runs, part, runs.gradients(part, start + (k / steps) * whole))
+    return total / steps
+
+
+def hisp(runs: Runs) -> Scores:
+    """Head importance (Michel et al. 2019), with corrupted activations as in the ACDC paper.
+
+    A node's importance is `mean over examples of |Σ (c_u - a_u) · ∂L/∂a_u|`, MLPs and `input` included; it is
+    not normalised layer by layer. A threshold on nodes selects the edges between them, so an edge's score is
+    the smaller importance of its two ends. A key or value group is as important as its most important head.
+    `logits` is always in, so an edge into it is as important as its writer. Scores are never negative.
+
+    Args:
+        runs: The task's runs.
+
+    Returns:
+        [readers, writers]
+
+    Raises:
+        MetricError: If the metric is `kl`.
+    """
+    check_gradient("hisp", runs.metric.name)
+    importance = np.zeros(len(runs.graph.writers))
+    for part in runs.parts():
+        per_example = np.zeros((len(runs.graph.writers), len(part.task)))
+        gradients = runs.gradients(part, runs.clean.embedding[part.examples])
+        _add_node_scores(per_example, runs, part, gradients)
+        importance += np.abs(per_example).sum(axis=1)  # the metric is a mean over examples already
+    return edges_from_nodes(runs.graph, importance)
+
+
+def edges_from_nodes(graph: Graph, importance: Scores) -> Scores:
+    """Edge scores that select, at any threshold, the edges between the nodes at or above it.
+
+    Args:
+        graph: The graph.
+        importance: Of every writer. [writers]
+
+    Returns:
+        [readers, writers]
+    """
+    ends = np.array([importance[list(reader.nodes)].max(initial=-np.inf) for reader in graph.readers])
+    ends[graph.logits_reader] = np.inf
+    scores: Scores = np.where(graph.all_edges, np.minimum(importance[None, :], ends[:, None]), 0.0)
+    return scores
+
+
+def exact(engine: Engine) -> Scores:
+    """What removing each edge alone from the full model does to the metric: `m(full without e) - m(full)`.
+
+    Everything upstream of an edge is the clean run, so the sparse engine computes no more than what the edge
+    can change.
+
+    Args:
+        engine: Computes metrics.
+
+    Returns:
+        [readers, writers]
+    """
+    graph = engine.graph
+    scores = np.zeros(graph.all_edges.shape)
+    full = engine.begin(graph.all_edges.copy())
+    try:
+        for reader in graph.reader_order("head"):  # changes the active component least often
+            edges = list(graph.in_edges(reader))
+            if not edges:
+                continue
+            again = engine.focus(reader)
+            full = full if again is None else again
+            for start in range(0, len(edges), _CANDIDATES):
+                some = edges[start : start + _CANDIDATES]
+                values = engine.try_removals(reader, [[writer] for writer in some])
+                scores[reader, some] = np.array(values) - full
+    finally:
+        engine.finish()
+    return scores
+
+
+def random_scores(graph: Graph, seed: int) -> Scores:
+    """Scores drawn evenly from [0, 1).
+
+    Args:
+        graph: The graph.
+        seed: Determines every score.
+
+    Returns:
+        [readers, writers]
+    """
+    drawn = np.random.default_rng(seed).random(graph.all_edges.shape)
+    scores: Scores = np.where(graph.all_edges, drawn, 0.0)
+    return scores
+
+
+# -- sums over tokens -------------------------------------------------------------------------------
+
+
+def _add_edge_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGradients) -> None:
+    """Add a part's `Σ (c_w - a_w) · ∂L/∂input_r` to all edges. [readers, writers]"""
+    for tokens, differences in runs.chunks(part):
+        changes = differences.flatten(1)
+        for readers, gradient in gradients.walk(runs.model, tokens):
+            seen = int(runs.graph.prefix[readers.start])
+            scores = gradient.flatten(1) @ changes[:seen].T
+            total[readers.start : readers.stop, :seen] += scores.double().cpu().numpy()
+
+
+def _add_node_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGradients) -> None:
+    """Add `Σ (c_w - a_w) · ∂L/∂a_w` of each example of a part to all writers. [writers, examples]
+
+    The gradient of what a writer writes is the sum of those of its readers.
+    """
+    length = part.task.length
+    for tokens, differences in runs.chunks(part):
+        example = tokens // length
+        reached = differences.new_zeros(differences.shape[1:])  # sum of the readers so far. [tokens, d_model]
+        below = len(runs.graph.writers)
+
+        for readers, gradient in gradients.walk(runs.model, tokens):
+            seen = int(runs.graph.prefix[readers.start])
+            if seen < below:  # whoever is not seen from here downwards has met all its readers
+                total[seen:below] += _by_example(differences[seen:below] * reached, example, total.shape[1])
+                below = seen
+            reached = reached + gradient.sum(0)
+        total[:below] += _by_example(differences[:below] * reached, example, total.shape[1])
+
+
+def _by_example(products: Tensor, example: Tensor, count: int) -> Scores:
+    """Sums over the tokens of each example. [writer, tokens, d_model] -> [writer, examples]"""
+    sums = products.new_zeros(products.shape[0], count, dtype=torch.float64)
+    return sums.index_add_(1, example, products.sum(-1).double()).cpu().numpy()
+
+
+def check_finite(scores: Scores, method: str) -> Scores:
+    """`scores`, unless one is NaN or infinite.
+
+    Raises:
+        MetricError: If one is.
+    """
+    if not np.isfinite(scores).all():
+        raise MetricError(f"{method} gives scores that are NaN or infinite on this data; check the prompts")
+    return scores

@@ -1,0 +1,171 @@
+"""One attribution from model and task to circuit: scores, edges, evaluation, facts."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.attribution.methods import check_gradient
+from pahq_hf.attribution.scoring import edge_scores
+from pahq_hf.attribution.selection import edges_from, top_edges
+from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
+from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.discovery import versions
+from pahq_hf.engine.timing import Phases
+from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.evaluation import Evaluator
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
+from pahq_hf.graph import BoolArray
+from pahq_hf.memory import PeakMemory
+from pahq_hf.metrics import check_metric
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+
+class Attribution:
+    """Scores all edges of a model on a task and keeps the best.
+
+    Args:
+        model: The patched model.
+        identity: What identifies the base model, stored with the circuit.
+        task: The prompts.
+        pahq: The model's precision.
+        config: Method and choice of edges.
+        engine: How `exact` computes metrics.
+
+    Raises:
+        MetricError: If the task lacks what the metric needs, or the method means nothing for it.
+        ConfigError: If more edges are asked for than there are.
+    """
+
+    def __init__(
+        self,
+        model: PatchedModel,
+        identity: dict[str, Any],
+        task: Task,
+        pahq: PAHQConfig,
+        config: AttributionConfig,
+        engine: EngineConfig | None = None,
+    ) -> None:
+        self.model = model
+        self.identity = identity
+        self.task = task
+        self.pahq = pahq
+        self.config = config
+        self.engine = engine or EngineConfig()
+        self.metric: MetricName = config.metric or task.metric
+        check_metric(self.metric, task)
+        check_gradient(config.method, self.metric)
+        if config.topn is not None and config.topn > model.graph.edge_count:
+            raise ConfigError(
+                f"this model has {model.graph.edge_count:,} edges; cannot keep {config.topn:,} of them"
+            )
+
+    def run(self, out: str | Path | None = None) -> Circuit:
+        """Score, choose, evaluate, and (given `out`) save.
+
+        Args:
+            out: Folder for the circuit; None keeps everything in memory.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            RunError: If `out` cannot be written or holds another run.
+        """
+        folder = None if out is None else refuse_overwrite(Path(out))
+        if folder is not None:
+            make_folder(folder)  # what cannot be written fails before any work
+        phases = Phases()
+        with PeakMemory() as peak:
+            started = time.perf_counter()
+            config = self.config
+            scores = edge_scores(
+                config.method,
+                self.model,
+                self.task,
+                self.metric,
+                ablation=config.ablation,
+                pahq=self.pahq,
+                engine=self.engine,
+                steps=config.steps,
+                seed=config.seed,
+                phases=phases,
+            )
+            kept = self._choose(scores)
+            with phases("evaluate"):
+                metric, means = self._evaluate(kept)
+            phases.seconds["total"] = time.perf_counter() - started
+        facts = self._facts(kept) | {"metric": metric}
+        facts["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
+        facts["peak_memory"] |= peak.report()
+        tested = self.model.graph.all_edges.copy()
+        circuit = Circuit(self.model.graph, kept, scores, tested, self.identity, facts, means)
+        if folder is not None:
+            circuit.save_pretrained(folder)
+        return circuit
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _choose(self, scores: NDArray[np.float64]) -> BoolArray:
+        graph, config = self.model.graph, self.config
+        if config.threshold is not None:
+            return edges_from(graph, scores, config.threshold, absolute=config.absolute)
+        count = graph.edge_count if config.topn is None else config.topn
+        return top_edges(graph, scores, count, absolute=config.absolute)
+
+    def _evaluate(self, kept: BoolArray) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+        """The circuit's metric in FP32, and what stands in for its removed edges elsewhere."""
+        evaluator = Evaluator(self.model, self.task, self.metric, self.config.ablation)
+        final = evaluator.metric_of(kept)
+        facts = {
+            "name": self.metric,
+            "full": evaluator.full,
+            "empty": evaluator.empty,
+            "final": final,
+            "fp32": final,
+        }
+        return facts, evaluator.means()
+
+    def _facts(self, kept: BoolArray) -> dict[str, Any]:
+        graph, weights = self.model.graph, self.model.precision
+        return {
+            "method": self.config.method,
+            "header": {
+                "model": self.identity.get("fingerprint"),
+                "task": self.task.fingerprint(),
+                "dtype": str(self.model.hf.dtype).removeprefix("torch."),
+            },
+            "arguments": self.config.to_dict() | {"metric": self.metric},
+            "precision": self.pahq.to_dict(),
+            "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
+            "versions": versions() | {"device": str(self.model.device)},
+            "edges": {
+                "total": graph.edge_count,
+                "tested": graph.edge_count,
+                "untested": 0,
+                "kept": int(kept.sum()),
+                "live": int(graph.live_edges(kept).sum()),
+            },
+            "peak_memory": {
+                "linear_weights": weights.nbytes,
+                "linear_weights_fp32": weights.nbytes_fp32,
+            },
+        }
+
+
+def refuse_overwrite(folder: Path) -> Path:
+    """`folder`, unless it holds a run.
+
+    Raises:
+        RunError: If it does.
+    """
+    for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
+        if os.path.exists(folder / name):
+            raise RunError(f"{folder} holds another run ({name}); choose another folder")
+    return folder

@@ -1,0 +1,136 @@
+"""The captured runs of a task, what removing edges would change, and micro-batches of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pahq_hf.attribution.gradients import ReaderGradients, reader_gradients
+from pahq_hf.capture import Activations, ablated, capture
+from pahq_hf.config import Ablation, MetricName
+from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.graph import Graph
+from pahq_hf.metrics import Metric
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+_BACKWARD_BYTES = 128 << 20  # of what one forward pass keeps for its backward pass
+_DIFFERENCE_BYTES = 64 << 20  # of what writers write at some tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples that share a backward pass.
+
+    Attributes:
+        task: They as a task.
+        examples: Which they are.
+        metric: Their share of the metric, so that the shares of all parts add up to it.
+        real: Their real tokens, as indices into their flattened batch. [tokens]
+    """
+
+    task: Task
+    examples: slice
+    metric: Metric
+    real: Tensor
+
+
+class Runs:
+    """The clean, corrupted and substituted runs of a task.
+
+    In precision `pahq` runs and forward passes are exact, FP32 streamed from the checkpoint, and backward
+    passes run through the low-precision weights: what they get wrong is relative to the effect of an edge. In
+    `rtn` and `pahq-literal`, where nothing is exact, both are low.
+
+    Args:
+        model: The patched model.
+        task: The prompts.
+        metric: What is minimised.
+        ablation: What stands in for removed edges.
+        rule: How low precision is used.
+
+    Raises:
+        TaskError: If the prompts do not fit the model.
+        MetricError: If the task lacks what the metric needs, or the metric is NaN.
+    """
+
+    def __init__(
+        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, rule: PrecisionRule
+    ) -> None:
+        self.model = model
+        self.graph: Graph = model.graph
+        self._task = task
+        self._rule = rule
+        with rule.exactly(model):
+            self.clean: Activations = capture(model, task, task.clean_ids)
+            self.corrupted: Activations = capture(model, task, task.corrupted_ids)
+            self.substitute: Activations = ablated(model, self.clean, self.corrupted, task, ablation)
+        self.metric = Metric(metric, task, self.clean.logits, model.device)
+        for run in (self.clean, self.corrupted):
+            self.metric(run.logits)  # NaN fails here, before anything else is done
+
+    def parts(self, most: int | None = None) -> Iterator[Part]:
+        """The task in runs of as many examples as memory allows.
+
+        Args:
+            most: At most so many.
+        """
+        size = max(1, _BACKWARD_BYTES // (self._bytes_per_token() * self._task.length))
+        size = min(size, most or size)
+        for first in range(0, len(self._task), size):
+            last = min(first + size, len(self._task))
+            task, rows = self._task.part(first, last)
+            reference = self.clean.logits[rows.to(self.clean.logits.device)]
+            metric = Metric(self.metric.name, task, reference, self.model.device)
+            metric.row_weights *= len(task) / len(self._task)
+            real = task.attention_mask.flatten().nonzero().flatten().to(self.model.device)
+            yield Part(task, slice(first, last), metric, real)
+
+    def _bytes_per_token(self) -> int:
+        """About what a token's activations take until the backward pass."""
+        width, layers = int(self.clean.embedding.shape[-1]), len(self.model.layers)
+        linears = self.model.linears()
+        outputs = sum(linear.out_features + linear.in_features for linear in linears)
+        patterns = 3 * layers * self.graph.spec.heads * self._task.length
+        return int(self.clean.embedding.element_size()) * (2 * outputs + 6 * layers * width + patterns)
+
+    def gradients(self, part: Part, embedding: Tensor) -> ReaderGradients:
+        """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
+        forward = self._rule.exactly(self.model)
+        return reader_gradients(self.model, part.task, part.metric, embedding, forward)
+
+    def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.
+
+        Yields:
+            Indices into the flattened batch [tokens], and `c_w - a_w` of every writer, exact where runs are.
+            [writer, tokens, d_model]
+        """
+        width = self.clean.embedding.shape[-1]
+        per_token = len(self.graph.writers) * width * self.clean.embedding.element_size()
+        for tokens in part.real.split(max(1, _DIFFERENCE_BYTES // per_token)):
+            yield tokens, self._differences(part.examples, tokens)
+
+    @torch.no_grad()
+    def _differences(self, examples: slice, tokens: Tensor) -> Tensor:
+        clean, other = self.clean, self.substitute
+
+        def change(new: Tensor, old: Tensor) -> Tensor:
+            return new[examples].flatten(0, 1)[tokens] - old[examples].flatten(0, 1)[tokens]
+
+        width = clean.embedding.shape[-1]
+        out = clean.embedding.new_empty(len(self.graph.writers), len(tokens), width)
+        out[0] = change(other.embedding, clean.embedding)
+        with self._rule.exactly(self.model):
+            for number, layer in enumerate(self.model.layers):
+                attention = layer.attention
+                start = self.graph.head_writer(number, 0)
+                z = change(other.z[number], clean.z[number])
+                out[start : start + attention.n_heads] = attention.contributions(z).transpose(0, 1)
+                if self.graph.spec.mlps:
+                    mlp = change(other.mlp[number], clean.mlp[number])
+                    out[self.graph.mlp_writer(number)] = mlp
+        return out

@@ -1,0 +1,94 @@
+"""Score all edges of a model by the name of a method."""
+
+from __future__ import annotations
+
+from pahq_hf.attribution.methods import (
+    Scores,
+    check_finite,
+    check_gradient,
+    eap,
+    eap_ig,
+    exact,
+    hisp,
+    random_scores,
+)
+from pahq_hf.attribution.runs import Runs
+from pahq_hf.config import Ablation, EngineConfig, MethodName, MetricName, PAHQConfig
+from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.engine.timing import Phases
+from pahq_hf.memory import trim
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+
+def edge_scores(
+    method: MethodName,
+    model: PatchedModel,
+    task: Task,
+    metric: MetricName,
+    *,
+    ablation: Ablation = "corrupted",
+    pahq: PAHQConfig,
+    engine: EngineConfig | None = None,
+    steps: int = 5,
+    seed: int = 0,
+    phases: Phases | None = None,
+) -> Scores:
+    """Score all edges.
+
+    Args:
+        method: Name of the method.
+        model: The patched model.
+        task: The prompts.
+        metric: What is minimised.
+        ablation: What stands in for removed edges.
+        pahq: Precision regime.
+        engine: Which engine `exact` uses, and its limits.
+        steps: Runs whose gradients `eap-ig` averages.
+        seed: Of `random`.
+        phases: Where seconds are added up.
+
+    Returns:
+        Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers]
+
+    Raises:
+        MetricError: If the method means nothing for the metric, or numbers come out as NaN.
+        TaskError: If the prompts do not fit the model.
+    """
+    try:
+        return check_finite(
+            _scores(method, model, task, metric, ablation, pahq, engine, steps, seed, phases or Phases()),
+            method,
+        )
+    finally:
+        trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
+
+
+def _scores(
+    method: MethodName,
+    model: PatchedModel,
+    task: Task,
+    metric: MetricName,
+    ablation: Ablation,
+    pahq: PAHQConfig,
+    engine: EngineConfig | None,
+    steps: int,
+    seed: int,
+    phases: Phases,
+) -> Scores:
+    check_gradient(method, metric)
+    if method == "random":
+        return random_scores(model.graph, seed)
+    model.precision.deactivate()
+    if method == "exact":
+        with phases("capture"):
+            computes = make_engine(model, task, metric, ablation, pahq, engine or EngineConfig())
+        with phases("scores"):
+            return exact(computes)
+    with phases("capture"):
+        runs = Runs(model, task, metric, ablation, PrecisionRule.of(pahq, model.device))
+    with phases("scores"):
+        if method == "eap-ig":
+            return eap_ig(runs, steps)
+        return eap(runs) if method == "eap" else hisp(runs)

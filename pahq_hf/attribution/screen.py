@@ -1,0 +1,142 @@
+"""A screen before ACDC: only the edges with the largest attribution scores are tested."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pahq_hf.attribution.methods import Scores
+from pahq_hf.attribution.scoring import edge_scores
+from pahq_hf.attribution.selection import top_edges
+from pahq_hf.config import Ablation, EngineConfig, MethodName, MetricName, PAHQConfig, parse_screen
+from pahq_hf.errors import RunError
+from pahq_hf.files import SCREEN_NAME, write_atomically
+from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.journal import check_header
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Which edges a search tests.
+
+    Attributes:
+        method: How edges were scored.
+        fraction: Share of all edges that survive, those with the largest magnitudes.
+        scores: [readers, writers]
+        survivors: [readers, writers]
+        seconds: What it took.
+    """
+
+    method: MethodName
+    fraction: float
+    scores: Scores
+    survivors: BoolArray
+    seconds: float
+
+    @classmethod
+    def of(cls, text: str, graph: Graph, scores: Scores, seconds: float) -> Screen:
+        """The screen that scores make.
+
+        Args:
+            text: As `ACDCConfig.screen`.
+            graph: The graph.
+            scores: [readers, writers]
+            seconds: What they took.
+        """
+        method, fraction = parse_screen(text)
+        count = max(1, round(fraction * graph.edge_count))
+        survivors = top_edges(graph, scores, count, absolute=True)
+        return cls(method, fraction, scores, survivors, seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """For `discovery.json`."""
+        return {
+            "method": self.method,
+            "fraction": self.fraction,
+            "survivors": int(self.survivors.sum()),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def save(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Keep the scores in a run's folder, so that a resumed run has the same survivors.
+
+        Raises:
+            RunError: If the folder cannot be written.
+        """
+        notes = {"run": json.dumps({"header": dict(header), "seconds": self.seconds})}
+
+        def write(path: Path) -> None:
+            try:
+                save_file({"score": self.scores}, path, metadata=notes)
+            except SafetensorError as error:  # its way of passing on an OSError
+                raise OSError(str(error)) from error
+
+        write_atomically(folder / SCREEN_NAME, write)
+
+    @classmethod
+    def load(cls, text: str, graph: Graph, folder: Path, header: Mapping[str, Any]) -> Screen:
+        """The screen of an interrupted run.
+
+        Args:
+            text: As `ACDCConfig.screen`.
+            graph: The graph.
+            folder: The run's folder.
+            header: What pins the run.
+
+        Raises:
+            RunError: If it is missing, damaged, or of another run.
+        """
+        path = folder / SCREEN_NAME
+        try:
+            with safe_open(path, framework="numpy") as file:
+                notes = json.loads((file.metadata() or {})["run"])
+                scores: Scores = file.get_tensor("score")
+            found, seconds = dict(notes["header"]), float(notes["seconds"])
+            if scores.shape != graph.all_edges.shape or scores.dtype != np.float64:
+                raise ValueError(f"its scores have shape {scores.shape}")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"cannot continue the run in {folder}: {SCREEN_NAME}, its screen, is missing or damaged "
+                f"({error}); choose another folder"
+            ) from error
+        check_header(found, header, folder)
+        return cls.of(text, graph, scores, seconds)
+
+
+def make_screen(
+    text: str,
+    model: PatchedModel,
+    task: Task,
+    metric: MetricName,
+    ablation: Ablation,
+    pahq: PAHQConfig,
+    engine: EngineConfig,
+) -> Screen:
+    """Score all edges and let the best survive.
+
+    Args:
+        text: As `ACDCConfig.screen`.
+        model: The patched model.
+        task: The prompts.
+        metric: What is minimised.
+        ablation: What stands in for removed edges.
+        pahq: Precision regime.
+        engine: Limits of the engine that method `exact` uses.
+
+    Raises:
+        MetricError: If the method means nothing for the metric.
+    """
+    started = time.perf_counter()
+    method, _ = parse_screen(text)
+    scores = edge_scores(method, model, task, metric, ablation=ablation, pahq=pahq, engine=engine)
+    return Screen.of(text, model.graph, scores, time.perf_counter() - started)

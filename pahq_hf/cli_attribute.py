@@ -1,0 +1,83 @@
+"""`pahq attribute`: score every edge of a model at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pahq_hf.cli_options import (
+    BudgetOption,
+    CountOption,
+    DeviceOption,
+    DtypeOption,
+    FormatOption,
+    GgufOption,
+    ModelArgument,
+    PolicyOption,
+    PrecisionOption,
+    RevisionOption,
+    SeedOption,
+    SplitOption,
+    TaskOption,
+    TokenOption,
+    TrustOption,
+    load_arguments,
+    read_bytes,
+    read_policy,
+)
+from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.config import Ablation, EngineName, MethodName, MetricName
+
+
+def attribute(
+    model: ModelArgument,
+    task: TaskOption,
+    out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
+    method: Annotated[MethodName, typer.Option(help="How edges are scored.")] = "eap-ig",
+    n: CountOption = None,
+    seed: SeedOption = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Runs whose gradients eap-ig averages.")] = 5,
+    topn: Annotated[int | None, typer.Option(min=1, help="Keep so many edges; all if unset.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Keep edges with at least this score, in place of --topn.")
+    ] = None,
+    absolute: Annotated[bool, typer.Option("--absolute", help="Compare magnitudes of scores.")] = False,
+    metric: Annotated[
+        MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
+    ] = None,
+    ablation: Annotated[Ablation, typer.Option(help="What stands in for removed edges.")] = "corrupted",
+    score_seed: Annotated[int, typer.Option(min=0, help="Seed of the scores of method random.")] = 0,
+    precision: PrecisionOption = "pahq",
+    fmt: FormatOption = "fp8",
+    policy: PolicyOption = None,
+    engine: Annotated[EngineName, typer.Option(help="What computes metrics of method exact.")] = "sparse",
+    memory_budget: BudgetOption = None,
+    split_kv_groups: SplitOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    as_json: JsonOption = False,
+    gguf_file: GgufOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Score every edge by attribution, and write the best as a circuit to a folder."""
+    from pahq_hf import PAHQModel, load_task
+    from pahq_hf.attribution.run import refuse_overwrite
+    from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
+    from pahq_hf.render.table import run_table
+
+    config = AttributionConfig(method, metric, steps, topn, threshold, absolute, ablation, score_seed)
+    pahq = PAHQConfig(precision, fmt, split_kv_groups, policy=read_policy(policy))
+    limits = EngineConfig(engine, memory_budget=read_bytes(memory_budget))
+    refuse_overwrite(out)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    circuit = wrapped.attribute(data, engine=limits, out=out, **config.to_dict())
+    if as_json:
+        print_json({"out": str(out), **circuit.discovery})
+    else:
+        print_rich(run_table(circuit))
