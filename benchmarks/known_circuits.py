@@ -22,12 +22,12 @@ from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
 from pahq_hf.known import KNOWN_MODELS, load_known_model
 
 _DESCRIPTION = """\
-Score methods against models whose circuit is known by construction (pahq_hf.known): how well do they tell edges
-and nodes of the truth from the others? One row for each method and precision, one block for each model."""
+Score methods against models whose circuit is known by construction (pahq_hf.known): how well do they tell
+edges and nodes of the truth from the others? One row for each method and precision, one block for each model."""
 
 _EPILOG = """\
 rows, given as METHOD[:REGIME]
-  acdc       One search for each threshold; its points are the edges kept. Regimes fp32, pahq, pahq-literal, rtn.
+  acdc       One search for each threshold; each is one point of the curve. All regimes.
   eap, eap-ig, eap-ig-activations, hisp, exact, random
              One score per edge, signed: positive where removing the edge hurts. random: mean over --seeds.
 

@@ -1,7 +1,7 @@
-"""Four models whose circuit is known, because their weights were set by hand.
+"""Five models whose circuit is known, because their weights were set by hand.
 
-In each, most heads and all other MLPs are distractors: they compute functions of the prompt, but what they add
-is read by nothing that matters. See `KnownModel.truth` for what counts as an edge of the truth.
+In each, most heads and all other MLPs are distractors: they compute functions of the prompt, but what they
+add is read by nothing that matters. See `KnownModel` for what counts as an edge of the truth.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _POSITIONS = 16
 class KnownModel:
     """A model with its task and its circuit.
 
-    An edge belongs to the truth when what it carries differs between clean and corrupted prompts and its reader
-    reads that, on a path to the answer. Edges that carry the same in both (positions, biases) have no effect
+    An edge belongs to the truth when what it carries differs between clean and corrupted prompts and its
+    reader reads that, on a path to the answer. Edges that carry the same in both (positions, biases) have no effect
     under the ablation `corrupted` and are no part of it; under `zero` or `mean` they may be needed.
 
     Attributes:
@@ -117,7 +117,7 @@ def _induction(n: int, seed: int) -> KnownModel:
         at = int(torch.randint(length - 2, (), generator=generator))
         return [*tokens, tokens[at]], tokens[at + 1]
 
-    pairs = []
+    pairs: list[Pair] = []
     while len(pairs) < n:
         (clean, answer), (corrupted, other) = prompt(), prompt()
         if answer != other and clean[-1] != corrupted[-1]:
@@ -138,7 +138,7 @@ def _induction(n: int, seed: int) -> KnownModel:
 
 
 def _chain(n: int, seed: int) -> KnownModel:
-    length, step = 7, 5
+    step = 5
     b = HandBuilder(
         layers=4,
         head_width=40,
@@ -165,14 +165,14 @@ def _chain(n: int, seed: int) -> KnownModel:
                 order = torch.randperm(3, generator=generator).tolist()
                 return [token for i in order for token in blocks[i]] + [one[0]], two[1]
 
-    pairs = []
+    pairs: list[Pair] = []
     while len(pairs) < n:
         (clean, answer), (corrupted, other) = prompt(), prompt()
         if answer != other and clean[-1] != corrupted[-1]:
             pairs.append(Pair(clean, corrupted, (answer,), (other,)))
     return KnownModel(
         name="chain",
-        says="two lookups, x -> y, then y + 5 -> z: an MLP adds 5 between them (K- and Q-composition), 4 layers",
+        says="two lookups, x -> y and y + 5 -> z, an MLP adding 5 between them (K-, Q-composition), 4 layers",
         model=b.model,
         task=_task("chain", pairs, seed),
         edges=(
@@ -206,7 +206,7 @@ def _xor(n: int, seed: int) -> KnownModel:
     # Half of the examples are answered 0: the last MLP's bias takes half of what `yes` adds.
     b.model.transformer.h[2].mlp.c_proj.bias.copy_(-yes / 2)
     generator = torch.Generator().manual_seed(seed)
-    pairs = []
+    pairs: list[Pair] = []
     for index in range(n):
         clean = torch.randint(_TOKENS, (length,), generator=generator).tolist()
         corrupted = torch.randint(_TOKENS, (length,), generator=generator).tolist()
@@ -217,7 +217,7 @@ def _xor(n: int, seed: int) -> KnownModel:
         pairs.append(Pair(clean, corrupted, (answer,), (1 - answer,)))
     return KnownModel(
         name="xor",
-        says="are the tokens at positions 1 and 3 of unequal parity? two heads and an MLP that takes their XOR",
+        says="are the tokens at positions 1 and 3 of unequal parity? two heads, and an MLP takes their XOR",
         model=b.model,
         task=_task("xor", pairs, seed),
         edges=("input->a0.h2<v>", "input->a1.h1<v>", "a0.h2->m1", "a1.h1->m1", "m1->logits"),
@@ -232,13 +232,14 @@ def _backup(n: int, seed: int) -> KnownModel:
     for layer, head in ((0, 0), (1, 3)):
         _fetch(b, layer, head, slot=2, v=b.map("token"), out=2 * b.space["copy"])
     copy, out = b.map("copy"), 4 * b.space["out"]
-    # relu(x) - relu(x - 1): 1 as soon as one of the heads says 2
-    bias = torch.cat([torch.zeros(_TOKENS), -torch.ones(_TOKENS)])
+    # relu(x - .5) - relu(x - 1.5): 1 as soon as one head says 2, and 0 for what attention leaks, so that one
+    # head more or less makes no difference at all
+    bias = torch.cat([torch.full((_TOKENS,), -0.5), torch.full((_TOKENS,), -1.5)])
     b.mlp(1, read=torch.cat([copy, copy], 1), out=torch.cat([out, -out]), bias=bias)
     _constant_head(b, 2, 1)
     b.fill(reads=("token", "position", "copy", "out", "junk"))
     generator = torch.Generator().manual_seed(seed)
-    pairs = []
+    pairs: list[Pair] = []
     for _ in range(n):
         answer, other, third = _pick(generator, 3)
         clean = torch.randint(_TOKENS, (length,), generator=generator).tolist()
@@ -258,6 +259,33 @@ def _backup(n: int, seed: int) -> KnownModel:
     )
 
 
+def _votes(n: int, seed: int) -> KnownModel:
+    voters = [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    length = len(voters) + 2
+    b = HandBuilder(layers=3, vocab=_TOKENS, positions=_POSITIONS, spaces={"junk": _JUNK}, seed=5)
+    sign = 1 - 2 * (torch.arange(_TOKENS) % 2).float()[:, None]  # [vocab, 1]
+    even = (b.space["out"][0] - b.space["out"][1])[None]
+    for place, (layer, head) in enumerate(voters):
+        _fetch(b, layer, head, slot=place + 1, v=b.map("token", sign), out=even / 4**place)
+    _constant_head(b, 2, 1)
+    b.fill(reads=("token", "position", "out", "junk"))
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _ in range(n):
+        answer = int(torch.randint(2, (), generator=generator))
+        halves = torch.randint(_TOKENS // 2, (2, length), generator=generator)
+        clean, corrupted = (2 * halves[0] + answer).tolist(), (2 * halves[1] + 1 - answer).tolist()
+        pairs.append(Pair(clean, corrupted, (answer,), (1 - answer,)))
+    names = [f"a{layer}.h{head}" for layer, head in voters]
+    return KnownModel(
+        name="votes",
+        says="is the prompt of even tokens? six heads say so, each a quarter as loud as the one before",
+        model=b.model,
+        task=_task("votes", pairs, seed),
+        edges=(*(f"input->{name}<v>" for name in names), *(f"{name}->logits" for name in names)),
+    )
+
+
 def _task(name: str, pairs: list[Pair], seed: int) -> Task:
     source: dict[str, object] = {"generator": f"known model {name}", "seed": seed, "n": len(pairs)}
     return collate(pairs, name=name, metric="logit_diff", source=source)
@@ -268,6 +296,7 @@ _MAKERS: dict[str, Callable[[int, int], KnownModel]] = {
     "chain": _chain,
     "xor": _xor,
     "backup": _backup,
+    "votes": _votes,
 }
 KNOWN_MODELS = tuple(_MAKERS)
 
