@@ -23,7 +23,7 @@ from pahq_hf.known import KNOWN_MODELS, load_known_model
 
 _DESCRIPTION = """\
 Score methods against models whose circuit is known by construction (pahq_hf.known): how well do they tell
-edges and nodes of the truth from the others? One row for each method and precision, one block for each model."""
+edges and nodes of the truth from the others? One row for each method and precision, model by model."""
 
 _EPILOG = """\
 rows, given as METHOD[:REGIME]

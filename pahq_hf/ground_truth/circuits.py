@@ -5,16 +5,16 @@ need choices beyond that. Those taken here are of the ACDC repository,
 github.com/ArthurConmy/Automatic-Circuit-Discovery (`get_ioi_true_edges`, `get_greaterthan_true_edges`,
 `get_docstring_subgraph_true_edges`), so that areas under ROC curves can be compared with published ones:
 
-* IOI (Wang et al. 2022, arXiv 2211.00593, section 3, figure 2): the paper speaks of heads only and lets MLPs be
+* IOI (Wang et al. 2022, arXiv 2211.00593, section 3, figure 2): the paper speaks of heads and lets MLPs be
   part of the paths between them. So all MLPs belong: they read `input`, each other and all heads of the
   circuit, are read by all of those, and `input->logits` is kept.
-* Greater-than (Hanna et al. 2023, arXiv 2305.00586): MLPs are nodes. The paper leaves the queries of the heads
+* Greater-than (Hanna et al. 2023, arXiv 2305.00586): MLPs are nodes. The paper leaves the queries of heads
   5.5 to 9.1 clean; instead of all edges into them, those from earlier MLPs belong, and with them the edges
   between MLPs 0 to 8. So MLPs 4 to 7, which the paper does not name, are touched too.
 * Docstring (Heimersheim & Janiak 2023, "A circuit for Python docstrings in a 4-layer attention-only
   transformer"): edge by edge, as its author gave them to ACDC.
 
-The repository also counts implicit links inside a head (docstring: 37 with 13 of them); here they are no edges.
+The repository also counts implicit links inside a head (docstring: 13 of its 37); they are no edges here.
 """
 
 from __future__ import annotations

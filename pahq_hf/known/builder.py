@@ -3,7 +3,8 @@
 Two tricks make the circuit provable:
 
 * The stream is a direct sum of named *spaces*. Their basis is random, orthonormal and orthogonal to the
-  vector of ones, so that weights are dense (low precision has something to round), and LayerNorm's mean is zero.
+  vector of ones, so that weights are dense (low precision has something to round), and LayerNorm's mean is
+  zero.
 * LayerNorm is the identity to about 1e-8: its epsilon is huge and its weight the root of that.
 
 A component reads and writes what it is told to; an edge from a writer into a space that its reader does not

@@ -29,8 +29,8 @@ class KnownModel:
     """A model with its task and its circuit.
 
     An edge belongs to the truth when what it carries differs between clean and corrupted prompts and its
-    reader reads that, on a path to the answer. Edges that carry the same in both (positions, biases) have no effect
-    under the ablation `corrupted` and are no part of it; under `zero` or `mean` they may be needed.
+    reader reads that, on a path to the answer. Edges that carry the same in both (positions, biases) have no
+    effect under the ablation `corrupted` and are no part of it; under `zero` or `mean` they may be needed.
 
     Attributes:
         name: What `load_known_model` calls it.
@@ -114,7 +114,8 @@ def _induction(n: int, seed: int) -> KnownModel:
 
     def prompt() -> tuple[list[int], int]:
         tokens = _pick(generator, length - 1)
-        at = int(torch.randint(length - 2, (), generator=generator))
+        # Not the first: having none before it, that token counts itself as the one before.
+        at = int(torch.randint(1, length - 2, (), generator=generator))
         return [*tokens, tokens[at]], tokens[at + 1]
 
     pairs: list[Pair] = []
@@ -163,7 +164,7 @@ def _chain(n: int, seed: int) -> KnownModel:
             if len({*one, link, two[1]}) == 4:
                 blocks = [one, [link, two[1]], rest[:2]]
                 order = torch.randperm(3, generator=generator).tolist()
-                return [token for i in order for token in blocks[i]] + [one[0]], two[1]
+                return [rest[2], *(token for i in order for token in blocks[i]), one[0]], two[1]
 
     pairs: list[Pair] = []
     while len(pairs) < n:
