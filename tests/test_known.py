@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks import known_circuits
 from pahq_hf import PAHQConfig, PAHQModel
+from pahq_hf.capture import capture
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator
 from pahq_hf.known import KNOWN_MODELS, KnownModel, load_known_model
@@ -75,16 +76,17 @@ def test_both_paths_of_the_backup_are_needed_together() -> None:
 @EVERY
 def test_distractors_write_what_differs(name: str) -> None:
     """Every head and MLP outside the circuit, but one head that adds a constant, carries a difference."""
-    known, _, evaluator = judge(name)
-    runs = evaluator._engine
+    known, model, _ = judge(name)
+    task, patched = known.task, model.patched
+    clean, corrupted = (capture(patched, task, ids) for ids in (task.clean_ids, task.corrupted_ids))
     still = [
         f"a{layer}.h{head}"
-        for layer, (z, c) in enumerate(zip(runs.clean.z, runs.corrupted.z, strict=True))
+        for layer, (z, c) in enumerate(zip(clean.z, corrupted.z, strict=True))
         for head in range(known.graph.spec.heads)
         if torch.allclose(z[:, :, head], c[:, :, head], atol=1e-5)
     ]
     assert len(still) == 1
-    for mlp, other in zip(runs.clean.mlp, runs.corrupted.mlp, strict=True):
+    for mlp, other in zip(clean.mlp, corrupted.mlp, strict=True):
         assert not torch.allclose(mlp, other, atol=1e-2)
 
 

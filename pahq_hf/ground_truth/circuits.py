@@ -212,7 +212,9 @@ def canonical_edges(name: str, graph: Graph) -> BoolArray:
         CircuitError: If the graph has another shape.
     """
     canonical = _find(name)
-    if [r.name for r in graph.readers] != [r.name for r in Graph(canonical.spec).readers]:
+    wanted = Graph(canonical.spec)
+    names = [reader.name for reader in graph.readers] == [reader.name for reader in wanted.readers]
+    if not names or not np.array_equal(graph.all_edges, wanted.all_edges):
         raise CircuitError(
             f"the {name} circuit is of {canonical.shape}; this graph has another shape "
             f"({graph.spec.layers} layers, {graph.spec.heads} heads)"
