@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pahq_hf.architectures import Architecture, register_architecture
     from pahq_hf.circuit import Circuit
-    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
     from pahq_hf.model import PAHQModel
     from pahq_hf.sweep import Sweep
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACDCConfig",
     "Architecture",
+    "AttributionConfig",
     "Circuit",
     "EngineConfig",
     "PAHQConfig",
@@ -35,6 +36,7 @@ __all__ = [
 _ROOMS = {
     "ACDCConfig": "config",
     "Architecture": "architectures",
+    "AttributionConfig": "config",
     "Circuit": "circuit",
     "EngineConfig": "config",
     "PAHQConfig": "config",

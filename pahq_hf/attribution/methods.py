@@ -63,10 +63,11 @@ def eap_ig(runs: Runs, steps: int) -> Scores:
 
     The gradient is averaged over runs whose `input` writes `corr + (k/m)(clean - corr)`, k = 0 … m-1.
 
-    The authors' first release steps k = 1 … m, the later one k = 0 … m-1, as here. There the metric's sign is
-    the caller's affair; here it is minimised. `input` is the whole embedding output, learned positions
-    included. The path starts at the corrupted prompts' embeddings whatever the ablation, which changes only
-    what removed edges carry.
+    Differences from the authors' code (hannamw/EAP-IG): it stepped k = 1 … m before it stepped k = 0 … m-1,
+    as here; the metric's sign is its caller's affair, here it is minimised; and it allows corrupted
+    activations only, while here the path starts at the corrupted prompts' embeddings whatever the ablation,
+    which changes only what removed edges carry. `input` is the whole embedding output, learned positions
+    included.
 
     Args:
         runs: The task's runs.
