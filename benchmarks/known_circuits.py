@@ -28,7 +28,7 @@ edges and nodes of the truth from the others? One row for each method and precis
 _EPILOG = """\
 rows, given as METHOD[:REGIME]
   acdc       One search for each threshold; each is one point of the curve. All regimes.
-  eap, eap-ig, eap-ig-activations, hisp, exact, random
+  eap, eap-ig, hisp, exact, random
              One score per edge, signed: positive where removing the edge hurts. random: mean over --seeds.
 
 figures
@@ -112,7 +112,7 @@ def measure(
             models[regime] = PAHQModel(load_known_model(name, n=n).model, PAHQConfig(regime=regime))
         model = models[regime]
         if method == "acdc":
-            kept = [model.discover(task, threshold=tau, progress=False).kept for tau in thresholds]
+            kept = model.sweep(task, thresholds=thresholds, progress=False).kept
             yield Score.of(
                 name,
                 row,
