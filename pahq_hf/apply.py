@@ -14,6 +14,7 @@ from pahq_hf.engine.patched_run import PatchedRun
 from pahq_hf.errors import ConfigError
 from pahq_hf.graph import BoolArray
 from pahq_hf.hooking import first_input, hooks
+from pahq_hf.means import Means, as_activations
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
 
@@ -73,6 +74,37 @@ class _AppliedRun(PatchedRun):
             )
         self._differences = stream.new_zeros(len(self._graph.writers), *stream.shape)
         super()._on_embedding(module, args, kwargs)
+
+
+def substitute_of(
+    model: PatchedModel, corrupted: Tensor | None, mask: Tensor | None, means: Means | None
+) -> Activations:
+    """What removed edges carry, in FP32: a run of corrupted prompts, or mean activations.
+
+    Args:
+        model: The patched model.
+        corrupted: Token ids of corrupted prompts. [batch, pos]
+        mask: Which of them are real. [batch, pos]
+        means: Mean activations; corrupted prompts come before them.
+
+    Returns:
+        The activations.
+
+    Raises:
+        ConfigError: If a circuit is applied already, or there is neither.
+    """
+    if model.is_applied:
+        raise ConfigError("a circuit is applied already: leave that block first")
+    if corrupted is None and means is None:
+        raise ConfigError(
+            "this circuit comes without mean activations: give corrupted prompts (corrupted=ids) or means"
+        )
+    model.precision.deactivate()
+    if corrupted is not None:
+        return run_of_prompts(model, corrupted, mask)
+    assert means is not None
+    with model.precision.full_precision():
+        return as_activations(model, means)
 
 
 def run_of_prompts(model: PatchedModel, ids: Tensor, mask: Tensor | None) -> Activations:

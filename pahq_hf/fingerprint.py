@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,29 @@ from pahq_hf.precision import CheckpointSource
 from pahq_hf.skeleton import stored_tensor
 
 _ROWS = 4096  # of a weight that are hashed at once
+
+
+def identity_of(
+    model: PreTrainedModel, base_model: str, source: CheckpointSource | None = None
+) -> dict[str, Any]:
+    """What identifies a model, kept with every circuit that is found on it.
+
+    Args:
+        model: The model before it is patched or quantised.
+        base_model: Its name.
+        source: Where parameters are that have no memory yet.
+
+    Returns:
+        `base_model`, `revision`, `model_type`, `d_model`, `fingerprint`.
+    """
+    config = model.config
+    return {
+        "base_model": base_model,
+        "revision": getattr(config, "_commit_hash", None),
+        "model_type": config.model_type,
+        "d_model": config.hidden_size,
+        "fingerprint": fingerprint(model, source),
+    }
 
 
 def fingerprint(model: PreTrainedModel, source: CheckpointSource | None = None) -> str:

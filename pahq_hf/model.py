@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
-from pahq_hf.apply import applied, run_of_prompts
+from pahq_hf.apply import applied, substitute_of
 from pahq_hf.attribution.run import Attribution
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
@@ -22,9 +22,9 @@ from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
-from pahq_hf.fingerprint import fingerprint
+from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
-from pahq_hf.means import Means, as_activations
+from pahq_hf.means import Means
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
@@ -80,7 +80,7 @@ class PAHQModel(nn.Module):
         model.eval()
         repair_empty_mlps(model)
         name = base_model or model.config.name_or_path or "unknown"
-        self.identity = self._identify(name, fingerprint(model, origin))
+        self.identity = identity_of(model, name, origin)
         probe = probe_task(model)
         reference = untouched_logits(model, probe, origin)
         self.patched = PatchedModel(
@@ -197,16 +197,6 @@ class PAHQModel(nn.Module):
     def graph(self) -> Graph:
         """The residual-stream graph."""
         return self.patched.graph
-
-    def _identify(self, base_model: str, weights: str) -> dict[str, Any]:
-        config = self.base_model.config
-        return {
-            "base_model": base_model,
-            "revision": getattr(config, "_commit_hash", None),
-            "model_type": config.model_type,
-            "d_model": config.hidden_size,
-            "fingerprint": weights,
-        }
 
     # -- precision --------------------------------------------------------------------------------
 
@@ -421,19 +411,8 @@ class PAHQModel(nn.Module):
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         if corrupted is not None and means is not None:
             raise ConfigError("give either corrupted prompts or mean activations, not both")
-        if self.patched.is_applied:
-            raise ConfigError("a circuit is applied already: leave that block first")
-        self.deactivate()
         stored = circuit.means if means is None else means
-        if corrupted is not None:
-            substitute = run_of_prompts(self.patched, corrupted, corrupted_mask)
-        elif stored is not None:
-            with self.patched.precision.full_precision():
-                substitute = as_activations(self.patched, stored)
-        else:
-            raise ConfigError(
-                "this circuit comes without mean activations: give corrupted prompts (corrupted=ids) or means"
-            )
+        substitute = substitute_of(self.patched, corrupted, corrupted_mask, stored)
         with applied(self.patched, circuit.kept, substitute, exact=exact):
             yield self
 
