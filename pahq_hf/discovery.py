@@ -265,7 +265,7 @@ class Discovery:
             )
 
     def _is_begun(self, folder: Path | None, resume: bool) -> bool:
-        return folder is not None and resume and (folder / JOURNAL_NAME).exists()
+        return folder is not None and resume and os.path.exists(folder / JOURNAL_NAME)
 
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
         """The run's journal, and its screen: of an interrupted run the one that is kept with it."""

@@ -86,7 +86,8 @@ def test_loading_takes_little_more_than_what_stays(
         stays = low + (TABLES // 4 if tables else TABLES * dtype.itemsize // 4)
         assert full == 4 * LAYERS * (3 * WIDTH * MLP + 3 * WIDTH * WIDTH) and low < 0.26 * full
         assert peak < (0 if tables else TABLES) + 0.6 * full
-        assert stays - 25e6 < grown[tables] < stays + 25e6
+        # What is imported at load takes 26 MB with transformers 5.24.
+        assert stays - 30e6 < grown[tables] < stays + 30e6
         assert peak < 1.3 * grown[tables] + TABLES / 2
     if dtype == torch.float32:  # from a BF16 checkpoint the tables are BF16: little is saved
         assert grown[True] < grown[False] - 0.5 * TABLES
