@@ -4,9 +4,9 @@
     python examples/train_demo.py --out /tmp/demo --steps 500
 
 One tenth of all pairs of names never occurs in training; the IOI figures are on those pairs. The bundled
-weights went on from an earlier checkpoint, trained the same way on `ioi` and `greater_than` alone, first by 960
-steps on copies of nearly one length, which taught no induction, then in stages of `--start OLD --out NEW
---batch-size 96`:
+weights went on from an earlier checkpoint, trained the same way on `ioi` and `greater_than` alone, first by
+960 steps on copies of nearly one length, which taught no induction, then in stages of `--start OLD --out
+NEW --batch-size 96`:
 
     --steps 1200 --mixture new
     --steps 500 --lr 1e-3
