@@ -148,6 +148,7 @@ def _plot(rows: Sequence[SweepRow], panel: _Panel) -> Plotted:
         "mode": "markers+text",
         "text": [f"τ={row.threshold:g}" for row in rows],
         "textposition": "top right",
+        "cliponaxis": False,
         "hovertext": texts,
         "hoverinfo": "text",
         "marker": {"size": 9, "color": "#1f5fa8"},
