@@ -20,9 +20,9 @@ from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.evaluation import Evaluator, faithfulness
-from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
+from pahq_hf.evaluation.curves import rank_edges
+from pahq_hf.evaluation.report import EvaluationOptions, evaluate, kept_first
 from pahq_hf.files import CIRCUIT_NAME
-from pahq_hf.graph import BoolArray
 from pahq_hf.memory import trim
 from pahq_hf.tasks.base import Task
 
@@ -169,15 +169,10 @@ class Comparison:
 
     def _judge(self, choice: TaskChoice, method: Method, evaluator: Evaluator, size: int) -> Row:
         circuit = self._read(choice, method)
-        first: BoolArray | None = circuit.kept if method.name == "acdc" else None
-        ranked = {
-            absolute: rank_edges(circuit.graph, circuit.scores, absolute=absolute, first=first)
-            for absolute in (False, True)
-        }
-        curves = {absolute: faithfulness_curve(evaluator, ranking) for absolute, ranking in ranked.items()}
+        report = evaluate(evaluator, circuit, EvaluationOptions(curve=True))
+        first = circuit.kept if kept_first(circuit) else None
         best = circuit.graph.no_edges()
-        best[tuple(ranked[False][:size].T)] = True
-        report = evaluator.report(circuit)
+        best[tuple(rank_edges(circuit.graph, circuit.scores, first=first)[:size].T)] = True
         seconds = circuit.discovery["seconds"]
         return Row(
             task=choice.name,
@@ -186,8 +181,8 @@ class Comparison:
             kl=report["kl"],
             faithfulness=report["faithfulness"],
             faithfulness_at_k=faithfulness(evaluator.metric_of(best), evaluator.full, evaluator.empty),
-            cpr=curves[False].cpr,
-            cmd=curves[True].cmd,
+            cpr=report["curve"]["cpr"],
+            cmd=report["curve"]["cmd"],
             seconds=seconds["total"] - seconds["evaluate"],
             memory_mb=circuit.discovery["peak_memory"]["anonymous"] / 1e6,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
 from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
-from pahq_hf.files import CIRCUIT_NAME, write_atomically, write_text
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, write_atomically, write_text
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
 
 logger = logging.getLogger(__name__)
@@ -401,6 +402,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CircuitError(f"{path} does not hold a JSON object")
     return document
+
+
+def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Path:
+    """`folder`, unless it holds a run.
+
+    Args:
+        folder: Where a run is to be written.
+        advice: What to do if there is one.
+
+    Raises:
+        RunError: If there is one.
+    """
+    for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
+        if os.path.exists(folder / name):
+            raise RunError(f"{folder} holds another run ({name}); {advice}")
+    return folder
 
 
 def make_folder(folder: str | Path) -> Path:

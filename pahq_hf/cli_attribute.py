@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from pahq_hf.cli_options import (
+    AblationOption,
     BudgetOption,
     CountOption,
     DeviceOption,
     DtypeOption,
     FormatOption,
     GgufOption,
+    MetricOption,
     ModelArgument,
     PolicyOption,
     PrecisionOption,
@@ -28,7 +30,7 @@ from pahq_hf.cli_options import (
     read_policy,
 )
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
-from pahq_hf.config import Ablation, EngineName, MethodName, MetricName
+from pahq_hf.config import EngineName, MethodName
 
 
 def attribute(
@@ -44,10 +46,8 @@ def attribute(
         float | None, typer.Option(help="Keep edges with at least this score, in place of --topn.")
     ] = None,
     absolute: Annotated[bool, typer.Option("--absolute", help="Compare magnitudes of scores.")] = False,
-    metric: Annotated[
-        MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")
-    ] = None,
-    ablation: Annotated[Ablation, typer.Option(help="What stands in for removed edges.")] = "corrupted",
+    metric: MetricOption = None,
+    ablation: AblationOption = "corrupted",
     score_seed: Annotated[int, typer.Option(min=0, help="Seed of the scores of method random.")] = 0,
     precision: PrecisionOption = "pahq",
     fmt: FormatOption = "fp8",
@@ -65,7 +65,7 @@ def attribute(
 ) -> None:
     """Score every edge by attribution, and write the best as a circuit to a folder."""
     from pahq_hf import PAHQModel, load_task
-    from pahq_hf.attribution.run import refuse_overwrite
+    from pahq_hf.circuit import refuse_overwrite
     from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import run_table
 

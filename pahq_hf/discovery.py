@@ -27,13 +27,13 @@ from pahq_hf.acdc import (
 )
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
-from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
+from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.errors import ConfigError
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.journal import Journal, check_header
 from pahq_hf.judge import Judge
@@ -166,7 +166,8 @@ class Discovery:
             circuit = Circuit.from_pretrained(folder)
             check_header(circuit.discovery.get("header", {}), self.header(), folder)
             return circuit
-        self._refuse_overwrite(folder, resume)
+        if not resume:
+            refuse_overwrite(folder, "continue it with --resume or choose another folder")
         return None
 
     def make_engine(self) -> HooksEngine | SparseEngine:
@@ -243,13 +244,6 @@ class Discovery:
         return Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts, means)
 
     # -- parts of them ----------------------------------------------------------------------------
-
-    def _refuse_overwrite(self, folder: Path, resume: bool) -> None:
-        for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
-            if os.path.exists(folder / name) and not resume:
-                raise RunError(
-                    f"{folder} holds another run ({name}); continue it with --resume or choose another folder"
-                )
 
     def make_screen(self) -> Screen | None:
         """Score the edges that the search may pass over; None if it tests all.

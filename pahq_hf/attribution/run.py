@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from numpy.typing import NDArray
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.attribution.selection import edges_from, top_edges
-from pahq_hf.circuit import DISCOVERY_NAME, Circuit, make_folder
+from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
 from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import versions
 from pahq_hf.engine.timing import Phases
-from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.graph import BoolArray
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
@@ -157,15 +155,3 @@ class Attribution:
                 "linear_weights_fp32": weights.nbytes_fp32,
             },
         }
-
-
-def refuse_overwrite(folder: Path) -> Path:
-    """`folder`, unless it holds a run.
-
-    Raises:
-        RunError: If it does.
-    """
-    for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
-        if os.path.exists(folder / name):
-            raise RunError(f"{folder} holds another run ({name}); choose another folder")
-    return folder
