@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import acdc_speed, growth
+from benchmarks import acdc_speed, growth, methods
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
 from pahq_hf import PAHQModel
@@ -186,3 +186,16 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert error.startswith("acdc_speed: ")
     assert error.count("\n") == 1
+
+
+def test_methods_are_compared_at_equal_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["demo", "--n", "4", "--tasks", "sva=0.3", "--methods", "acdc", "eap", "random"]
+    assert methods.main([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["acdc", "eap", "random"]
+    assert len({row["edges"] for row in rows.values()}) == 1
+    for row in rows.values():  # the K best edges of a method are its circuit
+        assert row["faithfulness_at_k"] == pytest.approx(row["faithfulness"], abs=1e-6)
+    assert rows["acdc"]["faithfulness"] > 0.5 > rows["random"]["cpr"]
+    with pytest.raises(SystemExit, match="2"):  # without acdc nothing says how many edges to keep
+        methods.main(["demo", "--methods", "eap", "--out", str(tmp_path)])
