@@ -26,6 +26,7 @@ from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.hooking import hooks
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import Product
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, wrapped
 from tests.models import FAMILIES, random_task, tiny_gpt2
@@ -324,6 +325,23 @@ def test_gradients_through_low_weights_are_near_fp32s(family: str, fmt: Any) -> 
     near, far = (np.linalg.norm(low - full) / size for low in (pahq, rtn))
     assert 0 < near < {"fp8": 0.08, "int8": 0.03, "bf16": 0.01}[fmt]
     assert near < far  # activations are exact in pahq
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn"])
+def test_gradients_through_packed_weights(regime: Any) -> None:
+    """Weights may be packed for products without a backward pass: a search may be under way."""
+    model = PAHQModel(FAMILIES["llama"](), PAHQConfig(regime))
+    before = model.attribute(TASK, method="eap", metric="logit_diff")
+    for linear in model.patched.linears():
+        linear.hold_packed()
+    packed = model.attribute(TASK, method="eap", metric="logit_diff")
+    assert packed.scores == pytest.approx(before.scores, rel=1e-5, abs=1e-6)
+
+
+def test_packed_products_refuse_gradients() -> None:
+    product = Product(torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        product(torch.ones(4, 2, requires_grad=True))
 
 
 @pytest.mark.parametrize("regime", ["pahq", "rtn"])

@@ -289,7 +289,7 @@ class PAHQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + b`. [..., in] -> [..., out]"""
-        if self.low is not None and is_differentiated(x):
+        if is_differentiated(x) and not self._is_plain:
             return differentiable(self, x)
         if self._anchor is not None:
             product = self.difference(*self._everything)
@@ -299,6 +299,11 @@ class PAHQLinear(nn.Module):
         if self._recorded is not None:
             self._recorded.append(Anchor(Origin(x), y))
         return y
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether `forward` is PyTorch's own product, which knows its backward pass."""
+        return self.low is None and self._product is None and self._anchor is None
 
     def transposed(self, y: Tensor) -> Tensor:
         """`y W`, of a backward pass. [..., out] -> [..., in]"""

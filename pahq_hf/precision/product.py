@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahq_hf.errors import ConfigError
+from pahq_hf.precision.gradient import is_differentiated
 
 ComputeName = Literal["fp32", "bf16", "fp8"]
 COMPUTE_DTYPES: dict[ComputeName, torch.dtype] = {
@@ -142,6 +143,8 @@ class Product:
 
     def raw(self, x: Tensor) -> Tensor:
         """The same in the dtype of the weight: one pass over `y` less. [..., in] -> [..., out]"""
+        if self._packed and is_differentiated(x):
+            raise RuntimeError("packed products have no backward pass")  # oneDNN's would be zero, silently
         x = x.to(self.dtype)
         if not self._packed:
             return F.linear(x, self._weight, self._bias)
