@@ -206,13 +206,13 @@ def search(
     batch = batch or FixedBatch(1)
     for record in done:
         state.apply(record)
-    measured = engine.begin(state.kept)
-    if done:
-        state.metric_full = float("nan")  # the caller has it in the journal's header
-    else:
-        state.metric = state.metric_full = measured
     finished = {record.reader for record in done}
     try:
+        measured = engine.begin(state.kept)
+        if done:
+            state.metric_full = float("nan")  # the caller has it in the journal's header
+        else:
+            state.metric = state.metric_full = measured
         for reader in graph.reader_order(config.order):
             if reader in finished:
                 continue

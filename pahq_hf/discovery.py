@@ -205,8 +205,10 @@ class Discovery:
         final = state.metric
         with self._phase("evaluate"):
             if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
-                final = engine.metric_of(state.kept)
-                engine.finish()
+                try:
+                    final = engine.metric_of(state.kept)
+                finally:
+                    engine.finish()
         facts = self._facts(state, engine) | {"resumed_readers": resumed}
         facts["evaluations"] = engine.evaluations - before
         if recalling is not None:

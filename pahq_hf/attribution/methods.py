@@ -142,8 +142,8 @@ def exact(engine: Engine) -> Scores:
     """
     graph = engine.graph
     scores = np.zeros(graph.all_edges.shape)
-    full = engine.begin(graph.all_edges.copy())
     try:
+        full = engine.begin(graph.all_edges.copy())
         for reader in graph.reader_order("head"):  # changes the active component least often
             edges = list(graph.in_edges(reader))
             if not edges:
