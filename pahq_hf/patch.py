@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import cast
 
 import torch
@@ -248,7 +249,7 @@ class PatchedModel:
 
 def resident_device(hf: PreTrainedModel) -> torch.device:
     """Where a model is, whatever part of it has no memory."""
-    tensors = (*hf.parameters(), *hf.buffers())
+    tensors = chain(hf.parameters(), hf.buffers())  # lazily: every forward asks
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
