@@ -9,8 +9,6 @@ import typer
 
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.config import ExportFormat
-from pahq_hf.errors import RunError
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 
 CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -91,8 +89,9 @@ def pull(
 ) -> None:
     """Fetch a circuit from the Hugging Face Hub, checked, into a folder."""
     from pahq_hf import Circuit
+    from pahq_hf.circuit import refuse_overwrite
 
-    _refuse_overwrite(out)
+    refuse_overwrite(out)
     circuit = Circuit.from_pretrained(repo_id, revision=revision, subfolder=subfolder, token=token)
     circuit.save_pretrained(out)
     print_facts({"out": str(out), "edges": circuit.edge_count}, as_json)
@@ -115,9 +114,10 @@ def import_(
     out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
 ) -> None:
     """Make a circuit folder of an EAP-IG or MIB graph."""
+    from pahq_hf.circuit import refuse_overwrite
     from pahq_hf.interchange import from_mib
 
-    _refuse_overwrite(out)
+    refuse_overwrite(out)
     from_mib(file).save_pretrained(out)
 
 
@@ -139,14 +139,3 @@ def compare(
 
         write_text(html, compare_page(a, b))
     print_facts(facts, as_json)
-
-
-def _refuse_overwrite(folder: Path) -> None:
-    """Keep what a run or another circuit left in a folder.
-
-    Raises:
-        RunError: If there is something.
-    """
-    for name in (CIRCUIT_NAME, JOURNAL_NAME):
-        if (folder / name).exists():
-            raise RunError(f"{folder} holds another circuit or run ({name}); choose another folder")

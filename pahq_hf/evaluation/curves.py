@@ -30,7 +30,7 @@ MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 IntArray = NDArray[np.int64]
 
 
-class Judge(Protocol):
+class Measure(Protocol):
     """What a curve needs of an `Evaluator`.
 
     Attributes:
@@ -138,7 +138,7 @@ def _area(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def faithfulness_curve(
-    evaluator: Judge, ranking: IntArray, fractions: Sequence[float] = MIB_FRACTIONS
+    evaluator: Measure, ranking: IntArray, fractions: Sequence[float] = MIB_FRACTIONS
 ) -> Curve:
     """Faithfulness of the best edges of a ranking, for growing shares of them.
 
