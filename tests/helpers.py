@@ -8,11 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -167,6 +168,14 @@ def _take_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Ended(NamedTuple):
+    """What a process left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 def start_pahq(*arguments: str) -> subprocess.Popen[str]:
     """`python -m pahq_hf ...` in a process of its own, with as many threads as this one.
 
@@ -181,6 +190,19 @@ def start_pahq(*arguments: str) -> subprocess.Popen[str]:
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         preexec_fn=_take_interrupts,
     )
+
+
+def signalled(arguments: Sequence[str], journal: Path, lines: int, number: signal.Signals) -> Ended:
+    """Run `pahq` in a process of its own, and signal it once its journal has so many lines."""
+    process = start_pahq(*arguments)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    return Ended(process.returncode, stdout, stderr)
 
 
 def run_main(*arguments: str) -> int:

@@ -32,9 +32,9 @@ def test_low_precision_takes_fp32s_decisions(folder: Path) -> None:
     found = []
     for config in (PAHQConfig(regime="fp32"), PAHQConfig()):
         model = PAHQModel.from_pretrained(folder, config)
-        task = load_task("ioi", model.tokenizer, n=4)
-        readers = "logits,a17.*,m17,a15.*"
+        task = load_task("ioi", model.tokenizer, n=2)
+        readers = "logits,a17.*<v>,m17,a15.*<q>"
         found.append(
             model.discover(task, metric="logit_diff", threshold=0.05, readers=readers, progress=False)
         )
-    assert np.array_equal(found[0].kept, found[1].kept) and found[0].tested.sum() > 500
+    assert np.array_equal(found[0].kept, found[1].kept) and found[0].tested.sum() > 300

@@ -14,7 +14,7 @@ import pytest
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.hub import signed
 from tests.helpers import FP32, run_main
-from tests.hub_server import HubServer, client_environment, run_client
+from tests.hub_server import ClientProcess, HubServer, client_environment, run_client
 from tests.models import random_task, tiny_llama
 
 TOKENS = {"hf_mine": "me", "hf_other": "other"}
@@ -48,11 +48,15 @@ def hub() -> Iterator[HubServer]:
 class Client:
     """A user's machine: a cache, and maybe a token."""
 
-    def __init__(self, hub: HubServer, home: Path, token: str | None = "hf_mine") -> None:
-        self.env = client_environment(hub, home, token)
+    def __init__(
+        self, hub: HubServer, home: Path, token: str | None = "hf_mine", *, xet: bool = False
+    ) -> None:
+        self.env = client_environment(hub, home, token, xet)
+        self._process = ClientProcess(self.env)
+        hub.clients.append(self._process)
 
     def run(self, code: str) -> str:
-        done = run_client(code, self.env)
+        done = self._process.run(code)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -157,8 +161,7 @@ def test_pull_requests(hub: HubServer, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_push_is_one_commit_with_xet_too(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    client = Client(hub, tmp_path)
-    client.env = client_environment(hub, tmp_path, "hf_mine", xet=True)
+    client = Client(hub, tmp_path, xet=True)
     client.push(folder, "me/circuit", commit_message="All at once")
     made = [commit for commit in hub.repos["me/circuit"].commits.values() if commit.title == "All at once"]
     assert len(made) == 1 and {"circuit.json", "scores.safetensors", "README.md"} <= set(made[0].files)

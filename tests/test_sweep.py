@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from tests.helpers import (
     journal_lines,
     run_main,
     save_tiny,
+    signalled,
     small_disk,
-    start_pahq,
     wrapped,
     write_rows,
 )
@@ -332,7 +330,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.model = save_tiny(folder / "model", "llama", layers=3)
-        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=24, length=24, seed=23)))
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=12, length=20, seed=23)))
         self.folder = folder
         assert run_main(*self.arguments("whole")) == 0
         self.whole = Sweep.from_pretrained(folder / "whole")
@@ -349,15 +347,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     out = "killed"
-    process = start_pahq(*scene.arguments(out))
     journal = scene.folder / out / "tau-0.0005" / "journal.jsonl"  # the second of the two
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 6):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    signalled(scene.arguments(out), journal, 6, signal.SIGKILL)
     assert not (scene.folder / out / "sweep.json").exists()
     assert run_main(*scene.arguments(out)) == 2  # without --resume it is another sweep's folder
     capsys.readouterr()

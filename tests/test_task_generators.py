@@ -187,10 +187,10 @@ def test_a_real_model_does_the_tasks(smollm2_path: Path) -> None:
 
     def judge(name: str, *, corrupted: bool = False) -> tuple[float, float]:
         """Accuracy and the task's metric."""
-        task = load_task(name, tokenizer, n=32)
+        task = load_task(name, tokenizer, n=16)
         ids = task.corrupted_ids if corrupted else task.clean_ids
-        logits = model(input_ids=ids, attention_mask=task.attention_mask).logits
-        logits = logits[task.answer_rows, task.answer_positions]
+        states = model.model(input_ids=ids, attention_mask=task.attention_mask).last_hidden_state
+        logits = model.lm_head(states[task.answer_rows, task.answer_positions])
         right = accuracy(logits, task)
         assert right is not None
         return right, Metric(task.metric, task)(logits)
