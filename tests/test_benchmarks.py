@@ -55,7 +55,7 @@ def check_arithmetic(document: dict[str, Any]) -> None:
 def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # BF16 products of whole batches and of single tests are not rounded alike.
     anchored = "pahq:compute=fp32"
-    regimes = ["--readers", "logits,m*,a*<v>", "--regimes", f"fp32,{anchored},rtn"]
+    regimes = ["--readers", "logits,m*,a*<v>", "--regimes", f"fp32,{anchored},rtn,pahq-literal"]
     document = speed(tmp_path, *regimes, "--hooks-regimes", f"fp32,{anchored}")
     rows = document["rows"]
     assert [(row["regime"], row["engine"]) for row in rows] == [
@@ -63,6 +63,8 @@ def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         *((anchored, engine) for engine in ENGINES),
         ("rtn", "sequential"),
         ("rtn", "speculative"),
+        ("pahq-literal", "sequential"),
+        ("pahq-literal", "speculative"),
     ]
     check_arithmetic(document)
     for row in rows:
@@ -73,7 +75,7 @@ def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert row["final"] == pytest.approx(fast["final"], abs=1e-5)
         assert 0 < row["kept"] < document["graph"]["edges"]
         remeasured = row["evaluations"] - row["candidates"]
-        assert remeasured > 1 if row["regime"] == anchored else remeasured == 1
+        assert remeasured > 1 if row["regime"] in (anchored, "pahq-literal") else remeasured == 1
         if row["engine"] == "speculative":
             assert row["batches"] < row["tests"] <= row["candidates"]
     output = capsys.readouterr().out

@@ -249,7 +249,7 @@ def test_smollm2(smollm2_path: object) -> None:
     task = load_task("ioi", model.tokenizer, n=2)
     hooks = HooksEngine(model.patched, task, "kl")
     sparse = SparseEngine(model.patched, task, "kl")
-    for share, seed in ((0.002, 0), (0.5, 2)):
+    for share, seed in ((0.002, 0), (0.05, 1), (0.5, 2), (1.0, 3)):
         kept = random_edges(model.graph, share, seed)
         ours, theirs = sparse.metric_of(kept), hooks.metric_of(kept)
         assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs)), (share, ours, theirs)
