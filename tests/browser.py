@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from pahq_hf.graph import Graph, GraphSpec
 SMALL = GraphSpec(layers=3, heads=4, kv_groups=2)
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PACKAGES = ("chromium", "fonts-dejavu-core")
-_PATIENCE = 60.0  # seconds
 MISSING = (
     "the tests of pages need Chromium: as root run `apt-get install chromium` (make test then does it by "
     "itself), or name another one in PAHQ_CHROMIUM"
@@ -87,10 +85,26 @@ class Opened:
     def settle(self) -> None:
         """Wait until everything asked for is drawn."""
         # Playwright's own wait_for_function needs eval on the page, which the page forbids.
-        end = time.monotonic() + _PATIENCE
         while not self.page.evaluate("Boolean(window.pahq && window.pahq.idle())"):
-            assert time.monotonic() < end, f"the page is not ready; {self.troubles}"
+            assert not self.troubles, self.troubles
             self.page.wait_for_timeout(20)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Do something that moves or zooms the picture, and wait until it has been drawn where it goes."""
+        count = "document.getElementById('plot').pahqMoves"
+        self.page.evaluate(
+            """() => {
+                 const plot = document.getElementById("plot");
+                 if (plot.pahqMoves === undefined) plot.on("plotly_relayout", () => plot.pahqMoves++);
+                 plot.pahqMoves = 0;
+               }"""
+        )
+        yield
+        while not self.page.evaluate(f"{count} > 0"):
+            assert not self.troubles, self.troubles
+            self.page.wait_for_timeout(20)
+        self.settle()
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """What a function or value of `window.pahq` says, once everything is drawn."""
@@ -141,6 +155,7 @@ def opened(browser: Browser, html: str, folder: Path, **context: Any) -> Iterato
     path = folder / "page.html"
     path.write_text(html, encoding="utf-8")
     own = browser.new_context(**{"viewport": {"width": 1400, "height": 900}, **context})
+    own.set_default_timeout(0)  # as long as it takes: the test's own limit ends what hangs
     page = own.new_page()
     result = Opened(page, path.as_uri())
     page.on("request", lambda request: result.requests.append(request.url))

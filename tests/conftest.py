@@ -29,8 +29,13 @@ import numpy as np
 import pytest
 import torch
 from fetch_smollm2 import fetch, fetch_gguf
+from hypothesis import HealthCheck, settings
 
 from tests.models import FAMILIES
+
+# No test depends on time: a loaded machine takes as long as it takes, for examples and for drawing them.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 torch.set_num_threads(THREADS)
 

@@ -345,10 +345,10 @@ def client_environment(hub: HubServer, home: Path, token: str | None = None, xet
     return env | {"HF_HUB_DISABLE_XET": str(int(not xet))} | ({"HF_TOKEN": token} if token else {})
 
 
-def run_client(code: str, env: Env, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_client(code: str, env: Env) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
     command = (sys.executable, "-c", textwrap.dedent(code))
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 _ANSWER = """

@@ -212,7 +212,7 @@ configs = st.builds(
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(graphs(), configs, seeds, st.lists(st.integers(1, 70), min_size=1, max_size=6), st.booleans())
 def test_any_batches_decide_like_the_plain_loop(
     graph: Graph, config: ACDCConfig, seed: int, sizes: list[int], jumps: bool
@@ -236,7 +236,7 @@ def test_any_batches_decide_like_the_plain_loop(
     assert toy.finished == 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(graphs(), configs, seeds, st.booleans())
 def test_a_search_continued_from_any_record_is_the_same(
     graph: Graph, config: ACDCConfig, seed: int, jumps: bool

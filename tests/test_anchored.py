@@ -146,7 +146,7 @@ def test_runs_of_outputs_have_anchors_of_their_own(
     circuits=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_low_precision_multiplies_only_the_difference(
     fmt: Format, compute: torch.dtype, bias: bool, scale: float, circuits: int, seed: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
     rows=ranges(ROWS),
     cols=ranges(COLS),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
     fmt: Format,
     compute: torch.dtype,

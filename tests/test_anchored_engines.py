@@ -245,7 +245,7 @@ def test_exact_differences_of_writers_are_exact() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama_split", "mistral_window"])
 def test_the_metric_depends_on_what_is_gone_not_on_how_it_went(name: str) -> None:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(
         data=st.data(),
         fmt=st.sampled_from(FORMATS),

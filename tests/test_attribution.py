@@ -260,7 +260,7 @@ SPECS = st.builds(
 
 
 @given(SPECS, st.integers(0, 1000), st.floats(0.01, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_threshold_on_nodes_is_one_on_edges(spec: GraphSpec, seed: int, threshold: float) -> None:
     graph = Graph(spec)
     importance = np.random.default_rng(seed).random(len(graph.writers))
@@ -283,7 +283,7 @@ def test_edges_of_nodes_by_hand() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 200), st.booleans(), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_best_edges(seed: int, count: int, absolute: bool, levels: int) -> None:
     graph = Graph(GraphSpec(layers=2, heads=3, kv_groups=3))
     drawn = np.random.default_rng(seed).integers(-levels, levels + 1, graph.all_edges.shape)

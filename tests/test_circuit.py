@@ -72,7 +72,7 @@ def saved(tmp_path: Path) -> Path:
 # -- round trip -----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(circuits())
 def test_a_saved_circuit_comes_back_the_same(circuit: Circuit) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -90,7 +90,7 @@ def test_a_saved_circuit_comes_back_the_same(circuit: Circuit) -> None:
     assert again.nodes == circuit.nodes and again.edges == circuit.edges
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(circuits())
 def test_nodes_edges_and_live_edges_agree(circuit: Circuit) -> None:
     assert circuit.edge_count == len(circuit.edges) == int(circuit.kept.sum())

@@ -99,7 +99,7 @@ def test_several_runs_at_once() -> None:
 KL_TASK = make_task([0, 1], ((), ()), ((), ()))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(0, 10_000), st.floats(0, 30), st.floats(-6, 2))
 def test_kl_is_zero_for_the_full_model_and_never_negative(seed: int, scale: float, step: float) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -266,22 +266,22 @@ def test_zoom_pan_and_reset(shown: Opened) -> None:
     shown.click("a1.h1")
     lit = shown.ask("highlightedNodes")
     shown.page.mouse.move(500, 450)
-    shown.page.mouse.wheel(0, -400)
-    shown.page.wait_for_timeout(400)
+    with shown.moving():
+        shown.page.mouse.wheel(0, -400)
     zoomed = shown.ask("position", "a2.h3"), shown.ask("position", "a0.h0")
     assert zoomed[0][0] - zoomed[1][0] > before[0][0] - before[1][0]
-    shown.page.mouse.down()
-    shown.page.mouse.move(560, 480, steps=4)
-    shown.page.mouse.up()
-    shown.page.wait_for_timeout(200)
+    with shown.moving():
+        shown.page.mouse.down()
+        shown.page.mouse.move(560, 480, steps=4)
+        shown.page.mouse.up()
     panned = shown.ask("position", "a0.h0")
     assert panned[0] - zoomed[1][0] == pytest.approx(60, abs=3)
     assert shown.ask("highlightedNodes") == lit
     # What is redrawn stays where it was moved to.
     move_slider(shown, 0.5)
     assert shown.ask("position", "a0.h0") == pytest.approx(panned, abs=1)
-    shown.page.get_by_role("button", name="Reset view").click()
-    shown.page.wait_for_timeout(200)
+    with shown.moving():
+        shown.page.get_by_role("button", name="Reset view").click()
     assert shown.ask("position", "a0.h0") == pytest.approx(before[1], abs=1)
 
 

@@ -74,7 +74,7 @@ def assert_blocks(found: list[Tensor], wanted: list[Tensor]) -> None:
         max_size=5,
     )
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_first_pattern_that_matches_counts(policy: list[tuple[str, Format]]) -> None:
     found = formats_of(NAMES, dict(policy), "mx")
     matches = {  # spelt out

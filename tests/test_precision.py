@@ -56,7 +56,7 @@ def torchao_values(weight: Tensor, fmt: Format) -> Tensor:
     scales=st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_decode_e4m3_is_torchaos_dequantize_on_every_code(scales: list[float], seed: int) -> None:
     codes = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[torch.isfinite(codes.to(torch.float32))]
@@ -76,7 +76,7 @@ def test_decode_e4m3_is_torchaos_dequantize_on_every_code(scales: list[float], s
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.0, 3.0, 15.0]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_blocks_are_torchaos_dequantisation(
     fmt: Format, rows: slice, cols: slice, seed: int, spread: float
 ) -> None:
@@ -196,7 +196,7 @@ def test_lower_keeps_only_the_low_precision_weight(fmt: Format) -> None:
     cols=ranges(COLS),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_raised_regions_are_fp32_and_the_rest_is_low(
     fmt: Format, regions: list[Region], rows: slice, cols: slice, seed: int
 ) -> None:
@@ -256,7 +256,7 @@ def test_full_precision_reads_bf16_checkpoints_as_fp32() -> None:
     rows=ranges(ROWS),
     cols=ranges(COLS),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_holding_a_decoded_weight_never_changes_a_value(
     regions: list[Region], steps: list[str], rows: slice, cols: slice
 ) -> None:

@@ -106,7 +106,7 @@ def test_a_recalling_search_is_the_one_that_recalls_nothing(
 taus = st.floats(0.0005, 0.5).map(lambda value: round(value, 4))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     thresholds=st.lists(taus, min_size=2, max_size=4, unique=True),
     regime=st.sampled_from(["fp32", "pahq", "pahq-literal"]),

@@ -72,7 +72,7 @@ def plain_search(name: str, survivors: BoolArray) -> tuple[BoolArray, dict[tuple
 
 
 @given(st.sampled_from(["gpt2", "llama_split", "gpt_neox", "gemma2"]), st.floats(0, 1), st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_the_search_is_the_plain_loop(name: str, share: float, seed: int) -> None:
     model = wrapped(name, dtype=torch.float64).patched
     survivors = random_edges(model.graph, share, seed)

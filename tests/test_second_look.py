@@ -204,7 +204,7 @@ def check_record(engine: Noisy, record: ReaderRecord, exact: ReaderRecord, confi
         assert record.looks == len(near)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tau=st.sampled_from([0.003, 0.01, 0.02, 0.05]),

@@ -42,7 +42,7 @@ def segment_lists(draw: st.DrawFn, size: int = 14) -> tuple[tuple[int, int], ...
 
 
 @given(data=st.data(), transposed=st.booleans(), segments=segment_lists())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_source_block_is_the_concatenation_of_its_segments(
     data: st.DataObject, transposed: bool, segments: tuple[tuple[int, int], ...]
 ) -> None:

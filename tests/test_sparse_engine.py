@@ -39,7 +39,7 @@ def test_metric_of_random_circuits_is_the_hooks_engines(family: str, padding: st
     task = random_task(model.config.vocab_size, 3, 7, padding=padding, seed=3)
     patched = PatchedModel(model)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(
         share=st.sampled_from([0.05, 0.3, 0.7, 0.97, 1.0]),
         seed=st.integers(0, 10_000),

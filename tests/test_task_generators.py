@@ -122,7 +122,7 @@ def test_docstring_asks_for_the_third_argument(tokenizer: PreTrainedTokenizerFas
         assert len(other.splitlines()) == len(clean.splitlines()) == 6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 6))
 def test_every_token_of_the_second_copy_is_scored(seed: int, n: int) -> None:
     tokenizer = sentencepiece_like()  # with a BOS

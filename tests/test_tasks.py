@@ -74,7 +74,7 @@ def test_default_number_and_metrics(gpt2_like: PreTrainedTokenizerFast) -> None:
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 12))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_seed_decides_and_smaller_tasks_are_prefixes(
     gpt2_like: PreTrainedTokenizerFast, seed: int, n: int
 ) -> None:
