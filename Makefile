@@ -47,7 +47,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 smollm2: $(STAMP)
-	$(BIN)/python examples/fetch_smollm2.py
+	$(BIN)/python tools/fetch_smollm2.py
 
 clean:
 	rm -rf .venv build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache

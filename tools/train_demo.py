@@ -1,7 +1,7 @@
 """Train the demo checkpoint: a 4-layer GPT-2 that does every generated task but `docstring`.
 
-    python examples/train_demo.py                       # rewrites pahq_hf/checkpoints/demo
-    python examples/train_demo.py --out /tmp/demo --steps 500
+    python tools/train_demo.py                       # rewrites pahq_hf/checkpoints/demo
+    python tools/train_demo.py --out /tmp/demo --steps 500
 
 One tenth of all pairs of names never occurs in training; the IOI figures are on those pairs. The bundled
 weights went on from an earlier checkpoint, trained the same way on `ioi` and `greater_than` alone, first by

