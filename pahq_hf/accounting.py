@@ -129,16 +129,20 @@ def report(
     )
 
 
-def empty_model(config: PretrainedConfig, *, split_kv_groups: bool = False, **kwargs: Any) -> PatchedModel:
+def empty_model(
+    config: PretrainedConfig, *, split_kv_groups: bool = False, trust_remote_code: bool = False
+) -> PatchedModel:
     """A patched model without memory, for its shapes.
 
     Args:
         config: Config of a supported family.
         split_kv_groups: As for `PAHQConfig`.
-        **kwargs: `trust_remote_code`.
+        trust_remote_code: Whether code that comes with the model may run.
     """
     with init_empty_weights(include_buffers=False):
-        hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+        hf = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     hf.tie_weights()
     return PatchedModel(hf, split_kv_groups=split_kv_groups, streamed=True)
 

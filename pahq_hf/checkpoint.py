@@ -6,6 +6,7 @@ import hashlib
 import os
 import struct
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from pahq_hf.architectures import find_architecture
+from pahq_hf.architectures import find_architecture, supported_families, unsupported
 from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
 from pahq_hf.precision import CheckpointSource
@@ -48,6 +49,31 @@ def resolve(name: str) -> str:
     return str(demo_path()) if name == "demo" else name
 
 
+def trusts(kwargs: Mapping[str, Any]) -> bool:
+    """Whether code that comes with a model may run: only where somebody said so.
+
+    Transformers asks on stdin where it is told neither; nothing here may ask.
+
+    Raises:
+        ConfigError: If what was said is neither yes nor no.
+    """
+    value = kwargs.get("trust_remote_code")
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"trust_remote_code must be True or False; got {value!r}")
+    return value is True
+
+
+def _wants_trust(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _untrusted(what: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"{what} comes with code of its own, which runs only when you say so: read it, and if you trust it "
+        "give --trust-remote-code (trust_remote_code=True)"
+    )
+
+
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     """A model's config, without its weights.
 
@@ -62,12 +88,19 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         ModelLoadError: If it cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
-    wanted = {
-        key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if key in kwargs
-    }
+    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
+    trust = trusts(kwargs)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(resolve(name), **wanted)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            resolve(name), trust_remote_code=trust, **wanted
+        )
     except _LOAD_ERRORS as error:
+        if _wants_trust(error):
+            # Code that would not help need not be trusted first.
+            family = str(PretrainedConfig.get_config_dict(resolve(name), **wanted)[0].get("model_type", ""))
+            if family and family not in supported_families():
+                raise unsupported(family) from error
+            raise _untrusted(f"the model {name!r}") from error
         if "model type" in str(error) or "architecture" in str(error):
             raise UnsupportedModelError(f"cannot tell the family of {name!r}: {first_line(error)}") from error
         raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
@@ -104,9 +137,8 @@ def load(
     device = _one_device(kwargs)
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
     if streamed and source is not None and device is not None and full:
-        trust = bool(kwargs.get("trust_remote_code"))
         model = load_skeleton(
-            config, source, device, quantize_tables=quantize_tables, trust_remote_code=trust
+            config, source, device, quantize_tables=quantize_tables, trust_remote_code=trusts(kwargs)
         )
         if model is not None:
             _load_generation_config(model, origin, **arguments)
@@ -168,7 +200,7 @@ def converted(name: str, **kwargs: Any) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            model = load_model(name, **_pick(kwargs, *_HUB_ARGUMENTS, "gguf_file"))
+            model = load_model(name, **_pick(kwargs, *_HUB_ARGUMENTS, "gguf_file", "trust_remote_code"))
             model.save_pretrained(Path(unfinished) / "model")
             os.rename(Path(unfinished) / "model", folder)
     except OSError as error:
@@ -194,6 +226,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """
     _check_attention(kwargs)
     load_config(name, **kwargs)
+    kwargs["trust_remote_code"] = trusts(kwargs)
     kwargs.setdefault("dtype", torch.float32)
     if kwargs.get("gguf_file"):
         from transformers import GgufConfig
@@ -221,13 +254,17 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any | None:
     Args:
         name: Hub id, folder, or `demo`.
         **kwargs: Hub arguments, `gguf_file` and `trust_remote_code` are passed on.
+
+    Raises:
+        ModelLoadError: If it comes with code of its own that nobody trusts.
     """
-    wanted = {
-        key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if key in kwargs
-    }
+    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
+    trust = trusts(kwargs)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **wanted)
-    except _LOAD_ERRORS:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
+    except _LOAD_ERRORS as error:
+        if _wants_trust(error):
+            raise _untrusted(f"the tokenizer of {name!r}") from error
         return None  # a model without a tokenizer is fine: tasks may give token ids
     # Where there are no files, GPT-2's class makes a tokenizer that knows its special tokens only.
     return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None

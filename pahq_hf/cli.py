@@ -113,9 +113,8 @@ def info(
         quantize_embeddings=quantize_embeddings,
     )
     files = local_files(model, **arguments)
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
     needs = report(
-        empty_model(config, split_kv_groups=split_kv_groups, **trust),
+        empty_model(config, split_kv_groups=split_kv_groups, trust_remote_code=trust_remote_code),
         pahq,
         n=n,
         length=length,

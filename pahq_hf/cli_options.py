@@ -93,7 +93,7 @@ def load_arguments(
         "gguf_file": gguf_file,
         "revision": revision,
         "token": token,
-        "trust_remote_code": trust_remote_code or None,
+        "trust_remote_code": trust_remote_code,
         "dtype": getattr(torch, dtype) if dtype else None,
     }
     if device is not None:

@@ -19,6 +19,7 @@ __all__ = [
     "graph_spec",
     "register_architecture",
     "supported_families",
+    "unsupported",
 ]
 
 
@@ -74,11 +75,16 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
         text = getattr(config, "text_config", None)
         if text is not None and getattr(text, "model_type", None) in TABLE:
             hint = f"; its text model is of family {text.model_type!r}: load that"
-        raise UnsupportedModelError(
-            f"model family {config.model_type!r} is not supported{hint}; known families: "
-            f"{', '.join(supported_families())}; or add it with register_architecture"
-        )
+        raise unsupported(config.model_type, hint)
     return row(config)
+
+
+def unsupported(family: str, hint: str = "") -> UnsupportedModelError:
+    """What is raised for a family that is not in the table."""
+    return UnsupportedModelError(
+        f"model family {family!r} is not supported{hint}; known families: "
+        f"{', '.join(supported_families())}; or add it with register_architecture"
+    )
 
 
 def graph_spec(config: PretrainedConfig, *, split_kv_groups: bool = False) -> GraphSpec:
