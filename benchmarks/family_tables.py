@@ -1,13 +1,15 @@
-"""Write the tables of families in README.md and docs/families.md.
+"""Write the tables of families in README.md and docs/families.md, and the one that `pahq families` reads.
 
 $ python -m benchmarks.family_tables
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pahq_hf.architectures import describe_families
+from pahq_hf.families import TABLE_PATH
 from pahq_hf.files import write_text
 from pahq_hf.render.table import families_markdown
 
@@ -23,15 +25,17 @@ def with_table(text: str, table: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Both documents as they should be."""
+    """All three files as they should be."""
     facts = describe_families()
     wide = f"{families_markdown(facts)}\n\n{families_markdown(facts, paths=True)}"
     tables = {ROOT / "README.md": families_markdown(facts), ROOT / "docs" / "families.md": wide}
-    return {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
+    rows = json.dumps([row.to_dict() for row in facts], indent=1, ensure_ascii=False) + "\n"
+    written = {path: with_table(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
+    return written | {TABLE_PATH: rows}
 
 
 def main() -> None:
-    """Rewrite both."""
+    """Rewrite them."""
     for path, text in documents().items():
         write_text(path, text)
 

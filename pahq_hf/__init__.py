@@ -6,6 +6,8 @@ PAHQ (arXiv 2510.23264) and ACDC (Conmy et al. 2023) on the models people really
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pahq_hf.quiet import quiet_imports
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -53,4 +55,6 @@ def __getattr__(name: str) -> Any:
     """Import public names on first use: `pahq show` need not wait for torch and transformers."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    with quiet_imports():
+        room = import_module(f"{__name__}.{_ROOMS[name]}")
+    return getattr(room, name)

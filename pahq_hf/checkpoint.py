@@ -28,6 +28,7 @@ from pahq_hf.architectures import find_architecture, supported_families, unsuppo
 from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
 from pahq_hf.precision import CheckpointSource
+from pahq_hf.progress import library_bars
 from pahq_hf.skeleton import load_skeleton
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
@@ -74,6 +75,7 @@ def _untrusted(what: str) -> ModelLoadError:
     )
 
 
+@library_bars()
 def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     """A model's config, without its weights.
 
@@ -108,6 +110,7 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
+@library_bars()
 def load(
     name: str, *, streamed: bool, quantize_tables: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, CheckpointSource | None]:
@@ -209,6 +212,7 @@ def converted(name: str, **kwargs: Any) -> Path:
     return folder
 
 
+@library_bars()
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """The Hugging Face model, in FP32 unless `dtype` says otherwise, with eager attention.
 
@@ -248,6 +252,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+@library_bars()
 def load_tokenizer(name: str, **kwargs: Any) -> Any | None:
     """The model's tokenizer, or None when its folder has none.
 

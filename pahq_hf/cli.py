@@ -6,7 +6,6 @@ says why), 130 interrupted (a run's journal keeps what was done).
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -54,6 +53,7 @@ from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.errors import ConfigError, PAHQError
+from pahq_hf.quiet import quiet_imports
 
 app = typer.Typer(
     name="pahq",
@@ -85,15 +85,21 @@ def info(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Size of a model's graph and of a run on it, from its config and the headers of its files."""
-    from pahq_hf.accounting import empty_model, report
     from pahq_hf.architectures import graph_spec
     from pahq_hf.checkpoint import load_config, local_files
     from pahq_hf.config import PAHQConfig
     from pahq_hf.graph import Graph
-    from pahq_hf.precision import CheckpointSource
     from pahq_hf.render.table import facts_table, memory_table
 
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code)
+    pahq = PAHQConfig(
+        precision,
+        fmt,
+        split_kv_groups,
+        policy=read_policy(policy),
+        quantize_embeddings=quantize_embeddings,
+    )
+    budget = read_bytes(memory_budget)
     config = load_config(model, **arguments)
     graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
     facts = {
@@ -105,27 +111,25 @@ def info(
         "readers": len(graph.readers),
         "edges": graph.edge_count,
     }
-    pahq = PAHQConfig(
-        precision,
-        fmt,
-        split_kv_groups,
-        policy=read_policy(policy),
-        quantize_embeddings=quantize_embeddings,
-    )
+    if not as_json:
+        print_rich(facts_table(facts))  # known at once; the plan takes longer
+    from pahq_hf.accounting import empty_model, report
+    from pahq_hf.precision import CheckpointSource
+
     files = local_files(model, **arguments)
     needs = report(
         empty_model(config, split_kv_groups=split_kv_groups, trust_remote_code=trust_remote_code),
         pahq,
         n=n,
         length=length,
-        budget=read_bytes(memory_budget),
+        budget=budget,
         stored=activation_store,
         source=CheckpointSource(files) if files else None,
     )
     if as_json:
         print_json({**facts, "memory": needs.to_dict()})
-        return
-    print_rich(facts_table(facts), memory_table(needs, n, length))
+    else:
+        print_rich(memory_table(needs, n, length))
 
 
 @app.command()
@@ -134,10 +138,10 @@ def families(
     as_json: JsonOption = False,
 ) -> None:
     """Supported model families, and how their blocks are read."""
-    from pahq_hf.architectures import describe_families
+    from pahq_hf.families import stored_families
     from pahq_hf.render.table import facts_table, families_table
 
-    facts = [row for row in describe_families() if family in (None, row.family)]
+    facts = [row for row in stored_families() if family in (None, row.family)]
     if not facts:
         raise ConfigError(f"model family {family!r} is not supported; see: pahq families")
     if as_json:
@@ -223,7 +227,8 @@ def main() -> None:
     _quiet_start()
     try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
-        code = app(standalone_mode=False)
+        with quiet_imports():  # which commands do where they need what is imported
+            code = app(standalone_mode=False)
     except PAHQError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
@@ -243,13 +248,11 @@ def main() -> None:
 
 
 def _quiet_start() -> None:
-    """Keep torchao's notices about CUDA libraries and enums, and bars in log files, out of stderr."""
+    """Spare torchao the search for CUDA libraries, and log files the bars of downloads."""
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> NoReturn:

@@ -27,9 +27,10 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def print_rich(*tables: Any) -> None:
-    """Tables for people."""
+    """Tables for people, on the terminal when this returns."""
     from rich.console import Console
 
     console = Console()
     for table in tables:
         console.print(table)
+    console.file.flush()

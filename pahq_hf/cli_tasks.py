@@ -28,12 +28,13 @@ def tasks(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generated tasks, with an example of each."""
-    from pahq_hf.checkpoint import load_config, load_tokenizer
     from pahq_hf.render.table import facts_table
     from pahq_hf.tasks import DESCRIPTIONS
 
     rows: list[dict[str, Any]] = [asdict(facts) for facts in DESCRIPTIONS]
     if model is not None:
+        from pahq_hf.checkpoint import load_config, load_tokenizer
+
         arguments = load_arguments(None, revision, token, trust_remote_code)
         load_config(model, **arguments)  # says what is wrong with a model that is not there
         tokenizer = load_tokenizer(model, **arguments)

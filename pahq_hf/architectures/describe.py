@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -11,40 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from pahq_hf.architectures.positions import alibi_bias, local_bias
 from pahq_hf.architectures.row import Architecture
 from pahq_hf.architectures.table import TABLE, VARIANTS
-
-
-@dataclass(frozen=True)
-class FamilyFacts:
-    """How one family, or a variant of it, is read.
-
-    Attributes:
-        family: `config.model_type`.
-        variant: Which configs this is about; empty for the default one.
-        layers: Where the decoder layers are.
-        attention: Norm, projections, output projection, and what follows.
-        mlp: The same of the MLP.
-        blocks: `sequential`, or `parallel` when both read the same stream.
-        positions: How positions enter.
-        also: What else differs from Llama.
-    """
-
-    family: str
-    variant: str
-    layers: str
-    attention: str
-    mlp: str
-    blocks: str
-    positions: str
-    also: str
-
-    @property
-    def name(self) -> str:
-        """Family and variant."""
-        return f"{self.family} ({self.variant})" if self.variant else self.family
-
-    def to_dict(self) -> dict[str, str]:
-        """JSON-ready."""
-        return asdict(self)
+from pahq_hf.families import FamilyFacts
 
 
 def describe_families() -> list[FamilyFacts]:

@@ -9,13 +9,13 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from pahq_hf.accounting import MemoryReport
-from pahq_hf.architectures import FamilyFacts
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
 from pahq_hf.render.facts import run_facts
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these rooms need torch, which takes longer to import than most tables to print
+    from pahq_hf.accounting import MemoryReport
+    from pahq_hf.families import FamilyFacts
     from pahq_hf.sweep import SweepRow
 
 _TOP = 15

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `pahq tasks` lists tasks without it
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Task:
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, position and answer: pins the data of a run."""
+        import torch
+
         digest = hashlib.sha256()
         for tensor in (
             self.clean_ids,
@@ -167,6 +170,8 @@ def collate(
     Raises:
         TaskError: If there are no pairs, a prompt is empty, or a pair's lengths differ.
     """
+    import torch
+
     if not pairs:
         raise TaskError(f"task {name!r} has no examples: give it at least one prompt pair")
     if padding_side not in ("left", "right"):

@@ -7,8 +7,6 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
@@ -89,6 +87,8 @@ def make_induction(
     Raises:
         TaskError: If the corruption is unknown or the tokenizer has too few ordinary tokens.
     """
+    import torch
+
     check_corruption(NAME, corruption, CORRUPTIONS)
     vocabulary = ordinary_tokens(tokenizer)
     if len(vocabulary) < 2 * LENGTH:

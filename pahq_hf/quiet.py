@@ -1,0 +1,27 @@
+"""Imports without torchao's notices about CUDA libraries and enums, on machines it was not built for.
+
+transformers imports torchao, so whoever imports transformers hears them; they say nothing about weights here.
+They are kept back only while a block runs: loggers are left as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NOISY = ("torchao", "torch.utils._pytree")
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep torchao's notices back while a block imports it."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
