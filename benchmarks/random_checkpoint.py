@@ -29,6 +29,7 @@ def write(
     d_mlp: int,
     vocab: int,
     tied: bool = False,
+    device: torch.device | str = "cpu",
 ) -> int:
     """Write the checkpoint; never more than one shard of it is in memory.
 
@@ -41,6 +42,7 @@ def write(
         d_mlp: Hidden width of the MLP.
         vocab: Number of tokens.
         tied: Whether embedding and unembedding are the same.
+        device: Where weights are drawn: a card does it many times faster, and draws others.
 
     Returns:
         Number of parameters.
@@ -57,7 +59,7 @@ def write(
     model.tie_weights()
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     where = {}
-    for number, shard in enumerate(_shards(shapes)):
+    for number, shard in enumerate(_shards(shapes, torch.device(device))):
         file = f"model-{number:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
@@ -67,14 +69,15 @@ def write(
     return count
 
 
-def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+def _shards(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
     shard: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
             shard[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            shard[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, _SPREAD, generator=generator)
+            drawn = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            shard[name] = drawn.normal_(0, _SPREAD, generator=generator).cpu()
         if sum(tensor.nbytes for tensor in shard.values()) > _SHARD:
             yield shard
             shard = {}
