@@ -141,11 +141,12 @@ class PatchedModel:
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in linears.items() if name not in blocks}
         blocks |= spill_blocks(strays, on_disk=True)
+        device = self.device
         for name, linear in linears.items():
             if stay and linear in self.tables:
-                linear.leave(blocks[name], self.device)
+                linear.leave(blocks[name], device)
             else:
-                linear.lower(formats[linear], blocks[name], compute)
+                linear.lower(formats[linear], blocks[name], compute, device)
             trim()
         self.precision.free_staging()
 

@@ -59,13 +59,20 @@ class PAHQLinear(nn.Module):
 
     # -- precision ------------------------------------------------------------------------------
 
-    def lower(self, fmt: Format | Layout, block: SourceBlock, compute: torch.dtype = torch.float32) -> None:
+    def lower(
+        self,
+        fmt: Format | Layout,
+        block: SourceBlock,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
         """Keep the weight in a low-precision format from now on.
 
         Args:
             fmt: The format, or those of blocks that make up the matrix.
             block: Where to read FP32 values; also this one, where the weight has no memory yet.
             compute: Dtype in which products of differences run.
+            device: Where the weight is rounded and kept, if it has no memory yet; the CPU by default.
 
         Raises:
             ConfigError: If the weight is low already.
@@ -78,6 +85,7 @@ class PAHQLinear(nn.Module):
         weight: Tensor = self.weight
         if weight.is_meta:
             weight = block.view(*self._everything)
+            weight = weight if device is None else weight.to(device)
         self.low = cast(nn.Module, lowered(weight, layout))
         self._block = block
         self.staging.expect(block)

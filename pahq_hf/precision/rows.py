@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 _ELEMENTS = 1 << 18  # at once
+_ELEMENTS_ON_GPU = 1 << 24  # where every piece costs launches, and memory is fast
+
+
+def _step(weight: Tensor) -> int:
+    """Rows at once."""
+    elements = _ELEMENTS if weight.device.type == "cpu" else _ELEMENTS_ON_GPU
+    return max(1, elements // max(1, weight.shape[1]))
 
 
 def by_rows(make: Callable[[Tensor], Any], weight: Tensor) -> Any:
@@ -21,8 +28,7 @@ def by_rows(make: Callable[[Tensor], Any], weight: Tensor) -> Any:
     Returns:
         What `make` would return for the whole matrix.
     """
-    rows, cols = weight.shape
-    step = max(1, _ELEMENTS // max(1, cols))
+    rows, step = weight.shape[0], _step(weight)
     first = make(weight[:step].to(torch.float32))
     if step >= rows:
         return first
@@ -41,5 +47,4 @@ def by_rows(make: Callable[[Tensor], Any], weight: Tensor) -> Any:
 
 def all_finite(weight: Tensor) -> bool:
     """Whether no value is NaN or infinite. [out, in]"""
-    step = max(1, _ELEMENTS // max(1, weight.shape[1]))
-    return all(bool(torch.isfinite(rows).all()) for rows in weight.split(step))
+    return all(bool(torch.isfinite(rows).all()) for rows in weight.split(_step(weight)))
