@@ -89,8 +89,8 @@ class PAHQConfig(_JsonConfig):
             rows from the checkpoint all the same: only `generate` and plain forwards see the rounding.
         split_kv_groups: Give each query head key and value readers of its own.
         active: What is FP32 while an edge is tested: its receiver, or `both` receiver and writer.
-        compute: In which dtype products with differences run: `auto` takes what the device multiplies
-            natively, FP8 or BF16. The other regimes compute in FP32.
+        compute: In which dtype products with differences run: `auto` takes BF16 where the device gains by
+            it. The other regimes compute in FP32.
     """
 
     regime: Regime = "pahq"

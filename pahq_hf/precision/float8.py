@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
-from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 from pahq_hf.precision.rows import by_rows
 from pahq_hf.precision.scaled import SMALLEST, ScaledWeight
 
 # E4M3's exponent bias is 7, float16's is 15: the same bits mean 2**-8 of the value.
 _BIAS_SHIFT = 256.0
+_LARGEST = 448.0  # of E4M3
+_TILE = 16  # of both sizes of a matrix that FP8 kernels multiply
 
 
 def decode_e4m3(codes: Tensor, scale: Tensor) -> Tensor:
@@ -49,8 +49,10 @@ class Float8Weight(ScaledWeight):
         """The stored values of a block, in FP32. [rows, cols]"""
         return decode_e4m3(self.codes[rows, cols], self.scale[rows])
 
-    def dynamic(self, rows: slice, cols: slice) -> DynamicFloat8Product:
-        """A block's product with inputs that are rounded to FP8 too."""
+    def dynamic(self, rows: slice, cols: slice) -> DynamicFloat8Product | None:
+        """A block's product with inputs that are rounded to FP8 too; None for sizes no kernel takes."""
+        if not DynamicFloat8Product.takes(rows.stop - rows.start, cols.stop - cols.start):
+            return None
         return DynamicFloat8Product(self.codes[rows, cols].contiguous(), self.scale[rows].contiguous())
 
 
@@ -61,7 +63,9 @@ def _quantize(rows: Tensor) -> Float8Tensor:
 class DynamicFloat8Product:
     """`y = x W^T` in FP8: rows of x are scaled on the fly, sums are FP32, y is BF16.
 
-    torchao's dynamic-activation kernel, `torch._scaled_mm`: CUDA with compute capability 8.9 or newer.
+    `torch._scaled_mm` with a scale for each row on either side: CUDA with compute capability 8.9 or newer.
+    torchao's product of a `Float8Tensor` is the same kernel, but takes no floor for the scales of x where
+    another library offers the kernel, so that rows without a change, all zeros, would become NaN.
 
     Args:
         codes: E4M3 codes of W; both sizes multiples of 16. [out, in]
@@ -71,14 +75,14 @@ class DynamicFloat8Product:
     dtype = torch.bfloat16  # of what it takes and gives
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        self._weight = Float8Tensor(
-            codes,
-            scale,
-            block_size=[1, codes.shape[1]],
-            act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=PerRow()),
-            dtype=torch.bfloat16,
-        )
+        self._codes = codes
+        self._scale = scale
         self.nbytes = codes.nbytes + scale.nbytes
+
+    @staticmethod
+    def takes(rows: int, cols: int) -> bool:
+        """Whether the kernel takes a weight of this shape."""
+        return rows % _TILE == 0 and cols % _TILE == 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -86,5 +90,16 @@ class DynamicFloat8Product:
 
     def raw(self, x: Tensor) -> Tensor:
         """The same in BF16. [..., in] -> [..., out]"""
-        y = F.linear(x.to(torch.bfloat16).flatten(0, -2), self._weight)
+        rows = x.flatten(0, -2)
+        largest = rows.abs().amax(-1, keepdim=True).to(torch.float32)
+        scale = largest.clamp_min(SMALLEST) / _LARGEST
+        codes = (rows / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(
+            codes,
+            self._codes.t(),
+            scale_a=scale,
+            scale_b=self._scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,  # sums of all products in FP32, not in the tensor cores' 14 bits
+        )
         return y.unflatten(0, x.shape[:-1])

@@ -396,8 +396,10 @@ class PAHQLinear(nn.Module):
         if self.is_raised_in(block):
             return Product(weight)
         if self._compute == torch.float8_e4m3fn and isinstance(self.low, Float8Weight):
-            return self.low.dynamic(block.rows, block.cols)
-        # FP8 products want FP8 weights; BF16 ones run wherever those do.
+            product = self.low.dynamic(block.rows, block.cols)
+            if product is not None:
+                return product
+        # FP8 products want FP8 weights, in tiles; BF16 ones run wherever those do.
         wide = torch.bfloat16 if self._compute == torch.float8_e4m3fn else self._compute
         return Product(weight.to(wide))
 
