@@ -6,30 +6,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture import Activations, capture
+from pahq_hf.capture import Activations
 from pahq_hf.engine.patched_run import PatchedRun
 from pahq_hf.errors import ConfigError
 from pahq_hf.graph import BoolArray
 from pahq_hf.hooking import first_input, hooks
-from pahq_hf.means import Means, as_activations
+from pahq_hf.means import MeanActivations, Means
+from pahq_hf.partner import Partner
 from pahq_hf.patch import PatchedModel
-from pahq_hf.tasks.base import Task
+from pahq_hf.substitute import Call, Substitute, body_of
 
 
 @contextmanager
 def applied(
-    model: PatchedModel, kept: BoolArray, substitute: Activations, *, exact: bool = True
+    model: PatchedModel, kept: BoolArray, substitute: Substitute, *, exact: bool = True
 ) -> Iterator[None]:
     """Inside, every forward pass of the Hugging Face model runs a circuit (semantics.md, section 2).
 
     Args:
         model: The patched model.
         kept: The circuit's edges. [readers, writers]
-        substitute: What stands in for removed edges: a corrupted run of the same shape, or one example
-            of one token that serves any.
+        substitute: What stands in for removed edges.
         exact: Compute in FP32 whatever the weights are kept in.
 
     Raises:
@@ -45,7 +44,7 @@ def applied(
         if exact:
             stack.enter_context(model.precision.full_precision())
             stack.enter_context(model.exact_tables())
-        stack.enter_context(hooks(*run.register()))
+        stack.enter_context(run.in_place())
         yield
 
 
@@ -59,27 +58,56 @@ def _marked(model: PatchedModel) -> Iterator[None]:
 
 
 class _AppliedRun(PatchedRun):
-    """A patched run whose buffer has the shape of whatever prompts come."""
+    """A patched run of whatever prompts come."""
 
-    def __init__(self, model: PatchedModel, substitute: Activations, removed: BoolArray) -> None:
-        super().__init__(model, substitute, removed, substitute.embedding)
+    def __init__(self, model: PatchedModel, source: Substitute, removed: BoolArray) -> None:
+        nothing = Activations()
+        super().__init__(model, nothing, removed, nothing.embedding)
+        self._source = source
+        self._body = body_of(model.hf, model.layers[0].block, model.final_norm)
+        self._handles: list[Any] = []
+        self._is_called = False  # whether the substitute runs the body itself now
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model's forward passes are this circuit's."""
+        self._handles = self.register()
+        with hooks(self._body.register_forward_pre_hook(self._on_body, with_kwargs=True)):
+            try:
+                yield
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _on_body(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_called:
+            return None
+        call = Call.of(body, args, kwargs, self._model.hf.config)
+        self._is_called = True
+        self._leave()
+        try:
+            self._substitute = self._source.of(call)
+        finally:
+            self._is_called = False
+            self._handles = self.register()
+        return (), call.arguments
 
     def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = first_input(args, kwargs)
-        shape = self._substitute.embedding.shape
-        if shape[:2] not in (stream.shape[:2], (1, 1)):
-            raise ConfigError(
-                f"the corrupted prompts have shape {tuple(shape[:2])}, this forward pass "
-                f"{tuple(stream.shape[:2])}: give corrupted prompts of the same shape, or mean activations"
-            )
         self._differences = stream.new_zeros(len(self._graph.writers), *stream.shape)
         super()._on_embedding(module, args, kwargs)
 
 
 def substitute_of(
     model: PatchedModel, corrupted: Tensor | None, mask: Tensor | None, means: Means | None
-) -> Activations:
-    """What removed edges carry, in FP32: a run of corrupted prompts, or mean activations.
+) -> Substitute:
+    """What removed edges carry: what corrupted prompts write, or mean activations.
 
     Args:
         model: The patched model.
@@ -88,7 +116,7 @@ def substitute_of(
         means: Mean activations; corrupted prompts come before them.
 
     Returns:
-        The activations.
+        What gives them.
 
     Raises:
         ConfigError: If a circuit is applied already, or there is neither.
@@ -101,28 +129,7 @@ def substitute_of(
         )
     model.precision.deactivate()
     if corrupted is not None:
-        return run_of_prompts(model, corrupted, mask)
+        return Partner(model, corrupted, mask)
     assert means is not None
     with model.precision.full_precision():
-        return as_activations(model, means)
-
-
-def run_of_prompts(model: PatchedModel, ids: Tensor, mask: Tensor | None) -> Activations:
-    """What corrupted prompts write, in FP32.
-
-    Args:
-        model: The patched model.
-        ids: Token ids. [batch, pos]
-        mask: Which are real; all by default. [batch, pos]
-
-    Returns:
-        The captured run.
-    """
-    mask = torch.ones_like(ids) if mask is None else mask
-    last = mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
-    nothing: tuple[tuple[int, ...], ...] = ((),) * len(ids)
-    task = Task(
-        "apply", ids.cpu(), ids.cpu(), mask.cpu(), torch.arange(len(ids)), last.cpu(), nothing, nothing
-    )
-    with model.precision.full_precision():
-        return capture(model, task, task.clean_ids)
+        return MeanActivations(model, means)

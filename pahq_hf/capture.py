@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,6 +145,23 @@ def capture(
     return recorder.run
 
 
+@contextmanager
+def recording(model: PatchedModel, examples: int) -> Iterator[Activations]:
+    """Note down what one forward pass, with a cache or without, writes and reads.
+
+    Args:
+        model: The patched model.
+        examples: Of the pass.
+
+    Yields:
+        Filled by the pass: all but logits, masks and rotary tables.
+    """
+    recorder = _Recorder(examples, MemoryStore())
+    recorder.turn_to(0, examples)
+    with hooks(*_recording_hooks(model, recorder, tables=False)):
+        yield recorder.run
+
+
 class _Recorder:
     """Puts what some examples wrote where it belongs among all examples."""
 
@@ -215,7 +233,7 @@ class _Recorder:
         self.run.logits[rows] = logits
 
 
-def _recording_hooks(model: PatchedModel, recorder: _Recorder) -> list[Any]:
+def _recording_hooks(model: PatchedModel, recorder: _Recorder, *, tables: bool = True) -> list[Any]:
     def on_embedding(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.put("embedding", first_input(args, kwargs))
 
@@ -224,8 +242,9 @@ def _recording_hooks(model: PatchedModel, recorder: _Recorder) -> list[Any]:
 
     def of_layer(number: int, layer: Layer) -> LayerHooks:
         def on_attention(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bias, tables = layer.attention.context(kwargs, first_input(args, kwargs).shape[1])
-            recorder.put_shared(number, bias, tables)
+            if tables:
+                bias, rotary = layer.attention.context(kwargs, first_input(args, kwargs).shape[1])
+                recorder.put_shared(number, bias, rotary)
 
         return LayerHooks(
             on_stream=lambda stream: recorder.put("attention_in", stream, number),

@@ -13,6 +13,7 @@ from torch import Tensor
 from pahq_hf.capture import Activations, with_streams
 from pahq_hf.errors import CircuitError
 from pahq_hf.patch import PatchedModel
+from pahq_hf.substitute import Call
 from pahq_hf.tasks.base import Task
 
 Means = Mapping[str, NDArray[np.float32]]
@@ -37,6 +38,25 @@ def means_of(run: Activations, task: Task) -> dict[str, NDArray[np.float32]]:
     if run.mlp:
         found["mlp"] = torch.stack([mean(mlp) for mlp in run.mlp])
     return {name: values.numpy() for name, values in found.items()}
+
+
+class MeanActivations:
+    """Mean activations in the place of what writers write, for any prompts.
+
+    Args:
+        model: The patched model.
+        means: From `means_of`.
+
+    Raises:
+        CircuitError: If they are of another model.
+    """
+
+    def __init__(self, model: PatchedModel, means: Means) -> None:
+        self._means = as_activations(model, means)
+
+    def of(self, call: Call) -> Activations:
+        """The same for every token of a forward pass: one example of one token."""
+        return self._means
 
 
 def as_activations(model: PatchedModel, means: Means) -> Activations:

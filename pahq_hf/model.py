@@ -379,10 +379,13 @@ class PAHQModel(nn.Module):
         Removed edges carry what the corrupted prompts write, or mean activations, which serve prompts of
         any length: those stored with the circuit, unless others are given.
 
+        Corrupted prompts run along as the circuit's partner, with a cache of their own where it has one.
+        Beyond their end it reads the tokens that the circuit reads: what is generated continues both.
+
         Args:
             circuit: A circuit of this model.
-            corrupted: Token ids of corrupted prompts; forward passes then need the same shape. [batch, pos]
-            corrupted_mask: Which of them are real. [batch, pos]
+            corrupted: Token ids of corrupted prompts, laid out as the prompts are. [batch, pos]
+            corrupted_mask: Which of them are real; the prompts' own mask by default. [batch, pos]
             means: Mean activations (`pahq_hf.means.means_of`).
             exact: Compute in FP32; False computes at the model's precision, faster.
             any_weights: Accept a circuit that was found on other weights of the same shape.

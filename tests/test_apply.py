@@ -12,7 +12,7 @@ from transformers import pipeline
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.errors import CircuitError, ConfigError
+from pahq_hf.errors import CircuitError, ConfigError, TaskError
 from pahq_hf.graph import BoolArray
 from pahq_hf.means import means_of
 from tests.families import ALL_FAMILIES
@@ -226,3 +226,108 @@ def test_prompts_with_padding_keep_their_positions() -> None:
         for row, real in enumerate(left["attention_mask"].bool()):
             alone = model(input_ids=left["input_ids"][row : row + 1, real]).logits
             assert relative_error(together[row, real], alone[0]) < 1e-4
+
+
+# -- corrupted prompts that run along ----------------------------------------------------------------
+
+
+def spoken_naively(model: PAHQModel, kept: BoolArray, task: Task, count: int) -> Tensor:
+    """Greedy tokens under a circuit, each from the hooks engine's run of both whole prompts so far.
+
+    The partner's prompts are continued with the circuit's own tokens.
+    """
+    for _ in range(count):
+        following = HooksEngine(model.patched, task, "kl").logits(kept).argmax(-1)
+        task = Task(
+            "so far",
+            torch.cat([task.clean_ids, following[:, None]], dim=1),
+            torch.cat([task.corrupted_ids, following[:, None]], dim=1),
+            torch.cat([task.attention_mask, torch.ones_like(following)[:, None]], dim=1),
+            task.answer_rows,
+            torch.full_like(task.answer_positions, task.length),
+            task.answers,
+            task.distractors,
+        )
+    return task.clean_ids[:, -count:]
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "falcon", "bloom", "opt"])
+def test_generate_beside_corrupted_prompts_is_a_naive_loop(family: str, padding: str) -> None:
+    model, task = hub_model(family), random_task(padding=padding, length=6)
+    kept = random_edges(model.graph, 0.4, 2)
+    expected = spoken_naively(model, kept, task, 4)
+    inputs = {"input_ids": task.clean_ids, "attention_mask": task.attention_mask}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**inputs, **options)
+    for mask in (None, task.attention_mask):
+        with model.apply(circuit_of(model, kept), corrupted=task.corrupted_ids, corrupted_mask=mask):
+            for use_cache in (True, False):
+                said = model.generate(**inputs, **options, use_cache=use_cache)
+                assert torch.equal(said[:, task.length :], expected), (mask, use_cache)
+    if family != "gemma2":  # whose tiny model repeats a token for ever, and so does its circuit
+        assert not torch.equal(plain[:, task.length :], expected), "the circuit should say something else"
+    assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_a_cached_loop_by_hand_and_chunks_of_a_prompt_run_along() -> None:
+    model, task = hub_model("llama"), random_task(length=6)
+    kept = random_edges(model.graph, 0.4, 2)
+    expected = spoken_naively(model, kept, task, 3)
+    with torch.no_grad(), model.apply(circuit_of(model, kept), corrupted=task.corrupted_ids):
+        out, said = model(task.clean_ids), []
+        for _ in range(3):
+            said.append(out.logits[:, -1].argmax(-1, keepdim=True))
+            out = model(said[-1], cache=out.cache)
+        assert torch.equal(torch.cat(said, dim=1), expected)
+        chunked = model.generate(task.clean_ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=2)
+        assert torch.equal(chunked[:, task.length :], expected)
+
+
+def test_beams_take_their_partners_along() -> None:
+    """A beam that is dropped takes its partner's tokens with it: the score says whether it did."""
+    model, task = hub_model("gpt2"), random_task(length=6)
+    circuit = circuit_of(model, random_edges(model.graph, 0.4, 2))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    with model.apply(circuit, corrupted=task.corrupted_ids):
+        cached, whole = (
+            model.generate(
+                task.clean_ids, **options, use_cache=use, return_dict_in_generate=True, output_scores=True
+            )
+            for use in (True, False)
+        )
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(cached.sequences_scores, whole.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_from_outside_the_block_is_refused() -> None:
+    model, task = hub_model("llama"), random_task()
+    circuit = circuit_of(model, random_edges(model.graph, 0.4, 2))
+    outside = model(task.clean_ids).cache
+    with (
+        model.apply(circuit, corrupted=task.corrupted_ids),
+        pytest.raises(ConfigError, match="filled without these corrupted prompts"),
+    ):
+        model(task.clean_ids[:, :1], cache=outside)
+    with model.apply(circuit, corrupted=task.corrupted_ids):
+        inside = model(task.clean_ids).cache
+    with (
+        model.apply(circuit, corrupted=task.clean_ids),
+        pytest.raises(ConfigError, match="filled without these corrupted prompts"),
+    ):
+        model(task.clean_ids[:, :1], cache=inside)
+
+
+def test_corrupted_prompts_of_no_such_tokens_are_refused() -> None:
+    model, task = hub_model("gpt2"), random_task()
+    circuit = circuit_of(model, model.graph.all_edges)
+    with (
+        pytest.raises(TaskError, match="holds token id 999"),
+        model.apply(circuit, corrupted=torch.full_like(task.clean_ids, 999)),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"token ids \[batch, pos\].*have shape \(9,\)"),
+        model.apply(circuit, corrupted=task.corrupted_ids[0]),
+    ):
+        pass
