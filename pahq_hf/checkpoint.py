@@ -135,7 +135,8 @@ def load(
     origin, arguments = name, kwargs
     if streamed and kwargs.get("gguf_file"):
         origin, arguments = str(converted(name, **kwargs)), {}
-    files = safetensors_files(origin, **arguments)
+    pickled = kwargs.get("use_safetensors") is False
+    files = [] if pickled else safetensors_files(origin, **arguments)
     source = CheckpointSource(files) if files else None
     device = _one_device(kwargs)
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
@@ -282,11 +283,18 @@ def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
     wanted = _pick(kwargs, *_HUB_ARGUMENTS)
     lenient = {"_raise_exceptions_for_missing_entries": False}
     source = resolve(name)
+
+    def variant(file: str) -> str:
+        if not kwargs.get("variant"):
+            return file
+        stem, _, ending = file.rpartition(".")
+        return f"{stem}.{kwargs['variant']}.{ending}"
+
     try:
-        single = cached_file(source, SAFE_WEIGHTS_NAME, **wanted, **lenient)
+        single = cached_file(source, variant(SAFE_WEIGHTS_NAME), **wanted, **lenient)
         if single is not None:
             return [Path(single)]
-        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **wanted, **lenient)
+        index = cached_file(source, variant(SAFE_WEIGHTS_INDEX_NAME), **wanted, **lenient)
         if index is None:
             return []
         files, _ = get_checkpoint_shard_files(source, index, **wanted)

@@ -95,13 +95,8 @@ def load_arguments(
         "token": token,
         "trust_remote_code": trust_remote_code,
         "dtype": getattr(torch, dtype) if dtype else None,
+        "device": device,
     }
-    if device is not None:
-        try:
-            arguments["device_map"] = {"": torch.empty(0, device=device).device}
-        except (RuntimeError, AssertionError, ValueError) as error:  # unknown, or not on this machine
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
     return {key: value for key, value in arguments.items() if value is not None}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, check_names
 from pahq_hf.files import write_text
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
@@ -32,6 +33,12 @@ class _JsonConfig:
 
     def __post_init__(self) -> None:
         self.validate()
+        for entry in fields(self):  # numpy's numbers do not go to JSON
+            value: Any = getattr(self, entry.name)
+            if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+                continue
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(self, entry.name, plain)
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -47,9 +54,7 @@ class _JsonConfig:
         Raises:
             ConfigError: If a key is unknown or a value is out of range.
         """
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
+        check_names(values, [f.name for f in fields(cls)], cls.__name__)
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -72,6 +77,17 @@ def _choice(name: str, value: object, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def check_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Check that a value is a number, and no truth value.
+
+    Raises:
+        ConfigError: If not.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,11 @@ class AttributionConfig(_JsonConfig):
         if self.metric is not None:
             _choice("metric", self.metric, MetricName)
         _choice("ablation", self.ablation, Ablation)
+        for name in ("steps", "topn", "seed"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold)
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1; got {self.steps}")
         if self.topn is not None and self.threshold is not None:
@@ -237,6 +258,9 @@ class ACDCConfig(_JsonConfig):
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
+        check_number("threshold", self.threshold)
+        if self.margin is not None:
+            check_number("margin", self.margin)
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ConfigError(f"threshold must be a number >= 0; got {self.threshold}")
         if self.metric is not None:
@@ -308,6 +332,9 @@ class EngineConfig(_JsonConfig):
         """Raise `ConfigError` when a value is out of range."""
         _choice("engine", self.engine, EngineName)
         _choice("activation_store", self.activation_store, StoreName)
+        for name in ("batch", "memory_budget"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True)
         if self.batch is not None and self.batch < 1:
             raise ConfigError(f"batch must be at least 1; got {self.batch}")
         if self.memory_budget is not None and self.memory_budget < 1:

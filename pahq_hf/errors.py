@@ -6,6 +6,9 @@ line and exits with code 2; anything else that escapes is a bug.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+
 
 class PAHQError(Exception):
     """Base of every error a caller can act upon."""
@@ -55,3 +58,35 @@ def first_line(error: Exception, longest: int = 300) -> str:
     """The first line of what an error says, for one line of our own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:longest] if lines else type(error).__name__
+
+
+def check_names(
+    given: Iterable[str],
+    known: Sequence[str],
+    where: str,
+    hints: Mapping[str, str] | None = None,
+    otherwise: str = "",
+) -> None:
+    """Check that options are known.
+
+    Args:
+        given: Their names.
+        known: The names there are.
+        where: What takes them.
+        hints: What to do instead of some that are not, by name.
+        otherwise: What to do instead of the rest.
+
+    Raises:
+        ConfigError: Naming the first unknown one, and the nearest right one.
+    """
+    for name in given:
+        if name in known:
+            continue
+        close = get_close_matches(name, known, n=1)
+        if name in (hints or {}):
+            advice = (hints or {})[name]
+        elif close:
+            advice = f"did you mean {close[0]!r}?"
+        else:
+            advice = f"it knows {', '.join(known)}" + (f"; {otherwise}" if otherwise else "")
+        raise ConfigError(f"{where} has no option {name!r}: {advice}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Unpack
 
 from pahq_hf import checkpoint
 from pahq_hf.accounting import MemoryReport, report
@@ -26,6 +27,16 @@ from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
 from pahq_hf.means import Means
 from pahq_hf.memory import trim
+from pahq_hf.options import (
+    AttributeOptions,
+    DiscoverOptions,
+    EvaluateOptions,
+    LoadOptions,
+    SearchOptions,
+    check_work,
+    read_load_options,
+    with_fields,
+)
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
@@ -108,26 +119,37 @@ class PAHQModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, pahq_config: PAHQConfig | None = None, **kwargs: Any
+        cls, model: str | Path, pahq_config: PAHQConfig | None = None, **options: Unpack[LoadOptions]
     ) -> PAHQModel:
         """Load a checkpoint and patch it.
 
         Args:
             model: Hub id, folder, or `demo` for the bundled checkpoint; also of what `save_pretrained` wrote.
-            pahq_config: Precision regime and format; `pahq` in FP8 by default.
-            **kwargs: As for `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`,
-                `device_map`, `gguf_file`, `trust_remote_code`, ...
+            pahq_config: Precision regime and format; `pahq` in FP8 by default. Alternatively give its fields
+                as keywords, as on the command line: `precision="fp32"`, `format="int8"`.
+            **options: Further: `device`; `base_model`, the model's id on the Hub, where it is loaded from a
+                folder; and as for `AutoModelForCausalLM.from_pretrained` `revision`, `token`, `dtype`,
+                `device_map`, `gguf_file`, `trust_remote_code`, ... (`options.LoadOptions`).
 
         Returns:
             The patched model with its tokenizer.
 
         Raises:
+            ConfigError: If an option is unknown or out of range.
             ModelLoadError: If the checkpoint is missing or damaged.
             UnsupportedModelError: If the family is unknown.
             SelfCheckError: If the patched model does not reproduce the untouched forward pass.
         """
-        name = str(model)
-        config = pahq_config or PAHQConfig()
+        arguments, fields = read_load_options(options, pahq_config)
+        return cls._load(str(model), pahq_config, fields, arguments)
+
+    @classmethod
+    def _load(
+        cls, name: str, given: PAHQConfig | None, fields: dict[str, Any], arguments: dict[str, Any]
+    ) -> PAHQModel:
+        config = given or PAHQConfig(**fields)
+        base_model = arguments.get("base_model")
+        kwargs = {key: value for key, value in arguments.items() if key != "base_model"}
         try:
             hf, source = checkpoint.load(
                 name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
@@ -136,12 +158,15 @@ class PAHQModel(nn.Module):
             wrapper = find_wrapper(name, kwargs)
             if wrapper is None or wrapper.base_model is None:
                 raise
-            rest = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-            return cls.from_pretrained(
-                wrapper.base_model, pahq_config or wrapper.config, revision=wrapper.revision, **rest
+            rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
+            return cls._load(
+                wrapper.base_model,
+                given or with_fields(wrapper.config, fields),
+                {},
+                rest | {"revision": wrapper.revision},
             )
         tokenizer = checkpoint.load_tokenizer(name, **kwargs)
-        return cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
+        return cls(hf, config, tokenizer=tokenizer, base_model=base_model or name, source=source)
 
     # -- the wrapped model ------------------------------------------------------------------------
 
@@ -242,7 +267,7 @@ class PAHQModel(nn.Module):
         out: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
-        **options: Any,
+        **options: Unpack[DiscoverOptions],
     ) -> Circuit:
         """Find the circuit of a task with ACDC.
 
@@ -263,6 +288,9 @@ class PAHQModel(nn.Module):
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
+        check_work(
+            options, DiscoverOptions, "discover", config=(config, ACDCConfig), engine=(engine, EngineConfig)
+        )
         acdc = _search_config(config, options)
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
@@ -277,7 +305,7 @@ class PAHQModel(nn.Module):
         out: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
-        **options: Any,
+        **options: Unpack[SearchOptions],
     ) -> Sweep:
         """Find a task's circuits at several thresholds, in one run that computes what they share once.
 
@@ -301,6 +329,9 @@ class PAHQModel(nn.Module):
         """
         if "threshold" in options:
             raise ConfigError("a sweep takes thresholds, not a threshold")
+        check_work(
+            options, SearchOptions, "sweep", config=(config, ACDCConfig), engine=(engine, EngineConfig)
+        )
         acdc = _search_config(config, options)
         where = self.patched, self.identity, task, self.pahq_config
         return SweepRun(*where, acdc, thresholds, engine, progress=progress).run(out, resume=resume)
@@ -311,7 +342,7 @@ class PAHQModel(nn.Module):
         *,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
-        **options: Any,
+        **options: Unpack[AttributeOptions],
     ) -> Circuit:
         """Score every edge by attribution, and keep the best or all of them.
 
@@ -330,7 +361,8 @@ class PAHQModel(nn.Module):
             MetricError: If the method means nothing for the metric, or the metric came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
-        config = AttributionConfig.from_dict(options)
+        check_work(options, AttributeOptions, "attribute", engine=(engine, EngineConfig))
+        config = AttributionConfig.from_dict(dict(options))
         return Attribution(self.patched, self.identity, task, self.pahq_config, config, engine).run(out)
 
     def evaluate(
@@ -340,7 +372,7 @@ class PAHQModel(nn.Module):
         *,
         metric: MetricName | None = None,
         any_weights: bool = False,
-        **options: Any,
+        **options: Unpack[EvaluateOptions],
     ) -> dict[str, Any]:
         """Judge a circuit on a task, in FP32.
 
@@ -357,7 +389,8 @@ class PAHQModel(nn.Module):
         Raises:
             CircuitError: If the circuit is of another model.
         """
-        wanted = EvaluationOptions.from_dict(options)
+        check_work(options, EvaluateOptions, "evaluate", circuit=(circuit, Circuit))
+        wanted = EvaluationOptions.from_dict(dict(options))
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.discovery.get("arguments", {})
         chosen: MetricName = metric or ran.get("metric") or task.metric
@@ -420,10 +453,10 @@ class PAHQModel(nn.Module):
             yield self
 
 
-def _search_config(config: ACDCConfig | None, options: dict[str, Any]) -> ACDCConfig:
+def _search_config(config: ACDCConfig | None, options: Mapping[str, Any]) -> ACDCConfig:
     if config is not None and options:
         raise ConfigError("give either config or its fields as keywords, not both")
-    return config or ACDCConfig.from_dict(options)
+    return config or ACDCConfig.from_dict(dict(options))
 
 
 def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:

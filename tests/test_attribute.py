@@ -95,7 +95,7 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"threshold": float("nan")}, "threshold"),
         ({"seed": -1}, "seed"),
         ({"ablation": "none"}, "ablation"),
-        ({"speed": 3}, "no field"),
+        ({"speed": 3}, "no option"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -187,7 +187,7 @@ def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest
         discover(model, out, threshold=-1)
     with pytest.raises(ConfigError, match="no reader matches"):
         discover(model, out, readers="logits,b*")
-    with pytest.raises(ConfigError, match="no field 'tau'"):
+    with pytest.raises(ConfigError, match="no option 'tau'"):
         discover(model, out, tau=1)
     with pytest.raises(ConfigError, match="not both"):
         model.discover(TASK, config=ACDCConfig(), threshold=1.0)

@@ -156,5 +156,5 @@ def test_options_of_the_model() -> None:
     assert other["minimality"]["threshold"] is None  # tau was one of kl
     assert other["curve"]["signed"]["faithfulness"] != facts["curve"]["signed"]["faithfulness"]
     assert other["logit_diff"] == pytest.approx(-other["metric"]["value"])
-    with pytest.raises(ConfigError, match="unknown option 'curves'"):
+    with pytest.raises(ConfigError, match="no option 'curves'"):
         model.evaluate(circuit, TASK, curves=True)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit import Circuit
-from pahq_hf.errors import ConfigError
+from pahq_hf.config import check_number
+from pahq_hf.errors import ConfigError, check_names
 from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.necessity import completeness, minimality
@@ -38,6 +39,8 @@ class EvaluationOptions:
     reference: Circuit | None = None
 
     def __post_init__(self) -> None:
+        check_number("samples", self.samples, whole=True)
+        check_number("seed", self.seed, whole=True)
         if self.samples < 0:
             raise ConfigError(f"the number of samples must not be negative; got {self.samples}")
 
@@ -48,10 +51,7 @@ class EvaluationOptions:
         Raises:
             ConfigError: If one is unknown or out of range.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ConfigError(f"unknown option {unknown[0]!r}; evaluation knows {', '.join(known)}")
+        check_names(values, [field.name for field in fields(cls)], "evaluate")
         return cls(**values)
 
 
