@@ -66,6 +66,7 @@ def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str 
         full=metric.get("full"),
         final=metric.get("fp32"),
         empty=metric.get("empty"),
+        verdict=circuit.verdict,
         versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
         picture=PICTURE_NAME,
         where=", ".join(where),

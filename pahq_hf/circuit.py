@@ -21,6 +21,7 @@ from pahq_hf import hub
 from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, write_atomically, write_text
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
+from pahq_hf.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -66,6 +67,12 @@ class Circuit:
     def live(self) -> BoolArray:
         """Kept edges on some path from `input` to `logits`. [readers, writers]"""
         return self.graph.live_edges(self.kept)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the circuit does what the model does, as its run measured; None if none did."""
+        found = self.discovery.get("verdict")
+        return None if found is None else Verdict.from_dict(found)
 
     @property
     def edges(self) -> list[tuple[str, float]]:
@@ -382,6 +389,11 @@ def _read_discovery(path: Path) -> dict[str, Any]:
     for name in _SECTIONS:
         if not isinstance(facts.get(name, {}), dict):
             raise CircuitError(f"{path} is damaged: {name!r} does not hold an object")
+    if facts.get("verdict") is not None:
+        try:
+            Verdict.from_dict(facts["verdict"])
+        except CircuitError as error:
+            raise CircuitError(f"{path} is damaged: {error}") from error
     return facts
 
 

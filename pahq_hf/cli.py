@@ -52,6 +52,7 @@ from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
+from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.quiet import quiet_imports
 
@@ -154,6 +155,7 @@ def families(
 
 @app.command()
 def discover(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     out: Annotated[Path, typer.Option(help="Folder for the journal and the circuit.")],
@@ -212,10 +214,17 @@ def discover(
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
     circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
+    command = after(
+        circuit.verdict,
+        good=lambda: evaluation(context, out),
+        more=lambda: again(context, threshold=shifted(threshold, 1 / 3), out=beside(out, "lower")),
+        fewer=lambda: again(context, threshold=shifted(threshold or 0.001, 3), out=beside(out, "higher")),
+    )
     if as_json:
-        print_json({"out": str(out), **circuit.discovery})
+        print_json({"out": str(out), **circuit.discovery, "next": command})
     else:
         print_rich(run_table(circuit))
+        print_end(out, command)
 
 
 for command in (attribute, evaluate, sweep, tasks, show, push, pull, export, import_, compare):

@@ -30,10 +30,12 @@ from pahq_hf.cli_options import (
     read_policy,
 )
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.config import EngineName, MethodName
 
 
 def attribute(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
@@ -77,7 +79,21 @@ def attribute(
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
     circuit = wrapped.attribute(data, engine=limits, out=out, **config.to_dict())
+    total = circuit.graph.edge_count
+
+    def more() -> str:
+        if threshold is not None:
+            return again(context, threshold=shifted(threshold, 1 / 3), out=beside(out, "more"))
+        return again(context, topn=min(2 * circuit.edge_count, total), out=beside(out, "more"))
+
+    command = after(
+        circuit.verdict,
+        good=lambda: evaluation(context, out),
+        more=more,
+        fewer=lambda: again(context, topn=max(1, total // 20), threshold=None, out=beside(out, "fewer")),
+    )
     if as_json:
-        print_json({"out": str(out), **circuit.discovery})
+        print_json({"out": str(out), **circuit.discovery, "next": command})
     else:
         print_rich(run_table(circuit))
+        print_end(out, command)

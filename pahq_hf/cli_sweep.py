@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,10 +41,15 @@ from pahq_hf.cli_options import (
     read_policy,
 )
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pahq_hf.sweep import Sweep
 
 
 def sweep(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     thresholds: Annotated[str, typer.Option(metavar="A,B,...", help="tau of every circuit.")],
@@ -112,10 +117,26 @@ def sweep(
         resume=resume,
         progress=not as_json,
     )
+    command = _next(context, found, out)
     if as_json:
-        print_json({"out": str(out), **found.to_json()})
+        print_json({"out": str(out), **found.to_json(), "next": command})
     else:
         print_rich(sweep_table(found.rows))
+        print_end(out, command)
+
+
+def _next(context: typer.Context, found: Sweep, out: Path) -> str:
+    """Judge the smallest circuit that does what the model does; without one, more thresholds."""
+    from pahq_hf.sweep import threshold_folder
+
+    rows = [row for row in found.rows if row.verdict is None or row.verdict.kind != "whole"]
+    good = [row.threshold for row in rows if row.verdict is None or not row.verdict.poor]
+    if good:
+        return evaluation(context, threshold_folder(out, good[-1]))
+    values = list(found)
+    first = shifted(values[0] or 0.001, 1 / 3 if rows else 3)
+    values = sorted({*values, first, shifted(first, 1 / 3 if rows else 3)})
+    return again(context, thresholds=",".join(map(str, values)), resume=True)
 
 
 def read_thresholds(text: str) -> list[float]:

@@ -34,6 +34,7 @@ from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
+from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.journal import Journal, check_header
 from pahq_hf.judge import Judge
@@ -41,6 +42,7 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.verdict import announce
 
 DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
@@ -181,6 +183,7 @@ class Discovery:
         *,
         resume: bool,
         answers: Answers | None = None,
+        first: bool = True,
     ) -> Found:
         """Search with an engine, which can begin another search afterwards.
 
@@ -189,6 +192,7 @@ class Discovery:
             folder: Folder of the journal; None keeps none.
             resume: Continue the run whose journal is there.
             answers: What the engine answered to other searches; what it did is not computed again.
+            first: Whether it is the first search with this engine: what holds for all is said once.
 
         Returns:
             What was found.
@@ -198,6 +202,8 @@ class Discovery:
         """
         journal = self._journal(folder, resume)
         resumed = 0 if journal is None else len(journal.records)
+        if first:
+            warn_near_chance(engine.clean_logits, self.task)
         before = engine.evaluations
         recalling = None if answers is None else RecallingEngine(engine, answers, self._source(engine))
         with self._phase("search"):
@@ -237,12 +243,14 @@ class Discovery:
         """
         state = found.state
         with self._phase("evaluate"):
-            metric, means = judge.measure(state.kept, found.final), judge.means()
+            (metric, verdict), means = judge.measure(state.kept, found.final), judge.means()
         facts = dict(found.facts)
         seconds = self._seconds | {"total": sum(self._seconds.values())}
         seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
         facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         facts["metric"] = metric
+        facts["verdict"] = verdict.to_dict()
+        announce(verdict, f"tau {self.acdc.threshold:g}")
         return Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts, means)
 
     # -- parts of them ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pahq_hf.evaluation import Evaluator
 from pahq_hf.graph import BoolArray
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.verdict import Verdict
 
 # The two engines round differently; more than this is a mistake (semantics.md, design.md).
 _DRIFT_RELATIVE = 1e-4
@@ -44,7 +45,7 @@ class Judge:
         """Mean activations of the corrupted prompts."""
         return self.evaluator.means()
 
-    def measure(self, kept: BoolArray, final: float) -> dict[str, Any]:
+    def measure(self, kept: BoolArray, final: float) -> tuple[dict[str, Any], Verdict]:
         """A circuit's metric again by the hooks engine, at the search's precision and in FP32.
 
         Args:
@@ -52,12 +53,13 @@ class Judge:
             final: Its metric as the search has it.
 
         Returns:
-            `name`, `full`, `empty`, `final`, `final_recomputed` and `fp32`.
+            `name`, `full`, `empty`, `final`, `final_recomputed` and `fp32`; and the verdict on the circuit.
 
         Raises:
             DriftError: If the search's value is not the hooks engine's.
         """
-        fp32 = recomputed = self.evaluator.metric_of(kept)
+        verdict = self.evaluator.verdict(kept)
+        fp32 = recomputed = verdict.value
         if self._low is not None:
             recomputed = self._low.metric_of(kept)
         if abs(final - recomputed) > max(_DRIFT_ABSOLUTE, _DRIFT_RELATIVE * abs(recomputed)):
@@ -65,7 +67,7 @@ class Judge:
                 f"the search ended at {self._metric} {final!r}, the hooks engine finds {recomputed!r} for "
                 "the same circuit; this is a bug, please report it"
             )
-        return {
+        facts = {
             "name": self._metric,
             "full": self.evaluator.full,
             "empty": self.evaluator.empty,
@@ -73,3 +75,4 @@ class Judge:
             "final_recomputed": recomputed,
             "fp32": fp32,
         }
+        return facts, verdict

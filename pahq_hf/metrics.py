@@ -154,23 +154,3 @@ def check_metric(name: MetricName, task: Task) -> None:
         )
     if name in _NEEDS_DISTRACTORS and not task.has_distractors:
         raise MetricError(f"metric {name} needs a distractor for every example; task {task.name!r} has none")
-
-
-def accuracy(logits: Tensor, task: Task) -> float | None:
-    """Share of rows answered rightly; None when the task has no answers.
-
-    With distractors a row counts when its best answer beats its best distractor, without them when
-    the top token is an answer.
-
-    Args:
-        logits: Logits at the answer positions. [rows, vocab]
-        task: The task.
-    """
-    if not task.has_answers:
-        return None
-    hits = []
-    for row, (answers, distractors) in enumerate(zip(task.answers, task.distractors, strict=True)):
-        best = logits[row, list(answers)].max()
-        rivals = logits[row, list(distractors)] if distractors else logits[row]
-        hits.append(bool(best > rivals.max()) if distractors else bool(best >= rivals.max()))
-    return sum(hits) / len(hits)

@@ -36,6 +36,7 @@ from pahq_hf.judge import Judge
 from pahq_hf.memory import PeakMemory
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.verdict import Verdict
 
 SWEEP_NAME = "sweep.json"
 ANSWERS_NAME = "answers.jsonl"
@@ -59,6 +60,7 @@ class SweepRow:
         kl: Its KL divergence from the full model, in FP32.
         faithfulness: `(m(C) - m(empty)) / (m(full) - m(empty))`.
         seconds: Search and evaluation; what all thresholds share is not in it.
+        verdict: Whether the circuit does what the model does; None if an earlier version found it.
     """
 
     threshold: float
@@ -72,6 +74,7 @@ class SweepRow:
     kl: float
     faithfulness: float | None
     seconds: float
+    verdict: Verdict | None = None
 
     @classmethod
     def of(cls, circuit: Circuit) -> SweepRow:
@@ -95,9 +98,15 @@ class SweepRow:
                 kl=float(facts["kl"]),
                 faithfulness=faithfulness(metric["fp32"], metric["full"], metric["empty"]),
                 seconds=float(facts["seconds"]["total"]),
+                verdict=circuit.verdict,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CircuitError(f"this circuit is not one of a sweep: its facts lack {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields by name, for JSON."""
+        verdict = {} if self.verdict is None else {"verdict": self.verdict.to_dict()}
+        return {name: value for name, value in asdict(self).items() if name != "verdict"} | verdict
 
 
 class Sweep(Mapping[float, Circuit]):
@@ -146,7 +155,7 @@ class Sweep(Mapping[float, Circuit]):
             "reused": sum(row.reused for row in self.rows),
             "seconds": round(own + sum(shared.values()), 3),
         }
-        return {"rows": [asdict(row) for row in self.rows], "totals": totals, **self.facts}
+        return {"rows": [row.to_dict() for row in self.rows], "totals": totals, **self.facts}
 
     def draw(self, path: str | Path) -> None:
         """Draw edges against the metric into a file, by its ending: .png, .svg or .html.
@@ -192,7 +201,9 @@ class Sweep(Mapping[float, Circuit]):
             thresholds = [float(row["threshold"]) for row in rows]
         except (KeyError, TypeError, ValueError) as error:
             raise CircuitError(f"{folder / SWEEP_NAME} is damaged: a row has no threshold") from error
-        return cls({tau: Circuit.from_pretrained(_folder_of(folder, tau)) for tau in thresholds}, document)
+        return cls(
+            {tau: Circuit.from_pretrained(threshold_folder(folder, tau)) for tau in thresholds}, document
+        )
 
 
 def check_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
@@ -283,7 +294,7 @@ class SweepRun:
         if folder is not None and (finished := self._look_into(folder, resume)) is not None:
             return finished
         answers = Answers() if folder is None else self._answers(folder)
-        folders = {tau: None if folder is None else _folder_of(folder, tau) for tau in self._runs}
+        folders = {tau: None if folder is None else threshold_folder(folder, tau) for tau in self._runs}
         found: dict[float, Circuit] = {}
         for tau, run in self._runs.items():
             circuit = run.finished(folders[tau], resume=resume)
@@ -327,7 +338,9 @@ class SweepRun:
             engine.phases.take()  # capturing is no search's own
         # In any order all make the same tests together; the smallest circuits are found soonest.
         return {
-            tau: self._runs[tau].search(engine, left[tau], resume=resume, answers=answers)
+            tau: self._runs[tau].search(
+                engine, left[tau], resume=resume, answers=answers, first=tau == max(left)
+            )
             for tau in sorted(left, reverse=True)
         }, capture
 
@@ -357,7 +370,7 @@ class SweepRun:
                     f"{folder} holds another sweep ({name}); continue it with --resume or choose another "
                     "folder"
                 )
-        wanted = {_folder_of(folder, tau).name for tau in self._runs}
+        wanted = {threshold_folder(folder, tau).name for tau in self._runs}
         for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
             if path.name.startswith(_PREFIX) and path.name not in wanted:
                 raise RunError(
@@ -375,7 +388,7 @@ class SweepRun:
         return Answers.open(folder / ANSWERS_NAME, self.header())
 
 
-def _folder_of(folder: Path, tau: float) -> Path:
+def threshold_folder(folder: Path, tau: float) -> Path:
     """The run of a threshold; `repr` tells any two floats apart."""
     return folder / f"{_PREFIX}{tau!r}"
 

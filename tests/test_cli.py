@@ -408,7 +408,9 @@ def test_an_interrupt_is_exit_code_130(
 def only_json(result: Result) -> dict[str, Any]:
     """The one JSON object on stdout, with nothing else anywhere."""
     assert result.code == 0, result.err
-    assert result.err == ""
+    # These models do no task: that, and what it makes of their circuits, is said beside.
+    said = ("the full model's accuracy on the clean prompts is", "tau ")
+    assert not [line for line in result.err.splitlines() if not line.startswith(said)]
     assert result.out.endswith("\n") and result.out.count("\n") == 1
     document = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert isinstance(document, dict)
@@ -465,7 +467,12 @@ def test_info_counts_the_edges_of_known_models(
 def test_discover_prints_what_it_wrote(world: World, results: dict[str, Result]) -> None:
     facts = only_json(results["discover json"])
     out = world.root / "fine" / "a"
-    assert facts == {"out": str(out), **json.loads((out / "discovery.json").read_text())}
+    assert facts["next"].startswith("pahq ")
+    assert facts == {
+        "out": str(out),
+        "next": facts["next"],
+        **json.loads((out / "discovery.json").read_text()),
+    }
     assert (out / "circuit.json").read_bytes() == (world.run / "circuit.json").read_bytes()
     assert only_json(results["discover again"]) == facts
     circuit = Circuit.from_pretrained(out)
@@ -534,10 +541,8 @@ def test_evaluate(world: World, results: dict[str, Result]) -> None:
     assert facts["faithfulness"] == pytest.approx(1 - facts["kl"] / facts["metric"]["empty"], abs=1e-6)
     assert facts["edges"] == circuit.edge_count and facts["edges_total"] == 82 and facts["examples"] == 3
     logits = judge.circuit_logits(removed)
-    hits = [
-        max(logits[i, list(task.answers[i])]) > max(logits[i, list(task.distractors[i])]) for i in range(3)
-    ]
-    assert facts["accuracy"] == pytest.approx(sum(map(bool, hits)) / 3)
+    hits = [int(logits[i].argmax()) in task.answers[i] for i in range(3)]
+    assert facts["accuracy"] == pytest.approx(sum(hits) / 3)
     assert 0 <= facts["accuracy_full"] <= 1
 
 

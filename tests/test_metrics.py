@@ -15,7 +15,8 @@ from torch import Tensor
 from pahq_hf import Task
 from pahq_hf.config import MetricName
 from pahq_hf.errors import MetricError
-from pahq_hf.metrics import Metric, accuracy, check_metric
+from pahq_hf.evaluation import accuracy, chance
+from pahq_hf.metrics import Metric, check_metric
 
 Sets = tuple[tuple[int, ...], ...]
 
@@ -183,18 +184,29 @@ def rows(*values: list[float]) -> Tensor:
     return torch.tensor(values)
 
 
-def test_accuracy_compares_the_best_answer_with_the_best_distractor() -> None:
-    logits = rows([9.0, 2.0, 1.0, 0.0], [9.0, 0.0, 1.0, 2.0], [9.0, 1.0, 1.0, 0.0], [9.0, 0.0, 3.0, 2.0])
+def test_accuracy_asks_for_the_top_token_of_the_whole_vocabulary() -> None:
+    """A distractor that is beaten does not make an answer that is not said right."""
+    logits = rows([9.0, 2.0, 1.0, 0.0], [0.0, 9.0, 1.0, 2.0], [9.0, 1.0, 1.0, 0.0], [1.0, 0.0, 3.0, 2.0])
     task = make_task([0, 1, 2, 3], ((1,), (1,), (1,), (1, 2)), ((2,), (2, 3), (2,), (3,)))
-    assert accuracy(logits, task) == 0.5  # yes, no, a tie is no, yes by the second answer
+    assert accuracy(logits, task, logits) == 0.5  # another token, the answer, another one, the second answer
+    without = replace(task, distractors=((),) * 4)
+    assert accuracy(logits, without, logits) == 0.5
 
 
-def test_accuracy_without_distractors_asks_for_the_top_token() -> None:
-    logits = rows([0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [5.0, 1.0, 6.0])
-    task = make_task([0, 1, 2], ((1,), (1,), (0, 2)), ((), (), ()))
-    assert accuracy(logits, task) == pytest.approx(2 / 3)
+def test_accuracy_without_answers_is_agreement_with_the_full_model() -> None:
+    full = rows([0.0, 2.0, 1.0], [0.0, 1.0, 2.0])
+    circuit = rows([0.0, 5.0, 1.0], [3.0, 1.0, 2.0])
+    for task in (KL_TASK, replace(KL_TASK, answers=((1,), ()))):
+        assert accuracy(circuit, task, full) == 0.5
+        assert accuracy(full, task, full) == 1
 
 
-def test_accuracy_without_answers_is_nothing() -> None:
-    assert accuracy(torch.zeros(2, 3), KL_TASK) is None
-    assert accuracy(torch.zeros(2, 3), replace(KL_TASK, answers=((1,), ()))) is None
+def test_chance_is_the_accuracy_of_another_rows_answer() -> None:
+    def of(*answers: tuple[int, ...]) -> float:
+        return chance(make_task(list(range(len(answers))), answers, ((),) * len(answers)))
+
+    assert of((1,), (1,), (2,), (2,)) == pytest.approx(1 / 3)  # of three others one has the same answer
+    assert of((1,), (2,), (3,)) == 0
+    assert of((1, 2), (2,)) == pytest.approx((1 + 1 / 2) / 2)
+    assert of((1,), (1,)) == 0  # one answer everywhere says nothing of the prompt
+    assert of((1,)) == of((), ()) == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import Metric, accuracy
+from pahq_hf.metrics import Metric
 from pahq_hf.tasks import (
     DESCRIPTIONS,
     TASKS,
@@ -186,14 +186,14 @@ def test_a_real_model_does_the_tasks(smollm2_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
 
     def judge(name: str, *, corrupted: bool = False) -> tuple[float, float]:
-        """Accuracy and the task's metric."""
+        """How often the best answer beats the best distractor, and the task's metric."""
         task = load_task(name, tokenizer, n=16)
         ids = task.corrupted_ids if corrupted else task.clean_ids
         states = model.model(input_ids=ids, attention_mask=task.attention_mask).last_hidden_state
         logits = model.lm_head(states[task.answer_rows, task.answer_positions])
-        right = accuracy(logits, task)
-        assert right is not None
-        return right, Metric(task.metric, task)(logits)
+        sets = zip(logits, task.answers, task.distractors, strict=True)
+        right = [float(row[list(a)].max() > (row[list(d)] if d else row).max()) for row, a, d in sets]
+        return sum(right) / len(right), Metric(task.metric, task)(logits)
 
     for name in ("gendered_pronoun", "sva"):
         assert judge(name)[0] > 0.8

@@ -17,12 +17,13 @@ from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConf
 from pahq_hf.discovery import versions
 from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import Evaluator
+from pahq_hf.evaluation import Evaluator, warn_near_chance
 from pahq_hf.graph import BoolArray
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.verdict import Verdict, announce
 
 
 class Attribution:
@@ -94,16 +95,19 @@ class Attribution:
                 steps=config.steps,
                 seed=config.seed,
                 phases=phases,
+                on_clean=lambda logits: warn_near_chance(logits, self.task),
             )
             kept = self._choose(scores)
             with phases("evaluate"):
-                metric, means = self._evaluate(kept)
+                (metric, verdict), means = self._evaluate(kept)
             phases.seconds["total"] = time.perf_counter() - started
-        facts = self._facts(kept) | {"metric": metric}
+        facts = self._facts(kept) | {"metric": metric, "verdict": verdict.to_dict()}
         facts["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
         facts["peak_memory"] |= peak.report()
         tested = self.model.graph.all_edges.copy()
         circuit = Circuit(self.model.graph, kept, scores, tested, self.identity, facts, means)
+        if config.topn is not None or config.threshold is not None:  # else all edges were asked for
+            announce(verdict, config.method)
         if folder is not None:
             circuit.save_pretrained(folder)
         return circuit
@@ -117,10 +121,13 @@ class Attribution:
         count = graph.edge_count if config.topn is None else config.topn
         return top_edges(graph, scores, count, absolute=config.absolute)
 
-    def _evaluate(self, kept: BoolArray) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
-        """The circuit's metric in FP32, and what stands in for its removed edges elsewhere."""
+    def _evaluate(
+        self, kept: BoolArray
+    ) -> tuple[tuple[dict[str, Any], Verdict], dict[str, NDArray[np.float32]]]:
+        """The circuit's metric in FP32, the verdict, and what stands in for removed edges elsewhere."""
         evaluator = Evaluator(self.model, self.task, self.metric, self.config.ablation)
-        final = evaluator.metric_of(kept)
+        verdict = evaluator.verdict(kept)
+        final = verdict.value
         facts = {
             "name": self.metric,
             "full": evaluator.full,
@@ -128,7 +135,7 @@ class Attribution:
             "final": final,
             "fp32": final,
         }
-        return facts, evaluator.means()
+        return (facts, verdict), evaluator.means()
 
     def _facts(self, kept: BoolArray) -> dict[str, Any]:
         graph, weights = self.model.graph, self.model.precision

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from pahq_hf.attribution.methods import (
     Scores,
     check_finite,
@@ -34,6 +38,7 @@ def edge_scores(
     steps: int = 5,
     seed: int = 0,
     phases: Phases | None = None,
+    on_clean: Callable[[Tensor], None] | None = None,
 ) -> Scores:
     """Score all edges.
 
@@ -48,6 +53,8 @@ def edge_scores(
         steps: Runs whose gradients `eap-ig` averages.
         seed: Of `random`.
         phases: Where seconds are added up.
+        on_clean: Called before edges are scored with the clean run's logits at the answer positions
+            [rows, vocab]; not by `random`, which runs nothing.
 
     Returns:
         Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers]
@@ -58,11 +65,27 @@ def edge_scores(
     """
     try:
         return check_finite(
-            _scores(method, model, task, metric, ablation, pahq, engine, steps, seed, phases or Phases()),
+            _scores(
+                method,
+                model,
+                task,
+                metric,
+                ablation,
+                pahq,
+                engine,
+                steps,
+                seed,
+                phases or Phases(),
+                on_clean or _ignore,
+            ),
             method,
         )
     finally:
         trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
+
+
+def _ignore(_: Tensor) -> None:
+    """Nobody asked."""
 
 
 def _scores(
@@ -76,6 +99,7 @@ def _scores(
     steps: int,
     seed: int,
     phases: Phases,
+    on_clean: Callable[[Tensor], None],
 ) -> Scores:
     check_gradient(method, metric)
     if method == "random":
@@ -84,10 +108,12 @@ def _scores(
     if method == "exact":
         with phases("capture"):
             computes = make_engine(model, task, metric, ablation, pahq, engine or EngineConfig())
+        on_clean(computes.clean_logits)
         with phases("scores"):
             return exact(computes)
     with phases("capture"):
         runs = Runs(model, task, metric, ablation, PrecisionRule.of(pahq, model.device))
+    on_clean(runs.clean.logits)
     with phases("scores"):
         if method == "eap-ig":
             return eap_ig(runs, steps)

@@ -1,11 +1,13 @@
 """Judge a circuit, wholly in FP32 (semantics.md, section 6)."""
 
+from pahq_hf.evaluation.accuracy import accuracy, chance, warn_near_chance
 from pahq_hf.evaluation.checks import check_fits, check_shape
 from pahq_hf.evaluation.curves import MIB_FRACTIONS, Curve, faithfulness_curve, rank_edges
-from pahq_hf.evaluation.evaluator import Evaluator, faithfulness
+from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.necessity import Completeness, Minimality, completeness, minimality
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
 from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
+from pahq_hf.verdict import faithfulness
 
 __all__ = [
     "MIB_FRACTIONS",
@@ -15,6 +17,8 @@ __all__ = [
     "Evaluator",
     "Minimality",
     "Roc",
+    "accuracy",
+    "chance",
     "check_fits",
     "check_shape",
     "completeness",
@@ -25,4 +29,5 @@ __all__ = [
     "minimality",
     "node_roc",
     "rank_edges",
+    "warn_near_chance",
 ]

@@ -13,12 +13,14 @@ from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
+from pahq_hf.evaluation.accuracy import accuracy
 from pahq_hf.evaluation.checks import check_shape
 from pahq_hf.graph import BoolArray, Graph, edge_list
 from pahq_hf.means import means_of
-from pahq_hf.metrics import Metric, accuracy
+from pahq_hf.metrics import Metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.verdict import Verdict, faithfulness
 
 
 class Evaluator:
@@ -112,8 +114,8 @@ class Evaluator:
         value = self._metric(logits)
         return {
             "kl": self._kl(logits),
-            "accuracy": accuracy(logits, self._task),
-            "accuracy_full": accuracy(self._engine.clean_logits, self._task),
+            "accuracy": self._accuracy(logits),
+            "accuracy_full": self._accuracy(self._engine.clean_logits),
             "metric": {"name": self._metric.name, "value": value, "full": self.full, "empty": self.empty},
             "faithfulness": faithfulness(value, self.full, self.empty),
             **self._logit_diffs(logits),
@@ -124,14 +126,36 @@ class Evaluator:
             "examples": len(self._task),
         }
 
+    def verdict(self, kept: BoolArray) -> Verdict:
+        """Measure an edge set for the verdict of a run.
+
+        Args:
+            kept: Its edges. [readers, writers]
+
+        Returns:
+            The verdict; its `value` is what `metric_of` gives.
+        """
+        with self._model.precision.full_precision():
+            logits = self._engine.logits(kept)
+        return Verdict(
+            metric=self._metric.name,
+            value=self._metric(logits),
+            full=self.full,
+            empty=self.empty,
+            accuracy=self._accuracy(logits),
+            accuracy_full=self._accuracy(self._engine.clean_logits),
+            has_answers=self._task.has_answers,
+            kept=int(kept.sum()),
+            live=int(self.graph.live_edges(kept).sum()),
+            total=self.graph.edge_count,
+        )
+
+    def _accuracy(self, logits: Tensor) -> float:
+        return accuracy(logits, self._task, self._engine.clean_logits)
+
     def _logit_diffs(self, logits: Tensor) -> dict[str, float]:
         if not (self._task.has_answers and self._task.has_distractors):
             return {}
         minimised = Metric("logit_diff", self._task, None, self._model.device)
         runs = {"logit_diff": logits, "logit_diff_full": self._engine.clean_logits}
         return {name: -minimised(run) for name, run in runs.items()}
-
-
-def faithfulness(value: float, full: float, empty: float) -> float | None:
-    """`(m(C) - m(empty)) / (m(full) - m(empty))`; None when the task makes no difference at all."""
-    return None if full == empty else (value - empty) / (full - empty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pahq_hf.circuit import Circuit
+from pahq_hf.verdict import Verdict
 
 
 def run_facts(circuit: Circuit) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
     run = circuit.discovery
     edges, metric = run.get("edges", {}), run.get("metric", {})
     arguments, precision = run.get("arguments", {}), run.get("precision", {})
-    facts = {
+    facts: dict[str, Any] = {
         "model": circuit.model.get("base_model", "unknown"),
         "task": run.get("task", {}).get("name", "unknown"),
         "method": run.get("method"),
@@ -35,6 +36,18 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
         "no edges": metric.get("empty"),
         "circuit": metric.get("final"),
         "circuit in FP32": metric.get("fp32"),
+        **_verdict_facts(circuit.verdict),
         "seconds": run.get("seconds", {}).get("total"),
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _verdict_facts(verdict: Verdict | None) -> dict[str, Any]:
+    if verdict is None:
+        return {}
+    return {
+        "edges dead": verdict.dead,
+        "faithfulness": verdict.faithfulness,
+        verdict.accuracy_name: f"{verdict.accuracy:.4g} (full model {verdict.accuracy_full:.4g})",
+        "verdict": verdict.headline,
+    }

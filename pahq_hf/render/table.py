@@ -12,6 +12,7 @@ from rich.text import Text
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
 from pahq_hf.render.facts import run_facts
+from pahq_hf.verdict import Verdict
 
 if TYPE_CHECKING:  # these rooms need torch, which takes longer to import than most tables to print
     from pahq_hf.accounting import MemoryReport
@@ -123,8 +124,20 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
     """A sweep's circuits, one a line."""
     table = Table(title="Circuits by threshold", title_justify="left", box=None, pad_edge=False)
     metrics = list(dict.fromkeys((rows[0].name, "kl")))
-    for title in ("tau", "kept", "live", "tested", "computed", "reused", *metrics, "faithful", "seconds"):
+    for title in (
+        "tau",
+        "kept",
+        "live",
+        "tested",
+        "computed",
+        "reused",
+        *metrics,
+        "faithful",
+        "accuracy",
+        "seconds",
+    ):
         table.add_column(title, justify="right")
+    table.add_column("verdict")
     for row in rows:
         values = [row.metric, row.kl][: len(metrics)]
         table.add_row(
@@ -132,9 +145,16 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
             *(f"{count:,}" for count in (row.kept, row.live, row.tested, row.evaluations, row.reused)),
             *(f"{value:.4g}" for value in values),
             "" if row.faithfulness is None else f"{row.faithfulness:.4f}",
+            "" if row.verdict is None else f"{row.verdict.accuracy:.4g}",
             f"{row.seconds:.1f}",
+            "" if row.verdict is None else _verdict_word(row.verdict),
         )
     return table
+
+
+def _verdict_word(verdict: Verdict) -> str:
+    kind = {"empty": "empty", "disconnected": "disconnected", "whole": "whole model"}.get(verdict.kind)
+    return kind or ("poor" if verdict.poor else "faithful")
 
 
 def _count(circuit: Circuit, layer: int, kind: ReaderKind) -> int:
