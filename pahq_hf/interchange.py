@@ -17,7 +17,7 @@ from pahq_hf.config import ExportFormat
 from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.files import write_text
 from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.render.layout import COLOURS
+from pahq_hf.render.palette import LIGHT
 
 _CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
 
@@ -152,7 +152,7 @@ def _to_dot(circuit: Circuit) -> str:
     lines = ["digraph circuit {", "  rankdir=BT;", '  node [shape=box, fontname="sans-serif"];']
     lines += [f"  {_quoted(name)};" for name in circuit.nodes]
     for writer, target, facts in circuit.to_networkx().edges(data=True):
-        look = f'color="{COLOURS[facts["kind"]]}", label="{facts["kind"]} {facts["score"]:.3g}"'
+        look = f'color="{LIGHT.edges[facts["kind"]]}", label="{facts["kind"]} {facts["score"]:.3g}"'
         lines.append(f"  {_quoted(writer)} -> {_quoted(target)} [{look}];")
     return "\n".join([*lines, "}"]) + "\n"
 

@@ -252,6 +252,19 @@ def test_pictures_of_one_circuit_are_the_same_and_of_any_circuit_possible(tmp_pa
     assert (tmp_path / "large").stat().st_size < 2_000_000
 
 
+@pytest.mark.parametrize("spec", [GraphSpec(30, 9, 3), GraphSpec(4, 4, 4), GraphSpec(12, 2, 2)])
+def test_no_edge_of_a_picture_is_cut_off(spec: GraphSpec, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    from pahq_hf.render.picture import draw
+
+    draw(random_circuit(spec, share=0.02 if spec.layers > 4 else 0.3), tmp_path / "picture.png")
+    pixels = imread(tmp_path / "picture.png")[..., :3]
+    assert (pixels < 0.99).any()
+    for border in (pixels[:, :10], pixels[:, -10:]):
+        assert (border > 0.99).all()
+
+
 def test_a_notebook_shows_the_circuit_and_no_markup_of_its_names() -> None:
     circuit = random_circuit(SPECS["heads"])
     circuit.model["base_model"] = "<script>alert(1)</script>" * 100

@@ -16,6 +16,7 @@ from pahq_hf.errors import CircuitError
 from pahq_hf.graph import GraphSpec
 from pahq_hf.render.layout import layout
 from pahq_hf.render.page import circuit_page, compare_page
+from pahq_hf.render.picture import draw
 from tests.browser import SMALL, Opened, chromium, opened, random_circuit
 
 
@@ -297,6 +298,23 @@ def test_picture_can_be_saved(shown: Opened) -> None:
         shown.page.locator(".modebar-btn[data-title*='ownload']").click()
     assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
     del shown.requests[1:]  # the picture is made from a blob
+
+
+def test_the_still_picture_has_the_colours_of_the_page(
+    shown: Opened, circuit: Circuit, tmp_path: Path
+) -> None:
+    draw(circuit, tmp_path / "picture.svg", "svg")
+    still = (tmp_path / "picture.svg").read_text(encoding="utf-8")
+    shown.settle()
+    for mark, name in ((".js-line", "stroke"), ("path.point", "fill")):
+        found = set(
+            shown.page.locator(f"#plot .scatterlayer {mark}").evaluate_all(
+                f"(marks) => marks.map((mark) => getComputedStyle(mark).{name}).filter((c) => c !== 'none')"
+            )
+        )
+        colours = {"#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", c)[:3]) for c in found}
+        assert len(colours) > 1
+        assert [colour for colour in colours if f"{name}: {colour}" not in still] == []
 
 
 @pytest.mark.parametrize("system", ["light", "dark"])

@@ -9,14 +9,6 @@ from typing import Literal
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import Graph, ReaderKind, Writer, edge_list
 
-# Of edges, in whatever does not choose its own.
-COLOURS: dict[ReaderKind, str] = {
-    "q": "#1f77b4",
-    "k": "#2ca02c",
-    "v": "#d62728",
-    "mlp": "#9467bd",
-    "logits": "#7f7f7f",
-}
 NodeKind = Literal["input", "head", "mlp", "logits"]
 
 _MLP_RISE = 0.5  # an MLP reads the heads of its layer: edges to it lead upwards too

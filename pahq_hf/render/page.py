@@ -14,8 +14,10 @@ from pahq_hf.comparison import check_same_graph
 from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
 from pahq_hf.render.facts import run_facts
 from pahq_hf.render.layout import layout
+from pahq_hf.render.palette import DARK, LIGHT
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
+_COLOURS = f':root{{{LIGHT.for_styles()}}}\n:root[data-theme="dark"]{{{DARK.for_styles()}}}\n'
 _TITLE = (("of", "model"), ("on", "task"))
 
 _Facts = dict[str, str]
@@ -95,6 +97,7 @@ def _drawing(union: Circuit, circuits: list[Circuit]) -> dict[str, Any]:
         "readers": list(readers.values()),
         "edges": {**edges, "scores": scores, "tested": tested},
         "rows": places.rows,
+        "palettes": {"light": LIGHT.for_scripts(), "dark": DARK.for_scripts()},
     }
 
 
@@ -118,6 +121,6 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
         # Only these very scripts run: the browser refuses whatever else got into the page.
         hashes=script_hashes(scripts),
         scripts=[Markup(script) for script in scripts],
-        style=Markup(source(pages, "page.css")),
+        style=Markup(_COLOURS + source(pages, "page.css")),
         data=embedded_json(drawing),
     )

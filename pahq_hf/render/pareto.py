@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from pahq_hf.render.embed import readable
+from pahq_hf.render.palette import LIGHT
 from pahq_hf.render.picture import NO_DATE, PictureFormat
 from pahq_hf.render.plots_page import Figure as Plotted
 from pahq_hf.render.plots_page import PageTable, plots_page
@@ -84,8 +85,8 @@ def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFo
         axes = figure.add_subplot(1, len(panels), number + 1)
         front = pareto_front(edges, panel.values)
         xs, ys = [places[i] for i in front], [panel.values[i] for i in front]
-        axes.plot(xs, ys, drawstyle="steps-post", color="#999999", linewidth=1, zorder=1)
-        axes.scatter(places, panel.values, s=24, color="#1f5fa8", zorder=2)
+        axes.plot(xs, ys, drawstyle="steps-post", color=LIGHT.dim, linewidth=1, zorder=1)
+        axes.scatter(places, panel.values, s=24, color=LIGHT.accent, zorder=2)
         for row, x, y in zip(rows, places, panel.values, strict=True):
             axes.annotate(
                 f"τ={row.threshold:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7
@@ -139,7 +140,7 @@ def _plot(rows: Sequence[SweepRow], panel: _Panel) -> Plotted:
         "x": [places[i] for i in front],
         "y": [_finite(panel.values[i]) for i in front],
         "mode": "lines",
-        "line": {"shape": "hv", "color": "#999999", "width": 1},
+        "line": {"shape": "hv", "color": LIGHT.dim, "width": 1},
         "hoverinfo": "skip",
     }
     points = {
@@ -151,7 +152,7 @@ def _plot(rows: Sequence[SweepRow], panel: _Panel) -> Plotted:
         "cliponaxis": False,
         "hovertext": texts,
         "hoverinfo": "text",
-        "marker": {"size": 9, "color": "#1f5fa8"},
+        "marker": {"size": 9, "color": LIGHT.accent},
     }
     layout = {
         "showlegend": False,

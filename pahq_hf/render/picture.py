@@ -15,11 +15,13 @@ from matplotlib.lines import Line2D
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import ReaderKind
-from pahq_hf.render.layout import COLOURS, Layout, LayoutEdge, layout
+from pahq_hf.render.layout import Layout, LayoutEdge, layout
+from pahq_hf.render.palette import LIGHT
 
 PictureFormat = Literal["png", "svg"]
 _LABELLED = 150  # nodes; more names than this cannot be read
 _TALLEST = 10.0  # inches
+_MARKERS = {"input": "D", "head": "o", "mlp": "s", "logits": "D"}  # as on the page
 # What would make two pictures of one circuit differ.
 NO_DATE: dict[PictureFormat, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
@@ -42,7 +44,7 @@ def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
     kinds = _draw_edges(axes, places)
     _draw_nodes(axes, places)
     if kinds:
-        lines = [Line2D([], [], color=COLOURS[kind], label=kind) for kind in kinds]
+        lines = [Line2D([], [], color=LIGHT.edges[kind], label=kind) for kind in kinds]
         figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     axes.autoscale_view()
     axes.margins(0.04)
@@ -55,11 +57,12 @@ def _draw_edges(axes: Axes, places: Layout) -> list[ReaderKind]:
     sizes = [abs(edge.score) for edge in places.edges if math.isfinite(edge.score)]
     largest = max(sizes, default=0.0) or 1.0
     kinds = []
-    for kind, colour in COLOURS.items():
+    for kind, colour in LIGHT.edges.items():
         own = [edge for edge in places.edges if edge.kind == kind]
         if not own:
             continue
         kinds.append(kind)
+        axes.update_datalim([corner for edge in own for corner in _corners(where, edge)])
         axes.add_collection(
             PathCollection(
                 [_curve(where[edge.writer], where[edge.reader], edge.bend) for edge in own],
@@ -78,6 +81,12 @@ def _share(edge: LayoutEdge, largest: float) -> float:
     return min(1.0, abs(edge.score) / largest) if math.isfinite(edge.score) else 1.0
 
 
+def _corners(where: dict[str, tuple[float, float]], edge: LayoutEdge) -> list[tuple[float, float]]:
+    """Two points between whose columns and rows a curve stays: it bends by half of what its control does."""
+    (x0, y0), (x1, y1) = where[edge.writer], where[edge.reader]
+    return [(min(x0, x1) + min(0.0, edge.bend) / 2, y0), (max(x0, x1) + max(0.0, edge.bend) / 2, y1)]
+
+
 def _curve(start: tuple[float, float], end: tuple[float, float], bend: float) -> outlines.Path:
     middle = ((start[0] + end[0]) / 2 + bend, (start[1] + end[1]) / 2)
     path = outlines.Path
@@ -85,11 +94,20 @@ def _curve(start: tuple[float, float], end: tuple[float, float], bend: float) ->
 
 
 def _draw_nodes(axes: Axes, places: Layout) -> None:
-    xs, ys = [node.x for node in places.nodes], [node.y for node in places.nodes]
-    axes.scatter(xs, ys, s=60, c="#f2f2f2", edgecolors="#333333", linewidths=0.8, zorder=2)
+    for kind, colour in LIGHT.nodes.items():
+        own = [node for node in places.nodes if node.kind == kind]
+        xs, ys = [node.x for node in own], [node.y for node in own]
+        marker = _MARKERS[kind]
+        axes.scatter(xs, ys, s=48, c=colour, marker=marker, edgecolors=LIGHT.ground, linewidths=1.2, zorder=2)
     if len(places.nodes) > _LABELLED:
         return
     for node in places.nodes:
         axes.annotate(
-            node.name, (node.x, node.y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=6
+            node.name,
+            (node.x, node.y),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=6,
+            color=LIGHT.ink,
         )

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pahq_hf.circuit import make_folder
 from pahq_hf.files import write_atomically, write_text
+from pahq_hf.render.palette import LIGHT
 from pahq_hf.render.picture import NO_DATE, PictureFormat
 from pahq_hf.render.plots_page import Figure as Plotted
 from pahq_hf.render.plots_page import plots_page
@@ -111,7 +112,7 @@ def draw_plot(plot: Plot) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for line in plot.lines:
-        style = {"color": "#999999", "linestyle": "--", "linewidth": 1} if line.dashed else {"marker": "."}
+        style = {"color": LIGHT.dim, "linestyle": "--", "linewidth": 1} if line.dashed else {"marker": "."}
         axes.plot(line.x, line.y, label=line.name, drawstyle="steps-post" if line.steps else None, **style)
     if plot.log_x:
         axes.set_xscale("log")

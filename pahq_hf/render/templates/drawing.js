@@ -1,20 +1,7 @@
 // The picture: edges as a few line traces (one per colour, width and dash), nodes as markers on top.
 
 const plot = document.getElementById("plot");
-const palettes = {
-  light: {
-    ink: "#1c2127", ground: "#ffffff", grid: "#eceff2", faint: "#5c6670", dim: "#9aa4ae", accent: "#d0021b",
-    head: "#5b6b7b", mlp: "#9b4f96", input: "#1c2127", logits: "#1c2127",
-    edges: ["#0072b2", "#d98a00", "#009e73", "#b3589a", "#d55e00"],
-    sets: ["#0072b2", "#d55e00", "#7a8590"],
-  },
-  dark: {
-    ink: "#e6e9ed", ground: "#14171b", grid: "#22272d", faint: "#a0a9b3", dim: "#5d6671", accent: "#ff6b6b",
-    head: "#8d9cab", mlp: "#d08bc5", input: "#e6e9ed", logits: "#e6e9ed",
-    edges: ["#56b4e9", "#f0b030", "#2fc79b", "#e08cc8", "#ff8a4c"],
-    sets: ["#56b4e9", "#ff8a4c", "#98a3ae"],
-  },
-};
+const palettes = drawing.palettes;
 const symbols = { head: "circle", mlp: "square", input: "diamond", logits: "diamond" };
 const fewEdges = edges.length <= 300;
 const widths = fewEdges ? [1.3, 1.9, 2.7, 3.8] : [0.8, 1.2, 2, 3.2];
@@ -27,7 +14,7 @@ let theme = "light";
 
 function color(group) {
   const palette = palettes[theme];
-  return (compares ? palette.sets : palette.edges)[groups.indexOf(group)];
+  return compares ? palette.sets[groups.indexOf(group)] : palette.edges[group];
 }
 
 // Plotly reads a little HTML in the texts it draws.
@@ -126,7 +113,7 @@ function nodeTrace(shown, lit) {
     marker: {
       size: nodes.map((_, i) => (chosen(i) ? markerSize + 5 : markerSize)),
       symbol: nodes.map((node) => symbols[node.kind]),
-      color: nodes.map((node, i) => (chosen(i) ? palette.accent : palette[node.kind])),
+      color: nodes.map((node, i) => (chosen(i) ? palette.chosen : palette.nodes[node.kind])),
       opacity: nodes.map((_, i) => (visible(i) ? 1 : 0.25)),
       line: { width: 1.5, color: palette.ground },
     },
