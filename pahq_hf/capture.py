@@ -16,6 +16,7 @@ from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel
 from pahq_hf.store import ActivationStore, MemoryStore, kept
+from pahq_hf.sums import add_rows
 from pahq_hf.tasks.base import Task
 
 _TOKENS = 4096  # that run at once while activations are captured
@@ -377,7 +378,7 @@ def mean_per_position(values: Tensor, task: Task) -> Tensor:
     flat = values[mask].to(torch.float64).flatten(1)  # [tokens, features]
     where = positions[mask]
     sums = torch.zeros(task.length, flat.shape[1], dtype=torch.float64, device=values.device)
-    sums.index_add_(0, where, flat)
+    add_rows(sums, where, flat)
     counts = torch.bincount(where, minlength=task.length).clamp_min(1)
     means = (sums / counts[:, None]).to(values.dtype)
     return means[positions].view(values.shape)

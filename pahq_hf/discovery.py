@@ -36,11 +36,13 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
+from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import Journal, check_header
 from pahq_hf.judge import Judge
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
 from pahq_hf.verdict import announce
 
@@ -113,6 +115,7 @@ class Discovery:
             "acdc": self.acdc.to_dict() | {"metric": self.metric},
         }
 
+    @exact_products()
     def run(self, out: str | Path | None = None, *, resume: bool = False) -> Circuit:
         """Search, evaluate, and (given `out`) save.
 
@@ -132,7 +135,7 @@ class Discovery:
         finished = self.finished(folder, resume=resume)
         if finished is not None:
             return finished
-        with PeakMemory() as peak:
+        with PeakMemory(self.model.device) as peak:
             if not self._is_begun(folder, resume):
                 self.screen = self.make_screen()
             with self._phase("capture"):
@@ -352,6 +355,7 @@ class Discovery:
             "engine": "sparse" if isinstance(engine, SparseEngine) else "hooks",
             "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
             "versions": versions() | {"device": str(self.model.device)},
+            **hardware_facts(self.model.device),
             "edges": {
                 "total": graph.edge_count,
                 "tested": tested,

@@ -39,7 +39,8 @@ class PAHQExperts(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             gate, up = self.gate_up[expert](hidden_states[token]).chunk(2, dim=-1)
             made = self.down[expert](self.act_fn(gate) * up)
-            out.index_add_(0, token, (made * top_k_weights[token, slot, None]).to(out.dtype))
+            # No token meets an expert twice: the sum is in the order of the experts, on any device.
+            out[token] += (made * top_k_weights[token, slot, None]).to(out.dtype)
         return out
 
     def linears(self) -> list[PAHQLinear]:

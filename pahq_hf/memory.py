@@ -7,7 +7,10 @@ import ctypes.util
 import threading
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _FIELDS = {"VmHWM": "rss", "RssAnon": "anonymous"}
 _INTERVAL = 0.05  # seconds
@@ -32,16 +35,24 @@ class PeakMemory:
     """Samples anonymous memory in a thread while a block runs.
 
     Resident memory counts mapped checkpoint pages, which the system can drop at any time; anonymous
-    memory is what the process really holds.
+    memory is what the process really holds. A GPU's peak is counted by PyTorch's allocator.
+
+    Args:
+        device: Where the model is; a GPU's peak is reported too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.anonymous = 0
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
+        if self._gpu is not None:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         return self
 
     def __exit__(
@@ -57,8 +68,14 @@ class PeakMemory:
                 return
 
     def report(self) -> dict[str, int]:
-        """Peaks in bytes."""
-        return {"rss": read_memory().get("rss", 0), "anonymous": self.anonymous}
+        """Peaks in bytes; of a GPU what tensors took (`device`) and what PyTorch held (`device_reserved`)."""
+        found = {"rss": read_memory().get("rss", 0), "anonymous": self.anonymous}
+        if self._gpu is not None:
+            import torch
+
+            found["device"] = torch.cuda.max_memory_allocated(self._gpu)
+            found["device_reserved"] = torch.cuda.max_memory_reserved(self._gpu)
+        return found
 
 
 def trim() -> None:

@@ -38,7 +38,7 @@ from pahq_hf.options import (
     with_fields,
 )
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
-from pahq_hf.precision import CheckpointSource, WeightSource, resolve_compute
+from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
 from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
@@ -71,6 +71,7 @@ class PAHQModel(nn.Module):
         ```
     """
 
+    @exact_products()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -365,6 +366,7 @@ class PAHQModel(nn.Module):
         config = AttributionConfig.from_dict(dict(options))
         return Attribution(self.patched, self.identity, task, self.pahq_config, config, engine).run(out)
 
+    @exact_products()
     def evaluate(
         self,
         circuit: Circuit,
@@ -449,7 +451,7 @@ class PAHQModel(nn.Module):
             raise ConfigError("give either corrupted prompts or mean activations, not both")
         stored = circuit.means if means is None else means
         substitute = substitute_of(self.patched, corrupted, corrupted_mask, stored)
-        with applied(self.patched, circuit.kept, substitute, exact=exact):
+        with exact_products(), applied(self.patched, circuit.kept, substitute, exact=exact):
             yield self
 
 

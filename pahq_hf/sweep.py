@@ -31,10 +31,12 @@ from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.files import write_atomically, write_text
 from pahq_hf.graph import BoolArray
+from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import check_header
 from pahq_hf.judge import Judge
 from pahq_hf.memory import PeakMemory
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
 from pahq_hf.verdict import Verdict
 
@@ -272,6 +274,7 @@ class SweepRun:
         acdc = {name: value for name, value in header["acdc"].items() if name != "threshold"}
         return header | {"acdc": acdc}
 
+    @exact_products()
     def run(self, out: str | Path | None = None, *, resume: bool = False) -> Sweep:
         """Search at every threshold, evaluate, and (given `out`) save.
 
@@ -301,7 +304,7 @@ class SweepRun:
             if circuit is not None:
                 found[tau] = circuit
         seconds = {}
-        with PeakMemory() as peak:
+        with PeakMemory(self._any.model.device) as peak:
             started = time.perf_counter()
             left = {tau: folders[tau] for tau in self._runs if tau not in found}
             searched, seconds["capture"] = self._search(left, answers, resume)
@@ -313,7 +316,8 @@ class SweepRun:
                     found[tau] = self._conclude(tau, result, judge, peak, folders[tau])
         facts = {
             "header": self.header(),
-            "versions": versions(),
+            "versions": versions() | {"device": str(self._any.model.device)},
+            **hardware_facts(self._any.model.device),
             "seconds": seconds,
             "peak_memory": peak.report(),
         }

@@ -16,6 +16,7 @@ from pahq_hf.attribution.gradients import ReaderGradients
 from pahq_hf.attribution.runs import Part, Runs
 from pahq_hf.errors import MetricError
 from pahq_hf.graph import Graph
+from pahq_hf.sums import add_rows
 
 Scores = NDArray[np.float64]
 
@@ -209,8 +210,8 @@ def _add_node_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGra
 
 def _by_example(products: Tensor, example: Tensor, count: int) -> Scores:
     """Sums over the tokens of each example. [writer, tokens, d_model] -> [writer, examples]"""
-    sums = products.new_zeros(products.shape[0], count, dtype=torch.float64)
-    return sums.index_add_(1, example, products.sum(-1).double()).cpu().numpy()
+    sums = products.new_zeros(count, products.shape[0], dtype=torch.float64)
+    return add_rows(sums, example, products.sum(-1).double().t()).t().cpu().numpy()
 
 
 def check_finite(scores: Scores, method: str) -> Scores:

@@ -19,9 +19,11 @@ from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, warn_near_chance
 from pahq_hf.graph import BoolArray
+from pahq_hf.hardware import hardware_facts
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
 from pahq_hf.verdict import Verdict, announce
 
@@ -65,6 +67,7 @@ class Attribution:
                 f"this model has {model.graph.edge_count:,} edges; cannot keep {config.topn:,} of them"
             )
 
+    @exact_products()
     def run(self, out: str | Path | None = None) -> Circuit:
         """Score, choose, evaluate, and (given `out`) save.
 
@@ -81,7 +84,7 @@ class Attribution:
         if folder is not None:
             make_folder(folder)  # what cannot be written fails before any work
         phases = Phases()
-        with PeakMemory() as peak:
+        with PeakMemory(self.model.device) as peak:
             started = time.perf_counter()
             config = self.config
             scores = edge_scores(
@@ -150,6 +153,7 @@ class Attribution:
             "precision": self.pahq.to_dict(),
             "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
             "versions": versions() | {"device": str(self.model.device)},
+            **hardware_facts(self.model.device),
             "edges": {
                 "total": graph.edge_count,
                 "tested": graph.edge_count,

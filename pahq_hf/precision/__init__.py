@@ -2,6 +2,7 @@
 
 from pahq_hf.precision.anchor import Anchor, Origin
 from pahq_hf.precision.control import Component, PrecisionControl
+from pahq_hf.precision.flags import exact_products, product_flags
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.low import LowWeight, quantize, stored_bytes
 from pahq_hf.precision.policy import layouts
@@ -36,10 +37,12 @@ __all__ = [
     "SpillSource",
     "WeightSource",
     "exact_block",
+    "exact_products",
     "exact_rows",
     "in_chunks",
     "layouts",
     "patch_embedding",
+    "product_flags",
     "quantize",
     "resolve_compute",
     "stored_bytes",
