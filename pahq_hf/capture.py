@@ -36,6 +36,7 @@ class Activations:
         attention_in: Per layer, the stream the heads read. [batch, pos, d_model]
         mlp_in: Per layer, the stream the MLP reads. [batch, pos, d_model]
         final_in: The stream `logits` reads. [batch, pos, d_model]
+        final_out: What the final norm makes of it at the answer positions. [rows, d_model]
         logits: Logits at the answer positions. [rows, vocab]
         masks: Per layer, what is added to attention scores. [batch or 1, 1 or head, query, key]
         rotary: Per layer, the rotary tables, or None.
@@ -47,12 +48,13 @@ class Activations:
     attention_in: list[Tensor] = field(default_factory=list)
     mlp_in: list[Tensor] = field(default_factory=list)
     final_in: Tensor = field(default_factory=lambda: torch.empty(0))
+    final_out: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     masks: list[Tensor | None] = field(default_factory=list)
     rotary: list[Tables | None] = field(default_factory=list)
 
     def part(self, examples: slice) -> Activations:
-        """What some examples wrote and read; logits, masks and rotary tables are left out."""
+        """What some examples wrote and read; answers, masks and rotary tables are left out."""
 
         def each(values: list[Tensor]) -> list[Tensor]:
             return [value[examples] for value in values]
@@ -87,8 +89,38 @@ def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
     Returns:
         [rows, vocab]
     """
-    with torch.no_grad(), model.exact_tables():
-        return forward_to_answers(model, task, input_ids)
+    return run_to_answers(model, task, input_ids)[1]
+
+
+def run_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with what the logits are made of.
+
+    Returns:
+        Hidden states after the final norm [rows, d_model], and logits [rows, vocab].
+    """
+    rows, positions = task.answer_rows.to(model.device), task.answer_positions.to(model.device)
+    normed: list[Tensor] = []
+
+    def keep_normed(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        normed.append(output[rows, positions])
+
+    with torch.no_grad(), model.exact_tables(), hooks(model.final_norm.register_forward_hook(keep_normed)):
+        logits = forward_to_answers(model, task, input_ids)
+    return normed[0], logits
+
+
+def exact_logits(model: PatchedModel, clean: Activations, x: Tensor) -> Tensor:
+    """Logits of hidden states, as exact as those differ from a captured run's (`PatchedModel.logit_change`).
+
+    Args:
+        model: The patched model.
+        clean: The run.
+        x: Hidden states after the final norm. [..., rows, d_model]
+
+    Returns:
+        [..., rows, vocab] in float64
+    """
+    return clean.logits.to(torch.float64) + model.logit_change(x, clean.final_out)
 
 
 def forward_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
@@ -141,8 +173,9 @@ def capture(
         part, rows = task.part(first, min(first + step, len(task)))
         recorder.turn_to(first, len(part))
         with hooks(*_recording_hooks(model, recorder)):
-            logits = answer_logits(model, part, input_ids[first : first + len(part)])
-        recorder.put_rows(logits, rows.to(logits.device), len(task.answers))
+            normed, logits = run_to_answers(model, part, input_ids[first : first + len(part)])
+        recorder.put_rows("final_out", normed, rows.to(logits.device), len(task.answers))
+        recorder.put_rows("logits", logits, rows.to(logits.device), len(task.answers))
     return recorder.run
 
 
@@ -227,11 +260,11 @@ class _Recorder:
             self._together[key] = before, more, joined  # alive, so that no other tensor gets its id
         return self._together[key][2]
 
-    def put_rows(self, logits: Tensor, rows: Tensor, count: int) -> None:
-        """Note down logits. [rows of the examples, vocab]"""
+    def put_rows(self, kind: str, values: Tensor, rows: Tensor, count: int) -> None:
+        """Note down what there is at the answers only. [rows of the examples, ...]"""
         if self._some.start == 0:
-            self.run.logits = logits.new_empty(count, logits.shape[1])
-        self.run.logits[rows] = logits
+            setattr(self.run, kind, values.new_empty(count, values.shape[1]))
+        getattr(self.run, kind)[rows] = values
 
 
 def _recording_hooks(model: PatchedModel, recorder: _Recorder, *, tables: bool = True) -> list[Any]:

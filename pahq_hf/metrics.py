@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pahq_hf.config import MetricName
+from pahq_hf.divergence import divergence
 from pahq_hf.errors import MetricError
 from pahq_hf.tasks.base import Task
 
@@ -83,23 +84,32 @@ class Metric:
         counts = torch.bincount(task.answer_rows, minlength=len(task)).to(torch.float64)
         # Rows of one example share its weight: the value is a mean over examples.
         self.row_weights = (1 / (counts[task.answer_rows] * len(task))).to(device)
-        self.reference_log_probs: Tensor | None = None
-        if name == "kl":
-            if reference is None:
-                raise MetricError("kl needs the full model's logits as its reference")
-            self.reference_log_probs = reference.to(torch.float64).log_softmax(-1)
+        self._reference = reference if name == "kl" else None
+        if name == "kl" and reference is None:
+            raise MetricError("kl needs the full model's logits as its reference")
+
+    @property
+    def reference(self) -> Tensor:
+        """The full model's logits, of `kl`. [rows, vocab]"""
+        assert self._reference is not None
+        return self._reference
+
+    def reference_log_probs(self) -> Tensor:
+        """The full model's log probabilities, of `kl`. [rows, vocab] in float64"""
+        return self.reference.to(torch.float64).log_softmax(-1)
 
     def rows(self, logits: Tensor) -> Tensor:
-        """The metric row by row. [..., rows, vocab] -> [..., rows] in float64"""
+        """The metric row by row. [..., rows, vocab] -> [..., rows] in float64
+
+        Logits in float64 may be more than rounded ones: `kl` is as exact as they differ from the reference.
+        """
         logits = logits.to(torch.float64)
         if self.name == "logit_diff":
             right = self.answers.mean(self.answers.gather(logits))
             return self.distractors.mean(self.distractors.gather(logits)) - right
-        log_probs = logits.log_softmax(-1)
         if self.name == "kl":
-            assert self.reference_log_probs is not None
-            reference = self.reference_log_probs
-            return (reference.exp() * (reference - log_probs)).sum(-1)
+            return divergence(self.reference_log_probs(), logits - self.reference.to(torch.float64))
+        log_probs = logits.log_softmax(-1)
         right = self.answers.gather(log_probs)
         if self.name == "prob_diff":
             wrong = self.distractors.gather(log_probs)

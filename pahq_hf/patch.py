@@ -8,6 +8,7 @@ from itertools import chain
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -241,6 +242,28 @@ class PatchedModel:
         scores: Tensor = self.unembedding(x) * self.arch.logit_scale
         cap = self.arch.logit_softcap
         return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def logit_change(self, x: Tensor, clean: Tensor) -> Tensor:
+        """`logits(x) - logits(clean)` without the cancellation of that difference.
+
+        Args:
+            x: Normalised final hidden states. [..., d_model]
+            clean: Others that they are near to. [..., d_model]
+
+        Returns:
+            [..., vocab]
+        """
+        table = self.unembedding
+        change = (
+            table.change(x - clean) if isinstance(table, PAHQTable) else F.linear(x - clean, table.weight)
+        )
+        change = change * self.arch.logit_scale
+        cap = self.arch.logit_softcap
+        if cap is None:
+            return change
+        before = table(clean) * (self.arch.logit_scale / cap)
+        after = before + change / cap
+        return cap * torch.tanh(change / cap) * (1 - torch.tanh(before) * torch.tanh(after))
 
     @property
     def vocab_size(self) -> int:

@@ -109,7 +109,7 @@ def test_kl_is_zero_for_the_full_model_and_never_negative(seed: int, scale: floa
     assert metric(reference) == 0.0
     assert metric(reference + 7) == pytest.approx(0, abs=1e-10)  # logits are defined up to a constant
     other = reference + torch.randn(2, 50, generator=generator, dtype=torch.float64) * 10**step
-    assert metric(other) >= -1e-12  # rounding of log probabilities near -100
+    assert metric(other) >= 0
     if step > -2 and scale < 3:  # one that is nearly certain of one token hardly notices
         assert metric(other) > 1e-9
 

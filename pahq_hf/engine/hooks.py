@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pahq_hf.capture import Activations, ablated, answer_logits, capture, head_outputs, with_streams
+from pahq_hf.capture import (
+    Activations,
+    ablated,
+    capture,
+    exact_logits,
+    head_outputs,
+    run_to_answers,
+    with_streams,
+)
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.patched_run import PatchedRun, RunAnchors, record_linears
 from pahq_hf.engine.rule import PrecisionRule
@@ -81,6 +89,7 @@ class HooksEngine:
             self.substitute: Activations = ablated(model, clean, self.corrupted, task, ablation, store)
         self._fixed = ablation != "corrupted"
         self.clean_logits = clean.logits
+        self._clean = Activations(logits=clean.logits, final_out=clean.final_out)  # the rest may go
         self.metric = Metric(metric, task, clean.logits, model.device)
         for run in (clean, self.corrupted):
             self.metric(run.logits)  # NaN fails here, before anything is searched or written
@@ -97,13 +106,13 @@ class HooksEngine:
     # -- any circuit ------------------------------------------------------------------------------
 
     def logits(self, kept: BoolArray) -> Tensor:
-        """Logits of a circuit at the answer positions.
+        """Logits of a circuit at the answer positions, exact in how they differ from the full model's.
 
         Args:
             kept: Its edges. [readers, writers]
 
         Returns:
-            [rows, vocab]
+            [rows, vocab] in float64
         """
         with self._without_anchors(), self._rule.exactly(self.model):
             return self._run(self.graph.all_edges & ~kept)
@@ -193,7 +202,7 @@ class HooksEngine:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
         self._drop_anchors()
         self.evaluations += 1
-        logits = torch.empty_like(self.clean_logits)
+        final = torch.empty_like(self._clean.final_out)
         for part in self._parts:
             run = self._patched(part, self._removed, separate=True)
             with (
@@ -201,7 +210,7 @@ class HooksEngine:
                 self._rule.exactly(self.model),
                 hooks(*run.register()),
             ):
-                logits[part.rows] = answer_logits(self.model, part.task, part.task.clean_ids)
+                final[part.rows] = run_to_answers(self.model, part.task, part.task.clean_ids)[0]
             differences = self._differences[:, : len(part.task)].clone()
             part.anchors = RunAnchors(
                 linears,
@@ -211,17 +220,22 @@ class HooksEngine:
                 self._removed.copy(),
                 self._rule.full_writers,
             )
-        return self.metric(logits)
+        return self.metric(self._logits(final))
 
     def _run(self, removed: BoolArray) -> Tensor:
-        logits = torch.empty_like(self.clean_logits)
+        final = torch.empty_like(self._clean.final_out)
         for part in self._parts:
             with ExitStack() as stack:
                 if part.anchors is not None:
                     stack.enter_context(part.anchors.in_use())
                 stack.enter_context(hooks(*self._patched(part, removed).register()))
-                logits[part.rows] = answer_logits(self.model, part.task, part.task.clean_ids)
-        return logits
+                final[part.rows] = run_to_answers(self.model, part.task, part.task.clean_ids)[0]
+        return self._logits(final)
+
+    def _logits(self, final: Tensor) -> Tensor:
+        """Logits of hidden states after the final norm. [rows, d_model] -> [rows, vocab]"""
+        with torch.no_grad(), self.model.exact_tables():
+            return exact_logits(self.model, self._clean, final)
 
     def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
         substitute = self._ablated.part(part.examples)

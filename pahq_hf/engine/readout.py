@@ -1,11 +1,7 @@
 """The metric from the last residual stream, without ever storing logits over the vocabulary.
 
-For KL to a fixed distribution p,
-
-    KL(p || q) = sum p log p  -  x . (W_U^T p)  +  logsumexp(x W_U^T),
-
-where only the last term needs the vocabulary; it is taken in blocks that stay in cache. The other
-metrics need a few columns of the unembedding and, for probabilities, the same logsumexp.
+KL is `engine/kl.py`'s. The other metrics need a few columns of the unembedding and, for probabilities, a
+logsumexp over the vocabulary, which is taken in blocks that stay in cache.
 """
 
 from __future__ import annotations
@@ -15,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.config import MetricName
+from pahq_hf.capture import Activations, exact_logits
+from pahq_hf.engine.kl import KLReadout
 from pahq_hf.engine.vocabulary import Vocabulary
 from pahq_hf.metrics import Metric, TokenSets
 from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import PAHQTable, exact_block, exact_rows
+from pahq_hf.precision import PAHQTable, exact_rows
 
 _LOGITS = 1 << 23  # at once, where all are needed
 
@@ -32,20 +29,22 @@ class MetricReader(Protocol):
 
 
 def make_readout(
-    metric: Metric, model: PatchedModel, clean_logits: Tensor, *, hold: bool = True
+    metric: Metric, model: PatchedModel, clean: Activations, *, hold: bool = True
 ) -> MetricReader:
     """What reads a metric of a model's last stream.
 
     Args:
         metric: The metric, bound to the task and the full model's logits.
         model: The patched model.
-        clean_logits: The full model's logits. [rows, vocab]
+        clean: The full model's run.
         hold: Keep the unembedding packed for products.
     """
     if model.arch.logit_softcap is not None:
-        return CappedReadout(metric, model)
+        return CappedReadout(metric, model, clean)
     scale = model.arch.logit_scale
-    return Readout(metric, model.unembedding, clean_logits, scale=scale, hold=hold)
+    if metric.name == "kl":
+        return KLReadout(metric, model.unembedding, clean.final_out, scale=scale, hold=hold)
+    return Readout(metric, model.unembedding, clean.logits, scale=scale, hold=hold)
 
 
 class CappedReadout:
@@ -54,17 +53,21 @@ class CappedReadout:
     Args:
         metric: The metric, bound to the task and the full model's logits.
         model: The patched model.
+        clean: The full model's run.
     """
 
-    def __init__(self, metric: Metric, model: PatchedModel) -> None:
+    def __init__(self, metric: Metric, model: PatchedModel, clean: Activations) -> None:
         self._metric = metric
         self._model = model
+        self._clean = clean
 
     def rows(self, x: Tensor) -> Tensor:
         """The metric row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
         few = max(1, _LOGITS // (x.shape[1] * self._model.vocab_size))
         with self._model.exact_tables():
-            return torch.cat([self._metric.rows(self._model.logits(some)) for some in x.split(few)])
+            return torch.cat(
+                [self._metric.rows(exact_logits(self._model, self._clean, some)) for some in x.split(few)]
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
@@ -72,7 +75,7 @@ class CappedReadout:
 
 
 class Readout:
-    """Evaluates a metric on normalised final hidden states.
+    """Evaluates a metric other than KL on normalised final hidden states.
 
     Args:
         metric: The metric, bound to the task and the full model's logits.
@@ -98,25 +101,8 @@ class Readout:
         self._bias: Tensor | None = None if bias is None else bias.detach() * scale
         # Any value near the result keeps the exponentials in range; a fixed one keeps runs repeatable.
         self._logsumexp = Vocabulary(unembedding, self._bias, clean_logits.logsumexp(-1), hold=hold)
-        name: MetricName = metric.name
-        if name == "kl":
-            self._prepare_kl()
-        elif name == "logit_diff":
+        if metric.name == "logit_diff":
             self._direction, self._offset = self._difference()
-
-    def _prepare_kl(self) -> None:
-        log_p = self.metric.reference_log_probs
-        assert log_p is not None
-        p = log_p.exp()
-        width = self._unembedding.in_features
-        direction = torch.zeros(p.shape[0], width, dtype=torch.float64, device=p.device)
-        for start in range(0, p.shape[1], 4096):  # in blocks: W_U in float64 would not fit
-            rows = slice(start, min(start + 4096, p.shape[1]))
-            direction += p[:, rows] @ exact_block(self._unembedding, rows).to(torch.float64)
-        self._direction = direction  # W_U^T p  [rows, d_model]
-        self._offset = (p * log_p).sum(-1)  # [rows]
-        if self._bias is not None:
-            self._offset = self._offset - p @ self._bias.to(torch.float64)
 
     def _difference(self) -> tuple[Tensor, Tensor]:
         """Mean answer column minus mean distractor column. [rows, d_model], [rows]"""
@@ -147,8 +133,6 @@ class Readout:
         if name == "logit_diff":
             return -((x.to(torch.float64) * self._direction).sum(-1) + self._offset)
         lse = self._logsumexp(x)
-        if name == "kl":
-            return self._offset - (x.to(torch.float64) * self._direction).sum(-1) + lse
         right = self._probability(x, self.metric.answers, lse)
         if name == "prob_diff":
             return self._probability(x, self.metric.distractors, lse) - right

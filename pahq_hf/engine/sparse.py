@@ -90,7 +90,7 @@ class SparseEngine:
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
             hold = self._memory.holds_vocabulary
-            self._readout = make_readout(self.metric, model, clean.logits, hold=hold)
+            self._readout = make_readout(self.metric, model, clean, hold=hold)
             self._streams = Streams(model, plan, clean, self._substitute, store)
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"

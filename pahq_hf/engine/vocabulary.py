@@ -1,16 +1,50 @@
-"""The logarithm of the sum over the vocabulary, in blocks that stay in cache; logits are never stored."""
+"""Sums over the vocabulary, in blocks that stay in cache; logits are never stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pahq_hf.precision import PAHQTable, Product, exact_block
 
-_BLOCK = 2048  # tokens of the vocabulary, and
+BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured
+
+
+class Blocks:
+    """The unembedding in blocks that are packed for products.
+
+    Args:
+        unembedding: The unembedding, W_U [vocab, d_model].
+        bias: What products add. [vocab]
+        hold: Keep the blocks packed; otherwise they are packed one by one whenever they are wanted.
+    """
+
+    def __init__(self, unembedding: nn.Linear | PAHQTable, bias: Tensor | None, *, hold: bool = True) -> None:
+        self._unembedding = unembedding
+        self._bias = bias
+        self._hold = hold
+        self._held: list[Product] = []
+
+    def __iter__(self) -> Iterator[Product]:
+        """The blocks, each of `BLOCK` tokens, in order."""
+        if not self._hold:
+            return self._packed()
+        self._held = self._held or list(self._packed())
+        return iter(self._held)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores of all tokens. [n, d_model] -> [n, vocab]"""
+        return torch.cat([product(x) for product in self], dim=-1)
+
+    def _packed(self) -> Iterator[Product]:
+        vocab = self._unembedding.out_features
+        for start in range(0, vocab, BLOCK):
+            rows = slice(start, min(start + BLOCK, vocab))
+            bias = None if self._bias is None else self._bias[rows]
+            yield Product(exact_block(self._unembedding, rows), bias)
 
 
 class Vocabulary:
@@ -31,11 +65,8 @@ class Vocabulary:
         *,
         hold: bool = True,
     ) -> None:
-        self._hold = hold
-        self._unembedding = unembedding
-        self._bias = bias
+        self._blocks = Blocks(unembedding, bias, hold=hold)
         self._shift = shift
-        self._blocks: list[Product] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """[batch, rows, d_model] -> [batch, rows] in float64"""
@@ -46,33 +77,13 @@ class Vocabulary:
         flat = x.reshape(batch * rows, -1)
         shift = self._shift.repeat(batch)[:, None]
         total = torch.zeros(batch * rows, dtype=torch.float64, device=x.device)
-        for product in self._products():
+        for product in self._blocks:
             total += product(flat).sub_(shift).exp_().sum(-1)
         good = torch.isfinite(total) & (total > 1e-20) & (total < 1e20)
         result = total.log() + shift[:, 0].to(torch.float64)
-        if not bool(good.all()):
-            result[~good] = self._textbook(flat[~good]).to(torch.float64)
+        if not bool(good.all()):  # the textbook form, safe whatever the scale
+            result[~good] = self._blocks.logits(flat[~good]).logsumexp(-1).to(torch.float64)
         return result.view(batch, rows)
-
-    def _products(self) -> Iterable[Product]:
-        """The unembedding's blocks."""
-        if not self._hold:
-            return packed_blocks(self._unembedding, self._bias)
-        self._blocks = self._blocks or list(packed_blocks(self._unembedding, self._bias))
-        return self._blocks
-
-    def _textbook(self, x: Tensor) -> Tensor:
-        """The textbook form, safe whatever the scale. [n, d_model] -> [n]"""
-        blocks = [product(x) for product in packed_blocks(self._unembedding, self._bias)]
-        return torch.logsumexp(torch.cat(blocks, dim=-1), dim=-1)
-
-
-def packed_blocks(unembedding: nn.Linear | PAHQTable, bias: Tensor | None) -> Iterator[Product]:
-    """The unembedding cut into packed blocks, one at a time."""
-    vocab = unembedding.out_features
-    for start in range(0, vocab, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, vocab))
-        yield Product(exact_block(unembedding, rows), None if bias is None else bias[rows])
 
 
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

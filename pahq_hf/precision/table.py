@@ -21,9 +21,16 @@ class PAHQTable(PAHQLinear):
         """Scores of all tokens. [..., d_model] -> [..., vocab]"""
         if self.low is not None and is_differentiated(x):
             return differentiable(self, x)
+        return self._scores(x, self.bias)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What a change of the input changes, without the bias. [..., d_model] -> [..., vocab]"""
+        return self._scores(x, None)
+
+    def _scores(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scores = []
         for rows in self._row_blocks():
-            scores.append(F.linear(x, self.dense(rows), None if self.bias is None else self.bias[rows]))
+            scores.append(F.linear(x, self.dense(rows), None if bias is None else bias[rows]))
         return torch.cat(scores, dim=-1)
 
     def transposed(self, y: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""KL to the full model from how the last stream differs from its, over the vocabulary in blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pahq_hf.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
+from pahq_hf.engine.vocabulary import BLOCK, Blocks, in_batches
+from pahq_hf.metrics import Metric
+from pahq_hf.precision import PAHQTable, exact_block
+
+_FAR = 16  # rows at once whose logits are all held
+
+
+class KLReadout:
+    """`KL(full model || circuit)` in FP32, of hidden states after the final norm.
+
+    The logits' change is the unembedding's product with the change of the hidden states: where that is small,
+    the difference of two logits, each rounded by itself, would be mostly rounding.
+
+    Args:
+        metric: The metric `kl`, bound to the full model's logits.
+        unembedding: The model's unembedding, W_U [vocab, d_model].
+        clean: The full model's hidden states after the final norm. [rows, d_model]
+        scale: Factor of the logits.
+        hold: Keep the unembedding packed for products.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        unembedding: nn.Linear | PAHQTable,
+        clean: Tensor,
+        *,
+        scale: float = 1.0,
+        hold: bool = True,
+    ) -> None:
+        self._metric = metric
+        self._clean = clean
+        self._scale = scale
+        self._blocks = Blocks(unembedding, None, hold=hold)  # a bias is the same in both
+        p = metric.reference_log_probs().exp()
+        self._mean = torch.zeros(
+            clean.shape, dtype=torch.float64, device=p.device
+        )  # W_U^T p  [rows, d_model]
+        self._longest = 0.0  # of the unembedding's rows
+        for start in range(0, p.shape[1], BLOCK):  # in blocks: W_U in float64 would not fit
+            tokens = slice(start, min(start + BLOCK, p.shape[1]))
+            weight = exact_block(unembedding, tokens)
+            self._mean += p[:, tokens] @ weight.to(torch.float64)
+            self._longest = max(self._longest, float(weight.norm(dim=-1).max()))
+        self._p = p.to(clean.dtype)  # [rows, vocab]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The metric row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
+        return in_batches(self._few, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
+        return self._metric.reduce(self.rows(x))
+
+    def _few(self, x: Tensor) -> Tensor:
+        batch, rows, _ = x.shape
+        change = (x - self._clean) * self._scale
+        mean = (change.to(torch.float64) * self._mean).sum(-1)
+        furthest = float((change.norm(dim=-1) * self._longest + mean.abs()).max())  # |u| is no larger
+        measure = excess_by_series if furthest <= SERIES and x.dtype == torch.float32 else excess
+        shift, flat = mean.to(x.dtype)[..., None], change.flatten(0, 1)
+        total, largest = torch.zeros_like(mean), torch.zeros_like(mean)
+        for product, p in zip(self._blocks, self._p.split(BLOCK, dim=-1), strict=True):
+            u = product(flat).view(batch, rows, -1).sub_(shift)
+            if not furthest <= LARGEST:
+                largest = torch.maximum(largest, u.amax(-1))
+            total += measure(u).mul_(p).sum(-1)
+        result = total.clamp_(min=0).log1p_()
+        if not furthest <= LARGEST:  # also where it is NaN, which has to come through
+            for far in (~(largest <= LARGEST)).nonzero().split(_FAR):
+                entry, row = far.T
+                log_p = self._metric.reference[row].to(torch.float64).log_softmax(-1)
+                moved = self._blocks.logits(change[entry, row]).to(torch.float64)
+                result[entry, row] = divergence(log_p, moved)
+        return result
