@@ -27,6 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from pahq_hf.architectures import find_architecture, supported_families, unsupported
 from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
+from pahq_hf.placement import one_device
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.progress import library_bars
 from pahq_hf.skeleton import load_skeleton
@@ -128,9 +129,12 @@ def load(
     Raises:
         ModelLoadError: If the checkpoint is missing, incomplete or damaged.
         UnsupportedModelError: If the family is not supported.
-        ConfigError: If another attention implementation than `eager` is asked for.
+        ConfigError: If another attention implementation than `eager` is asked for, or several devices.
     """
     _check_attention(kwargs)
+    device = one_device(kwargs.get("device_map"), kwargs.pop("max_memory", None))
+    if kwargs.get("device_map") is not None:
+        kwargs["device_map"] = {"": device}
     config = load_config(name, **kwargs)
     origin, arguments = name, kwargs
     if streamed and kwargs.get("gguf_file"):
@@ -138,9 +142,8 @@ def load(
     pickled = kwargs.get("use_safetensors") is False
     files = [] if pickled else safetensors_files(origin, **arguments)
     source = CheckpointSource(files) if files else None
-    device = _one_device(kwargs)
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
-    if streamed and source is not None and device is not None and full:
+    if streamed and source is not None and full:
         model = load_skeleton(
             config, source, device, quantize_tables=quantize_tables, trust_remote_code=trusts(kwargs)
         )
@@ -155,21 +158,6 @@ def _check_attention(kwargs: dict[str, Any]) -> None:
         raise ConfigError(
             "attn_implementation must be 'eager': attention is cut into heads and needs its explicit mask"
         )
-
-
-def _one_device(kwargs: dict[str, Any]) -> torch.device | None:
-    """The device a model goes to as a whole; None when it is to be spread over several."""
-    place = kwargs.get("device_map")
-    if isinstance(place, dict) and set(place) == {""}:
-        place = place[""]
-    if place is None:
-        return torch.device("cpu")
-    if isinstance(place, (str, int, torch.device)) and place not in ("auto", "balanced", "sequential"):
-        try:
-            return torch.device(place)
-        except RuntimeError:
-            return None  # "balanced_low_0", or a mistake that transformers will name
-    return None
 
 
 def _load_generation_config(model: PreTrainedModel, name: str, **kwargs: Any) -> None:

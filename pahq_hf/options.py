@@ -49,7 +49,7 @@ class LoadOptions(TypedDict, total=False):
         dtype: Of the weights: float32, or float64 in regime fp32.
         torch_dtype: Its older name.
         device_map: Where parts of the model go, in place of `device`.
-        max_memory: Bound of each device, for `device_map="auto"`.
+        max_memory: With `device_map="auto"`, which GPUs count: those that it gives bytes.
         trust_remote_code: Run code that comes with the model.
         attn_implementation: `eager`, and nothing else.
     """
@@ -197,7 +197,7 @@ def read_load_options(
     return arguments, fields
 
 
-def usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | int | torch.device) -> torch.device:
     """A device by its name.
 
     Raises:

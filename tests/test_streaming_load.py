@@ -20,6 +20,7 @@ import pahq_hf.checkpoint
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.model import PAHQModel
+from pahq_hf.placement import one_device
 from pahq_hf.precision import PAHQTable
 from tests.helpers import FP32
 from tests.models import FAMILIES, VOCAB, WIDTH, padded_prompts, tiny_attention_only, tiny_llama
@@ -299,26 +300,65 @@ def test_generation_config_is_honoured(saved: Callable[..., Path], only_streamed
 
 
 @pytest.mark.parametrize(
-    "place", [{"": "cpu"}, "cpu", torch.device("cpu"), {"": torch.device("cpu")}], ids=str
+    "place",
+    [{"": "cpu"}, "cpu", torch.device("cpu"), {"": torch.device("cpu")}, {"model": "cpu", "lm_head": "cpu"}],
+    ids=str,
 )
 def test_device_map(place: Any, saved: Callable[..., Path], only_streamed: None) -> None:
     ours = PAHQModel.from_pretrained(saved("llama"), RTN, device_map=place)
     assert_same_model(ours, PAHQModel(tiny_llama(), RTN))
 
 
-@pytest.mark.parametrize("place", ["auto", {"model": "cpu", "lm_head": "cpu"}], ids=str)
-def test_a_model_spread_by_accelerate_is_loaded_whole(
-    place: Any, saved: Callable[..., Path], whole_loads: list[str]
+@pytest.mark.parametrize("place", ["auto", "balanced", "balanced_low_0", "sequential"])
+@pytest.mark.parametrize("config", [RTN, PAHQConfig("fp32")], ids=["rtn", "fp32"])
+def test_auto_is_the_one_device_there_is(
+    place: str,
+    config: PAHQConfig,
+    saved: Callable[..., Path],
+    whole_loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    ours = PAHQModel.from_pretrained(saved("llama"), config, device_map=place)
+    assert len(whole_loads) == (0 if config.is_low else 1)  # streamed, not loaded in FP32 to be divided
+    assert ours.patched.device == torch.device("cpu")
+    assert_same_model(ours, PAHQModel(tiny_llama(), config))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("auto", "device_map='auto' would spread the model over 2 GPUs.*device='cuda:0'"),
+        ("balanced", "device_map='balanced' would spread"),
+        ({"model": "cpu", "lm_head": "meta"}, "whole on one device; this device_map names cpu, meta"),
+        ({"model": "cpu", "lm_head": "disk"}, "offloads nothing"),
+        ({}, "this device_map names none"),
+        ({"": "abacus"}, "device 'abacus' cannot be used"),
+        ("abacus", "device 'abacus' cannot be used"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [RTN, PAHQConfig("fp32")], ids=["rtn", "fp32"])
+def test_several_devices_and_none_are_refused_in_one_line(
+    place: Any,
+    message: str,
+    config: PAHQConfig,
+    saved: Callable[..., Path],
+    whole_loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     folder = saved("llama")
-    ours = PAHQModel.from_pretrained(folder, RTN, device_map=place)
-    assert whole_loads == [str(folder)]
-    assert_same_model(ours, PAHQModel(tiny_llama(), RTN))
+    with pytest.raises(ConfigError, match=message) as caught:
+        PAHQModel.from_pretrained(folder, config, device_map=place)
+    assert "\n" not in str(caught.value) and not whole_loads
 
 
-def test_an_unknown_device(saved: Callable[..., Path]) -> None:
-    with pytest.raises((ModelLoadError, ConfigError)):
-        PAHQModel.from_pretrained(saved("llama"), RTN, device_map={"": "abacus"})
+def test_memory_bounds_say_which_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert one_device("auto", {0: 0, 1: "20GiB"}) == torch.device("meta", 1)
+    assert one_device("auto", {"cpu": "20GiB"}) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "float32"], ids=str)

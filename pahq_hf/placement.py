@@ -1,0 +1,67 @@
+"""Which device a model goes to: always one, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pahq_hf.errors import ConfigError
+from pahq_hf.options import usable_device
+
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
+
+
+def one_device(place: Any, max_memory: Mapping[Any, Any] | None = None) -> torch.device:
+    """The device that a `device_map` means.
+
+    Transformers would load a model in FP32 first to find out how `auto` divides it; it is not divided here.
+
+    Args:
+        place: A device, a map of modules to devices, or one of accelerate's names, such as `auto`: the
+            machine's GPU if it has one, the CPU if it has none. None is the CPU.
+        max_memory: Bytes by device, with one of accelerate's names; GPUs it leaves out or gives nothing are
+            not used.
+
+    Raises:
+        ConfigError: If there is no such device, or there are several.
+    """
+    if place is None:
+        return torch.device("cpu")
+    if isinstance(place, Mapping):
+        return _of_map(place)
+    if isinstance(place, str) and place in _SPREADING:
+        return _gpu(place, max_memory)
+    return usable_device(place)
+
+
+def _of_map(places: Mapping[Any, Any]) -> torch.device:
+    if "disk" in places.values():
+        raise ConfigError(
+            "some weights are offloaded to the disk, out of reach of the projections' patches: load the "
+            "model with a device_map that offloads nothing"
+        )
+    devices = {usable_device(place) for place in places.values()}
+    if len(devices) != 1:
+        names = ", ".join(sorted(map(str, devices))) or "none"
+        raise ConfigError(f"the model has to be whole on one device; this device_map names {names}")
+    return devices.pop()
+
+
+def _gpu(name: str, max_memory: Mapping[Any, Any] | None) -> torch.device:
+    count = torch.accelerator.device_count()
+    numbers = [n for n in range(count) if max_memory is None or max_memory.get(n)]
+    if not numbers:
+        return torch.device("cpu")
+    if len(numbers) > 1:
+        raise ConfigError(
+            f"device_map={name!r} would spread the model over {len(numbers)} GPUs, and it has to be whole on "
+            "one: name it, as in device='cuda:0'"
+        )
+    return usable_device(torch.device(_accelerator(), numbers[0]))
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator()
+    return "cuda" if found is None else found.type
