@@ -322,7 +322,7 @@ def test_auto_is_the_one_device_there_is(
     ours = PAHQModel.from_pretrained(saved("llama"), config, device_map=place)
     assert len(whole_loads) == (0 if config.is_low else 1)  # streamed, not loaded in FP32 to be divided
     assert ours.patched.device == torch.device("cpu")
-    assert_same_model(ours, PAHQModel(tiny_llama(), config))
+    assert torch.equal(ours(IDS).logits, PAHQModel(tiny_llama(), config)(IDS).logits)
 
 
 @pytest.mark.parametrize(
