@@ -330,7 +330,7 @@ class _ReaderSearch:
         """Decide one edge as the sequential loop does. Returns whether it stays."""
         score = new - self._cur
         self._scores[writer] = score
-        stays = self._stays(score)
+        stays = self._config.stays(score)
         if self._is_near(score):
             look = _Look(self._position, len(self._removed), self._cur, new, stays)
             self._waiting.append(look)
@@ -338,9 +338,6 @@ class _ReaderSearch:
         if not stays:
             self._cur = new
         return stays
-
-    def _stays(self, score: float) -> bool:
-        return (abs(score) if self._config.absolute else score) >= self._config.threshold
 
     def _is_near(self, score: float) -> bool:
         margin, tau = self._config.margin or 0.0, self._config.threshold
@@ -362,7 +359,7 @@ class _ReaderSearch:
         for number, look in enumerate(looks):
             score = values[2 * number + 1] - values[2 * number]
             self._scores[self._edges[look.position]] = score
-            if self._stays(score) is not look.stays:
+            if self._config.stays(score) is not look.stays:
                 self._changed += 1
                 self._return_to(look)
                 return

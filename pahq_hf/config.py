@@ -272,6 +272,10 @@ class ACDCConfig(_JsonConfig):
         if self.screen is not None:
             parse_screen(self.screen)
 
+    def stays(self, score: float) -> bool:
+        """Whether an edge with this score is kept."""
+        return (abs(score) if self.absolute else score) >= self.threshold
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
         values = asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -35,9 +36,9 @@ from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
 from pahq_hf.hardware import hardware_facts
-from pahq_hf.journal import Journal, check_header
+from pahq_hf.journal import Journal, check_header, check_result
 from pahq_hf.judge import Judge
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
@@ -46,6 +47,7 @@ from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
 from pahq_hf.verdict import announce
 
+logger = logging.getLogger(__name__)
 DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
@@ -170,6 +172,7 @@ class Discovery:
         if resume and os.path.exists(folder / CIRCUIT_NAME):
             circuit = Circuit.from_pretrained(folder)
             check_header(circuit.discovery.get("header", {}), self.header(), folder)
+            self._check_finished(circuit, folder)
             return circuit
         if not resume:
             refuse_overwrite(folder, "continue it with --resume or choose another folder")
@@ -285,11 +288,39 @@ class Discovery:
             journal = Journal.resume(folder, self.header())
             if self.acdc.screen is not None:
                 self.screen = Screen.load(self.acdc.screen, self.model.graph, folder, self.header())
-            journal.check(self.model.graph, self.acdc.order)
+            self._replay(journal, self.screen)
+            if not journal.is_sealed:
+                logger.warning(
+                    "%s has no checksums, an earlier version wrote it; its records are consistent",
+                    journal.path,
+                )
             return journal
         if self.screen is not None:
             self.screen.save(folder, self.header())
         return Journal.create(folder, self.header())
+
+    def _replay(self, journal: Journal, screen: Screen | None) -> Search:
+        """The state of the search after a journal's records, which are checked."""
+        survivors = None if screen is None else screen.survivors
+        exact = self.pahq.regime == "fp32"
+        return journal.check(self.model.graph, self.acdc, survivors, telescopes=exact)
+
+    def _check_finished(self, circuit: Circuit, folder: Path) -> None:
+        """Check that a finished run's circuit is what its journal says, where that is still there.
+
+        Raises:
+            RunError: If it is not, or if the journal is damaged.
+        """
+        lost = self.acdc.screen is not None and not os.path.exists(folder / SCREEN_NAME)
+        if lost or not os.path.exists(folder / JOURNAL_NAME):
+            return
+        journal = Journal.read(folder)
+        if journal is None:
+            return
+        check_header(journal.header, self.header(), folder)
+        text = self.acdc.screen
+        screen = None if text is None else Screen.load(text, self.model.graph, folder, self.header())
+        check_result(self._replay(journal, screen), circuit, folder)
 
     def _source(self, engine: HooksEngine | SparseEngine) -> str:
         """What answers depend on to the bit, beside the run's header."""

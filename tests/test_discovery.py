@@ -32,6 +32,7 @@ from tests.helpers import (
     named,
     referee,
     small_disk,
+    unsealed,
     wrapped,
 )
 from tests.models import FAMILIES, random_task
@@ -387,6 +388,113 @@ def test_a_damaged_journal_is_refused(finished: Path, tmp_path: Path, case: str)
     with pytest.raises(RunError, match=r"journal\.jsonl is damaged .*remove the folder and start anew"):
         discover(wrapped("llama"), tmp_path, resume=True)
     assert files_of(tmp_path) == {"journal.jsonl": raw}
+
+
+def first_record(lines: list[bytes], fits: Callable[[dict[str, Any]], bool]) -> int:
+    return next(n for n, line in enumerate(lines[1:], start=1) if fits(json.loads(line)))
+
+
+def altered(lines: list[bytes], number: int, **changes: Any) -> list[bytes]:
+    """A journal with one of its records changed."""
+    entry = json.loads(lines[number]) | changes
+    return [*lines[:number], json.dumps(entry).encode() + b"\n", *lines[number + 1 :]]
+
+
+def alter_scores(lines: list[bytes], number: int, factor: float, kept: bool) -> list[bytes]:
+    """A journal with the scores of the kept or the removed edges of one record changed."""
+    entry = json.loads(lines[number])
+    scores = {w: s * factor if (int(w) in entry["kept"]) is kept else s for w, s in entry["scores"].items()}
+    return altered(lines, number, scores=scores)
+
+
+def has_kept(entry: dict[str, Any]) -> bool:
+    return bool(entry["kept"]) and len(entry["scores"]) > len(entry["kept"])
+
+
+ALTERED: dict[str, Callable[[list[bytes], int], list[bytes]]] = {
+    "a kept edge dropped": lambda lines, n: altered(lines, n, kept=json.loads(lines[n])["kept"][1:]),
+    "an edge kept": lambda lines, n: altered(lines, n, kept=sorted(map(int, json.loads(lines[n])["scores"]))),
+    "scores of removed edges": lambda lines, n: alter_scores(lines, n, 10.0, kept=False),
+    "scores of kept edges below the threshold": lambda lines, n: alter_scores(lines, n, 1e-6, kept=True),
+    "a reader not searched": lambda lines, n: altered(lines, n, searched=False),
+    "searched, as a text": lambda lines, n: altered(lines, n, searched="true"),
+    "no scores": lambda lines, n: altered(lines, n, scores={}, kept=[]),
+    "a metric that is no number": lambda lines, n: altered(lines, n, metric=float("nan")),
+    "another metric": lambda lines, n: altered(lines, n, metric=json.loads(lines[n])["metric"] + 0.01),
+    "a second look": lambda lines, n: altered(lines, n, looks=1),
+}
+# Where an earlier version's journal has no checksum, this is consistent.
+ONLY_SEALED = {"scores of kept edges": lambda lines, n: alter_scores(lines, n, 10.0, kept=True)}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["sealed", "older"])
+@pytest.mark.parametrize("case", [*ALTERED, *ONLY_SEALED])
+def test_an_altered_record_is_named(finished: Path, tmp_path: Path, case: str, older: bool) -> None:
+    if older and case in ONLY_SEALED:
+        pytest.skip("only a checksum tells")
+    lines = journal_lines(finished)
+    number = first_record(lines[1:], has_kept) + 1  # not the very first: it is told by what came before, too
+    changed = (ALTERED | ONLY_SEALED)[case](lines, number)
+    assert changed != lines
+    raw = b"".join(unsealed(changed) if older else changed)
+    (tmp_path / "journal.jsonl").write_bytes(raw)
+    with pytest.raises(
+        RunError, match=rf"is damaged \(record {number} on line {number + 1}.*--resume"
+    ) as caught:
+        discover(wrapped("llama"), tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    assert files_of(tmp_path) == {"journal.jsonl": raw}
+
+
+def test_any_bit_of_a_journal_counts(finished: Path, tmp_path: Path) -> None:
+    """Whatever is flipped, an error names it, or what was flipped was the end of the last line."""
+    header = json.loads(unsealed(journal_lines(finished)[:1])[0])
+    raw = b"".join(journal_lines(finished)[:4])
+    for place in range(0, len(raw) - 1, 17):
+        changed = bytearray(raw)
+        changed[place] ^= 1 << place % 7
+        (tmp_path / "journal.jsonl").write_bytes(bytes(changed))
+        with pytest.raises(RunError, match=r"is damaged|holds another run"):
+            Journal.resume(tmp_path, header).check(wrapped("llama").graph, ACDCConfig(TAU))
+
+
+@pytest.mark.parametrize("records", [0, 5])
+def test_a_journal_of_an_earlier_version_goes_on_with_a_note(
+    finished: Path, tmp_path: Path, records: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = unsealed(journal_lines(finished)[: 1 + records])
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(older))
+    circuit = discover(wrapped("llama"), tmp_path, resume=True)
+    assert "journal.jsonl has no checksums, an earlier version wrote it" in caplog.text
+    assert circuit.discovery["resumed_readers"] == records
+    assert_same_circuit(circuit, Circuit.from_pretrained(finished))
+    lines = journal_lines(tmp_path)
+    assert lines[: 1 + records] == older
+    assert unsealed(lines) == unsealed(journal_lines(finished))
+    assert_same_circuit(discover(wrapped("llama"), tmp_path, resume=True), circuit)
+    lines[1 + records] = lines[1 + records].replace(b"searched", b"search3d")  # what was added is sealed
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(RunError, match=f"record {1 + records} on line {2 + records}: its checksum"):
+        discover(wrapped("llama"), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"readers": "logits,m*"}, {"absolute": True}, {"order": "head"}], ids=str
+)
+def test_a_sound_journal_passes_whatever_the_search(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = wrapped("llama", regime="pahq")
+    whole = discover(model, tmp_path / "whole", **options)
+    half = interrupted(tmp_path / "whole", tmp_path / "half", 9)
+    assert_same_circuit(discover(model, half, resume=True, **options), whole)
+
+
+def test_a_finished_run_that_was_changed_is_not_believed(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    circuit = Circuit.from_pretrained(finished)
+    circuit.scores[circuit.kept] *= 10
+    circuit.save_pretrained(tmp_path / "out")
+    with pytest.raises(RunError, match=r"is not the one its journal\.jsonl tells of"):
+        discover(wrapped("llama"), tmp_path / "out", resume=True)
 
 
 def test_a_journal_gives_back_its_records(tmp_path: Path) -> None:

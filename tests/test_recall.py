@@ -18,7 +18,7 @@ from pahq_hf.config import ACDCConfig, EngineConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.errors import RunError
-from tests.helpers import wrapped
+from tests.helpers import unsealed, wrapped
 from tests.models import random_task
 
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
@@ -181,7 +181,30 @@ def test_without_a_header_they_start_anew(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_bytes(torn)
     assert len(Answers.open(path, HEADER)) == 0
-    assert json.loads(path.read_text()) == HEADER
+    assert json.loads(unsealed([path.read_bytes()])[0]) == HEADER
+
+
+def test_an_altered_answer_is_named(written: Path) -> None:
+    lines = written.read_bytes().splitlines(keepends=True)
+    for number in (1, len(lines) - 1):
+        entry = json.loads(lines[number])
+        changed = [entry[0], [value * 10 for value in entry[1]], *entry[2:]]
+        for wrong in (changed, entry[:2]):
+            text = json.dumps(wrong).encode() + b"\n"
+            written.write_bytes(b"".join([*lines[:number], text, *lines[number + 1 :]]))
+            with pytest.raises(RunError, match=rf"damaged \(the answer on line {number + 1} .*; remove it"):
+                Answers.open(written, HEADER)
+
+
+def test_answers_of_an_earlier_version_are_computed_again(
+    written: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *rest = written.read_bytes().splitlines()
+    older = [json.dumps(json.loads(line)[:2]).encode() + b"\n" for line in rest]
+    written.write_bytes(b"".join([*unsealed([first]), *older]))
+    assert len(Answers.open(written, HEADER)) == 0
+    assert "answers.jsonl has no checksums, an earlier version wrote it" in caplog.text
+    assert written.read_bytes().splitlines() == [first]
 
 
 def test_a_file_of_other_searches_is_refused(written: Path) -> None:

@@ -31,6 +31,7 @@ from tests.helpers import (
     random_edges,
     run_main,
     save_tiny,
+    unsealed,
     wrapped,
     write_rows,
 )
@@ -194,20 +195,22 @@ def test_another_screen_is_another_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_screen_is_another_run(whole: Path, tmp_path: Path) -> None:
-    header = json.loads(journal_lines(whole)[0])
+    header = json.loads(unsealed(journal_lines(whole)[:1])[0])
     del header["acdc"]["screen"]
     (tmp_path / "journal.jsonl").write_text(json.dumps(header) + "\n")
     with pytest.raises(RunError, match="another run: its acdc is"):
         run(low("llama", "pahq"), "eap-ig:0.5", out=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign", "altered"])
 def test_a_lost_screen_is_refused(whole: Path, tmp_path: Path, damage: str) -> None:
     folder = cut(whole, tmp_path / "cut", 2)
     path = folder / "screen.safetensors"
     data = path.read_bytes()
     if damage == "missing":
         path.unlink()
+    elif damage == "altered":
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
     elif damage == "foreign":
         path.write_bytes((whole / "scores.safetensors").read_bytes())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -73,7 +74,8 @@ class Screen:
         Raises:
             RunError: If the folder cannot be written.
         """
-        notes = {"run": json.dumps({"header": dict(header), "seconds": self.seconds})}
+        facts = {"header": dict(header), "seconds": self.seconds, "check": _check(self.scores)}
+        notes = {"run": json.dumps(facts)}
 
         def write(path: Path) -> None:
             try:
@@ -104,6 +106,10 @@ class Screen:
             found, seconds = dict(notes["header"]), float(notes["seconds"])
             if scores.shape != graph.all_edges.shape or scores.dtype != np.float64:
                 raise ValueError(f"its scores have shape {scores.shape}")
+            if notes.get("check", _check(scores)) != _check(scores):  # those of earlier versions have none
+                raise ValueError("its scores do not have their checksum")
+            if not np.isfinite(scores).all() or scores[~graph.all_edges].any():
+                raise ValueError("its scores are not those of a graph")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"cannot continue the run in {folder}: {SCREEN_NAME}, its screen, is missing or damaged "
@@ -111,6 +117,10 @@ class Screen:
             ) from error
         check_header(found, header, folder)
         return cls.of(text, graph, scores, seconds)
+
+
+def _check(scores: Scores) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(scores).tobytes(), digest_size=8).hexdigest()
 
 
 def make_screen(

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import zlib
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +28,9 @@ from pahq_hf.acdc import Engine
 from pahq_hf.errors import RunError
 from pahq_hf.files import write_text
 from pahq_hf.graph import BoolArray
-from pahq_hf.journal import check_header
+from pahq_hf.journal import Chain, check_header
 
+logger = logging.getLogger(__name__)
 Values = Sequence[float]
 Sets = tuple[tuple[int, ...], ...]
 _Kind = Literal["try", "look", "remove", "restore"]
@@ -43,7 +46,8 @@ class Retraceable(Engine, Protocol):
 class Answers:
     """Answers by a digest of what they depend on; also in a file that survives a crash, if one is given.
 
-    A line of the file is a fact whatever follows it, so what a crash tore off costs time only.
+    A line of the file is a fact whatever follows it, so what a crash tore off costs time only. Each has a
+    checksum; answers of earlier versions have none and are computed again.
     """
 
     def __init__(self) -> None:
@@ -69,26 +73,42 @@ class Answers:
             raise RunError(f"cannot read {path}: {error.strerror}") from error
         first, newline, rest = raw.partition(b"\n")
         if not newline:
-            write_text(path, json.dumps(header) + "\n")
+            answers._start(header)
             return answers
+        chain = Chain()
         try:
+            is_sealed = chain.verify(first)
             check_header(dict(json.loads(first)), header, path.parent)
         except (ValueError, TypeError, RecursionError) as error:
-            raise RunError(f"{path} is damaged ({error}); remove it: it only saves time") from error
+            raise _damaged(path, f"line 1, its header: {error}") from error
+        if not is_sealed:
+            logger.warning(
+                "%s has no checksums, an earlier version wrote it; its answers are computed again", path
+            )
+            answers._start(header)
+            return answers
         size = len(first) + 1 + answers._read(rest)
         if size < len(raw):
             write_text(path, raw[:size].decode())
         return answers
 
+    def _start(self, header: Mapping[str, Any]) -> None:
+        assert self._path is not None
+        write_text(self._path, Chain().seal(header).decode())
+
     def _read(self, raw: bytes) -> int:
         """Take over whole lines; returns the bytes of those."""
         done = 0
-        for line in raw.split(b"\n")[:-1]:  # what follows the last newline was not finished
+        for number, line in enumerate(raw.split(b"\n")[:-1], start=2):  # the last was not finished
             try:
-                key, values = json.loads(line)
-                self._known[str(key)] = array("d", values)
+                key, values, *check = json.loads(line)
+                known = array("d", values)
             except (ValueError, TypeError, RecursionError):
                 break
+            if check != [_check(key, values)]:
+                assert self._path is not None
+                raise _damaged(self._path, f"the answer on line {number} does not have its checksum")
+            self._known[str(key)] = known
             done += len(line) + 1
         return done
 
@@ -111,7 +131,7 @@ class Answers:
             return
         try:
             with self._path.open("ab") as file:
-                file.write(json.dumps([key, list(values)]).encode() + b"\n")
+                file.write(json.dumps([key, list(values), _check(key, values)]).encode() + b"\n")
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -259,6 +279,14 @@ class RecallingEngine:
         if self._reader is not None and not self._computed:
             self.recalled_readers += 1
         self._reader, self._computed = None, False
+
+
+def _check(key: str, values: Values) -> str:
+    return f"{zlib.crc32(json.dumps([key, list(values)]).encode()):08x}"
+
+
+def _damaged(path: Path, reason: str) -> RunError:
+    return RunError(f"{path} is damaged ({reason}); remove it: it only saves time")
 
 
 def _packed(kept: BoolArray) -> bytes:
