@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pahq_hf.circuit import PICTURE_NAME, Circuit
+from pahq_hf.render.layout import DRAWN_EDGES
 
 _METHODS = {
     "acdc": "ACDC with activation patching",
@@ -27,13 +28,20 @@ _LONGEST = 200  # characters of a text that comes from files
 _TEMPLATE = Path(__file__).parent / "render" / "templates" / "card.md.jinja"
 
 
-def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str | None = None) -> str:
+def render_card(
+    circuit: Circuit,
+    *,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+    has_picture: bool = True,
+) -> str:
     """The text of a circuit's README.md.
 
     Args:
         circuit: The circuit.
         repo_id: Where it is going to be on the Hub.
         subfolder: Folder inside that repository.
+        has_picture: Whether its picture lies beside it.
 
     Returns:
         Markdown with metadata on top.
@@ -68,7 +76,8 @@ def render_card(circuit: Circuit, *, repo_id: str | None = None, subfolder: str 
         empty=metric.get("empty"),
         verdict=circuit.verdict,
         versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
-        picture=PICTURE_NAME,
+        picture=PICTURE_NAME if has_picture else None,
+        drawn=DRAWN_EDGES,
         where=", ".join(where),
         model_argument=_model_argument(circuit, base_model),
         has_means=circuit.means is not None,

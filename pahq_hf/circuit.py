@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,16 @@ from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
 from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, write_atomically, write_text
+from pahq_hf.extras import spared
+from pahq_hf.files import (
+    CIRCUIT_NAME,
+    JOURNAL_NAME,
+    Write,
+    text_writer,
+    write_atomically,
+    write_text,
+    write_together,
+)
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
 from pahq_hf.verdict import Verdict
 
@@ -135,25 +145,46 @@ class Circuit:
         Raises:
             RunError: If the folder cannot be written.
         """
-        from pahq_hf.card import render_card
-
         folder = make_folder(folder)
-        if overwrite_card or not hub.is_edited(folder / hub.CARD_NAME):
-            write_text(folder / hub.CARD_NAME, hub.signed(render_card(self)))
         self._write(folder)
+        card = folder / hub.CARD_NAME
+        self._illustrate(folder, card=overwrite_card or card.is_dir() or not hub.is_edited(card))
 
     def _write(self, folder: Path) -> None:
-        """All files but the card."""
-        from pahq_hf.render.picture import draw
+        """The results; nothing is replaced before all of them are on disk."""
+        checksums: dict[str, str] = {}
 
-        write_atomically(folder / SCORES_NAME, self._write_scores)
-        if self.means is not None:
-            means = self.means
-            write_atomically(folder / MEANS_NAME, lambda path: _save_tensors(means, path))
-        write_text(folder / DISCOVERY_NAME, json.dumps(self.discovery, indent=2) + "\n")
-        write_atomically(folder / PICTURE_NAME, lambda path: draw(self, path, "png"))
+        def tensors(name: str, write: Write) -> dict[Path, Write]:
+            def write_and_sum(path: Path) -> None:
+                write(path)
+                checksums[name] = _checksum(path)
+
+            return {folder / name: write_and_sum}
+
+        def write_facts(path: Path) -> None:  # after what it has the checksums of
+            text_writer(_json(self.discovery | {"checksums": checksums}, indent=2))(path)
+
+        means = self.means
+        files = tensors(SCORES_NAME, self._write_scores)
+        if means is not None:
+            files |= tensors(MEANS_NAME, lambda path: _save_tensors(means, path))
+        files[folder / DISCOVERY_NAME] = write_facts
         # Last: its presence says that the folder is complete.
-        write_text(folder / CIRCUIT_NAME, json.dumps(self.to_json(), indent=1) + "\n")
+        files[folder / CIRCUIT_NAME] = text_writer(_json(self.to_json(), indent=1))
+        write_together(files)
+
+    def _illustrate(self, folder: Path, *, card: bool = True, **where: Any) -> None:
+        """The picture, and the card that shows it; neither can lose the results."""
+        with spared(folder / PICTURE_NAME):
+            from pahq_hf.render.picture import draw
+
+            write_atomically(folder / PICTURE_NAME, lambda path: draw(self, path, "png"))
+        if card:
+            with spared(folder / hub.CARD_NAME):
+                from pahq_hf.card import render_card
+
+                text = render_card(self, has_picture=(folder / PICTURE_NAME).is_file(), **where)
+                write_text(folder / hub.CARD_NAME, hub.signed(text))
 
     def push_to_hub(
         self,
@@ -187,11 +218,8 @@ class Circuit:
         """
 
         def write(folder: Path) -> None:
-            from pahq_hf.card import render_card
-
-            card = render_card(self, repo_id=repo_id, subfolder=subfolder)
-            write_text(folder / hub.CARD_NAME, hub.signed(card))
             self._write(folder)
+            self._illustrate(folder, repo_id=repo_id, subfolder=subfolder)
 
         return hub.push(
             write,
@@ -290,14 +318,19 @@ class Circuit:
         if not isinstance(cfg, dict) or not isinstance(edges, dict):
             raise CircuitError(f"{folder / CIRCUIT_NAME} has no 'cfg' and 'edges'; it is not a circuit")
         spec = _spec_from(cfg, folder)
+        discovery = _read_discovery(folder)
         tensors = _read_scores(folder / SCORES_NAME, spec)
         graph = Graph(spec)
         kept = graph.no_edges()
         for name, facts in edges.items():
             if not isinstance(facts, dict):
                 raise CircuitError(f"{folder / CIRCUIT_NAME}: edge {name[:80]!r} has no facts")
-            if facts.get("in_graph", True):
-                kept[graph.parse_edge(name)] = True
+            place = graph.parse_edge(name)
+            kept[place] |= bool(facts.get("in_graph", True))
+            if "score" in facts and not _is_number(facts["score"], tensors["score"][place]):
+                raise CircuitError(
+                    f"{folder}: {SCORES_NAME} and {CIRCUIT_NAME} disagree on the score of {name}"
+                )
         if not np.array_equal(tensors["in_graph"].astype(bool), kept):
             raise CircuitError(f"{folder}: {SCORES_NAME} and {CIRCUIT_NAME} disagree on the kept edges")
         return cls(
@@ -306,7 +339,7 @@ class Circuit:
             scores=tensors["score"].astype(np.float64),
             tested=tensors["tested"].astype(bool),
             model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
-            discovery=_read_discovery(folder / DISCOVERY_NAME),
+            discovery=discovery,
             means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
         )
 
@@ -384,9 +417,11 @@ def _save_tensors(tensors: dict[str, NDArray[Any]], path: Path, notes: dict[str,
         raise RunError(f"cannot write tensors to {path.parent}: {error}") from error
 
 
-def _read_discovery(path: Path) -> dict[str, Any]:
+def _read_discovery(folder: Path) -> dict[str, Any]:
+    """What ran, if that is known; the tensors beside it are checked by the checksums in it."""
+    path = folder / DISCOVERY_NAME
     facts = read_json(path) if path.exists() else {}
-    for name in _SECTIONS:
+    for name in (*_SECTIONS, "checksums"):
         if not isinstance(facts.get(name, {}), dict):
             raise CircuitError(f"{path} is damaged: {name!r} does not hold an object")
     if facts.get("verdict") is not None:
@@ -394,7 +429,30 @@ def _read_discovery(path: Path) -> dict[str, Any]:
             Verdict.from_dict(facts["verdict"])
         except CircuitError as error:
             raise CircuitError(f"{path} is damaged: {error}") from error
+    checksums = facts.pop("checksums", {})
+    for name in (SCORES_NAME, MEANS_NAME):
+        if name in checksums and (folder / name).exists() and _checksum(folder / name) != checksums[name]:
+            raise CircuitError(f"{folder / name} is damaged: its checksum is not that in {DISCOVERY_NAME}")
     return facts
+
+
+def _is_number(found: object, value: float) -> bool:
+    return isinstance(found, (int, float)) and (found == value or (np.isnan(found) and np.isnan(value)))
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _json(document: dict[str, Any], indent: int) -> str:
+    return json.dumps(document, indent=indent) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -427,9 +485,18 @@ def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Pat
         RunError: If there is one.
     """
     for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
-        if os.path.exists(folder / name):
+        if os.path.exists(folder / name) and not (name == DISCOVERY_NAME and _died_while_saving(folder)):
             raise RunError(f"{folder} holds another run ({name}); {advice}")
     return folder
+
+
+def _died_while_saving(folder: Path) -> bool:
+    """Whether facts without a circuit are those of an attribution, which can only begin anew."""
+    try:
+        method = read_json(folder / DISCOVERY_NAME).get("method", "acdc")
+    except CircuitError:
+        return False
+    return bool(method != "acdc")
 
 
 def make_folder(folder: str | Path) -> Path:

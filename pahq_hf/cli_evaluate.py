@@ -89,16 +89,19 @@ def evaluate(
         seed=seed,
         reference=known,
     )
-    if plots is not None:
-        from pahq_hf.render.plots import write_plots
-
-        write_plots(facts, plots)
     if as_json:
         print_json(facts)
     else:
         from pahq_hf.render.judged import evaluation_tables
 
         print_rich(*evaluation_tables(facts))
+    if plots is not None:
+        from pahq_hf.extras import spared
+
+        with spared(plots):  # what was measured is printed by now
+            from pahq_hf.render.plots import write_plots
+
+            write_plots(facts, plots)
 
 
 def _read_reference(path: Path) -> Circuit:

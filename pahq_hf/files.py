@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pahq_hf.errors import RunError
 
@@ -14,9 +23,18 @@ CIRCUIT_NAME = "circuit.json"
 JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
 
+Write = Callable[[Path], None]
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
+_DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd|/dev/fd")
+_MOST_LINKS = 40  # that a path may lead through, as for the system itself
+_LONGEST = 200  # bytes of a name in that of its temporary file
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+
+def write_atomically(path: Path, write: Write) -> None:
     """Let `write` fill a temporary file in the same folder, then rename it to `path`.
+
+    A link is followed, a file keeps its mode, and a new one gets that of the umask. What no rename may
+    replace, a device, a pipe or an open descriptor such as /dev/stdout, is written into.
 
     Args:
         path: The final file.
@@ -25,27 +43,175 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         RunError: If the folder cannot be written.
     """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise RunError(f"cannot write to {path.parent}: {error.strerror}") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_together({path: write})
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    write_atomically(path, lambda temporary: _write(temporary, text))
+    write_atomically(path, text_writer(text))
+
+
+def text_writer(text: str) -> Write:
+    """What writes a text, in UTF-8."""
+    return lambda temporary: _write(temporary, text)
+
+
+def write_together(files: Mapping[Path, Write]) -> None:
+    """Write files that belong together: none is replaced before all are on disk.
+
+    Args:
+        files: What fills each file, as for `write_atomically`. They are put in place in this order.
+
+    Raises:
+        RunError: If one cannot be written; then all are as they were.
+    """
+    staged: list[tuple[Path, _Place, Path]] = []
+    try:
+        for path, write in files.items():
+            with _explained(path):
+                place = _place_of(path)
+                temporary = _make_temporary(place.folder, path.name)
+                staged.append((path, place, temporary))
+                mode = stat.S_IMODE(temporary.stat().st_mode)
+                write(temporary)
+                temporary.chmod(mode)  # some libraries put a file of their own there, for the owner only
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+        for path, place, temporary in staged:
+            with _explained(path):
+                place.take(temporary)
+    finally:
+        for _, _, temporary in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files that processes which are gone left in a folder.
+
+    Args:
+        folder: The folder; where it cannot be read or written nothing is done.
+        name: Only those of this file.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            found = _LEFTOVER.fullmatch(path.name)
+            if found is not None and name in (None, found[1]) and not is_running(int(found[2])):
+                path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
+# -- places -----------------------------------------------------------------------------------------
+
+
+class _Place(Protocol):
+    """Where a file goes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its temporary file goes."""
+
+    def take(self, temporary: Path) -> None:
+        """Put a finished file there."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file, new or to be replaced."""
+
+    path: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def take(self, temporary: Path) -> None:
+        with suppress(FileNotFoundError):
+            status = os.stat(self.path)
+            with suppress(PermissionError):  # only root gives files away
+                os.chown(temporary, status.st_uid, status.st_gid)
+            temporary.chmod(stat.S_IMODE(status.st_mode))
+        temporary.replace(self.path)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A device, a pipe, or something that is open already, by its number if it is this process's."""
+
+    path: Path
+    descriptor: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(tempfile.gettempdir())
+
+    def take(self, temporary: Path) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        opened = os.open(self.path, os.O_WRONLY) if self.descriptor is None else os.dup(self.descriptor)
+        with temporary.open("rb") as source, os.fdopen(opened, "wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def _place_of(path: Path) -> _Place:
+    """Where a path leads.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    for _ in range(_MOST_LINKS):
+        found = _DESCRIPTORS.fullmatch(os.path.realpath(path.parent))
+        if found is not None and path.name.isdigit():
+            own = found[1] in (None, str(os.getpid()))
+            return _Stream(path, int(path.name) if own else None)
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return _File(path)
+        if not stat.S_ISLNK(mode):
+            break
+        path = path.parent / os.readlink(path)
+    else:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return _Stream(path)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is neither a file nor a device or pipe to write to")
+    if not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    return _File(path)
+
+
+def _make_temporary(folder: Path, name: str) -> Path:
+    """An empty file with the mode of a new one; those of dead processes for the same name are removed."""
+    remove_leftovers(folder, name)
+    short = name.encode()[:_LONGEST].decode(errors="ignore")
+    temporary = folder / f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}") from error
+    return temporary
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:

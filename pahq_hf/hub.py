@@ -190,7 +190,7 @@ def is_edited(path: Path) -> bool:
     """Whether a card on disk was written or changed by hand."""
     try:
         return _is_edited(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         return path.exists()
 
 

@@ -29,6 +29,7 @@ from pahq_hf.engine.recall import Answers
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
+from pahq_hf.extras import spared
 from pahq_hf.files import write_atomically, write_text
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
@@ -398,7 +399,9 @@ def threshold_folder(folder: Path, tau: float) -> Path:
 
 
 def _save(sweep: Sweep, folder: Path) -> None:
-    for ending in ("png", "svg", "html"):
-        sweep.draw(folder / f"{_PLOT_NAME}.{ending}")
-    # Last: its presence says that the folder is complete.
+    # After the runs: its presence says that the folder is complete. Pictures can be made again from it.
     write_text(folder / SWEEP_NAME, json.dumps(sweep.to_json(), indent=1) + "\n")
+    for ending in ("png", "svg", "html"):
+        path = folder / f"{_PLOT_NAME}.{ending}"
+        with spared(path):
+            sweep.draw(path)

@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from pahq_hf.circuit import Circuit
-from pahq_hf.graph import Graph, ReaderKind, Writer, edge_list
+from pahq_hf.graph import BoolArray, Graph, ReaderKind, Writer, edge_list
 
 NodeKind = Literal["input", "head", "mlp", "logits"]
+
+DRAWN_EDGES = 4000  # of a still picture: more take long, and make one blot
 
 _MLP_RISE = 0.5  # an MLP reads the heads of its layer: edges to it lead upwards too
 _MLP_GAP = 1.5
@@ -76,7 +80,7 @@ class Layout:
     rows: tuple[tuple[float, str], ...]
 
 
-def layout(circuit: Circuit, *, all_nodes: bool = False) -> Layout:
+def layout(circuit: Circuit, *, all_nodes: bool = False, most: int | None = None) -> Layout:
     """Place the nodes and edges of a circuit.
 
     A head has the same column in every layer, whoever else is in the circuit.
@@ -84,6 +88,7 @@ def layout(circuit: Circuit, *, all_nodes: bool = False) -> Layout:
     Args:
         circuit: The circuit.
         all_nodes: Place the nodes outside the circuit, too.
+        most: Place no more edges than this, those with the largest scores.
 
     Returns:
         The positions.
@@ -92,7 +97,7 @@ def layout(circuit: Circuit, *, all_nodes: bool = False) -> Layout:
     places = {writer.name: _place(graph, writer) for writer in graph.writers}
     places["logits"] = LayoutNode("logits", "logits", graph.spec.layers, 0.0, float(graph.spec.layers + 1))
     edges: list[LayoutEdge] = []
-    for r, w in edge_list(circuit.kept):
+    for r, w in edge_list(circuit.kept if most is None else _strongest(circuit, most)):
         reader, start = graph.readers[r], places[graph.writers[w].name]
         for target in [graph.writers[node].name for node in reader.nodes] or ["logits"]:
             edges.append(
@@ -108,6 +113,16 @@ def layout(circuit: Circuit, *, all_nodes: bool = False) -> Layout:
             )
     names = list(places) if all_nodes else circuit.nodes
     return Layout(tuple(places[name] for name in names), tuple(edges), tuple(_rows(graph)))
+
+
+def _strongest(circuit: Circuit, most: int) -> BoolArray:
+    """The kept edges with the largest scores, those first in model order where scores are equal."""
+    sizes = np.nan_to_num(np.abs(circuit.scores), nan=np.inf)[circuit.kept]
+    chosen = np.zeros(len(sizes), dtype=bool)
+    chosen[np.argsort(-sizes, kind="stable")[:most]] = True
+    result = circuit.graph.no_edges()
+    result[circuit.kept] = chosen
+    return result
 
 
 def _place(graph: Graph, writer: Writer) -> LayoutNode:

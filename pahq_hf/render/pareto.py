@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
@@ -76,6 +77,11 @@ def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFo
         path: The file.
         fmt: `png` or `svg`.
     """
+    with style.context("default"):
+        _draw(rows, title, path, fmt)
+
+
+def _draw(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFormat) -> None:
     panels = _panels(rows)
     figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)

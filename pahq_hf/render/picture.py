@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from matplotlib import path as outlines
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
@@ -15,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.graph import ReaderKind
-from pahq_hf.render.layout import Layout, LayoutEdge, layout
+from pahq_hf.render.layout import DRAWN_EDGES, Layout, LayoutEdge, layout
 from pahq_hf.render.palette import LIGHT
 
 PictureFormat = Literal["png", "svg"]
@@ -29,18 +30,29 @@ NO_DATE: dict[PictureFormat, dict[str, str | None]] = {"png": {"Software": None}
 def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
     """Draw a circuit into a file: layers from bottom to top, edges by kind and |score|.
 
+    Of very many edges the strongest are drawn, and the title says so. It looks the same on every machine,
+    whatever its matplotlibrc says.
+
     Args:
         circuit: The circuit.
         path: The file.
         fmt: `png` or `svg`.
     """
-    places = layout(circuit)
+    with style.context("default"):
+        _draw(circuit, path, fmt)
+
+
+def _draw(circuit: Circuit, path: Path, fmt: PictureFormat) -> None:
+    places = layout(circuit, most=DRAWN_EDGES)
     height = min(_TALLEST, 3.0 + 0.35 * circuit.graph.spec.layers)
     figure = Figure(figsize=(9.0, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_axis_off()
-    axes.set_title(f"{circuit.edge_count:,} of {circuit.graph.edge_count:,} edges", fontsize=9)
+    title = f"{circuit.edge_count:,} of {circuit.graph.edge_count:,} edges"
+    if circuit.edge_count > DRAWN_EDGES:
+        title += f"; the {DRAWN_EDGES:,} with the largest scores are drawn"
+    axes.set_title(title, fontsize=9)
     kinds = _draw_edges(axes, places)
     _draw_nodes(axes, places)
     if kinds:

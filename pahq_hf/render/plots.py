@@ -6,9 +6,11 @@ A page is self-contained: plotly is inside it, nothing is fetched, and only its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -94,16 +96,15 @@ def write_plots(facts: dict[str, Any], folder: Path) -> list[Path]:
     for name, plot in plots_of(facts).items():
         for fmt in formats:
             written.append(folder / f"{name}.{fmt}")
-            figure = draw_plot(plot)
-            write_atomically(
-                written[-1],
-                lambda path, figure=figure, fmt=fmt: figure.savefig(  # type: ignore[misc]
-                    path, format=fmt, dpi=110, metadata=NO_DATE[fmt]
-                ),
-            )
+            write_atomically(written[-1], partial(_save, plot, fmt))
         written.append(folder / f"{name}.html")
         write_text(written[-1], page_of(plot))
     return written
+
+
+def _save(plot: Plot, fmt: PictureFormat, path: Path) -> None:
+    with style.context("default"):  # whatever a matplotlibrc says
+        draw_plot(plot).savefig(path, format=fmt, dpi=110, metadata=NO_DATE[fmt])
 
 
 def draw_plot(plot: Plot) -> Figure:
