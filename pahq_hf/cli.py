@@ -23,6 +23,7 @@ from pahq_hf.cli_options import (
     BudgetOption,
     ComputeOption,
     CountOption,
+    DataSplitOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
@@ -31,6 +32,7 @@ from pahq_hf.cli_options import (
     MarginOption,
     MetricOption,
     ModelArgument,
+    OffsetOption,
     OrderOption,
     PolicyOption,
     PrecisionOption,
@@ -38,6 +40,7 @@ from pahq_hf.cli_options import (
     RevisionOption,
     ScreenOption,
     SeedOption,
+    ShuffleOption,
     SplitOption,
     StoreOption,
     TablesOption,
@@ -160,7 +163,10 @@ def discover(
     task: TaskOption,
     out: Annotated[Path, typer.Option(help="Folder for the journal and the circuit.")],
     n: CountOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
+    split: DataSplitOption = None,
+    offset: OffsetOption = 0,
+    shuffle: ShuffleOption = False,
     threshold: Annotated[
         float, typer.Option(help="tau: an edge stays when removing it costs this much.")
     ] = 0.01,
@@ -195,7 +201,9 @@ def discover(
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import run_table
+    from pahq_hf.tasks import check_choice
 
+    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
     acdc = ACDCConfig(
         threshold=threshold,
         metric=metric,
@@ -212,11 +220,11 @@ def discover(
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
     command = after(
         circuit.verdict,
-        good=lambda: evaluation(context, out),
+        good=lambda: evaluation(context, out, circuit),
         more=lambda: again(context, threshold=shifted(threshold, 1 / 3), out=beside(out, "lower")),
         fewer=lambda: again(context, threshold=shifted(threshold or 0.001, 3), out=beside(out, "higher")),
     )

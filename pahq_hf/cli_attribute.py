@@ -11,16 +11,19 @@ from pahq_hf.cli_options import (
     AblationOption,
     BudgetOption,
     CountOption,
+    DataSplitOption,
     DeviceOption,
     DtypeOption,
     FormatOption,
     GgufOption,
     MetricOption,
     ModelArgument,
+    OffsetOption,
     PolicyOption,
     PrecisionOption,
     RevisionOption,
     SeedOption,
+    ShuffleOption,
     SplitOption,
     TaskOption,
     TokenOption,
@@ -41,7 +44,10 @@ def attribute(
     out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
     method: Annotated[MethodName, typer.Option(help="How edges are scored.")] = "eap-ig",
     n: CountOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
+    split: DataSplitOption = None,
+    offset: OffsetOption = 0,
+    shuffle: ShuffleOption = False,
     steps: Annotated[int, typer.Option(min=1, help="Runs whose gradients eap-ig averages.")] = 5,
     topn: Annotated[int | None, typer.Option(min=1, help="Keep so many edges; all if unset.")] = None,
     threshold: Annotated[
@@ -70,14 +76,16 @@ def attribute(
     from pahq_hf.circuit import refuse_overwrite
     from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import run_table
+    from pahq_hf.tasks import check_choice
 
+    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
     config = AttributionConfig(method, metric, steps, topn, threshold, absolute, ablation, score_seed)
     pahq = PAHQConfig(precision, fmt, split_kv_groups, policy=read_policy(policy))
     limits = EngineConfig(engine, memory_budget=read_bytes(memory_budget))
     refuse_overwrite(out)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     circuit = wrapped.attribute(data, engine=limits, out=out, **config.to_dict())
     total = circuit.graph.edge_count
 
@@ -88,7 +96,7 @@ def attribute(
 
     command = after(
         circuit.verdict,
-        good=lambda: evaluation(context, out),
+        good=lambda: evaluation(context, out, circuit),
         more=more,
         fewer=lambda: again(context, topn=max(1, total // 20), threshold=None, out=beside(out, "fewer")),
     )

@@ -9,10 +9,13 @@ import typer
 
 from pahq_hf.cli_options import (
     CountOption,
+    DataSplitOption,
     DeviceOption,
     GgufOption,
+    OffsetOption,
     RevisionOption,
     SeedOption,
+    ShuffleOption,
     TaskOption,
     TokenOption,
     TrustOption,
@@ -31,7 +34,10 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
     task: TaskOption,
     n: CountOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
+    split: DataSplitOption = None,
+    offset: OffsetOption = 0,
+    shuffle: ShuffleOption = False,
     metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="CPR, CMD and faithfulness over circuit size, by score.")
@@ -64,7 +70,11 @@ def evaluate(
     from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
     from pahq_hf.circuit import make_folder
     from pahq_hf.evaluation.report import reference_facts
+    from pahq_hf.tasks import check_choice, is_generated
 
+    # The seed of --completeness has a use of its own, whatever the prompts.
+    drawn = None if completeness and not shuffle and not is_generated(task) else seed
+    check_choice(task, seed=drawn, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
     if plots is not None and not curve and reference is None:
         raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
     found = Circuit.from_pretrained(circuit, token=token)
@@ -76,7 +86,7 @@ def evaluate(
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
     pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle)
     facts = wrapped.evaluate(
         found,
         data,
@@ -86,7 +96,7 @@ def evaluate(
         minimality=minimality,
         completeness=completeness,
         samples=samples,
-        seed=seed,
+        seed=seed or 0,
         reference=known,
     )
     if as_json:

@@ -31,7 +31,14 @@ DtypeOption = Annotated[
 ]
 TaskOption = Annotated[str, typer.Option(help="Task name, data file, dataset folder or Hub dataset id.")]
 CountOption = Annotated[int | None, typer.Option("--n", min=1, help="Number of prompt pairs.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the task generator.")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of the task generator, 0 if unset, or of --shuffle.")
+]
+OffsetOption = Annotated[int, typer.Option(min=0, help="Pass over so many prompt pairs of the data.")]
+ShuffleOption = Annotated[
+    bool, typer.Option("--shuffle", help="Put the data into another order first, drawn from --seed.")
+]
+DataSplitOption = Annotated[str | None, typer.Option("--split", help="Split of a dataset that has several.")]
 SplitOption = Annotated[
     bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
 ]

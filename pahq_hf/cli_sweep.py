@@ -15,6 +15,7 @@ from pahq_hf.cli_options import (
     BudgetOption,
     ComputeOption,
     CountOption,
+    DataSplitOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
@@ -23,6 +24,7 @@ from pahq_hf.cli_options import (
     MarginOption,
     MetricOption,
     ModelArgument,
+    OffsetOption,
     OrderOption,
     PolicyOption,
     PrecisionOption,
@@ -30,6 +32,7 @@ from pahq_hf.cli_options import (
     RevisionOption,
     ScreenOption,
     SeedOption,
+    ShuffleOption,
     SplitOption,
     StoreOption,
     TablesOption,
@@ -55,7 +58,10 @@ def sweep(
     thresholds: Annotated[str, typer.Option(metavar="A,B,...", help="tau of every circuit.")],
     out: Annotated[Path, typer.Option(help="Folder for a run per threshold, sweep.json and plots.")],
     n: CountOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
+    split: DataSplitOption = None,
+    offset: OffsetOption = 0,
+    shuffle: ShuffleOption = False,
     metric: MetricOption = None,
     precision: PrecisionOption = "pahq",
     fmt: FormatOption = "fp8",
@@ -90,7 +96,9 @@ def sweep(
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.render.table import sweep_table
     from pahq_hf.sweep import check_thresholds
+    from pahq_hf.tasks import check_choice
 
+    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
     values = check_thresholds(read_thresholds(thresholds))  # before a model is loaded
     acdc = ACDCConfig(
         metric=metric,
@@ -107,7 +115,7 @@ def sweep(
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed)
+    data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     found = wrapped.sweep(
         data,
         thresholds=values,
@@ -132,7 +140,7 @@ def _next(context: typer.Context, found: Sweep, out: Path) -> str:
     rows = [row for row in found.rows if row.verdict is None or row.verdict.kind != "whole"]
     good = [row.threshold for row in rows if row.verdict is None or not row.verdict.poor]
     if good:
-        return evaluation(context, threshold_folder(out, good[-1]))
+        return evaluation(context, threshold_folder(out, good[-1]), found[good[-1]])
     values = list(found)
     first = shifted(values[0] or 0.001, 1 / 3 if rows else 3)
     values = sorted({*values, first, shifted(first, 1 / 3 if rows else 3)})

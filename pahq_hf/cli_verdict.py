@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from pahq_hf.circuit import Circuit
     from pahq_hf.verdict import Verdict
 
 _NEVER = ("token", "as_json", "resume")  # a secret, and what is of one call
-_EVALUATES = ("task", "n", "gguf_file", "revision", "trust_remote_code", "device")
+_EVALUATES = ("task", "n", "split", "shuffle", "gguf_file", "revision", "trust_remote_code", "device")
 
 
 def again(context: typer.Context, **changes: Any) -> str:
@@ -37,25 +38,32 @@ def again(context: typer.Context, **changes: Any) -> str:
     return shlex.join(words)
 
 
-def evaluation(context: typer.Context, folder: Path) -> str:
+def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
     """The command that judges a run's circuit on prompts that were not searched on.
 
     Args:
         context: Of the command that found it.
         folder: Where the circuit is.
+        circuit: The circuit.
 
     Returns:
-        It, quoted for a shell.
+        It, quoted for a shell; where the data has no more prompts, the command that shows the circuit.
     """
-    from pahq_hf.tasks import available_tasks
+    from pahq_hf.tasks import is_generated
 
+    task, seed = circuit.discovery.get("task", {}), context.params["seed"]
+    if is_generated(str(context.params["task"])):
+        unseen = ["--seed", str((seed or 0) + 1)]
+    else:
+        behind = context.params["offset"] + (context.params["n"] or task.get("total", 0))
+        if behind >= task.get("total", 0):
+            return shlex.join(["pahq", "show", str(folder), "--html", f"{folder}.html"])
+        unseen = [*([] if seed is None else ["--seed", str(seed)]), "--offset", str(behind)]
     words = ["pahq", "evaluate", str(folder), "--model", str(context.params["model"])]
     for parameter in context.command.params:
         if parameter.name in _EVALUATES and _is_given(context, parameter.name):
             words += _words(parameter, context.params[parameter.name])
-    if str(context.params["task"]).partition(":")[0] in available_tasks():
-        words += ["--seed", str(context.params["seed"] + 1)]
-    return shlex.join(words)
+    return shlex.join([*words, *unseen])
 
 
 def after(

@@ -14,6 +14,7 @@ from pahq_hf.config import MetricName
 from pahq_hf.divergence import divergence
 from pahq_hf.errors import MetricError
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.columns import listed
 
 _NEEDS_ANSWERS = ("logit_diff", "nll", "prob_diff", "match_nll")
 _NEEDS_DISTRACTORS = ("logit_diff", "prob_diff")
@@ -160,7 +161,18 @@ def check_metric(name: MetricName, task: Task) -> None:
         raise MetricError(f"unknown metric {name!r}; known: {', '.join(get_args(MetricName))}")
     if name in _NEEDS_ANSWERS and not task.has_answers:
         raise MetricError(
-            f"metric {name} needs an answer for every example; task {task.name!r} has none: use kl"
+            f"metric {name} needs an answer for every example; {_lacks(task, task.answers)}: use kl"
         )
     if name in _NEEDS_DISTRACTORS and not task.has_distractors:
-        raise MetricError(f"metric {name} needs a distractor for every example; task {task.name!r} has none")
+        raise MetricError(
+            f"metric {name} needs a distractor for every example; {_lacks(task, task.distractors)}"
+        )
+
+
+def _lacks(task: Task, sets: Sequence[Sequence[int]]) -> str:
+    """How many rows lack answers or distractors, and what columns their data has."""
+    without = sum(not tokens for tokens in sets)
+    count = "none" if without == len(sets) else f"none in {without} of {len(sets)} rows"
+    columns = task.source.get("columns")
+    seen = f" (its data has columns {listed(columns)})" if isinstance(columns, list) else ""
+    return f"task {task.name!r} has {count}{seen}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -44,16 +45,59 @@ def available_tasks() -> list[str]:
     return sorted(TASKS)
 
 
+def is_generated(name_or_path: str | Path) -> bool:
+    """Whether `load_task` generates a task of this name; else it is data."""
+    return not isinstance(name_or_path, Path) and name_or_path.partition(":")[0] in TASKS
+
+
+def check_choice(
+    name_or_path: str | Path,
+    *,
+    seed: int | None = None,
+    split: str | None = None,
+    offset: int = 0,
+    shuffle: bool = False,
+) -> None:
+    """Check what `load_task` is told about examples, which needs neither model nor data.
+
+    Raises:
+        TaskError: If an option changes nothing for this task.
+    """
+    if offset < 0:
+        raise TaskError(f"offset must not be negative, not {offset!r}")
+    if is_generated(name_or_path):
+        name = str(name_or_path).partition(":")[0]
+        if split is not None:
+            raise TaskError(f"task {name!r} is generated and has no split {split!r}")
+        if offset or shuffle:
+            given = "offset" if offset else "shuffle"
+            raise TaskError(
+                f"task {name!r} is generated and takes no {given}: another seed draws other prompts"
+            )
+    elif seed is not None and not shuffle and _is_there(str(name_or_path)):
+        raise TaskError(
+            f"{name_or_path}: data is taken in its own order, where seed {seed} changes nothing: add "
+            "--shuffle (shuffle=True), or pass over examples with --offset (offset=N)"
+        )
+
+
+def _is_there(text: str) -> bool:
+    """Whether there are such data, or may be on the Hub; what is not there fails when it is loaded."""
+    return bool(text) and (text.count("/") == 1 or os.path.exists(Path(text).expanduser()))
+
+
 def load_task(
     name_or_path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     n: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     metric: MetricName | None = None,
     padding_side: str = "right",
     corruption: str | None = None,
     split: str | None = None,
+    offset: int = 0,
+    shuffle: bool = False,
 ) -> Task:
     """Generate a known task or load a user's own data.
 
@@ -62,12 +106,15 @@ def load_task(
             .jsonl, .json, .csv or .parquet file; a dataset folder; or a Hub dataset id (`owner/name`). See
             `load_dataset_task` for the columns.
         tokenizer: The model's tokenizer; may be missing for data given as token ids.
-        n: Number of examples. Generators make 50 by default; data is used whole, or its first `n` examples.
-        seed: Seed of a generator; data is never shuffled.
+        n: Number of examples. Generators make 50 by default; data is used whole.
+        seed: Seed of a generator, 0 by default, or of `shuffle`; data that is not shuffled takes none.
         metric: Overrides the task's default metric.
         padding_side: `"right"` or `"left"`.
         corruption: How a generator (or which counterfactual of MIB data) corrupts the prompts.
         split: Split of a dataset that has several.
+        offset: Examples of the data that are passed over before: what a search has not seen lies behind its
+            own.
+        shuffle: Put the data into another order first, drawn from `seed`.
 
     Returns:
         The task, every pair of one token length and every answer one token.
@@ -77,6 +124,7 @@ def load_task(
     """
     if n is not None and n < 1:
         raise TaskError(f"n must be a positive number of examples, not {n!r}")
+    check_choice(name_or_path, seed=seed, split=split, offset=offset, shuffle=shuffle)
     if metric not in (None, *get_args(MetricName)):
         raise TaskError(f"unknown metric {metric!r}; choose from {', '.join(get_args(MetricName))}")
     options: dict[str, Any] = {"padding_side": padding_side}
@@ -86,16 +134,14 @@ def load_task(
         options["corruption"] = corruption
     text = str(name_or_path)
     name, _, variant = text.partition(":")
-    if name in TASKS and not isinstance(name_or_path, Path):
+    if is_generated(name_or_path):
         if tokenizer is None:
             raise TaskError(f"task {name!r} is generated for a tokenizer; pass the model's")
-        if split is not None:
-            raise TaskError(f"task {name!r} is generated and has no split {split!r}")
         if variant:
             if corruption not in (None, variant):
                 raise TaskError(f"task {text!r} and corruption={corruption!r} contradict each other")
             options["corruption"] = variant
-        return TASKS[name](tokenizer, n=DEFAULT_N if n is None else n, seed=seed, **options)
+        return TASKS[name](tokenizer, n=DEFAULT_N if n is None else n, seed=seed or 0, **options)
     path = Path(text).expanduser()
     if not text or not path.exists():
         if path.suffix.lower() in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):
@@ -105,6 +151,7 @@ def load_task(
                 f"unknown task {text!r}; known tasks are {', '.join(available_tasks())}, and a path to a "
                 f"{', '.join(FILE_TYPES)} file, a dataset folder or a Hub dataset id (owner/name) works too"
             )
+    options |= {"offset": offset, "shuffle": (seed or 0) if shuffle else None}
     return load_dataset_task(path if path.exists() else text, tokenizer, n=n, split=split, **options)
 
 
@@ -116,7 +163,9 @@ __all__ = [
     "Task",
     "TaskFacts",
     "available_tasks",
+    "check_choice",
     "collate",
+    "is_generated",
     "load_dataset_task",
     "load_task",
 ]

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
-from pahq_hf.tasks.reading import Row, read_rows
+from pahq_hf.tasks.columns import Columns
+from pahq_hf.tasks.reading import Choice, Row, read_rows
 from pahq_hf.tasks.tokens import continuation, encode, encode_prompt, pad_id, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COUNTERFACTUAL = "_counterfactual"
+_MIB_ANSWERS = ("choices", "answerKey", "label")
+_COLUMNS = 50  # whose names are kept with a run
 # What MIB's circuit track patches with: IOI; MCQA and ARC; arithmetic.
 _USUAL_COUNTERFACTUALS = ("s2_io_flip", "symbol", "random")
 
@@ -26,6 +29,8 @@ def load_dataset_task(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     n: int | None = None,
+    offset: int = 0,
+    shuffle: int | None = None,
     split: str | None = None,
     corruption: str | None = None,
     metric: MetricName = "kl",
@@ -36,17 +41,22 @@ def load_dataset_task(
     Accepted columns, first match wins:
 
     - `clean_ids`, `corrupted_ids`, optional `answer_ids`, `distractor_ids`: token ids, no tokenizer needed;
-    - `clean`, `corrupted`, optional `answer`, `distractor`: text, or lists of texts for the last two;
+    - `clean`, `corrupted`, optional `answer`, `distractor` (or `answers`, `distractors`): text, or lists of
+      texts for the last two; or `answer_ids`, `distractor_ids`; or EAP-IG's `correct_idx`, `incorrect_idx`;
     - `prompt`, `choices`, `answerKey`, `*_counterfactual`: MIB's IOI, MCQA and ARC; `prompt`, `label`,
       `*_counterfactual`: its arithmetic. Rows a tokenizer cannot pair are left out, as MIB does, and counted
       in `task.source["skipped"]`.
+
+    Columns that are not used are named in a warning.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id, with its
             configuration after a colon where it has several (`mib-bench/copycolors_mcqa:4_answer_choices`).
             Lists in CSV cells are written as JSON.
         tokenizer: The model's tokenizer.
-        n: Use the first `n` examples; all by default.
+        n: Use `n` examples; all by default.
+        offset: Pass over so many before; what a search was not run on is behind its own examples.
+        shuffle: Seed of an order the examples are put into first; they stay in their own by default.
         split: Split of a dataset that has several; `train` by default.
         corruption: Which `*_counterfactual` column of MIB data to use; by default MIB's own choice,
             `s2_io_flip`, `symbol` or `random`, where it exists, else the first.
@@ -59,29 +69,34 @@ def load_dataset_task(
     Raises:
         TaskError: If the data cannot be read or an example cannot be used; the message names it.
     """
-    rows = read_rows(source, split=split, n=n)
-    columns = {column for row in rows for column in row}
+    data = read_rows(source, Choice(n, offset, shuffle), split=split)
+    rows = data.rows
+    found = Columns(rows, None if tokenizer is None else len(tokenizer))
+    columns = set(found.names)
     where = str(source)
     # It is published with the circuit: a file's name says enough, its folder is nobody's business.
     origin = Path(source).name if Path(source).exists() else where
-    provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split}
+    provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split, "offset": offset}
+    provenance |= {"shuffle": shuffle, "total": data.total, "columns": found.names[:_COLUMNS]}
     read: Callable[[Row, str], Pair]
     if {"clean_ids", "corrupted_ids"} <= columns:
 
         def read(row: Row, at: str) -> Pair:
-            return _pair_from_ids(row, tokenizer, at)
+            return _pair_from_ids(row, tokenizer, found, at)
 
     elif {"clean", "corrupted"} <= columns or "prompt" not in columns:
         _require_text_columns(columns, where)
         needed = _need_tokenizer(tokenizer, where)
 
         def read(row: Row, at: str) -> Pair:
-            return _pair_from_text(row, needed, at)
+            return _pair_from_text(row, needed, found, at)
 
     else:
         needed = _need_tokenizer(tokenizer, where)
         column = _counterfactual_column(rows, corruption, where)
         pairs, skipped = _mib_pairs(rows, column, needed, where)
+        found.used |= {"prompt", column, *_MIB_ANSWERS}
+        found.report(where, answered=True)
         return collate(
             pairs,
             name=Path(source).stem,
@@ -97,6 +112,7 @@ def load_dataset_task(
     pairs = [read(row, f"{where}, example {index}") for index, row in enumerate(rows)]
     if all(list(pair.clean) == list(pair.corrupted) for pair in pairs):
         raise TaskError(f"{where}: every corrupted prompt equals its clean one, so patching changes nothing")
+    found.report(where, answered=any(pair.answers for pair in pairs))
     return collate(
         pairs,
         name=Path(source).stem,
@@ -122,33 +138,68 @@ def _require_text_columns(columns: set[str], where: str) -> None:
         )
 
 
-def _pair_from_text(row: Row, tokenizer: PreTrainedTokenizerBase, at: str) -> Pair:
+def _pair_from_text(row: Row, tokenizer: PreTrainedTokenizerBase, columns: Columns, at: str) -> Pair:
     prompts: dict[str, str] = {}
     for column in ("clean", "corrupted"):
         value = row.get(column)
         if not isinstance(value, str) or not value:
             raise TaskError(f"{at}: column {column} must be a non-empty text, found {value!r:.60}")
         prompts[column] = value
+        columns.used.add(column)
     clean, corrupted = (encode_prompt(tokenizer, prompts[column]) for column in ("clean", "corrupted"))
-    answers = _answers(row, "answer", tokenizer, prompts["clean"], at)
-    distractors = _answers(row, "distractor", tokenizer, prompts["clean"], at)
-    return _checked(clean, corrupted, answers, distractors, at)
+    labels: dict[str, tuple[int, ...]] = {}
+    for name, where in (("answer", columns.answer), ("distractor", columns.distractor)):
+        read, read_ids = _text_reader(tokenizer, prompts["clean"]), _id_reader(len(tokenizer))
+        readers = [*((text, read) for text in where.texts), (where.ids, read_ids), (where.index, read_ids)]
+        labels[name] = _first(row, readers, columns, at)
+    return _checked(clean, corrupted, labels["answer"], labels["distractor"], at)
 
 
-def _pair_from_ids(row: Row, tokenizer: PreTrainedTokenizerBase | None, at: str) -> Pair:
+def _pair_from_ids(row: Row, tokenizer: PreTrainedTokenizerBase | None, columns: Columns, at: str) -> Pair:
     size = None if tokenizer is None else len(tokenizer)
     clean, corrupted = (_ids(row, column, size, at) for column in ("clean_ids", "corrupted_ids"))
     labels: dict[str, tuple[int, ...]] = {}
-    for column in ("answer", "distractor"):
-        ids = _ids(row, f"{column}_ids", size, at, optional=True)
-        if not ids and row.get(column) not in (None, "", []):
-            if tokenizer is None:
-                raise TaskError(
-                    f"{at}: column {column} is text, so a tokenizer is needed (or use {column}_ids)"
-                )
-            ids = _answers(row, column, tokenizer, str(tokenizer.decode(list(clean))), at)
-        labels[column] = ids
+    columns.used |= {"clean_ids", "corrupted_ids"}
+    for name, where in (("answer", columns.answer), ("distractor", columns.distractor)):
+        read, read_ids = _text_reader(tokenizer, clean), _id_reader(size)
+        readers = [(where.ids, read_ids), *((text, read) for text in where.texts), (where.index, read_ids)]
+        labels[name] = _first(row, readers, columns, at)
     return _checked(clean, corrupted, labels["answer"], labels["distractor"], at)
+
+
+Reader = Callable[[Row, str, str], tuple[int, ...]]
+
+
+def _first(
+    row: Row, readers: Sequence[tuple[str | None, Reader]], columns: Columns, at: str
+) -> tuple[int, ...]:
+    """Token ids of the first of some columns that a row fills."""
+    for column, read in readers:
+        found = () if column is None else read(row, column, at)
+        if found:
+            columns.used.add(str(column))
+            return found
+    return ()
+
+
+def _id_reader(size: int | None) -> Reader:
+    """Reads token ids of a vocabulary of so many tokens."""
+    return lambda row, column, at: _ids(row, column, size, at, optional=True)
+
+
+def _text_reader(tokenizer: PreTrainedTokenizerBase | None, prompt: str | Sequence[int]) -> Reader:
+    """Reads texts that continue a prompt."""
+
+    def read(row: Row, column: str, at: str) -> tuple[int, ...]:
+        if row.get(column) in (None, "", []):
+            return ()
+        if tokenizer is None:
+            name = column.removesuffix("s")
+            raise TaskError(f"{at}: column {column} is text, so a tokenizer is needed (or use {name}_ids)")
+        text = prompt if isinstance(prompt, str) else str(tokenizer.decode(list(prompt)))
+        return _answers(row, column, tokenizer, text, at)
+
+    return read
 
 
 def _checked(
@@ -264,7 +315,8 @@ def _mib_pairs(
     for index, row in enumerate(rows):
         at = f"{where}, example {index}"
         try:
-            pairs.append(_pair_from_text(_mib_as_text(row, column, at), tokenizer, at))
+            text = _mib_as_text(row, column, at)
+            pairs.append(_pair_from_text(text, tokenizer, Columns([text]), at))
         except TaskError as error:
             reason = str(error)
     if not pairs:

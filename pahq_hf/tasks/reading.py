@@ -5,38 +5,93 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+import random
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pahq_hf.errors import TaskError
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(source: str | Path, *, split: str | None = None, n: int | None = None) -> list[Row]:
+@dataclass(frozen=True)
+class Choice:
+    """Which examples of a dataset are taken.
+
+    Attributes:
+        n: How many; all by default.
+        offset: How many are passed over before.
+        shuffle: Seed of the order they are put into first; None leaves them in their own.
+    """
+
+    n: int | None = None
+    offset: int = 0
+    shuffle: int | None = None
+
+    def of(self, total: int) -> list[int]:
+        """The numbers of the examples, of so many."""
+        order = list(range(total))
+        if self.shuffle is not None:
+            random.Random(self.shuffle).shuffle(order)
+        return order[self.offset :][: self.n]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows that were read.
+
+    Attributes:
+        rows: One dictionary per example.
+        total: How many examples the whole dataset has.
+    """
+
+    rows: list[Row]
+    total: int
+
+
+def read_rows(source: str | Path, choice: Choice, *, split: str | None = None) -> Data:
     """Read the examples of a dataset.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id
             (`owner/name` or `owner/name:configuration`).
+        choice: Which examples to take.
         split: Split to read; by default the only one, else `train`, else the first.
-        n: Read at most this many rows from the start.
 
     Returns:
-        One dictionary per row.
+        The rows.
 
     Raises:
-        TaskError: If the data is missing, malformed or empty.
+        TaskError: If the data is missing, malformed or empty, or the choice leaves nothing of it.
     """
     path = Path(source)
     if split is not None and path.is_file():
         raise TaskError(f"{source}: a file has no splits, so {split!r} cannot be chosen")
-    rows = _read_file(path) if path.is_file() else _read_dataset(source, split, n)
-    if not rows:
+    if path.is_file():
+        rows = _read_file(path)
+        data = Data([rows[number] for number in choice.of(len(rows))], len(rows))
+    else:
+        data = _read_dataset(source, split, choice)
+    if not data.total:
         raise TaskError(f"{source}: the dataset is empty; it needs at least one example")
-    return rows if n is None else rows[:n]
+    if not data.rows:
+        raise TaskError(f"{source} has {data.total} examples; offset {choice.offset} leaves none of them")
+    if choice.n is not None and len(data.rows) < choice.n:
+        logger.warning(
+            "%s: only %d of the %d examples asked for are there (%d in all%s)",
+            source,
+            len(data.rows),
+            choice.n,
+            data.total,
+            f", {choice.offset} passed over" if choice.offset else "",
+        )
+    return data
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -109,7 +164,7 @@ def _read_json(path: Path) -> list[Row]:
     return list(rows)
 
 
-def _read_dataset(source: str | Path, split: str | None, n: int | None) -> list[Row]:
+def _read_dataset(source: str | Path, split: str | None, choice: Choice) -> Data:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     path = Path(source)
@@ -131,9 +186,7 @@ def _read_dataset(source: str | Path, split: str | None, n: int | None) -> list[
     elif split is not None:
         raise TaskError(f"{source}: the saved dataset has no splits, so {split!r} cannot be chosen")
     assert isinstance(data, Dataset)
-    if n is not None:
-        data = data.select(range(min(n, len(data))))
-    return list(data.to_list())
+    return Data(list(data.select(choice.of(len(data))).to_list()), len(data))
 
 
 def _reason(error: BaseException) -> str:
