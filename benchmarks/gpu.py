@@ -66,7 +66,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         "transfers": lambda device, _: gpu_products.transfers(device),
     }
     for shape in gpu_scale.SHAPES:
-        found[shape.name] = lambda device, _, shape=shape: gpu_scale.measure(shape, device)  # type: ignore[misc]
+        found[shape.name] = lambda device, _, shape=shape: gpu_scale.measure(shape, device)
     if options.model:
         found["model"] = lambda device, its: gpu_agreement.agreement(its.model, device, gpu_agreement.MODEL)
     return found

@@ -174,7 +174,7 @@ def commands(device: torch.device) -> dict[str, Any]:
 
     rows.append(_timed("apply, generate", speak))
     for method in ("eap", "eap-ig", "hisp", "exact"):
-        rows.append(_timed(method, lambda method=method: _attribute(model, task, method)))  # type: ignore[misc]
+        rows.append(_timed(method, lambda method=method: _attribute(model, task, method)))
     rows.append(_timed("sweep", lambda: model.sweep(task, thresholds=[0.05, 0.1], progress=False)))
     rows.append(
         _timed(
@@ -185,7 +185,7 @@ def commands(device: torch.device) -> dict[str, Any]:
         rows.append(
             _timed(
                 f"ablation {ablation}",
-                lambda ablation=ablation: model.discover(  # type: ignore[misc]
+                lambda ablation=ablation: model.discover(
                     task, threshold=0.05, ablation=ablation, progress=False
                 ),
             )

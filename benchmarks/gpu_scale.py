@@ -117,7 +117,7 @@ class _Pieces:
         self.shape, self.device, self.compute = shape, device, compute
         self.phases: list[dict[str, Any]] = []
         self.task = random_task(shape)
-        config = PAHQConfig(compute=compute)  # type: ignore[arg-type]
+        config = PAHQConfig(compute=compute)
         where: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
         # Loading includes the self-check: its tolerance holds at this depth, or this step fails and says how.
         self.model = self._phase("load", lambda: PAHQModel.from_pretrained(str(folder), config, **where))
@@ -125,7 +125,7 @@ class _Pieces:
         self.kept = _random_kept(self.model.graph)
 
     def _engine(self, name: str) -> Any:
-        limits = EngineConfig(name)  # type: ignore[arg-type]
+        limits = EngineConfig(name)
         return make_engine(self.model.patched, self.task, "kl", "corrupted", self.model.pahq_config, limits)
 
     def _phase(self, name: str, function: Callable[[], Any]) -> Any:
