@@ -45,6 +45,7 @@ from pahq_hf.cli_options import (
     StoreOption,
     TablesOption,
     TaskOption,
+    ThreadsOption,
     TokenOption,
     TrustOption,
     load_arguments,
@@ -58,6 +59,8 @@ from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.quiet import quiet_imports
+from pahq_hf.settings import RunSettings
+from pahq_hf.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
 
 app = typer.Typer(
     name="pahq",
@@ -131,9 +134,9 @@ def info(
         source=CheckpointSource(files) if files else None,
     )
     if as_json:
-        print_json({**facts, "memory": needs.to_dict()})
+        print_json({**facts, "memory": needs.to_dict(), "threads": thread_facts()})
     else:
-        print_rich(memory_table(needs, n, length))
+        print_rich(memory_table(needs, n, length), facts_table({"threads": thread_facts()}))
 
 
 @app.command()
@@ -181,7 +184,7 @@ def discover(
     absolute: AbsoluteOption = False,
     readers: ReadersOption = None,
     screen: ScreenOption = None,
-    engine: EngineOption = "sparse",
+    engine: EngineOption = None,
     batch: BatchOption = None,
     memory_budget: BudgetOption = None,
     activation_store: StoreOption = "ram",
@@ -190,6 +193,7 @@ def discover(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
@@ -218,7 +222,9 @@ def discover(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
     )
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    found = RunSettings.of_run(out) if resume else RunSettings()
+    take_threads(threads, found.threads)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
@@ -244,7 +250,7 @@ def main() -> None:
     _quiet_start()
     try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
-        with quiet_imports():  # which commands do where they need what is imported
+        with quiet_imports(), kept_threads():  # which commands do where they need what is imported
             code = app(standalone_mode=False)
     except PAHQError as error:
         _fail(str(error))
@@ -265,7 +271,12 @@ def main() -> None:
 
 
 def _quiet_start() -> None:
-    """Spare torchao the search for CUDA libraries, and log files the bars of downloads."""
+    """Settings that libraries read when they are imported.
+
+    They spare torchao the search for CUDA libraries, log files the bars of downloads, and other programs the
+    cores on which threads would spin.
+    """
+    os.environ.update(sleep_while_waiting())
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

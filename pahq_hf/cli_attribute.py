@@ -26,6 +26,7 @@ from pahq_hf.cli_options import (
     ShuffleOption,
     SplitOption,
     TaskOption,
+    ThreadsOption,
     TokenOption,
     TrustOption,
     load_arguments,
@@ -35,6 +36,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.config import EngineName, MethodName
+from pahq_hf.threads import take_threads
 
 
 def attribute(
@@ -65,6 +67,7 @@ def attribute(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
     revision: RevisionOption = None,
@@ -83,6 +86,7 @@ def attribute(
     pahq = PAHQConfig(precision, fmt, split_kv_groups, policy=read_policy(policy))
     limits = EngineConfig(engine, memory_budget=read_bytes(memory_budget))
     refuse_overwrite(out)
+    take_threads(threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)

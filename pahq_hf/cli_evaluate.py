@@ -17,6 +17,7 @@ from pahq_hf.cli_options import (
     SeedOption,
     ShuffleOption,
     TaskOption,
+    ThreadsOption,
     TokenOption,
     TrustOption,
     load_arguments,
@@ -24,6 +25,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError
+from pahq_hf.threads import take_threads
 
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
@@ -60,6 +62,7 @@ def evaluate(
         bool, typer.Option("--any-weights", help="Accept other weights of the same shape.")
     ] = False,
     device: DeviceOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
     revision: RevisionOption = None,
@@ -83,6 +86,7 @@ def evaluate(
         reference_facts(found, known)  # what does not fit should fail before the model runs
     if plots is not None:
         make_folder(plots)
+    take_threads(threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
     pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)

@@ -18,7 +18,8 @@ from pahq_hf.config import (
     Regime,
     StoreName,
 )
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, first_line
+from pahq_hf.settings import RunSettings
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -80,7 +81,17 @@ ScreenOption = Annotated[
     ),
 ]
 EngineOption = Annotated[
-    EngineName, typer.Option(help="sparse computes what an edge can change, hooks the whole model.")
+    EngineName | None,
+    typer.Option(
+        help="sparse, the default, computes what an edge can change, hooks the whole model.",
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Threads of the processor; by default OMP_NUM_THREADS, or as many as cores are free."
+    ),
 ]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Candidates tried at once; adaptive if unset.")]
 
@@ -92,6 +103,7 @@ def load_arguments(
     trust_remote_code: bool,
     device: str | None = None,
     dtype: str | None = None,
+    resumed: RunSettings | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
     import torch
@@ -104,6 +116,14 @@ def load_arguments(
         "dtype": getattr(torch, dtype) if dtype else None,
         "device": device,
     }
+    if device is None and resumed is not None and resumed.device not in (None, "cpu"):
+        try:
+            arguments["device"] = str(torch.empty(0, device=resumed.device).device)
+        except (RuntimeError, AssertionError, ValueError) as error:  # not on this machine
+            raise ConfigError(
+                f"the run began on device {resumed.device!r}, which cannot be used here "
+                f"({first_line(error)}): --device continues it elsewhere"
+            ) from error
     return {key: value for key, value in arguments.items() if value is not None}
 
 

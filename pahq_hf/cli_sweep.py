@@ -37,6 +37,7 @@ from pahq_hf.cli_options import (
     StoreOption,
     TablesOption,
     TaskOption,
+    ThreadsOption,
     TokenOption,
     TrustOption,
     load_arguments,
@@ -46,6 +47,8 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
+from pahq_hf.settings import RunSettings
+from pahq_hf.threads import take_threads
 
 if TYPE_CHECKING:
     from pahq_hf.sweep import Sweep
@@ -73,7 +76,7 @@ def sweep(
     absolute: AbsoluteOption = False,
     readers: ReadersOption = None,
     screen: ScreenOption = None,
-    engine: EngineOption = "sparse",
+    engine: EngineOption = None,
     batch: BatchOption = None,
     memory_budget: BudgetOption = None,
     activation_store: StoreOption = "ram",
@@ -82,6 +85,7 @@ def sweep(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the sweep in --out, or add thresholds to it.")
     ] = False,
@@ -113,10 +117,12 @@ def sweep(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
     )
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    found = RunSettings.of_run(out) if resume else RunSettings()
+    take_threads(threads, found.threads)
+    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
-    found = wrapped.sweep(
+    swept = wrapped.sweep(
         data,
         thresholds=values,
         config=acdc,
@@ -125,11 +131,11 @@ def sweep(
         resume=resume,
         progress=not as_json,
     )
-    command = _next(context, found, out)
+    command = _next(context, swept, out)
     if as_json:
-        print_json({"out": str(out), **found.to_json(), "next": command})
+        print_json({"out": str(out), **swept.to_json(), "next": command})
     else:
-        print_rich(sweep_table(found.rows))
+        print_rich(sweep_table(swept.rows))
         print_end(out, command)
 
 

@@ -320,21 +320,25 @@ class EngineConfig(_JsonConfig):
     """How metrics are computed. Nothing here changes a decision, so a run may resume with other values.
 
     Attributes:
-        engine: `sparse` computes what an edge can change; `hooks` runs the whole model for every test.
+        engine: `sparse` computes what an edge can change; `hooks` runs the whole model for every test. None
+            takes `sparse`, or that of the run that is resumed.
         batch: Candidates tried at once; None adapts to how often edges stay.
         memory_budget: Bytes for candidates side by side and for decoded weights; None takes a share
             of what is free.
         activation_store: Where captured activations are kept: `ram`, or a memory-mapped file on `disk`.
+        threads: Threads of the processor while it runs; None leaves them as the program has them.
     """
 
-    engine: EngineName = "sparse"
+    engine: EngineName | None = None
     batch: int | None = None
     memory_budget: int | None = None
     activation_store: StoreName = "ram"
+    threads: int | None = None
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
-        _choice("engine", self.engine, EngineName)
+        if self.engine is not None:
+            _choice("engine", self.engine, EngineName)
         _choice("activation_store", self.activation_store, StoreName)
         for name in ("batch", "memory_budget"):
             if getattr(self, name) is not None:
@@ -343,3 +347,5 @@ class EngineConfig(_JsonConfig):
             raise ConfigError(f"batch must be at least 1; got {self.batch}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ConfigError(f"memory_budget must be at least 1 byte; got {self.memory_budget}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1; got {self.threads}")

@@ -29,7 +29,7 @@ from pahq_hf.acdc import (
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
 from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
-from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
+from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig, parse_screen
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
@@ -44,7 +44,9 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
+from pahq_hf.settings import RunSettings
 from pahq_hf.tasks.base import Task
+from pahq_hf.threads import threads
 from pahq_hf.verdict import announce
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,10 @@ class Discovery:
             RunError: If `out` cannot be written or holds another run.
             DriftError: If the engine's final metric is not the hooks engine's.
         """
-        folder = None if out is None else Path(out)
+        with threads(self.engine.threads):
+            return self._run(None if out is None else Path(out), resume)
+
+    def _run(self, folder: Path | None, resume: bool) -> Circuit:
         finished = self.finished(folder, resume=resume)
         if finished is not None:
             return finished
@@ -206,7 +211,7 @@ class Discovery:
         Raises:
             RunError: If the folder cannot be written or holds another run.
         """
-        journal = self._journal(folder, resume)
+        journal = self._journal(folder, resume, engine)
         resumed = 0 if journal is None else len(journal.records)
         if first:
             warn_near_chance(engine.clean_logits, self.task)
@@ -275,9 +280,14 @@ class Discovery:
             )
 
     def _is_begun(self, folder: Path | None, resume: bool) -> bool:
-        return folder is not None and resume and os.path.exists(folder / JOURNAL_NAME)
+        if folder is None or not resume or not os.path.exists(folder / JOURNAL_NAME):
+            return False
+        with (folder / JOURNAL_NAME).open("rb") as file:
+            return file.readline().endswith(b"\n")  # else it ends within its header
 
-    def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
+    def _journal(
+        self, folder: Path | None, resume: bool, engine: HooksEngine | SparseEngine
+    ) -> Journal | None:
         """The run's journal, and its screen: of an interrupted run the one that is kept with it."""
         if folder is None or not self._is_begun(folder, resume):
             self.screen = self.screen or self.make_screen()
@@ -297,7 +307,13 @@ class Discovery:
             return journal
         if self.screen is not None:
             self.screen.save(folder, self.header())
-        return Journal.create(folder, self.header())
+        return Journal.create(folder, self.header() | {"settings": self.settings(engine).to_dict()})
+
+    def settings(self, engine: HooksEngine | SparseEngine) -> RunSettings:
+        """How this run computes."""
+        return RunSettings(
+            torch.get_num_threads(), _name_of(engine), str(self.model.device), self.pahq.compute
+        )
 
     def _replay(self, journal: Journal, screen: Screen | None) -> Search:
         """The state of the search after a journal's records, which are checked."""
@@ -383,7 +399,8 @@ class Discovery:
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
-            "engine": "sparse" if isinstance(engine, SparseEngine) else "hooks",
+            "engine": _name_of(engine),
+            "settings": self.settings(engine).to_dict(),
             "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
             "versions": versions() | {"device": str(self.model.device)},
             **hardware_facts(self.model.device),
@@ -406,6 +423,10 @@ class Discovery:
                 "linear_weights_fp32": weights.nbytes_fp32,
             },
         }
+
+
+def _name_of(engine: HooksEngine | SparseEngine) -> EngineName:
+    return "sparse" if isinstance(engine, SparseEngine) else "hooks"
 
 
 def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:

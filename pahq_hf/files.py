@@ -22,6 +22,8 @@ from pahq_hf.errors import RunError
 CIRCUIT_NAME = "circuit.json"
 JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
+ANSWERS_NAME = "answers.jsonl"  # of a sweep
+SWEEP_PREFIX = "tau-"  # of its runs' folders
 
 Write = Callable[[Path], None]
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")

@@ -40,6 +40,7 @@ from pahq_hf.options import (
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
+from pahq_hf.settings import RunSettings
 from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
 from pahq_hf.wrapper import Wrapper, find_wrapper
@@ -86,6 +87,7 @@ class PAHQModel(nn.Module):
         origin = source if empty and isinstance(source, CheckpointSource) else None
         streamed = origin is not None
         check_supported(model, streamed=streamed)
+        self._asked = config or PAHQConfig()
         self.pahq_config = _resolved(config or PAHQConfig(), resident_device(model))
         self.base_model = model
         self.tokenizer = tokenizer
@@ -257,6 +259,18 @@ class PAHQModel(nn.Module):
             stored=limits.activation_store,
         )
 
+    def _resumed(self, out: str | Path | None, engine: EngineConfig | None) -> EngineConfig:
+        """Limits with what a run in a folder began with; `auto` products become what they were there."""
+        engine = engine or EngineConfig()
+        if out is None:
+            return engine
+        found = RunSettings.of_run(out)
+        low = self.pahq_config.regime == "pahq" and self._asked.compute == "auto"
+        if low and found.compute not in (None, self.pahq_config.compute):
+            self.pahq_config = _resolved(replace(self._asked, compute=found.compute), self.patched.device)
+            self.patched.compute_in(PrecisionRule.of(self.pahq_config, self.patched.device).compute)
+        return replace(engine, engine=engine.engine or found.engine)
+
     # -- circuits ---------------------------------------------------------------------------------
 
     def discover(
@@ -293,6 +307,7 @@ class PAHQModel(nn.Module):
             options, DiscoverOptions, "discover", config=(config, ACDCConfig), engine=(engine, EngineConfig)
         )
         acdc = _search_config(config, options)
+        engine = self._resumed(out, engine) if resume else engine
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         return run.run(out, resume=resume)
 
@@ -334,6 +349,7 @@ class PAHQModel(nn.Module):
             options, SearchOptions, "sweep", config=(config, ACDCConfig), engine=(engine, EngineConfig)
         )
         acdc = _search_config(config, options)
+        engine = self._resumed(out, engine) if resume else engine
         where = self.patched, self.identity, task, self.pahq_config
         return SweepRun(*where, acdc, thresholds, engine, progress=progress).run(out, resume=resume)
 

@@ -151,6 +151,11 @@ class PatchedModel:
             trim()
         self.precision.free_staging()
 
+    def compute_in(self, compute: torch.dtype) -> None:
+        """Let products with differences from anchors run in another dtype from now on."""
+        for linear in (*self.linears(), *self.tables):
+            linear.compute_in(compute)
+
     def _patch_tables(self) -> None:
         unembedding, embedding = self.arch.find(self.hf, self.arch.unembedding), self.embedding
         tied = unembedding.weight is embedding.weight

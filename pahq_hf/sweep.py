@@ -30,7 +30,7 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.extras import spared
-from pahq_hf.files import write_atomically, write_text
+from pahq_hf.files import ANSWERS_NAME, SWEEP_PREFIX, write_atomically, write_text
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import check_header
@@ -39,12 +39,11 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
+from pahq_hf.threads import threads
 from pahq_hf.verdict import Verdict
 
 SWEEP_NAME = "sweep.json"
-ANSWERS_NAME = "answers.jsonl"
 _PLOT_NAME = "pareto"
-_PREFIX = "tau-"
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,10 @@ class SweepRun:
             RunError: If `out` cannot be written or holds another sweep.
             DriftError: If a search's final metric is not the hooks engine's.
         """
-        folder = None if out is None else Path(out)
+        with threads(self._any.engine.threads):
+            return self._run(None if out is None else Path(out), resume)
+
+    def _run(self, folder: Path | None, resume: bool) -> Sweep:
         if folder is not None and (finished := self._look_into(folder, resume)) is not None:
             return finished
         answers = Answers() if folder is None else self._answers(folder)
@@ -377,10 +379,10 @@ class SweepRun:
                 )
         wanted = {threshold_folder(folder, tau).name for tau in self._runs}
         for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
-            if path.name.startswith(_PREFIX) and path.name not in wanted:
+            if path.name.startswith(SWEEP_PREFIX) and path.name not in wanted:
+                tau = path.name.removeprefix(SWEEP_PREFIX)
                 raise RunError(
-                    f"{folder} holds a sweep with threshold {path.name.removeprefix(_PREFIX)}; ask for that "
-                    "too or choose another folder"
+                    f"{folder} holds a sweep with threshold {tau}; ask for that too or choose another folder"
                 )
         if not os.path.exists(folder / SWEEP_NAME):
             return None
@@ -395,7 +397,7 @@ class SweepRun:
 
 def threshold_folder(folder: Path, tau: float) -> Path:
     """The run of a threshold; `repr` tells any two floats apart."""
-    return folder / f"{_PREFIX}{tau!r}"
+    return folder / f"{SWEEP_PREFIX}{tau!r}"
 
 
 def _save(sweep: Sweep, folder: Path) -> None:

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A missing local file should fail at once, not after retries; a test that talks to its own loopback
 # Hub sets HF_HUB_OFFLINE=0 for the process that does.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that wait for work leave their core to others: tests also run beside other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Threads that share a core, of several workers or with another program, spend their time waiting for each

@@ -25,6 +25,7 @@ from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
 from pahq_hf.tasks.base import Task
+from pahq_hf.threads import threads
 from pahq_hf.verdict import Verdict, announce
 
 
@@ -80,7 +81,10 @@ class Attribution:
         Raises:
             RunError: If `out` cannot be written or holds another run.
         """
-        folder = None if out is None else refuse_overwrite(Path(out))
+        with threads(self.engine.threads):
+            return self._run(None if out is None else refuse_overwrite(Path(out)))
+
+    def _run(self, folder: Path | None) -> Circuit:
         if folder is not None:
             make_folder(folder)  # what cannot be written fails before any work
         phases = Phases()

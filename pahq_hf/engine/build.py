@@ -38,7 +38,7 @@ def make_engine(
     """
     rule = PrecisionRule.of(pahq, model.device)
     store = make_store(config.activation_store)
-    if config.engine == "sparse" and not model.arch.sparse:
+    if config.engine != "hooks" and not model.arch.sparse:
         logger.warning(
             "%s mixes tokens in a way that the sparse engine cannot cut: using the hooks engine",
             model.arch.model_type,

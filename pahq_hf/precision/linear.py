@@ -92,6 +92,11 @@ class PAHQLinear(nn.Module):
         self._compute = compute
         self.weight = None
 
+    def compute_in(self, compute: torch.dtype) -> None:
+        """Let products of differences run in another dtype from now on."""
+        self.release()
+        self._compute = compute
+
     def raise_region(self, region: Region) -> None:
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is not None:
