@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -22,11 +23,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
 
 from pahq_hf.architectures import find_architecture, supported_families, unsupported
 from pahq_hf.checkpoints import demo_path
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
+from pahq_hf.gguf import write_header
 from pahq_hf.placement import one_device
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.progress import library_bars
@@ -94,9 +96,9 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
     wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
     trust = trusts(kwargs)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            resolve(name), trust_remote_code=trust, **wanted
-        )
+        config = _gguf_config(name, **wanted) if wanted.get("gguf_file") else None
+        if config is None:
+            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
     except _LOAD_ERRORS as error:
         if _wants_trust(error):
             # Code that would not help need not be trusted first.
@@ -108,6 +110,21 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
             raise UnsupportedModelError(f"cannot tell the family of {name!r}: {first_line(error)}") from error
         raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
     find_architecture(config)
+    return config
+
+
+def _gguf_config(name: str, **kwargs: Any) -> PretrainedConfig | None:
+    """The config that a GGUF file's header makes; None where reading the whole file may tell more."""
+    path = Path(str(cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))))
+    with tempfile.TemporaryDirectory(prefix="pahq_hf-gguf-") as folder:
+        header = Path(folder) / "header.gguf"
+        try:
+            write_header(path, header)
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=header.name)
+        except _LOAD_ERRORS:
+            return None
+    config._name_or_path = resolve(name)
+    config._commit_hash = extract_commit_hash(str(path), None)
     return config
 
 
@@ -137,8 +154,13 @@ def load(
         kwargs["device_map"] = {"": device}
     config = load_config(name, **kwargs)
     origin, arguments = name, kwargs
-    if streamed and kwargs.get("gguf_file"):
-        origin, arguments = str(converted(name, **kwargs)), {}
+    if kwargs.get("gguf_file"):
+        try:
+            origin = str(converted(name, **kwargs))
+            arguments = {key: kwargs[key] for key in ("dtype", "device_map") if key in kwargs}
+        except _UnkeptError:
+            if streamed:
+                raise
     pickled = kwargs.get("use_safetensors") is False
     files = [] if pickled else safetensors_files(origin, **arguments)
     source = CheckpointSource(files) if files else None
@@ -150,7 +172,9 @@ def load(
         if model is not None:
             _load_generation_config(model, origin, **arguments)
             return model, source
-    return load_model(name, **kwargs), source
+    model = load_model(origin, **arguments)
+    model.config._name_or_path = config._name_or_path
+    return model, source
 
 
 def _check_attention(kwargs: dict[str, Any]) -> None:
@@ -182,23 +206,48 @@ def converted(name: str, **kwargs: Any) -> Path:
     Raises:
         ModelLoadError: If the file cannot be read, or the cache not be written.
     """
-    path = cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))
-    status = os.stat(str(path))
-    identity = f"{os.path.realpath(str(path))}:{status.st_size}:{status.st_mtime_ns}"
-    cache = Path(os.environ.get("PAHQ_CACHE", "~/.cache/pahq_hf")).expanduser()
-    folder = cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = _conversion(name, **kwargs)
     if folder.exists():
         return folder
+    lock = FileLock(folder.with_suffix(".lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            model = load_model(name, **_pick(kwargs, *_HUB_ARGUMENTS, "gguf_file", "trust_remote_code"))
-            model.save_pretrained(Path(unfinished) / "model")
-            os.rename(Path(unfinished) / "model", folder)
+        with lock, tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            if not folder.exists():  # another process was faster
+                _convert(name, Path(unfinished) / "model", **kwargs)
+                os.rename(Path(unfinished) / "model", folder)
+            Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
-        if not folder.exists():  # else another process was faster
-            raise ModelLoadError(f"cannot keep the converted {name!r} in {folder}: {error}") from error
+        raise _UnkeptError(f"cannot keep the converted {name!r} in {folder}: {error}") from error
+    except ModelLoadError:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        raise
     return folder
+
+
+class _UnkeptError(ModelLoadError):
+    """A converted checkpoint cannot be kept."""
+
+
+def _conversion(name: str, **kwargs: Any) -> Path:
+    """The folder of a GGUF file's conversion, there or not: by the file's place, size and time."""
+    try:
+        path = cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))
+        status = os.stat(str(path))
+    except _LOAD_ERRORS as error:
+        raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
+    identity = f"2:{os.path.realpath(str(path))}:{status.st_size}:{status.st_mtime_ns}"
+    cache = Path(os.environ.get("PAHQ_CACHE", "~/.cache/pahq_hf")).expanduser()
+    return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _convert(name: str, folder: Path, **kwargs: Any) -> None:
+    """Write a GGUF file's model and tokenizer as a checkpoint of the plain kind."""
+    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
+    load_model(name, **wanted).save_pretrained(folder)
+    tokenizer = _read_tokenizer(name, **wanted)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @library_bars()
@@ -252,6 +301,14 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any | None:
     Raises:
         ModelLoadError: If it comes with code of its own that nobody trusts.
     """
+    if kwargs.get("gguf_file"):
+        folder = _conversion(name, **kwargs)
+        if folder.exists():
+            return _read_tokenizer(str(folder))
+    return _read_tokenizer(name, **kwargs)
+
+
+def _read_tokenizer(name: str, **kwargs: Any) -> Any | None:
     wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
     trust = trusts(kwargs)
     try:

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import pahq_hf.checkpoint
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError
+from pahq_hf.gguf import write_header
 from pahq_hf.memory import read_memory
 from pahq_hf.model import PAHQModel
 from tests.helpers import FP32, files_of
@@ -162,18 +166,81 @@ def test_gguf_is_streamed_from_its_conversion(
 
 
 def test_gguf_is_converted_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load(path, FP32)
-    assert not cache.exists()  # in full precision nothing is read again
-    first = load(path, RTN)
+    first = load(path, FP32)
+    assert first.config.name_or_path == first.identity["base_model"] == str(path.parent)
     before = files_of(cache)
+    assert all(not name.endswith(".lock") for name in before)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("converted again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pahq_hf.checkpoint.AutoModelForCausalLM, "from_pretrained", refuse)
-        second = load(path, PAHQConfig("pahq"))
-    assert second.identity == first.identity and files_of(cache) == before
+        patch.setattr(pahq_hf.checkpoint, "_convert", refuse)
+        others = [load(path, config) for config in (PAHQConfig("pahq"), RTN, FP32)]
+        ids = padded_prompts()["input_ids"]
+        assert torch.equal(others[-1](ids).logits, first(ids).logits)
+        wide = PAHQModel.from_pretrained(path.parent, FP32, gguf_file=path.name, dtype=torch.float64)
+        assert wide.dtype == torch.float64
+    assert all(other.identity == first.identity for other in others) and files_of(cache) == before
+
+
+def test_two_at_once_convert_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converts, real = [], pahq_hf.checkpoint._convert
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        converts.append(args)
+        time.sleep(0.2)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(pahq_hf.checkpoint, "_convert", slow)
+    with ThreadPoolExecutor(2) as pool:
+        convert = partial(pahq_hf.checkpoint.converted, gguf_file=path.name)
+        first, second = pool.map(convert, [str(path.parent)] * 2)
+    assert first == second and len(converts) == 1
+
+
+def test_the_config_needs_the_header_only(path: Path, cache: Path) -> None:
+    """Neither weights nor vocabulary are needed: of a file without them it is the same."""
+    name, whole = str(path.parent), AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    ours = pahq_hf.checkpoint.load_config(name, gguf_file=path.name)
+    assert ours.to_dict() == whole.to_dict() and ours.name_or_path == name
+    header = path.with_name("header.gguf")
+    write_header(path, header)
+    assert header.stat().st_blocks * 512 < path.stat().st_size
+    again = AutoConfig.from_pretrained(path.parent, gguf_file=header.name)
+    assert again.to_dict() == whole.to_dict()
+    assert not cache.exists()
+
+
+def test_the_size_of_the_vocabulary_is_that_of_its_tokens(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "tokens.gguf"), "llama")
+    for add, value in (
+        (writer.add_block_count, 2),
+        (writer.add_embedding_length, 16),
+        (writer.add_head_count, 2),
+        (writer.add_feed_forward_length, 32),
+        (writer.add_context_length, 64),
+    ):
+        add(value)
+    writer.add_token_list([f"token {number}" for number in range(3000)])
+    writer.add_token_scores([0.0] * 3000)
+    writer.add_eos_token_id(7)
+    writer.add_tensor("token_embd.weight", np.zeros((3000, 16), dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    whole = AutoConfig.from_pretrained(tmp_path, gguf_file="tokens.gguf")
+    ours = pahq_hf.checkpoint.load_config(str(tmp_path), gguf_file="tokens.gguf")
+    assert ours.vocab_size == 3000 and ours.eos_token_id == 7 and ours.to_dict() == whole.to_dict()
+    write_header(tmp_path / "tokens.gguf", tmp_path / "header.gguf")
+    assert b"token 17" not in (tmp_path / "header.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 3, 10, 24, 100, 300])
+def test_a_header_that_is_cut_off(size: int, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError):
+        write_header(tmp_path / "cut.gguf", tmp_path / "header.gguf")
 
 
 def test_another_gguf_of_the_same_name_is_converted_anew(path: Path, cache: Path) -> None:
