@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pahq_hf.ablation import CORRUPTED, GIVEN, found_under, plain_ablation
 from pahq_hf.capture import Activations
+from pahq_hf.circuit import Circuit
 from pahq_hf.engine.patched_run import PatchedRun
 from pahq_hf.errors import ConfigError
 from pahq_hf.graph import BoolArray
 from pahq_hf.hooking import first_input, hooks
-from pahq_hf.means import MeanActivations, Means
+from pahq_hf.means import MeanActivations, Means, zero_means
 from pahq_hf.partner import Partner
 from pahq_hf.patch import PatchedModel
 from pahq_hf.substitute import Call, Substitute, body_of
@@ -104,32 +106,59 @@ class _AppliedRun(PatchedRun):
         super()._on_embedding(module, args, kwargs)
 
 
-def substitute_of(
-    model: PatchedModel, corrupted: Tensor | None, mask: Tensor | None, means: Means | None
-) -> Substitute:
-    """What removed edges carry: what corrupted prompts write, or mean activations.
+def plain_substitute(model: PatchedModel, found: str | None, means: Means | None) -> Substitute | None:
+    """What stands in for removed edges without corrupted prompts, in FP32 (`ablation.plain_ablation`).
 
     Args:
         model: The patched model.
-        corrupted: Token ids of corrupted prompts. [batch, pos]
-        mask: Which of them are real. [batch, pos]
-        means: Mean activations; corrupted prompts come before them.
+        found: The ablation the circuit was found under.
+        means: The means kept with it.
 
     Returns:
-        What gives them.
+        What gives it; None if there is nothing.
 
     Raises:
-        ConfigError: If a circuit is applied already, or there is neither.
+        CircuitError: If the means are of another model.
+    """
+    chosen = zero_means(model) if found == "zero" else means
+    if chosen is None:
+        return None
+    model.precision.deactivate()
+    with model.precision.full_precision():
+        return MeanActivations(model, chosen)
+
+
+def substitute_of(
+    model: PatchedModel, circuit: Circuit, corrupted: Tensor | None, mask: Tensor | None, means: Means | None
+) -> tuple[Substitute, str]:
+    """What a circuit's removed edges carry, in FP32.
+
+    Args:
+        model: The patched model.
+        circuit: The circuit.
+        corrupted: Token ids of corrupted prompts, which run along. [batch, pos]
+        mask: Which of them are real. [batch, pos]
+        means: Mean activations; without them and corrupted prompts, what is kept with the circuit.
+
+    Returns:
+        What gives it, and its name (`ablation.notice`).
+
+    Raises:
+        ConfigError: If a circuit is applied already, if there is nothing, or both of the first are given.
+        CircuitError: If the means are of another model.
     """
     if model.is_applied:
         raise ConfigError("a circuit is applied already: leave that block first")
-    if corrupted is None and means is None:
+    if corrupted is not None and means is not None:
+        raise ConfigError("give either corrupted prompts or mean activations, not both")
+    if corrupted is not None:
+        model.precision.deactivate()
+        return Partner(model, corrupted, mask), CORRUPTED
+    found = found_under(circuit) if means is None else None
+    kept = circuit.means if means is None else means
+    substitute, name = plain_substitute(model, found, kept), plain_ablation(found, kept)
+    if substitute is None or name is None:
         raise ConfigError(
             "this circuit comes without mean activations: give corrupted prompts (corrupted=ids) or means"
         )
-    model.precision.deactivate()
-    if corrupted is not None:
-        return Partner(model, corrupted, mask)
-    assert means is not None
-    with model.precision.full_precision():
-        return MeanActivations(model, means)
+    return substitute, name if means is None else GIVEN

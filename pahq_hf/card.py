@@ -12,8 +12,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from pahq_hf.ablation import accuracies, plain_carries, works_plainly
 from pahq_hf.circuit import PICTURE_NAME, Circuit
 from pahq_hf.render.layout import DRAWN_EDGES
+from pahq_hf.tasks.catalog import DESCRIPTIONS
 
 _METHODS = {
     "acdc": "ACDC with activation patching",
@@ -80,7 +82,9 @@ def render_card(
         drawn=DRAWN_EDGES,
         where=", ".join(where),
         model_argument=_model_argument(circuit, base_model),
-        has_means=circuit.means is not None,
+        accuracies=accuracies(circuit),
+        carried=plain_carries(circuit) if works_plainly(circuit) else None,
+        prompts=_prompts(task),
     )
 
 
@@ -108,6 +112,15 @@ def _model_argument(circuit: Circuit, base_model: str) -> str:
     known = base_model == "demo" or _is_hub_id(base_model)
     argument = repr(base_model if known else "path/to/the/model")
     return f"{argument}, PAHQConfig(split_kv_groups=True)" if circuit.graph.spec.split_kv_groups else argument
+
+
+def _prompts(task: dict[str, Any]) -> str | None:
+    """The name by which `load_task` gives the task's prompts; None for data of one's own."""
+    for known in DESCRIPTIONS:
+        if task.get("generator") == known.name and task.get("corruption") in known.corruptions:
+            first = task["corruption"] == known.corruptions[0]
+            return repr(known.name if first else f"{known.name}:{task['corruption']}")
+    return None
 
 
 def _is_hub_id(name: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import pahq_hf
+from pahq_hf.ablation import APPLY
 from pahq_hf.acdc import (
     AdaptiveBatch,
     BatchSize,
@@ -254,8 +255,9 @@ class Discovery:
         """
         state = found.state
         with self._phase("evaluate"):
-            (metric, verdict), means = judge.measure(state.kept, found.final), judge.means()
-        facts = dict(found.facts)
+            metric, verdict = judge.measure(state.kept, found.final)
+            means, applied = judge.means, judge.applied(state.kept, verdict)
+        facts = found.facts | {APPLY: applied}
         seconds = self._seconds | {"total": sum(self._seconds.values())}
         seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
         facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}

@@ -54,6 +54,10 @@ class DriftError(PAHQError):
     """A search's final metric is not what the hooks engine finds for its circuit: a bug, please report it."""
 
 
+class AblationWarning(UserWarning):
+    """A circuit runs under another ablation than it was found under, or answers poorly under this one."""
+
+
 def first_line(error: Exception, longest: int = 300) -> str:
     """The first line of what an error says, for one line of our own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -37,13 +37,19 @@ class Judge:
     ) -> None:
         self.evaluator = Evaluator(model, task, metric, ablation)
         self._metric = metric
+        self._ablation = ablation
         # `pahq` ends in FP32; the other regimes end at their own precision.
         low = pahq.regime in ("rtn", "pahq-literal")
         self._low = HooksEngine(model, task, metric, ablation=ablation) if low else None
 
+    @property
     def means(self) -> dict[str, NDArray[np.float32]]:
-        """Mean activations of the corrupted prompts."""
-        return self.evaluator.means()
+        """Mean activations that are kept with the circuits."""
+        return self.evaluator.means
+
+    def applied(self, kept: BoolArray, verdict: Verdict) -> dict[str, Any]:
+        """How well a circuit answers inside `PAHQModel.apply` (`Evaluator.applied`)."""
+        return self.evaluator.applied(kept, self._ablation, self.means, verdict.accuracy)
 
     def measure(self, kept: BoolArray, final: float) -> tuple[dict[str, Any], Verdict]:
         """A circuit's metric again by the hooks engine, at the search's precision and in FP32.

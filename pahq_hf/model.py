@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 from pahq_hf import checkpoint
+from pahq_hf.ablation import notice
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, substitute_of
 from pahq_hf.attribution.run import Attribution
@@ -21,7 +23,7 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, UnsupportedModelError
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
@@ -427,8 +429,10 @@ class PAHQModel(nn.Module):
     ) -> AbstractContextManager[PAHQModel]:
         """Run the model as a circuit: inside, forward, generate and pipelines use nothing but its edges.
 
-        Removed edges carry what the corrupted prompts write, or mean activations, which serve prompts of
-        any length: those stored with the circuit, unless others are given.
+        Removed edges carry what the corrupted prompts write. Without them they carry what is kept with the
+        circuit: the ablation it was found under if that needs no prompts (`mean`, `mean-corrupted`, `zero`),
+        else means of its corrupted prompts. How well it answers so was measured when it was found; an
+        `AblationWarning` tells when this is another ablation than it was found under, or when it is poor.
 
         Corrupted prompts run along as the circuit's partner, with a cache of their own where it has one.
         Beyond their end it reads the tokens that the circuit reads: what is generated continues both.
@@ -437,7 +441,7 @@ class PAHQModel(nn.Module):
             circuit: A circuit of this model.
             corrupted: Token ids of corrupted prompts, laid out as the prompts are. [batch, pos]
             corrupted_mask: Which of them are real; the prompts' own mask by default. [batch, pos]
-            means: Mean activations (`pahq_hf.means.means_of`).
+            means: Other mean activations (`pahq_hf.means.means_of`).
             exact: Compute in FP32; False computes at the model's precision, faster.
             any_weights: Accept a circuit that was found on other weights of the same shape.
 
@@ -463,10 +467,10 @@ class PAHQModel(nn.Module):
         any_weights: bool,
     ) -> Iterator[PAHQModel]:
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
-        if corrupted is not None and means is not None:
-            raise ConfigError("give either corrupted prompts or mean activations, not both")
-        stored = circuit.means if means is None else means
-        substitute = substitute_of(self.patched, corrupted, corrupted_mask, stored)
+        substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
+        text = notice(circuit, ablation)
+        if text is not None:
+            warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
         with exact_products(), applied(self.patched, circuit.kept, substitute, exact=exact):
             yield self
 

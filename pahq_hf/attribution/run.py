@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.ablation import APPLY
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.attribution.selection import edges_from, top_edges
@@ -106,9 +107,9 @@ class Attribution:
             )
             kept = self._choose(scores)
             with phases("evaluate"):
-                (metric, verdict), means = self._evaluate(kept)
+                (metric, verdict), applied, means = self._evaluate(kept)
             phases.seconds["total"] = time.perf_counter() - started
-        facts = self._facts(kept) | {"metric": metric, "verdict": verdict.to_dict()}
+        facts = self._facts(kept) | {"metric": metric, "verdict": verdict.to_dict(), APPLY: applied}
         facts["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
         facts["peak_memory"] |= peak.report()
         tested = self.model.graph.all_edges.copy()
@@ -130,9 +131,10 @@ class Attribution:
 
     def _evaluate(
         self, kept: BoolArray
-    ) -> tuple[tuple[dict[str, Any], Verdict], dict[str, NDArray[np.float32]]]:
-        """The circuit's metric in FP32, the verdict, and what stands in for removed edges elsewhere."""
-        evaluator = Evaluator(self.model, self.task, self.metric, self.config.ablation)
+    ) -> tuple[tuple[dict[str, Any], Verdict], dict[str, Any], dict[str, NDArray[np.float32]]]:
+        """The metric in FP32, the verdict, how well it answers in `apply`, and what is kept for that."""
+        ablation = self.config.ablation
+        evaluator = Evaluator(self.model, self.task, self.metric, ablation)
         verdict = evaluator.verdict(kept)
         final = verdict.value
         facts = {
@@ -142,7 +144,8 @@ class Attribution:
             "final": final,
             "fp32": final,
         }
-        return (facts, verdict), evaluator.means()
+        applied = evaluator.applied(kept, ablation, evaluator.means, verdict.accuracy)
+        return (facts, verdict), applied, evaluator.means
 
     def _facts(self, kept: BoolArray) -> dict[str, Any]:
         graph, weights = self.model.graph, self.model.precision

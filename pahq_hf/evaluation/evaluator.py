@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pahq_hf.ablation import CORRUPTED, FULL, plain_ablation
+from pahq_hf.apply import plain_substitute
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.accuracy import accuracy
+from pahq_hf.evaluation.applied import applied_logits, partner_of
 from pahq_hf.evaluation.checks import check_shape
 from pahq_hf.graph import BoolArray, Graph, edge_list
-from pahq_hf.means import means_of
+from pahq_hf.means import Means, kept_means
 from pahq_hf.metrics import Metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -90,9 +94,45 @@ class Evaluator:
             effects[edge] = self._engine.metric_of(without) - before
         return effects
 
+    @cached_property
     def means(self) -> dict[str, NDArray[np.float32]]:
-        """Mean activations of the corrupted prompts."""
-        return means_of(self._engine.corrupted, self._task)
+        """Mean activations that are kept with a circuit found on these prompts, under this ablation.
+
+        Pooled and by position: those of the ablation `mean` are of the clean prompts, all others of the
+        corrupted ones. By position where the ablation is, or where all prompts are of one length.
+        """
+        engine, task, by_mean = self._engine, self._task, self._ablation in ("mean", "mean-corrupted")
+        one_length = int(task.attention_mask.sum(-1).unique().numel()) == 1
+        return kept_means(
+            self._model,
+            task,
+            engine.substitute if by_mean else engine.corrupted,
+            task.clean_ids if self._ablation == "mean" else task.corrupted_ids,
+            by_position=by_mean or one_length,
+        )
+
+    def applied(self, kept: BoolArray, found: str | None, means: Means | None, own: float) -> dict[str, Any]:
+        """How well a circuit answers inside `PAHQModel.apply`, with corrupted prompts and without.
+
+        Args:
+            kept: The circuit. [readers, writers]
+            found: The ablation it was found under; what is kept with it stands for that.
+            means: The means kept with it.
+            own: Its accuracy under this evaluator's ablation.
+
+        Returns:
+            `ablation`, the name of what stands in without corrupted prompts (None if nothing does), and
+            `accuracy`: shares of right answers under each ablation by name, and of the full model.
+        """
+        model, task, clean = self._model, self._task, self._engine.clean_logits
+        shares = {FULL: accuracy(clean, task, clean), self._ablation: own}
+        if CORRUPTED not in shares:
+            logits = applied_logits(model, kept, task, lambda part: partner_of(model, part))
+            shares[CORRUPTED] = accuracy(logits, task, clean)
+        plain, substitute = plain_ablation(found, means), plain_substitute(model, found, means)
+        if plain is not None and substitute is not None:
+            shares[plain] = accuracy(applied_logits(model, kept, task, lambda _: substitute), task, clean)
+        return {"ablation": plain, "accuracy": shares}
 
     def report(self, circuit: Circuit) -> dict[str, Any]:
         """Everything measured about one circuit.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.ablation import APPLY, found_under
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError, check_names
@@ -64,7 +65,8 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
         options: What to measure besides the usual.
 
     Returns:
-        `Evaluator.report`, with `curve`, `minimality`, `completeness` and `reference` as asked.
+        `Evaluator.report` and `apply` (`Evaluator.applied`), with `curve`, `minimality`, `completeness` and
+        `reference` as asked.
 
     Raises:
         CircuitError: If the circuit or the reference is of another graph.
@@ -72,6 +74,7 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
         MetricError: If a curve is asked and the metric does not tell the full model from no edges.
     """
     facts = evaluator.report(circuit)
+    facts[APPLY] = evaluator.applied(circuit.kept, found_under(circuit), circuit.means, facts["accuracy"])
     if options.curve:
         facts["curve"] = curve_facts(evaluator, circuit)
     if options.minimality:
