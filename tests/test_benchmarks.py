@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import acdc_speed, growth, methods
+from benchmarks import acdc_speed, apply_accuracy, growth, methods
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
 from pahq_hf import PAHQModel
@@ -200,3 +200,18 @@ def test_methods_are_compared_at_equal_size(tmp_path: Path, capsys: pytest.Captu
     assert rows["acdc"]["faithfulness"] > 0.5 > rows["random"]["cpr"]
     with pytest.raises(SystemExit, match="2"):  # without acdc nothing says how many edges to keep
         methods.main(["demo", "--methods", "eap", "--out", str(tmp_path)])
+
+
+def test_what_circuits_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "said.json"
+    circuits = ["corrupted:acdc:0.05:eap-ig:0.2", "mean:eap-ig:60"]
+    arguments = ["demo", "--tasks", "sva", "--n", "6", "--unseen", "8", "--json", str(file)]
+    assert apply_accuracy.main([*arguments, "--circuits", *circuits]) == 0
+    by_default, by_mean = json.loads(file.read_text())["rows"]
+    assert (by_default["search"], by_mean["search"], by_mean["edges"]) == (*circuits, 60)
+    assert f"is {by_default['measured']:.3g}, the full model's" in by_default["warning"]
+    assert by_mean["warning"] is None and by_mean["plain"] == by_mean["full"] == 1
+    assert by_mean["says"][0] == by_mean["says"][2] and by_mean["same"] == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {10}
+    assert apply_accuracy.main([*arguments, "--circuits", "mean:nothing:4"]) == 2
