@@ -39,6 +39,7 @@ from pahq_hf.options import (
     read_load_options,
     with_fields,
 )
+from pahq_hf.originals import OriginalCheckpoint
 from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
 from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
@@ -102,6 +103,7 @@ class PAHQModel(nn.Module):
         self.patched = PatchedModel(
             model, split_kv_groups=self.pahq_config.split_kv_groups, streamed=streamed
         )
+        OriginalCheckpoint(self.patched).install()
         if streamed:  # in full precision every projection reads the checkpoint again
             self._lower(source)
             with self.patched.precision.full_precision():

@@ -57,6 +57,7 @@ class PatchedModel:
         self.hf = hf
         self.spec = graph_spec(hf.config, split_kv_groups=split_kv_groups)
         self.graph = Graph(self.spec)
+        self.original_shapes = _state_shapes(hf)
         self.is_applied = False  # whether hooks restrict it to a circuit now
         hf.eval()
         hf.requires_grad_(False)
@@ -340,6 +341,14 @@ def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, 
         name: SourceBlock(source, name, False, ((0, linear.out_features),))
         for name, linear in linears.items()
     }
+
+
+def _state_shapes(hf: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters, tied ones once, and persistent buffers, before anything is patched."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
+    twins = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
+    state = hf.state_dict(keep_vars=True)
+    return shapes | {name: tuple(tensor.shape) for name, tensor in state.items() if name not in twins}
 
 
 def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:

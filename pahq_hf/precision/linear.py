@@ -288,6 +288,11 @@ class PAHQLinear(nn.Module):
         return id(self), rows.start, rows.stop, cols.start, cols.stop
 
     @property
+    def source_block(self) -> SourceBlock | None:
+        """Where FP32 values are read; None where they are resident."""
+        return self._block
+
+    @property
     def _source(self) -> SourceBlock:
         if self._block is None:
             raise ConfigError("this projection is resident in full precision; there is nothing to read")

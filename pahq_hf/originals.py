@@ -1,0 +1,200 @@
+"""The weights of a patched model as its checkpoint has them: original names, layouts and FP32 values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pahq_hf.attention import PAHQAttention
+from pahq_hf.errors import ConfigError, UnsupportedModelError
+from pahq_hf.experts import PAHQExperts
+from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable, SpillSource
+from pahq_hf.projections import qkv_ranges
+
+Read = Callable[[], Tensor]
+
+
+def original_tensors(model: PatchedModel) -> dict[str, Read]:
+    """What the model's state was before it was patched.
+
+    Args:
+        model: The patched model, in any precision.
+
+    Returns:
+        By the original names and in their order, what reads each parameter and persistent buffer: in the
+        checkpoint's dtype where it is read from there. Tied parameters appear once.
+
+    Raises:
+        UnsupportedModelError: If something of the original cannot be told any more.
+    """
+    found: dict[str, Read] = {}
+    inside: list[str] = []  # modules that patching put there
+    for name, module in model.hf.named_modules():
+        if isinstance(module, PAHQAttention):
+            found |= _attention(name, module)
+            inside += [f"{name}.{kind}_proj." for kind in "qkvo"]
+        elif isinstance(module, PAHQExperts):
+            found |= _experts(name, module)
+            inside += [f"{name}.gate_up.", f"{name}.down."]
+        elif isinstance(module, PAHQTable):
+            inside.append(f"{name}.")
+        elif isinstance(module, PAHQLinear) and not f"{name}.".startswith(tuple(inside)):
+            found |= _projection(name, module, model.arch.conv1d)
+            inside.append(f"{name}.")
+    if model.tables:
+        found |= _projection(model.arch.unembedding, model.tables[0], False)
+        found[f"{_name_of(model, model.embedding)}.weight"] = _weight(model.tables[-1])
+    for name, tensor in model.hf.state_dict(keep_vars=True).items():
+        if not name.startswith(tuple(inside)):
+            found.setdefault(name, tensor.detach)
+    lost = [name for name in model.original_shapes if name not in found]
+    if lost:
+        raise UnsupportedModelError(
+            f"the original weights of this patched model cannot be told any more: {lost[0]} is gone; load "
+            "the checkpoint anew"
+        )
+    return {name: found[name] for name in model.original_shapes}
+
+
+def _name_of(model: PatchedModel, wanted: nn.Module) -> str:
+    return next(name for name, module in model.hf.named_modules() if module is wanted)
+
+
+def _attention(name: str, module: PAHQAttention) -> dict[str, Read]:
+    row = module.row
+    linears = (module.q_proj, module.k_proj, module.v_proj)
+    found = _projection(f"{name}.{row.out}", module.o_proj, row.conv1d)
+    if len(row.qkv) == 3:
+        for own, linear in zip(row.qkv, linears, strict=True):
+            found |= _projection(f"{name}.{own}", linear, row.conv1d)
+        return found
+    rows = sum(linear.out_features for linear in linears)
+    ranges = qkv_ranges(row, rows, module.n_heads, module.n_groups)
+
+    def fused(parts: list[Tensor], transposed: bool) -> Tensor:
+        whole = parts[0].new_empty(rows, *parts[0].shape[1:])
+        for kind, part in zip("qkv", parts, strict=True):
+            offset = 0
+            for start, stop in ranges[kind]:
+                whole[start:stop] = part[offset : offset + stop - start]
+                offset += stop - start
+        return whole.t().contiguous() if transposed else whole
+
+    def weight() -> Tensor:
+        shape = (rows, linears[0].in_features)
+        stored = _stored(linears[0], shape[::-1] if row.conv1d else shape)
+        return fused([_dense(linear) for linear in linears], row.conv1d) if stored is None else stored
+
+    found[f"{name}.{row.qkv[0]}.weight"] = weight
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if biases:
+        found[f"{name}.{row.qkv[0]}.bias"] = lambda: fused([bias.detach() for bias in biases], False)
+    return found
+
+
+def _experts(name: str, module: PAHQExperts) -> dict[str, Read]:
+    def stacked(linears: nn.ModuleList) -> Tensor:
+        return torch.stack([_dense(linear) for linear in linears])  # type: ignore[arg-type]
+
+    return {
+        f"{name}.gate_up_proj": lambda: stacked(module.gate_up),
+        f"{name}.down_proj": lambda: stacked(module.down),
+    }
+
+
+def _projection(name: str, linear: PAHQLinear, transposed: bool) -> dict[str, Read]:
+    found: dict[str, Read] = {f"{name}.weight": _weight(linear, transposed)}
+    if linear.bias is not None:
+        found[f"{name}.bias"] = linear.bias.detach
+    return found
+
+
+def _weight(linear: PAHQLinear, transposed: bool = False) -> Read:
+    def read() -> Tensor:
+        shape = (linear.out_features, linear.in_features)
+        stored = _stored(linear, shape[::-1] if transposed else shape)
+        if stored is not None:
+            return stored
+        weight = _dense(linear)
+        return weight.t().contiguous() if transposed else weight
+
+    return read
+
+
+def _stored(linear: PAHQLinear, shape: tuple[int, int]) -> Tensor | None:
+    """The checkpoint's own tensor, mapped from the file, where a low-precision weight was read from it."""
+    block = linear.source_block
+    if block is None or isinstance(block.source, SpillSource):
+        return None
+    if not isinstance(block.source, CheckpointSource) or block.source.shape(block.name) != shape:
+        return None
+    return block.source.whole(block.name)
+
+
+def _dense(linear: PAHQLinear) -> Tensor:
+    with linear.full_precision():
+        return linear.dense().detach()
+
+
+# -- checkpoints --------------------------------------------------------------------------------------
+
+
+class OriginalCheckpoint:
+    """Lets the Hugging Face model inside a patched one write the checkpoint it came from.
+
+    Its own `save_pretrained` would write projections under the names and in the shapes that patching gave
+    them: nothing could read that.
+
+    Args:
+        model: The patched model.
+    """
+
+    def __init__(self, model: PatchedModel) -> None:
+        self._model = model
+
+    def install(self) -> None:
+        """Let `save_pretrained` and `push_to_hub` of the Hugging Face model write the original."""
+        self._model.hf.save_pretrained = self.save_pretrained  # type: ignore[method-assign]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        """Write the model as it was before it was patched, in full precision.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: As for `PreTrainedModel.save_pretrained`.
+            state_dict: Other weights, under the original names.
+            *arguments: As for `PreTrainedModel.save_pretrained`.
+            **options: Likewise.
+
+        Raises:
+            ConfigError: If `state_dict` has names that patching gave.
+            UnsupportedModelError: If the original weights cannot be told any more.
+        """
+        hf = self._model.hf
+        if state_dict is None:
+            state_dict = {name: read() for name, read in original_tensors(self._model).items()}
+        else:
+            _check_original(state_dict, hf.state_dict(), self._model.original_shapes)
+        type(hf).save_pretrained(hf, save_directory, is_main_process, dict(state_dict), *arguments, **options)
+
+
+def _check_original(
+    given: Mapping[str, Tensor], patched: Mapping[str, Tensor], known: Collection[str]
+) -> None:
+    for name in given:
+        if name in patched and name not in known:
+            raise ConfigError(
+                f"{name} is a name that patching gave: no checkpoint can be read back with it; leave "
+                "state_dict out, and the weights are written under their original names"
+            )
