@@ -41,6 +41,7 @@ from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import Journal, check_header, check_result
 from pahq_hf.judge import Judge
+from pahq_hf.legacy import known_fingerprint
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
@@ -96,6 +97,7 @@ class Discovery:
     ) -> None:
         self.model = model
         self.identity = identity
+        self.fingerprint = identity.get("fingerprint")
         self.task = task
         self.pahq = pahq
         self.acdc = with_margin(acdc, pahq)
@@ -112,7 +114,7 @@ class Discovery:
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
         return {
-            "model": self.identity.get("fingerprint"),
+            "model": self.fingerprint,
             "task": self.task.fingerprint(),
             "dtype": str(self.model.hf.dtype).removeprefix("torch."),
             "precision": self.pahq.to_dict(),
@@ -140,6 +142,8 @@ class Discovery:
             return self._run(None if out is None else Path(out), resume)
 
     def _run(self, folder: Path | None, resume: bool) -> Circuit:
+        if folder is not None and resume:
+            self.fingerprint = known_fingerprint(folder, self.model, str(self.fingerprint))
         finished = self.finished(folder, resume=resume)
         if finished is not None:
             return finished
@@ -264,7 +268,9 @@ class Discovery:
         facts["metric"] = metric
         facts["verdict"] = verdict.to_dict()
         announce(verdict, f"tau {self.acdc.threshold:g}")
-        return Circuit(self.model.graph, state.kept, state.scores, state.tested, self.identity, facts, means)
+        return Circuit(
+            self.model.graph, state.kept, state.scores, state.tested, dict(self.identity), facts, means
+        )
 
     # -- parts of them ----------------------------------------------------------------------------
 

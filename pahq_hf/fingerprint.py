@@ -1,4 +1,4 @@
-"""A hash of a model's weights, the same in every precision regime."""
+"""A hash of a model's weights, the same in every precision regime and dtype of the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 from typing import Any
 
 import torch
+import xxhash
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.skeleton import stored_tensor
 
-_ROWS = 4096  # of a weight that are hashed at once
+_ROWS = 4096  # of a weight that are converted at once
+_MARK = "xxh3-"
 
 
 def identity_of(
@@ -38,25 +41,31 @@ def identity_of(
 
 
 def fingerprint(model: PreTrainedModel, source: CheckpointSource | None = None) -> str:
-    """A short hash of a model's shape and every weight, the same in all precision regimes.
+    """A short hash of a model's family and every weight, the same in all precision regimes.
 
-    Each row of each parameter enters as the sum of its FP32 bit patterns: exact whatever the order of
-    summation, and as fast as memory.
+    A weight enters as XXH3 of its FP32 bit patterns, under its name: two swapped values are another model,
+    a BF16 checkpoint and its FP32 copy are the same.
 
     Args:
         model: The model before it is patched or quantised.
         source: Where parameters are that have no memory yet.
 
     Returns:
-        32 hexadecimal digits.
+        `xxh3-` and 32 hexadecimal digits.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in model.named_parameters():
-        digest.update(repr((name, tuple(parameter.shape))).encode())
+    for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach()
         if parameter.is_meta and source is not None:
             values = stored_tensor(source, model, name)
-        for rows in values.split(_ROWS):
-            bits = rows.to(torch.float32).contiguous().view(torch.int32)
-            digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+        digest.update(repr((name, tuple(parameter.shape))).encode())
+        digest.update(hash_values(values))
+    return _MARK + digest.hexdigest()[:32]
+
+
+def hash_values(values: Tensor) -> bytes:
+    """XXH3 of a tensor's FP32 bit patterns in order, whatever its dtype and where it is."""
+    state = xxhash.xxh3_128()
+    for rows in values.split(_ROWS) if values.ndim else [values]:
+        state.update(rows.to("cpu", torch.float32).contiguous().numpy().data)
+    return state.digest()

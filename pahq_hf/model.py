@@ -95,9 +95,9 @@ class PAHQModel(nn.Module):
         self.base_model = model
         self.tokenizer = tokenizer
         model.eval()
-        repair_empty_mlps(model)
         name = base_model or model.config.name_or_path or "unknown"
         self.identity = identity_of(model, name, origin)
+        repair_empty_mlps(model)
         probe = probe_task(model)
         reference = untouched_logits(model, probe, origin)
         self.patched = PatchedModel(

@@ -35,6 +35,7 @@ from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import check_header
 from pahq_hf.judge import Judge
+from pahq_hf.legacy import known_fingerprint
 from pahq_hf.memory import PeakMemory
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
@@ -297,6 +298,10 @@ class SweepRun:
             return self._run(None if out is None else Path(out), resume)
 
     def _run(self, folder: Path | None, resume: bool) -> Sweep:
+        if folder is not None and resume:
+            known = known_fingerprint(folder, self._any.model, str(self._any.fingerprint))
+            for run in self._runs.values():
+                run.fingerprint = known
         if folder is not None and (finished := self._look_into(folder, resume)) is not None:
             return finished
         answers = Answers() if folder is None else self._answers(folder)

@@ -113,7 +113,7 @@ class Attribution:
         facts["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
         facts["peak_memory"] |= peak.report()
         tested = self.model.graph.all_edges.copy()
-        circuit = Circuit(self.model.graph, kept, scores, tested, self.identity, facts, means)
+        circuit = Circuit(self.model.graph, kept, scores, tested, dict(self.identity), facts, means)
         if config.topn is not None or config.threshold is not None:  # else all edges were asked for
             announce(verdict, config.method)
         if folder is not None:

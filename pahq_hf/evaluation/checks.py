@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError
+from pahq_hf.legacy import LEGACY_NOTE, is_legacy, legacy_fingerprint_of
 from pahq_hf.patch import PatchedModel
+
+logger = logging.getLogger(__name__)
 
 
 def check_shape(circuit: Circuit, model: PatchedModel) -> None:
@@ -50,7 +54,11 @@ def check_fits(
     """
     check_shape(circuit, model)
     its, mine = circuit.model.get("fingerprint"), identity.get("fingerprint")
-    if not any_weights and its is not None and its != mine:
+    if any_weights or its is None or its == mine:
+        return
+    if is_legacy(its) and its == legacy_fingerprint_of(model):
+        logger.warning("%s", LEGACY_NOTE.format("this circuit"))
+    else:
         name, revision = (str(circuit.model.get(key))[:80] for key in ("base_model", "revision"))
         raise CircuitError(
             f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
