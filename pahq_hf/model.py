@@ -27,6 +27,7 @@ from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, Unsuppo
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
+from pahq_hf.guard import WeightGuard, evaluating
 from pahq_hf.means import Means
 from pahq_hf.memory import trim
 from pahq_hf.options import (
@@ -112,7 +113,15 @@ class PAHQModel(nn.Module):
             check_patched(self.patched, probe, reference)
             if self.pahq_config.is_low:
                 self._lower(source)
+        self._guard = WeightGuard(model)
         trim()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Inside, the model computes what its circuits are about: in eval mode, with the weights it had."""
+        self._guard.check(self.base_model)
+        with evaluating(self.base_model):
+            yield
 
     def _lower(self, source: WeightSource | None) -> None:
         config = self.pahq_config
@@ -313,7 +322,8 @@ class PAHQModel(nn.Module):
         acdc = _search_config(config, options)
         engine = self._resumed(out, engine) if resume else engine
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
-        return run.run(out, resume=resume)
+        with self._at_work():
+            return run.run(out, resume=resume)
 
     def sweep(
         self,
@@ -355,7 +365,9 @@ class PAHQModel(nn.Module):
         acdc = _search_config(config, options)
         engine = self._resumed(out, engine) if resume else engine
         where = self.patched, self.identity, task, self.pahq_config
-        return SweepRun(*where, acdc, thresholds, engine, progress=progress).run(out, resume=resume)
+        sweep = SweepRun(*where, acdc, thresholds, engine, progress=progress)
+        with self._at_work():
+            return sweep.run(out, resume=resume)
 
     def attribute(
         self,
@@ -384,7 +396,9 @@ class PAHQModel(nn.Module):
         """
         check_work(options, AttributeOptions, "attribute", engine=(engine, EngineConfig))
         config = AttributionConfig.from_dict(dict(options))
-        return Attribution(self.patched, self.identity, task, self.pahq_config, config, engine).run(out)
+        run = Attribution(self.patched, self.identity, task, self.pahq_config, config, engine)
+        with self._at_work():
+            return run.run(out)
 
     @exact_products()
     def evaluate(
@@ -416,8 +430,9 @@ class PAHQModel(nn.Module):
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.discovery.get("arguments", {})
         chosen: MetricName = metric or ran.get("metric") or task.metric
-        evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
-        return evaluate(evaluator, circuit, wanted)
+        with self._at_work():
+            evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
+            return evaluate(evaluator, circuit, wanted)
 
     def apply(  # type: ignore[override]
         self,
@@ -469,12 +484,13 @@ class PAHQModel(nn.Module):
         any_weights: bool,
     ) -> Iterator[PAHQModel]:
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
-        substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
-        text = notice(circuit, ablation)
-        if text is not None:
-            warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
-        with exact_products(), applied(self.patched, circuit.kept, substitute, exact=exact):
-            yield self
+        with self._at_work(), exact_products():
+            substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
+            text = notice(circuit, ablation)
+            if text is not None:
+                warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
+            with applied(self.patched, circuit.kept, substitute, exact=exact):
+                yield self
 
 
 def _search_config(config: ACDCConfig | None, options: Mapping[str, Any]) -> ACDCConfig:
