@@ -44,6 +44,7 @@ from pahq_hf.cli_options import (
     SplitOption,
     StoreOption,
     TablesOption,
+    TakeOverOption,
     TaskOption,
     ThreadsOption,
     TokenOption,
@@ -195,6 +196,7 @@ def discover(
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    take_over: TakeOverOption = False,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
     revision: RevisionOption = None,
@@ -204,6 +206,7 @@ def discover(
     """Find the circuit of a task with ACDC and write it to a folder."""
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.lock import check_free
     from pahq_hf.render.table import run_table
     from pahq_hf.tasks import check_choice
 
@@ -222,12 +225,21 @@ def discover(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
     )
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
+    check_free(out, take_over=take_over)  # before a model is loaded
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
-    circuit = wrapped.discover(data, config=acdc, engine=limits, out=out, resume=resume, progress=not as_json)
+    circuit = wrapped.discover(
+        data,
+        config=acdc,
+        engine=limits,
+        out=out,
+        resume=resume,
+        take_over=take_over,
+        progress=not as_json,
+    )
     command = after(
         circuit.verdict,
         good=lambda: evaluation(context, out, circuit),

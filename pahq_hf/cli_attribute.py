@@ -25,6 +25,7 @@ from pahq_hf.cli_options import (
     SeedOption,
     ShuffleOption,
     SplitOption,
+    TakeOverOption,
     TaskOption,
     ThreadsOption,
     TokenOption,
@@ -68,6 +69,7 @@ def attribute(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
+    take_over: TakeOverOption = False,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
     revision: RevisionOption = None,
@@ -78,6 +80,7 @@ def attribute(
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.circuit import refuse_overwrite
     from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
+    from pahq_hf.lock import check_free
     from pahq_hf.render.table import run_table
     from pahq_hf.tasks import check_choice
 
@@ -85,12 +88,13 @@ def attribute(
     config = AttributionConfig(method, metric, steps, topn, threshold, absolute, ablation, score_seed)
     pahq = PAHQConfig(precision, fmt, split_kv_groups, policy=read_policy(policy))
     limits = EngineConfig(engine, memory_budget=read_bytes(memory_budget))
+    check_free(out, take_over=take_over)
     refuse_overwrite(out)
     take_threads(threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
     wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
-    circuit = wrapped.attribute(data, engine=limits, out=out, **config.to_dict())
+    circuit = wrapped.attribute(data, engine=limits, out=out, take_over=take_over, **config.to_dict())
     total = circuit.graph.edge_count
 
     def more() -> str:

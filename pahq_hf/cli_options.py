@@ -26,6 +26,9 @@ GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file i
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 TokenOption = Annotated[str | None, typer.Option(help="Hub token for private or gated models.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+TakeOverOption = Annotated[
+    bool, typer.Option("--take-over", help="Take the place of another machine's process that holds --out.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instance cuda:0.")]
 DtypeOption = Annotated[
     Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")

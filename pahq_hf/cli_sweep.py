@@ -36,6 +36,7 @@ from pahq_hf.cli_options import (
     SplitOption,
     StoreOption,
     TablesOption,
+    TakeOverOption,
     TaskOption,
     ThreadsOption,
     TokenOption,
@@ -89,6 +90,7 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the sweep in --out, or add thresholds to it.")
     ] = False,
+    take_over: TakeOverOption = False,
     as_json: JsonOption = False,
     gguf_file: GgufOption = None,
     revision: RevisionOption = None,
@@ -98,6 +100,7 @@ def sweep(
     """Find a task's circuits at several thresholds, computing once what the searches share."""
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.lock import check_free
     from pahq_hf.render.table import sweep_table
     from pahq_hf.sweep import check_thresholds
     from pahq_hf.tasks import check_choice
@@ -117,6 +120,7 @@ def sweep(
         precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
     )
     limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
+    check_free(out, take_over=take_over)
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
@@ -129,6 +133,7 @@ def sweep(
         engine=limits,
         out=out,
         resume=resume,
+        take_over=take_over,
         progress=not as_json,
     )
     command = _next(context, swept, out)

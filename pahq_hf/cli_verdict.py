@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
     from pahq_hf.verdict import Verdict
 
-_NEVER = ("token", "as_json", "resume")  # a secret, and what is of one call
+_NEVER = ("token", "as_json", "resume", "take_over")  # a secret, and what is of one call
 _EVALUATES = ("task", "n", "split", "shuffle", "gguf_file", "revision", "trust_remote_code", "device")
 
 

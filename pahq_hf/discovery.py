@@ -42,6 +42,7 @@ from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import Journal, check_header, check_result
 from pahq_hf.judge import Judge
 from pahq_hf.legacy import known_fingerprint
+from pahq_hf.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
@@ -108,6 +109,7 @@ class Discovery:
         if acdc.screen is not None:
             check_gradient(parse_screen(acdc.screen)[0], self.metric)
         self.screen: Screen | None = None
+        self.lock: RunLock | None = None  # while it has a folder
         self.progress = progress
         self._seconds: dict[str, float] = {}
 
@@ -123,30 +125,42 @@ class Discovery:
         }
 
     @exact_products()
-    def run(self, out: str | Path | None = None, *, resume: bool = False) -> Circuit:
+    def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
         """Search, evaluate, and (given `out`) save.
 
         Args:
             out: Folder for the journal and the finished circuit; None keeps everything in memory.
             resume: Continue the run in `out`; a finished one is returned as it is, and where there is
                 none one starts.
+            take_over: Take the place of another machine's process that works in `out`.
 
         Returns:
             The circuit.
 
         Raises:
-            RunError: If `out` cannot be written or holds another run.
+            RunError: If `out` cannot be written, holds another run, or is in use by another process.
             DriftError: If the engine's final metric is not the hooks engine's.
         """
         with threads(self.engine.threads):
-            return self._run(None if out is None else Path(out), resume)
+            if out is None:
+                return self._run(None, resume)
+            return self._run_in(Path(out), resume, take_over)
+
+    def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Circuit:
+        """Run in a folder that no other process works in."""
+        check_free(folder, take_over=take_over)
+        if resume:
+            self.fingerprint = known_fingerprint(folder, self.model, str(self.fingerprint))
+        # A finished one is only read, unless it died over its picture: that is tidied up.
+        if not os.path.exists(folder / LOCK_NAME):
+            finished = self.finished(folder, resume=resume)
+            if finished is not None:
+                return finished
+        with RunLock(folder, take_over=take_over) as self.lock:
+            # Another process may have finished it meanwhile.
+            return self.finished(folder, resume=resume) or self._run(folder, resume)
 
     def _run(self, folder: Path | None, resume: bool) -> Circuit:
-        if folder is not None and resume:
-            self.fingerprint = known_fingerprint(folder, self.model, str(self.fingerprint))
-        finished = self.finished(folder, resume=resume)
-        if finished is not None:
-            return finished
         with PeakMemory(self.model.device) as peak:
             if not self._is_begun(folder, resume):
                 self.screen = self.make_screen()
@@ -159,8 +173,18 @@ class Discovery:
             circuit = self.conclude(found, judge)
         circuit.discovery["peak_memory"] |= peak.report()
         if folder is not None:
+            self.check_lock()
             circuit.save_pretrained(folder)
         return circuit
+
+    def check_lock(self) -> None:
+        """Check that the run's folder is still this process's.
+
+        Raises:
+            RunError: If another process took it over.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     # -- steps, which runs on one model and task may share what they need for -------------------------
 
@@ -366,6 +390,7 @@ class Discovery:
 
         def on_reader(state: Search, record: ReaderRecord) -> None:
             if journal is not None:
+                self.check_lock()
                 journal.append(record)
             if record.searched:
                 bar.update(int(graph.prefix[record.reader]) - len(record.scores))

@@ -294,6 +294,7 @@ class PAHQModel(nn.Module):
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        take_over: bool = False,
         progress: bool = True,
         **options: Unpack[DiscoverOptions],
     ) -> Circuit:
@@ -305,6 +306,7 @@ class PAHQModel(nn.Module):
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.
             out: Folder for the journal and the result; nothing is written without it.
             resume: Continue the run in `out`.
+            take_over: Take the place of another machine's process that works in `out`.
             progress: Show a progress bar.
             **options: Fields of `ACDCConfig`.
 
@@ -323,7 +325,7 @@ class PAHQModel(nn.Module):
         engine = self._resumed(out, engine) if resume else engine
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
         with self._at_work():
-            return run.run(out, resume=resume)
+            return run.run(out, resume=resume, take_over=take_over)
 
     def sweep(
         self,
@@ -334,6 +336,7 @@ class PAHQModel(nn.Module):
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        take_over: bool = False,
         progress: bool = True,
         **options: Unpack[SearchOptions],
     ) -> Sweep:
@@ -346,6 +349,7 @@ class PAHQModel(nn.Module):
             engine: Which engine computes metrics, and its limits.
             out: Folder for a run's folder per threshold, `sweep.json` and plots.
             resume: Continue the sweep in `out`, or add thresholds to it.
+            take_over: Take the place of another machine's process that works in `out`.
             progress: Show a progress bar per threshold.
             **options: Fields of `ACDCConfig`.
 
@@ -367,7 +371,7 @@ class PAHQModel(nn.Module):
         where = self.patched, self.identity, task, self.pahq_config
         sweep = SweepRun(*where, acdc, thresholds, engine, progress=progress)
         with self._at_work():
-            return sweep.run(out, resume=resume)
+            return sweep.run(out, resume=resume, take_over=take_over)
 
     def attribute(
         self,
@@ -375,6 +379,7 @@ class PAHQModel(nn.Module):
         *,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
+        take_over: bool = False,
         **options: Unpack[AttributeOptions],
     ) -> Circuit:
         """Score every edge by attribution, and keep the best or all of them.
@@ -383,6 +388,7 @@ class PAHQModel(nn.Module):
             task: The prompts.
             engine: Which engine method `exact` uses, and its limits.
             out: Folder for the result; nothing is written without it.
+            take_over: Take the place of another machine's process that works in `out`.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
                 `topn`, `threshold`, `absolute`, `ablation`, `seed`.
 
@@ -398,7 +404,7 @@ class PAHQModel(nn.Module):
         config = AttributionConfig.from_dict(dict(options))
         run = Attribution(self.patched, self.identity, task, self.pahq_config, config, engine)
         with self._at_work():
-            return run.run(out)
+            return run.run(out, take_over=take_over)
 
     @exact_products()
     def evaluate(

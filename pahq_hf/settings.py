@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -41,6 +42,8 @@ class RunSettings:
         Whether a run is whole and the one asked for is checked by those who read all of it.
         """
         folder = Path(folder)
+        if not os.path.isdir(folder):
+            return cls()
         runs = sorted(folder.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
         for path in (folder / JOURNAL_NAME, *runs, folder / ANSWERS_NAME):
             try:

@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,7 @@ from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import check_header
 from pahq_hf.judge import Judge
 from pahq_hf.legacy import known_fingerprint
+from pahq_hf.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.memory import PeakMemory
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
@@ -276,7 +278,7 @@ class SweepRun:
         return header | {"acdc": acdc}
 
     @exact_products()
-    def run(self, out: str | Path | None = None, *, resume: bool = False) -> Sweep:
+    def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Sweep:
         """Search at every threshold, evaluate, and (given `out`) save.
 
         All searches come before the first evaluation, so that no more captured runs are in memory at
@@ -286,24 +288,37 @@ class SweepRun:
             out: Folder of the sweep; None keeps everything in memory.
             resume: Continue the sweep in `out`, or add thresholds to it; a finished one is returned as
                 it is, and where there is none one starts.
+            take_over: Take the place of another machine's process that works in `out`.
 
         Returns:
             The circuits.
 
         Raises:
-            RunError: If `out` cannot be written or holds another sweep.
+            RunError: If `out` cannot be written, holds another sweep, or is in use by another process.
             DriftError: If a search's final metric is not the hooks engine's.
         """
         with threads(self._any.engine.threads):
-            return self._run(None if out is None else Path(out), resume)
+            if out is None:
+                return self._run(None, resume, take_over)
+            return self._run_in(Path(out), resume, take_over)
 
-    def _run(self, folder: Path | None, resume: bool) -> Sweep:
-        if folder is not None and resume:
+    def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Sweep:
+        """Run in a folder that no other process works in."""
+        check_free(folder, take_over=take_over)
+        if resume:
             known = known_fingerprint(folder, self._any.model, str(self._any.fingerprint))
             for run in self._runs.values():
                 run.fingerprint = known
-        if folder is not None and (finished := self._look_into(folder, resume)) is not None:
-            return finished
+        # A finished one is only read, unless it died over its plots: that is tidied up.
+        if not os.path.exists(folder / LOCK_NAME):
+            finished = self._look_into(folder, resume)
+            if finished is not None:
+                return finished
+        with RunLock(folder, take_over=take_over):
+            # Another process may have finished it meanwhile.
+            return self._look_into(folder, resume) or self._run(folder, resume, take_over)
+
+    def _run(self, folder: Path | None, resume: bool, take_over: bool) -> Sweep:
         answers = Answers() if folder is None else self._answers(folder)
         folders = {tau: None if folder is None else threshold_folder(folder, tau) for tau in self._runs}
         found: dict[float, Circuit] = {}
@@ -312,9 +327,11 @@ class SweepRun:
             if circuit is not None:
                 found[tau] = circuit
         seconds = {}
-        with PeakMemory(self._any.model.device) as peak:
-            started = time.perf_counter()
-            left = {tau: folders[tau] for tau in self._runs if tau not in found}
+        left = {tau: folders[tau] for tau in self._runs if tau not in found}
+        with ExitStack() as locks, PeakMemory(self._any.model.device) as peak:
+            for tau, own in left.items():
+                if own is not None:  # `discover` takes it for a run of its own
+                    self._runs[tau].lock = locks.enter_context(RunLock(own, take_over=take_over))
             searched, seconds["capture"] = self._search(left, answers, resume)
             if searched:
                 started = time.perf_counter()
@@ -365,6 +382,7 @@ class SweepRun:
         is_kl = metric["name"] == "kl"
         circuit.discovery["kl"] = metric["fp32"] if is_kl else judge.evaluator.report(circuit)["kl"]
         if folder is not None:
+            self._runs[tau].check_lock()
             circuit.save_pretrained(folder)
         return circuit
 

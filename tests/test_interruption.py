@@ -77,7 +77,7 @@ def test_kill_9_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> 
     code, stdout, _ = stopped(scene, "killed", signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert stdout == ""
-    assert set(files_of(scene.folder / "killed")) == {"journal.jsonl"}
+    assert set(files_of(scene.folder / "killed")) == {"journal.jsonl", "run.lock"}
     assert run_main(*scene.arguments("killed")) == 2  # without --resume it is another run's folder
     resumed(scene, "killed", capsys)
 

@@ -13,7 +13,7 @@ from pahq_hf.ablation import APPLY
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.attribution.selection import edges_from, top_edges
-from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
+from pahq_hf.circuit import Circuit, refuse_overwrite
 from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import versions
 from pahq_hf.engine.timing import Phases
@@ -21,6 +21,7 @@ from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, warn_near_chance
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
+from pahq_hf.lock import RunLock
 from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
@@ -70,24 +71,31 @@ class Attribution:
             )
 
     @exact_products()
-    def run(self, out: str | Path | None = None) -> Circuit:
+    def run(self, out: str | Path | None = None, *, take_over: bool = False) -> Circuit:
         """Score, choose, evaluate, and (given `out`) save.
 
         Args:
             out: Folder for the circuit; None keeps everything in memory.
+            take_over: Take the place of another machine's process that works in `out`.
 
         Returns:
             The circuit.
 
         Raises:
-            RunError: If `out` cannot be written or holds another run.
+            RunError: If `out` cannot be written, holds another run, or is in use by another process.
         """
         with threads(self.engine.threads):
-            return self._run(None if out is None else refuse_overwrite(Path(out)))
+            if out is None:
+                return self._run()
+            folder = Path(out)
+            with RunLock(folder, take_over=take_over) as lock:  # what cannot be written fails before any work
+                refuse_overwrite(folder)
+                circuit = self._run()
+                lock.check()
+                circuit.save_pretrained(folder)
+            return circuit
 
-    def _run(self, folder: Path | None) -> Circuit:
-        if folder is not None:
-            make_folder(folder)  # what cannot be written fails before any work
+    def _run(self) -> Circuit:
         phases = Phases()
         with PeakMemory(self.model.device) as peak:
             started = time.perf_counter()
@@ -116,8 +124,6 @@ class Attribution:
         circuit = Circuit(self.model.graph, kept, scores, tested, dict(self.identity), facts, means)
         if config.topn is not None or config.threshold is not None:  # else all edges were asked for
             announce(verdict, config.method)
-        if folder is not None:
-            circuit.save_pretrained(folder)
         return circuit
 
     # -- steps ------------------------------------------------------------------------------------
