@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("model", metavar="MODEL", help="Hub id, folder, or 'demo'")
     made.add_argument("--task", default="ioi", help="task name or data (default: ioi)")
     made.add_argument("--n", type=int, default=16, help="prompt pairs (default: 16)")
-    made.add_argument("--seed", type=int, default=0, help="seed of the task generator (default: 0)")
+    made.add_argument("--seed", type=int, help="seed of the task generator (default: 0)")
     made.add_argument("--thresholds", default=_THRESHOLDS, help=f"default: {_THRESHOLDS}")
     made.add_argument("--metric", choices=get_args(MetricName), default="kl", help="default: kl")
     made.add_argument("--readers", help="search only readers that match these globs")
