@@ -77,6 +77,7 @@ def render_card(
         final=metric.get("fp32"),
         empty=metric.get("empty"),
         verdict=circuit.verdict,
+        confirmation=circuit.confirmation,
         versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
         picture=PICTURE_NAME if has_picture else None,
         drawn=DRAWN_EDGES,

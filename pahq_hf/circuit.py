@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
+from pahq_hf.confirmation import Confirmation
 from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
 from pahq_hf.extras import spared
 from pahq_hf.files import (
@@ -83,6 +84,17 @@ class Circuit:
         """Whether the circuit does what the model does, as its run measured; None if none did."""
         found = self.discovery.get("verdict")
         return None if found is None else Verdict.from_dict(found)
+
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """Its metric by its search and by the hooks engine; None where its run compared no such two."""
+        return Confirmation.of(self.discovery)
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether the hooks engine confirmed the search's result; None where that is not known."""
+        found = self.confirmation
+        return None if found is None else found.verified
 
     @property
     def edges(self) -> list[tuple[str, float]]:

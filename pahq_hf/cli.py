@@ -1,13 +1,15 @@
 """The `pahq` command line.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 bad usage or input (one line
-says why), 130 interrupted (a run's journal keeps what was done).
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 finished but not confirmed by the hooks
+engine (saved, marked), 2 bad usage or input (one line says why), 130 interrupted (a run's journal keeps what
+was done).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -53,12 +55,12 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
-from pahq_hf.errors import ConfigError, PAHQError
+from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
 from pahq_hf.quiet import quiet_imports
 from pahq_hf.settings import RunSettings
 from pahq_hf.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
@@ -251,6 +253,7 @@ def discover(
     else:
         print_rich(run_table(circuit))
         print_end(out, command)
+    exit_unverified(circuit)
 
 
 for command in (attribute, evaluate, sweep, tasks, show, push, pull, export, import_, compare):
@@ -283,12 +286,13 @@ def main() -> None:
 
 
 def _quiet_start() -> None:
-    """Settings that libraries read when they are imported.
+    """Settings that libraries read when they are imported, and no warnings of what commands say themselves.
 
     They spare torchao the search for CUDA libraries, log files the bars of downloads, and other programs the
     cores on which threads would spin.
     """
     os.environ.update(sleep_while_waiting())
+    warnings.simplefilter("ignore", UnverifiedWarning)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from pahq_hf.circuit import Circuit
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+
+UNVERIFIED = 1  # exit code
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -34,3 +39,14 @@ def print_rich(*tables: Any) -> None:
     for table in tables:
         console.print(table)
     console.file.flush()
+
+
+def exit_unverified(*circuits: Circuit) -> None:
+    """End with exit code 1 if the hooks engine did not confirm a result, and say so on stderr."""
+    from pahq_hf.confirmation import unverified_text
+
+    texts = [text for circuit in circuits if (text := unverified_text(circuit))]
+    for text in texts:
+        sys.stderr.write(f"pahq: {text}\n")
+    if texts:
+        raise typer.Exit(UNVERIFIED)

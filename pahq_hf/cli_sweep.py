@@ -45,7 +45,7 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
 from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
 from pahq_hf.settings import RunSettings
@@ -142,6 +142,7 @@ def sweep(
     else:
         print_rich(sweep_table(swept.rows))
         print_end(out, command)
+    exit_unverified(*swept.values())
 
 
 def _next(context: typer.Context, found: Sweep, out: Path) -> str:

@@ -31,6 +31,7 @@ from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
 from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
 from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig, parse_screen
+from pahq_hf.confirmation import Confirmation, warn_unverified
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
@@ -139,12 +140,14 @@ class Discovery:
 
         Raises:
             RunError: If `out` cannot be written, holds another run, or is in use by another process.
-            DriftError: If the engine's final metric is not the hooks engine's.
+
+        Warns:
+            UnverifiedWarning: If the engine's final metric is not the hooks engine's.
         """
         with threads(self.engine.threads):
-            if out is None:
-                return self._run(None, resume)
-            return self._run_in(Path(out), resume, take_over)
+            circuit = self._run(None, resume) if out is None else self._run_in(Path(out), resume, take_over)
+        warn_unverified(circuit)
+        return circuit
 
     def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Circuit:
         """Run in a folder that no other process works in."""
@@ -277,9 +280,6 @@ class Discovery:
 
         Returns:
             The circuit.
-
-        Raises:
-            DriftError: If the engine's final metric is not the hooks engine's.
         """
         state = found.state
         with self._phase("evaluate"):
@@ -290,6 +290,7 @@ class Discovery:
         seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
         facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         facts["metric"] = metric
+        facts["verified"] = Confirmation.of_metric(metric).verified
         facts["verdict"] = verdict.to_dict()
         announce(verdict, f"tau {self.acdc.threshold:g}")
         return Circuit(

@@ -51,7 +51,11 @@ class RunError(PAHQError):
 
 
 class DriftError(PAHQError):
-    """A search's final metric is not what the hooks engine finds for its circuit: a bug, please report it."""
+    """Not raised any more: a search that the hooks engine does not confirm is saved (`UnverifiedWarning`)."""
+
+
+class UnverifiedWarning(UserWarning):
+    """A search's final metric is not what the hooks engine finds for its circuit, by more than rounding."""
 
 
 class AblationWarning(UserWarning):

@@ -25,6 +25,7 @@ from typing import Any
 
 from pahq_hf.circuit import Circuit, make_folder, read_json
 from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+from pahq_hf.confirmation import warn_unverified
 from pahq_hf.discovery import Discovery, Found, versions
 from pahq_hf.engine.recall import Answers
 from pahq_hf.engine.sparse import SparseEngine
@@ -66,6 +67,7 @@ class SweepRow:
         faithfulness: `(m(C) - m(empty)) / (m(full) - m(empty))`.
         seconds: Search and evaluation; what all thresholds share is not in it.
         verdict: Whether the circuit does what the model does; None if an earlier version found it.
+        verified: Whether the hooks engine confirmed its metric; None if an earlier version found it.
     """
 
     threshold: float
@@ -80,6 +82,7 @@ class SweepRow:
     faithfulness: float | None
     seconds: float
     verdict: Verdict | None = None
+    verified: bool | None = None
 
     @classmethod
     def of(cls, circuit: Circuit) -> SweepRow:
@@ -104,6 +107,7 @@ class SweepRow:
                 faithfulness=faithfulness(metric["fp32"], metric["full"], metric["empty"]),
                 seconds=float(facts["seconds"]["total"]),
                 verdict=circuit.verdict,
+                verified=circuit.verified,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CircuitError(f"this circuit is not one of a sweep: its facts lack {error}") from error
@@ -148,6 +152,16 @@ class Sweep(Mapping[float, Circuit]):
     def kept(self) -> list[BoolArray]:
         """The edge sets, by ascending threshold: what a ROC curve over a sweep needs."""
         return [circuit.kept for circuit in self.values()]
+
+    @property
+    def verified(self) -> bool:
+        """Whether the hooks engine confirmed every search's result, as far as is known."""
+        return all(row.verified is not False for row in self.rows)
+
+    def warn_unverified(self) -> None:
+        """Warn of each circuit that the hooks engine did not confirm."""
+        for circuit in self.values():
+            warn_unverified(circuit)
 
     def to_json(self) -> dict[str, Any]:
         """Rows and totals (`sweep.json`)."""
@@ -295,12 +309,17 @@ class SweepRun:
 
         Raises:
             RunError: If `out` cannot be written, holds another sweep, or is in use by another process.
-            DriftError: If a search's final metric is not the hooks engine's.
+
+        Warns:
+            UnverifiedWarning: For each search whose final metric is not the hooks engine's.
         """
         with threads(self._any.engine.threads):
             if out is None:
-                return self._run(None, resume, take_over)
-            return self._run_in(Path(out), resume, take_over)
+                sweep = self._run(None, resume, take_over)
+            else:
+                sweep = self._run_in(Path(out), resume, take_over)
+        sweep.warn_unverified()
+        return sweep
 
     def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Sweep:
         """Run in a folder that no other process works in."""

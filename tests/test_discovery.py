@@ -82,7 +82,8 @@ def test_files_of_a_run(finished: Path) -> None:
     assert facts["edges"]["live"] == int(circuit.live.sum())
     assert facts["evaluations"] >= facts["edges"]["tested"] + 1
     assert facts["second_looks"] == {"margin": None, "tests": 0, "changed": 0}
-    assert {"name", "full", "empty", "final", "final_recomputed", "fp32"} == set(facts["metric"])
+    assert {"name", "full", "empty", "final", "final_recomputed", "tolerance", "fp32"} == set(facts["metric"])
+    assert facts["verified"] is True
     seconds = facts["seconds"]
     assert seconds["total"] >= seconds["search"] > 0 and seconds["capture"] > 0
     assert facts["peak_memory"]["rss"] > 10_000_000

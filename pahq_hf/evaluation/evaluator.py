@@ -60,6 +60,16 @@ class Evaluator:
         """The model's graph."""
         return self._model.graph
 
+    @property
+    def clean_logits(self) -> Tensor:
+        """The full model's logits. [rows, vocab]"""
+        return self._engine.clean_logits
+
+    def logits(self, kept: BoolArray) -> Tensor:
+        """Logits of an edge set. [rows, vocab]"""
+        with self._model.precision.full_precision():
+            return self._engine.logits(kept)
+
     def metric_of(self, kept: BoolArray) -> float:
         """The metric of an edge set."""
         with self._model.precision.full_precision():
@@ -149,8 +159,7 @@ class Evaluator:
             CircuitError: If the circuit is of another graph.
         """
         check_shape(circuit, self._model)
-        with self._model.precision.full_precision():
-            logits = self._engine.logits(circuit.kept)
+        logits = self.logits(circuit.kept)
         value = self._metric(logits)
         return {
             "kl": self._kl(logits),
@@ -166,17 +175,17 @@ class Evaluator:
             "examples": len(self._task),
         }
 
-    def verdict(self, kept: BoolArray) -> Verdict:
+    def verdict(self, kept: BoolArray, logits: Tensor | None = None) -> Verdict:
         """Measure an edge set for the verdict of a run.
 
         Args:
             kept: Its edges. [readers, writers]
+            logits: Its logits, where they are known. [rows, vocab]
 
         Returns:
             The verdict; its `value` is what `metric_of` gives.
         """
-        with self._model.precision.full_precision():
-            logits = self._engine.logits(kept)
+        logits = self.logits(kept) if logits is None else logits
         return Verdict(
             metric=self._metric.name,
             value=self._metric(logits),

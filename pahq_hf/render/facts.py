@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pahq_hf.circuit import Circuit
+from pahq_hf.confirmation import Confirmation
 from pahq_hf.verdict import Verdict
 
 
@@ -36,10 +37,18 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
         "no edges": metric.get("empty"),
         "circuit": metric.get("final"),
         "circuit in FP32": metric.get("fp32"),
+        "verified": _verified(circuit.confirmation),
         **_verdict_facts(circuit.verdict),
         "seconds": run.get("seconds", {}).get("total"),
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _verified(found: Confirmation | None) -> str | None:
+    """Whether the hooks engine confirmed the search's value; what it found instead if not."""
+    if found is None:
+        return None
+    return "yes" if found.verified else f"NO: {found.text}"
 
 
 def _verdict_facts(verdict: Verdict | None) -> dict[str, Any]:

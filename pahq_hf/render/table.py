@@ -149,6 +149,9 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
             f"{row.seconds:.1f}",
             "" if row.verdict is None else _verdict_word(row.verdict),
         )
+    doubtful = [f"{row.threshold:g}" for row in rows if row.verified is False]
+    if doubtful:
+        table.caption = f"NOT VERIFIED by the hooks engine: tau {', '.join(doubtful)}"
     return table
 
 

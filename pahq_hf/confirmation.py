@@ -1,0 +1,125 @@
+"""Whether the hooks engine confirms what a search ended at, and how far two right engines may be apart."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from pahq_hf.config import MetricName
+from pahq_hf.errors import CircuitError, UnverifiedWarning
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit import Circuit
+
+_EPSILON = 2.0**-23  # of FP32: some families' softmax is in it whatever the model's dtype
+# Over random rounding in well-conditioned circuits, which stays below 1 here; where norms read what little an
+# ablation has left, 9 was seen.
+_SAFETY = 16.0
+_MEASURED = ("final", "final_recomputed", "tolerance")
+
+
+def logit_rounding(layers: int, largest: float) -> float:
+    """How far apart a logit may be that two engines compute in FP32.
+
+    On its way to the logits the stream is added to twice a layer, normed, and multiplied by the unembedding.
+    Each rounds at the size of what it rounds, and independent errors grow by the root of their number.
+
+    Args:
+        layers: Layers of the model.
+        largest: The largest absolute value of a logit.
+
+    Returns:
+        The distance.
+    """
+    return _SAFETY * math.sqrt(2 * layers + 2) * _EPSILON * largest
+
+
+def metric_rounding(metric: MetricName, value: float, error: float) -> float:
+    """How far a metric moves when no logit moves by more than an error: that times its gradient, summed up.
+
+    The sum over `kl`'s gradient, of `|q - p|`, is at most `sqrt(2 KL)` (Pinsker), and its curvature adds half
+    the error's square; for the probability P of a set it is 2 P (1 - P); for a difference of logits and for a
+    log probability at most 2.
+
+    Args:
+        metric: The metric.
+        value: The metric's value.
+        error: Of each logit.
+
+    Returns:
+        The distance.
+    """
+    if metric == "kl":
+        return math.sqrt(2 * max(value, 0.0)) * error + error**2 / 2
+    return error if metric == "prob_diff" else 2 * error
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """A circuit's metric by the engine of its search and by the hooks engine.
+
+    Attributes:
+        metric: The metric.
+        final: As the search has it.
+        recomputed: As the hooks engine finds it, at the search's precision.
+        tolerance: How far apart rounding may bring them.
+    """
+
+    metric: str
+    final: float
+    recomputed: float
+    tolerance: float
+
+    @property
+    def verified(self) -> bool:
+        """Whether they agree."""
+        return abs(self.final - self.recomputed) <= self.tolerance
+
+    @property
+    def text(self) -> str:
+        """What there is to say of it."""
+        found = f"{self.metric} {self.final:.8g} by the search and {self.recomputed:.8g} by the hooks engine"
+        if self.verified:
+            return f"{found}, equal within rounding ({self.tolerance:.1g})"
+        return f"{found}, further apart than rounding explains ({self.tolerance:.1g})"
+
+    @classmethod
+    def of(cls, discovery: dict[str, Any]) -> Confirmation | None:
+        """Read it from the facts of a run; None where a run says nothing of it.
+
+        Raises:
+            CircuitError: If the facts are damaged.
+        """
+        if "verified" not in discovery:
+            return None
+        try:
+            return cls.of_metric(discovery["metric"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CircuitError(f"a circuit's facts of verification are damaged: {error!r}") from error
+
+    @classmethod
+    def of_metric(cls, facts: dict[str, Any]) -> Confirmation:
+        """Read it from what a `Judge` measured."""
+        final, recomputed, tolerance = (float(facts[name]) for name in _MEASURED)
+        if facts["name"] not in get_args(MetricName):
+            raise ValueError("no such metric")
+        return cls(facts["name"], final, recomputed, tolerance)
+
+
+def unverified_text(circuit: Circuit) -> str | None:
+    """What a user is told, on one line, of a circuit that the hooks engine did not confirm; else None."""
+    found = circuit.confirmation
+    if found is None or found.verified:
+        return None
+    threshold = circuit.discovery.get("arguments", {}).get("threshold")
+    where = f"tau {threshold:g}: " if isinstance(threshold, int | float) else ""
+    return f"{where}the result is kept, but not verified: {found.text}; please report it"
+
+
+def warn_unverified(circuit: Circuit) -> None:
+    """Warn of a circuit that the hooks engine did not confirm."""
+    text = unverified_text(circuit)
+    if text is not None:
+        warnings.warn(text, UnverifiedWarning, stacklevel=2)
