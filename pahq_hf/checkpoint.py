@@ -32,7 +32,7 @@ from pahq_hf.gguf import write_header
 from pahq_hf.placement import one_device
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.progress import library_bars
-from pahq_hf.skeleton import load_skeleton
+from pahq_hf.skeleton import load_skeleton, say_loaded_whole
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _LOAD_ERRORS = (
@@ -165,7 +165,10 @@ def load(
     files = [] if pickled else safetensors_files(origin, **arguments)
     source = CheckpointSource(files) if files else None
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
-    if streamed and source is not None and full:
+    reason = _cannot_stream(source, full)
+    if streamed and reason:
+        say_loaded_whole(f"{name}: {reason}")
+    elif streamed and source is not None:
         model = load_skeleton(
             config, source, device, quantize_tables=quantize_tables, trust_remote_code=trusts(kwargs)
         )
@@ -175,6 +178,13 @@ def load(
     model = load_model(origin, **arguments)
     model.config._name_or_path = config._name_or_path
     return model, source
+
+
+def _cannot_stream(source: CheckpointSource | None, full: bool) -> str | None:
+    """Why a checkpoint cannot be read tensor by tensor; None if it can."""
+    if source is None:
+        return "there are no safetensors files"
+    return None if full else "a dtype other than float32 is asked for"
 
 
 def _check_attention(kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,11 @@ from pahq_hf.precision import CheckpointSource, stored_name
 logger = logging.getLogger(__name__)
 
 
+def say_loaded_whole(reason: str) -> None:
+    """Warn whoever counts on the memory that low precision takes: for a while it takes FP32's."""
+    logger.warning("%s: it is loaded in FP32 as a whole, and then quantised", reason)
+
+
 def load_skeleton(
     config: PretrainedConfig,
     source: CheckpointSource,
@@ -48,7 +53,7 @@ def load_skeleton(
         transformers has to load it.
     """
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
-        logger.info("checkpoints of %s are rearranged at loading: loaded as a whole", config.model_type)
+        say_loaded_whole(f"checkpoints of {config.model_type} are rearranged at loading")
         return None
     with init_empty_weights(include_buffers=False):
         hf: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -60,7 +65,7 @@ def load_skeleton(
     hf.tie_weights()
     absent = _absent(hf, source)
     if absent is not None:
-        logger.info("the checkpoint has no %s as the model needs it: loaded as a whole", absent)
+        say_loaded_whole(f"the checkpoint has no {absent} as the model needs it")
         return None
     streamed = set(map(id, _projection_weights(hf)))
     if quantize_tables or _are_bf16(hf, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -22,8 +23,11 @@ from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.model import PAHQModel
 from pahq_hf.placement import one_device
 from pahq_hf.precision import PAHQTable
+from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
 from tests.models import FAMILIES, VOCAB, WIDTH, padded_prompts, tiny_attention_only, tiny_llama
+
+pytestmark = pytest.mark.crossing
 
 RTN, PAHQ = PAHQConfig("rtn"), PAHQConfig("pahq")
 LOW = PAHQConfig("pahq", quantize_embeddings=True)
@@ -387,3 +391,30 @@ def test_pickled_checkpoints(config: PAHQConfig, saved: Callable[..., Path], who
     ours = PAHQModel.from_pretrained(folder, config)
     assert whole_loads == [str(folder)]
     assert_same_model(ours, PAHQModel(FAMILIES["gpt2"](), config))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("qwen3_moe", {}, "rearranged at loading"),
+        ("llama", {"use_safetensors": False}, "no safetensors files"),
+        ("llama", {}, None),
+    ],
+)
+def test_what_is_loaded_as_a_whole_says_so(
+    family: str,
+    options: dict[str, Any],
+    reason: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / family
+    ALL_FAMILIES[family]().save_pretrained(folder)
+    if "use_safetensors" in options:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    PAHQModel.from_pretrained(folder, RTN, **options)
+    found = [record.getMessage() for record in caplog.records if "as a whole" in record.getMessage()]
+    assert len(found) == (reason is not None)
+    assert all(reason in text for text in found)
+    assert all(record.levelno >= logging.WARNING for record in caplog.records if found)
