@@ -34,6 +34,7 @@ from fetch_smollm2 import fetch, fetch_gguf
 from hypothesis import HealthCheck, settings
 
 from tests.models import FAMILIES
+from tests.tiers import mark_exhaustive
 
 # No test depends on time: a loaded machine takes as long as it takes, for examples and for drawing them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,8 +43,10 @@ settings.load_profile("untimed")
 torch.set_num_threads(THREADS)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none."""
+    """Mark what only `make test-all` runs, and skip what needs CUDA where there is none."""
+    mark_exhaustive(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -19,6 +19,8 @@ from pahq_hf.engine.vocabulary import Vocabulary
 from pahq_hf.precision import Anchor, MemorySource, Origin, PAHQLinear, Region, SourceBlock, quantize
 from tests.helpers import ranges, weight_of
 
+pytestmark = pytest.mark.crossing
+
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
 COMPUTES = (torch.float32, torch.bfloat16)
 ROWS, COLS, SIZE = 12, 10, 4

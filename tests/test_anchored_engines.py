@@ -22,6 +22,8 @@ from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, random_edges, wrapped
 from tests.models import FAMILIES, random_task
 
+pytestmark = pytest.mark.crossing
+
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("fp8", "int8", "bf16")
 METRICS = ("kl", "logit_diff", "nll", "prob_diff")

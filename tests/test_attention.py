@@ -27,6 +27,8 @@ from tests.models import (
     tiny_attention_only,
 )
 
+pytestmark = pytest.mark.crossing
+
 D_HEAD = WIDTH // HEADS
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
 

@@ -31,6 +31,8 @@ from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, wrapped
 from tests.models import FAMILIES, random_task, tiny_gpt2
 
+pytestmark = pytest.mark.crossing
+
 TASK = random_task(batch=3, padding="left", seed=5, rows=2)
 NAMES = [
     *("gpt2", "llama", "llama_split", "gpt_neox", "gemma2", "gemma2_split", "olmo2", "olmo2_split"),

@@ -26,6 +26,8 @@ from tests.families import ALL_FAMILIES
 from tests.helpers import GRAPHS, OTHER_GRAPHS, assert_same_circuit, random_edges
 from tests.models import PADDINGS, padded_prompts, random_task, relative_error
 
+pytestmark = pytest.mark.crossing
+
 TOLERANCE = 1e-5
 # Their rotary embedding and norms compute in float32 whatever the model's dtype.
 FLOAT32_ONLY = {"cohere", "cohere_qk"}
@@ -34,6 +36,12 @@ COUPLED = ("gemma2", "gemma3", "olmo2")
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 families = pytest.mark.parametrize("family", ALL_FAMILIES)
+# One for each way in which a family can differ; the others' whole searches are left to the exhaustive tests.
+DIFFERENT = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "mixtral", "falcon", "bloom", "mistral_window")
+every_family_in_time = pytest.mark.parametrize(
+    "family",
+    [f if f in DIFFERENT else pytest.param(f, marks=pytest.mark.exhaustive) for f in ALL_FAMILIES],
+)
 
 
 @cache
@@ -235,7 +243,7 @@ def test_searches_agree_with_groups_split(family: str) -> None:
     assert np.abs(ours.scores - theirs.scores).max() < 1e-5
 
 
-@families
+@every_family_in_time
 def test_a_second_look_at_everything_takes_fp32s_decisions(family: str) -> None:
     task = random_task(padding="right")
     full = patched(family).discover(task, threshold=0.02, progress=False)
@@ -259,7 +267,7 @@ def effects(family: str, regime: Regime) -> Tensor:
     return torch.tensor(found)
 
 
-@families
+@every_family_in_time
 def test_anchored_effects_stray_less_than_rounded_ones(family: str) -> None:
     exact, anchored, rounded = (effects(family, regime) for regime in ("fp32", "pahq", "rtn"))
     errors = [float((found - exact).abs().mean()) for found in (anchored, rounded)]

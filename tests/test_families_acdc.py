@@ -16,6 +16,8 @@ from pahq_hf.engine.sparse import SparseEngine
 from tests.helpers import OTHER_GRAPHS, assert_same_search, named, random_edges, referee, wrapped
 from tests.models import random_task
 
+pytestmark = pytest.mark.crossing
+
 TASK = random_task(batch=3, padding="right", seed=11)
 # Softcaps flatten Gemma 2's logits; its effects are smaller.
 THRESHOLDS = {"kl": (0.002, 0.02, 0.1), "logit_diff": (0.01, 0.05, 0.3)}

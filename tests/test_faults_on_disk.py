@@ -23,6 +23,8 @@ from pahq_hf.model import PAHQModel
 from tests.helpers import FP32, id_rows, run_main, write_rows
 from tests.models import padded_prompts, random_task, tiny_llama
 
+pytestmark = pytest.mark.crossing
+
 INDEX = "model.safetensors.index.json"
 VICTIM = "model.layers.1.mlp.up_proj.weight"
 TASK = random_task(batch=2, length=6, seed=3)

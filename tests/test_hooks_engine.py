@@ -20,6 +20,8 @@ from pahq_hf.metrics import Metric
 from tests.helpers import FP32, GRAPHS, named, random_edges, referee, wrapped
 from tests.models import FAMILIES, HEADS, VOCAB, random_task
 
+pytestmark = pytest.mark.crossing
+
 ABLATIONS = ["corrupted", "zero", "mean", "mean-corrupted"]
 PADDINGS = ["none", "left", "right"]
 

@@ -28,6 +28,8 @@ from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, assert_same_circuit, random_edges, save_tiny, small_disk, wrapped
 from tests.models import PADDINGS, random_task, relative_error
 
+pytestmark = pytest.mark.crossing
+
 graphs = pytest.mark.parametrize("name", GRAPHS)
 TASK = random_task(batch=5, seed=3, rows=2)
 

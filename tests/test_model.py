@@ -52,6 +52,8 @@ from tests.models import (
 )
 from tests.referee import Referee
 
+pytestmark = pytest.mark.crossing
+
 TOLERANCE = 1e-5
 RTN = PAHQConfig("rtn")
 

@@ -29,6 +29,8 @@ from pahq_hf.precision.policy import formats_of
 from tests.helpers import id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import FAMILIES, HEADS, KV_HEADS, VOCAB, WIDTH, padded_prompts, random_task
 
+pytestmark = pytest.mark.crossing
+
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 FULL_TASK = random_task(batch=3, length=6, seed=2)
 IDS = padded_prompts()["input_ids"]

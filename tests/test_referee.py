@@ -24,6 +24,8 @@ from tests.families import ALL_FAMILIES
 from tests.models import relative_error
 from tests.referee import Edge, Referee
 
+pytestmark = pytest.mark.crossing
+
 VOCAB, LENGTH, EXAMPLES = 50, 6, 4
 FAMILIES = ["gpt2", "llama", "llama-biases", "qwen2", "mistral"]
 PADDINGS = ["none", "right", "left"]

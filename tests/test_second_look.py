@@ -24,6 +24,8 @@ from pahq_hf.journal import Journal
 from tests.helpers import wrapped
 from tests.models import FAMILIES, random_task
 
+pytestmark = pytest.mark.crossing
+
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 THRESHOLDS = {"kl": (0.003, 0.03, 0.15), "logit_diff": (0.01, 0.1, 0.4)}
 BATCHES: dict[str, Callable[[], BatchSize]] = {

@@ -24,6 +24,8 @@ from pahq_hf.patch import PatchedModel
 from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 
+pytestmark = pytest.mark.crossing
+
 METRICS = ("kl", "logit_diff", "nll", "prob_diff")
 ABLATIONS = ("corrupted", "zero", "mean", "mean-corrupted")
 
@@ -243,6 +245,7 @@ def test_demo_checkpoint(task_name: str) -> None:
     np.testing.assert_allclose(slow.scores, fast.scores, atol=2e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.smollm2
 def test_smollm2(smollm2_path: object) -> None:
     model = PAHQModel.from_pretrained(str(smollm2_path), FP32)

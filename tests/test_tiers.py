@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.tiers import covering
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +36,32 @@ def test_make_test_leaves_out_the_exhaustive_tests_only() -> None:
 @pytest.mark.exhaustive
 def test_the_marker_is_known(request: pytest.FixtureRequest) -> None:
     assert request.node.get_closest_marker("exhaustive")
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries({"family": st.integers(0, 9), "padding": st.integers(0, 2)}), unique_by=repr
+)
+
+
+@given(ROWS)
+def test_every_value_is_covered(rows: list[dict[str, int]]) -> None:
+    chosen = [rows[number] for number in covering(rows)]
+    for name in ("family", "padding"):
+        assert {row[name] for row in chosen} == {row[name] for row in rows}
+
+
+def test_a_product_costs_its_longest_side() -> None:
+    rows = [dict(zip("abc", values, strict=True)) for values in product(range(9), range(3), range(2))]
+    assert len(covering(rows)) == 9
+
+
+@pytest.mark.crossing
+@pytest.mark.parametrize("first", ["a", "b", "c"])
+@pytest.mark.parametrize("second", [1, 2])
+def test_the_rest_is_exhaustive(first: str, second: int, request: pytest.FixtureRequest) -> None:
+    whole = [item for item in request.session.items if item.originalname == request.node.originalname]
+    if len(whole) == 6:  # all were asked for, and nothing deselected
+        assert sum(item.get_closest_marker("exhaustive") is None for item in whole) == 3
 
 
 def test_examples_may_take_as_long_as_they_take() -> None:

@@ -27,6 +27,8 @@ from pahq_hf.errors import SelfCheckError, UnsupportedModelError
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
 
+pytestmark = pytest.mark.crossing
+
 SWAPPED = {"qkv": ("k_proj", "q_proj", "v_proj")}
 NO_SCALE = {"scaling": lambda attention: 1.0}
 

@@ -1,0 +1,50 @@
+"""Which tests of a product of parameters `make test` runs: enough that every value of each occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+Row = Mapping[str, Hashable]
+
+
+def covering(rows: Sequence[Row]) -> set[int]:
+    """Numbers of some rows in which every value of every column occurs; the same ones each time.
+
+    Rows are taken that bring most values not seen yet, so that 30 families by 3 paddings make 30 rows.
+    """
+    missing = {item for row in rows for item in row.items()}
+    chosen: set[int] = set()
+    while missing:
+        best = max(range(len(rows)), key=lambda i: (len(missing & set(rows[i].items())), -i))
+        chosen.add(best)
+        missing -= set(rows[best].items())
+    return chosen
+
+
+def mark_exhaustive(items: Sequence[pytest.Item]) -> None:
+    """Mark what a test that is marked `crossing` can do without in `make test`."""
+    groups: dict[tuple[str, str], list[pytest.Function]] = {}
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.get_closest_marker("crossing")
+        ):
+            groups.setdefault((str(item.path), f"{item.cls}.{item.originalname}"), []).append(item)
+    for group in groups.values():
+        kept = covering([_row(item) for item in group])
+        for number, item in enumerate(group):
+            if number not in kept:
+                item.add_marker(pytest.mark.exhaustive)
+
+
+def _row(item: Any) -> Row:
+    """Parameters by name: plain values as they are, others by which object they are."""
+    plain = (str, int, float, bool, type(None))
+    return {
+        name: value if isinstance(value, plain) else f"object {id(value)}"
+        for name, value in item.callspec.params.items()
+    }
