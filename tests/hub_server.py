@@ -101,6 +101,7 @@ class HubServer:
     def __init__(self, tokens: dict[str, str], read_only: frozenset[str] = frozenset()):
         self.tokens, self.read_only = dict(tokens), read_only
         self.repos: dict[str, Repo] = {}
+        self.ownerless: set[str] = set()
         self.requests: list[Request] = []
         self.faults: list[tuple[str, str, int, str | None]] = []  # kind, text in the path, status, method
         self.lock = threading.RLock()
@@ -120,6 +121,9 @@ class HubServer:
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         """Make a repository without a client, with a commit of files if given."""
+        if "/" not in repo_id:
+            self.ownerless.add(repo_id)
+            repo_id = f"{repo_id}/{repo_id}"
         repo = self.repos[repo_id] = Repo(repo_id, private)
         if files:
             repo.add(_HEADS + "main", repo.files() | files, "Add files", repo.owner)
@@ -216,6 +220,11 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, *parts: str) -> Answer:
         """Find what answers a path: of a repository, a method by verb and name (`_post_commit`)."""
         verb = self.command.lower().replace("head", "get")
+        match parts:  # some old repositories, such as gpt2, have no owner: here their name is doubled
+            case "api", "models", name, *rest if name in self.hub.ownerless:
+                parts = ("api", "models", name, name, *rest)
+            case name, "resolve", *rest if name in self.hub.ownerless:
+                parts = (name, name, "resolve", *rest)
         match parts:
             case "api", "whoami-v2":
                 return Answer({"type": "user", "name": self._login(), "orgs": []})

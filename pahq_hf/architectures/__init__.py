@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from pahq_hf.architectures.describe import FamilyFacts, describe_families
+from pahq_hf.architectures.positions import NO_ROTARY
 from pahq_hf.architectures.refusals import check_is_not_quantised, check_is_transformer
 from pahq_hf.architectures.row import Architecture, RowOf
 from pahq_hf.architectures.table import TABLE
@@ -12,6 +13,7 @@ from pahq_hf.errors import ConfigError, UnsupportedModelError
 from pahq_hf.graph import GraphSpec
 
 __all__ = [
+    "NO_ROTARY",
     "Architecture",
     "FamilyFacts",
     "describe_families",
