@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pahq_hf import Circuit
 from pahq_hf.checkpoints import demo_path
+from pahq_hf.errors import AblationWarning
 from tests.hub_server import HubServer, client_environment, run_client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -82,6 +83,16 @@ def test_discover_llama_on_smollm2(smollm2_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "30 layers, 9 heads that share 3 groups" in printed and "70,651 edges" in printed
     assert figure("kept", printed) > 3
+
+
+def test_generate_under_circuit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(AblationWarning):
+        example("generate_under_circuit").main([])
+    printed = capsys.readouterr().out
+    assert figure("the model:", printed) == 1
+    assert figure("beside corrupted prompts:", printed) >= 0.8
+    assert 0 <= figure("with means:", printed) <= 1
+    assert "Patricia sent a hat to Warren" in printed
 
 
 def test_own_dataset(
