@@ -19,6 +19,7 @@ from pahq_hf import Circuit, PAHQModel, Task, load_task
 from pahq_hf.ablation import is_poor
 from pahq_hf.config import Ablation, MethodName, MetricName, PAHQConfig
 from pahq_hf.errors import AblationWarning, PAHQError
+from pahq_hf.evaluation import Evaluator, faithfulness
 
 _DESCRIPTION = """\
 Find a task's circuits, let the model speak as each of them on prompts of another seed, and count right
@@ -137,7 +138,7 @@ def measure(model: PAHQModel, circuit: Circuit, task: str, unseen: Task, search:
         task,
         search,
         circuit.edge_count,
-        model.evaluate(circuit, unseen)["faithfulness"],
+        _faithfulness(model, circuit, unseen),
         _right(full, unseen),
         _right(beside, unseen),
         _right(plain, unseen),
@@ -147,6 +148,12 @@ def measure(model: PAHQModel, circuit: Circuit, task: str, unseen: Task, search:
         tuple(model.tokenizer.decode(said[0]) for said in (full, beside, plain)),  # type: ignore[arg-type]
         float((plain == full).all(dim=1).float().mean()),
     )
+
+
+def _faithfulness(model: PAHQModel, circuit: Circuit, task: Task) -> float | None:
+    ran = circuit.discovery["arguments"]
+    evaluator = Evaluator(model.patched, task, ran["metric"], ran["ablation"])
+    return faithfulness(evaluator.metric_of(circuit.kept), evaluator.full, evaluator.empty)
 
 
 def _beside(model: PAHQModel, circuit: Circuit, task: Task) -> AbstractContextManager[Any]:
