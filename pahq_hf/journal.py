@@ -96,6 +96,10 @@ class Journal:
         if journal is None:
             return cls.create(folder, header)
         check_header(journal.header, header, folder)
+        try:
+            os.truncate(journal.path, journal._size)  # also where no further record will do it
+        except OSError as error:
+            raise RunError(f"cannot repair {journal.path}: {error.strerror}") from error
         return journal
 
     @classmethod
