@@ -61,6 +61,7 @@ from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
+from pahq_hf.progress import make_progress
 from pahq_hf.quiet import quiet_imports
 from pahq_hf.settings import RunSettings
 from pahq_hf.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
@@ -231,7 +232,8 @@ def discover(
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
-    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    with make_progress(not as_json).phase(f"loading {model}"):
+        wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     circuit = wrapped.discover(
         data,

@@ -37,6 +37,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.config import EngineName, MethodName
+from pahq_hf.progress import make_progress
 from pahq_hf.threads import take_threads
 
 
@@ -92,9 +93,17 @@ def attribute(
     refuse_overwrite(out)
     take_threads(threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
-    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    with make_progress(not as_json).phase(f"loading {model}"):
+        wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
-    circuit = wrapped.attribute(data, engine=limits, out=out, take_over=take_over, **config.to_dict())
+    circuit = wrapped.attribute(
+        data,
+        engine=limits,
+        out=out,
+        take_over=take_over,
+        progress=not as_json,
+        **config.to_dict(),
+    )
     total = circuit.graph.edge_count
 
     def more() -> str:

@@ -25,6 +25,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError
+from pahq_hf.progress import make_progress
 from pahq_hf.threads import take_threads
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def evaluate(
     take_threads(threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
     pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
-    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    with make_progress(not as_json).phase(f"loading {model}"):
+        wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle)
     facts = wrapped.evaluate(
         found,

@@ -48,6 +48,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
 from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
+from pahq_hf.progress import make_progress
 from pahq_hf.settings import RunSettings
 from pahq_hf.threads import take_threads
 
@@ -124,7 +125,8 @@ def sweep(
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
-    wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
+    with make_progress(not as_json).phase(f"loading {model}"):
+        wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     swept = wrapped.sweep(
         data,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import pahq_hf
 from pahq_hf.ablation import APPLY
@@ -30,6 +28,7 @@ from pahq_hf.acdc import (
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
 from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
+from pahq_hf.clock import RunClock
 from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig, parse_screen
 from pahq_hf.confirmation import Confirmation, warn_unverified
 from pahq_hf.engine.build import make_engine
@@ -38,6 +37,7 @@ from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
+from pahq_hf.expectation import search_progress
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import Journal, check_header, check_result
@@ -48,6 +48,7 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
+from pahq_hf.progress import make_progress
 from pahq_hf.settings import RunSettings
 from pahq_hf.tasks.base import Task
 from pahq_hf.threads import threads
@@ -55,6 +56,7 @@ from pahq_hf.verdict import announce
 
 logger = logging.getLogger(__name__)
 DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
+_SAID = {"screen": "screening", "capture": "capturing", "evaluate": "verifying"}
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
@@ -83,7 +85,7 @@ class Discovery:
         pahq: The model's precision.
         acdc: The search.
         engine: How metrics are computed.
-        progress: Show a progress bar on stderr.
+        progress: Say on stderr how far it is.
     """
 
     def __init__(
@@ -111,8 +113,8 @@ class Discovery:
             check_gradient(parse_screen(acdc.screen)[0], self.metric)
         self.screen: Screen | None = None
         self.lock: RunLock | None = None  # while it has a folder
-        self.progress = progress
-        self._seconds: dict[str, float] = {}
+        self.reporter = make_progress(progress)
+        self.clock = RunClock()
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
@@ -176,9 +178,19 @@ class Discovery:
             circuit = self.conclude(found, judge)
         circuit.discovery["peak_memory"] |= peak.report()
         if folder is not None:
-            self.check_lock()
-            circuit.save_pretrained(folder)
+            self.save(circuit, folder)
         return circuit
+
+    def save(self, circuit: Circuit, folder: Path) -> None:
+        """Write a run's circuit into its folder.
+
+        Raises:
+            RunError: If it cannot be written, or another process took it over.
+        """
+        self.check_lock()
+        with self.reporter.phase("saving and drawing"):
+            circuit.save_pretrained(folder)
+        self.clock.forget(folder)
 
     def check_lock(self) -> None:
         """Check that the run's folder is still this process's.
@@ -286,7 +298,7 @@ class Discovery:
             metric, verdict = judge.measure(state.kept, found.final)
             means, applied = judge.means, judge.applied(state.kept, verdict)
         facts = found.facts | {APPLY: applied}
-        seconds = self._seconds | {"total": sum(self._seconds.values())}
+        seconds = self.clock.seconds | {"total": sum(self.clock.seconds.values())}
         seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
         facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         facts["metric"] = metric
@@ -309,7 +321,14 @@ class Discovery:
             return None
         with self._phase("screen"):
             return make_screen(
-                text, self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine
+                text,
+                self.model,
+                self.task,
+                self.metric,
+                self.acdc.ablation,
+                self.pahq,
+                self.engine,
+                self.reporter,
             )
 
     def _is_begun(self, folder: Path | None, resume: bool) -> bool:
@@ -329,6 +348,7 @@ class Discovery:
         make_folder(folder)
         if self._is_begun(folder, resume):
             journal = Journal.resume(folder, self.header())
+            self.clock.take_over(folder)
             if self.acdc.screen is not None:
                 self.screen = Screen.load(self.acdc.screen, self.model.graph, folder, self.header())
             self._replay(journal, self.screen)
@@ -376,40 +396,28 @@ class Discovery:
         return f"{type(engine).__name__} {torch.__version__} {self.model.device} {torch.get_num_threads()}"
 
     def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
-        graph = self.model.graph
         done = [] if journal is None else list(journal.records)
-        chosen = graph.match_readers(self.acdc.readers)
-        total = int(graph.prefix[chosen].sum())
-        decided = sum(int(graph.prefix[r.reader]) for r in done if r.searched)
-        bar = tqdm(
-            total=total,
-            initial=decided,
-            desc=f"ACDC, tau {self.acdc.threshold:g}",
-            unit="edge",
-            disable=not self.progress,
-        )
+        survivors = None if self.screen is None else self.screen.survivors
+        name = f"ACDC, tau {self.acdc.threshold:g}"
+        graph, folder = self.model.graph, None if journal is None else journal.path.parent
+        said = search_progress(self.reporter, name, graph, self.acdc, survivors, done)
+        with said as shown, self.clock.kept(folder):
 
-        def on_reader(state: Search, record: ReaderRecord) -> None:
-            if journal is not None:
-                self.check_lock()
-                journal.append(record)
-            if record.searched:
-                bar.update(int(graph.prefix[record.reader]) - len(record.scores))
-                kept = int(state.kept[chosen].sum()) - (total - bar.n)
-                bar.set_postfix(tested=int(state.tested.sum()), kept=kept, metric=f"{state.metric:.4g}")
+            def on_reader(state: Search, record: ReaderRecord) -> None:
+                if journal is not None:
+                    self.check_lock()
+                    journal.append(record)
+                    self.clock.keep(journal.path.parent)
+                shown.on_reader(state)
 
-        def on_batch(_: int, decided: int) -> None:
-            bar.update(decided)
-
-        with bar:
             return search(
                 engine,
                 self.acdc,
                 batch=batch,
                 done=done,
-                survivors=None if self.screen is None else self.screen.survivors,
+                survivors=survivors,
                 on_reader=on_reader,
-                on_batch=on_batch,
+                on_batch=lambda _, tested: shown.on_batch(tested),
             )
 
     def _batch(self, engine: HooksEngine | SparseEngine) -> BatchSize:
@@ -420,9 +428,9 @@ class Discovery:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        said = nullcontext() if name == "search" else self.reporter.phase(_SAID[name])
+        with self.clock.phase(name), said:
+            yield
 
     def _facts(self, state: Search, engine: HooksEngine | SparseEngine) -> dict[str, Any]:
         graph = self.model.graph

@@ -22,6 +22,7 @@ from pahq_hf.errors import RunError
 CIRCUIT_NAME = "circuit.json"
 JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
+SECONDS_NAME = "seconds.json"  # until it is finished
 ANSWERS_NAME = "answers.jsonl"  # of a sweep
 SWEEP_PREFIX = "tau-"  # of its runs' folders
 

@@ -307,7 +307,7 @@ class PAHQModel(nn.Module):
             out: Folder for the journal and the result; nothing is written without it.
             resume: Continue the run in `out`.
             take_over: Take the place of another machine's process that works in `out`.
-            progress: Show a progress bar.
+            progress: Say on stderr how far it is.
             **options: Fields of `ACDCConfig`.
 
         Returns:
@@ -350,7 +350,7 @@ class PAHQModel(nn.Module):
             out: Folder for a run's folder per threshold, `sweep.json` and plots.
             resume: Continue the sweep in `out`, or add thresholds to it.
             take_over: Take the place of another machine's process that works in `out`.
-            progress: Show a progress bar per threshold.
+            progress: Say on stderr how far it is.
             **options: Fields of `ACDCConfig`.
 
         Returns:
@@ -380,6 +380,7 @@ class PAHQModel(nn.Module):
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
         take_over: bool = False,
+        progress: bool = True,
         **options: Unpack[AttributeOptions],
     ) -> Circuit:
         """Score every edge by attribution, and keep the best or all of them.
@@ -389,6 +390,7 @@ class PAHQModel(nn.Module):
             engine: Which engine method `exact` uses, and its limits.
             out: Folder for the result; nothing is written without it.
             take_over: Take the place of another machine's process that works in `out`.
+            progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
                 `topn`, `threshold`, `absolute`, `ablation`, `seed`.
 
@@ -402,7 +404,8 @@ class PAHQModel(nn.Module):
         """
         check_work(options, AttributeOptions, "attribute", engine=(engine, EngineConfig))
         config = AttributionConfig.from_dict(dict(options))
-        run = Attribution(self.patched, self.identity, task, self.pahq_config, config, engine)
+        where = self.patched, self.identity, task, self.pahq_config
+        run = Attribution(*where, config, engine, progress=progress)
         with self._at_work():
             return run.run(out, take_over=take_over)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -42,9 +41,10 @@ class RunSettings:
         Whether a run is whole and the one asked for is checked by those who read all of it.
         """
         folder = Path(folder)
-        if not os.path.isdir(folder):
-            return cls()
-        runs = sorted(folder.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
+        try:
+            runs = sorted(folder.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
+        except OSError:  # a name that is too long, for one
+            runs = []
         for path in (folder / JOURNAL_NAME, *runs, folder / ANSWERS_NAME):
             try:
                 with path.open("rb") as file:

@@ -257,7 +257,7 @@ class SweepRun:
         acdc: The searches, but for their thresholds.
         thresholds: These.
         engine: How metrics are computed.
-        progress: Show a progress bar per threshold on stderr.
+        progress: Say on stderr how far it is.
 
     Raises:
         ConfigError: If a threshold is no number >= 0 or given twice, an option contradicts the precision,
@@ -354,7 +354,8 @@ class SweepRun:
             searched, seconds["capture"] = self._search(left, answers, resume)
             if searched:
                 started = time.perf_counter()
-                judge = self._any.judge()
+                with self._any.reporter.phase("verifying"):
+                    judge = self._any.judge()
                 seconds["judge"] = round(time.perf_counter() - started, 3)
                 for tau, result in searched.items():
                     found[tau] = self._conclude(tau, result, judge, peak, folders[tau])
@@ -367,7 +368,8 @@ class SweepRun:
         }
         sweep = Sweep(found, facts)
         if folder is not None:
-            _save(sweep, folder)
+            with self._any.reporter.phase("drawing"):
+                _save(sweep, folder)
         return sweep
 
     def _search(
@@ -380,7 +382,8 @@ class SweepRun:
         for run in self._runs.values():
             run.screen = screen
         started = time.perf_counter()
-        engine = self._any.make_engine()
+        with self._any.reporter.phase("capturing"):
+            engine = self._any.make_engine()
         capture = round(time.perf_counter() - started, 3)
         if isinstance(engine, SparseEngine):
             engine.phases.take()  # capturing is no search's own
@@ -401,8 +404,7 @@ class SweepRun:
         is_kl = metric["name"] == "kl"
         circuit.discovery["kl"] = metric["fp32"] if is_kl else judge.evaluator.report(circuit)["kl"]
         if folder is not None:
-            self._runs[tau].check_lock()
-            circuit.save_pretrained(folder)
+            self._runs[tau].save(circuit, folder)
         return circuit
 
     # -- files ------------------------------------------------------------------------------------

@@ -419,13 +419,15 @@ def only_json(result: Result) -> dict[str, Any]:
 
 def test_info(results: dict[str, Result]) -> None:
     facts = only_json(results["info json"])
-    memory = facts.pop("memory")
+    memory, threads = facts.pop("memory"), facts.pop("threads")
+    assert threads["count"] >= 1
     assert memory["weights"] == sum(part["bytes"] for part in memory["parts"]) < memory["weights_fp32"]
     assert memory["peak"] > memory["weights"] + memory["activations"]
     assert facts == {
         "family": "llama", "layers": 2, "heads": 4, "kv_groups": 2, "writers": 11, "readers": 19, "edges": 82,
     }  # fmt: skip
     split = only_json(results["info split"])
+    assert split.pop("threads").keys() == threads.keys()
     assert split.pop("memory")["weights"] == memory["weights"]
     assert split == facts | {"readers": 27, "edges": 110}
     assert results["info"].code == 0
@@ -488,7 +490,8 @@ def test_discover_prints_a_table(world: World, results: dict[str, Result]) -> No
     circuit = Circuit.from_pretrained(world.root / "fine" / "b")
     assert f"{circuit.edge_count} of 82" in result.out
     assert "logit_diff" in result.out and "good" in result.out
-    assert "ACDC" in result.err and "100%" in result.err  # the progress bar, and not on stdout
+    assert "ACDC, tau 0.01: " in result.err and "tests in" in result.err  # and not on stdout
+    assert "\r" not in result.err
     assert "ACDC" not in result.out and "Loading" not in result.err
 
 

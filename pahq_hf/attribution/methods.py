@@ -6,6 +6,8 @@ raises the minimised metric: the edge matters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,7 +22,12 @@ from pahq_hf.sums import add_rows
 
 Scores = NDArray[np.float64]
 
+Done = Callable[[int], None]
 _CANDIDATES = 64  # edges removed side by side
+
+
+def _nobody(_: int) -> None:
+    """Nobody counts."""
 
 
 def check_gradient(method: str, metric: str) -> None:
@@ -40,11 +47,12 @@ def check_gradient(method: str, metric: str) -> None:
         )
 
 
-def eap(runs: Runs) -> Scores:
+def eap(runs: Runs, on_done: Done = _nobody) -> Scores:
     """Edge attribution patching (Syed et al. 2023): `Σ (c_u - a_u) · ∂L/∂input_v` at the clean run.
 
     Args:
         runs: The task's runs.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
 
     Returns:
         [readers, writers]
@@ -56,10 +64,11 @@ def eap(runs: Runs) -> Scores:
     total = np.zeros(runs.graph.all_edges.shape)
     for part in runs.parts():
         _add_edge_scores(total, runs, part, runs.gradients(part, runs.clean.embedding[part.examples]))
+        on_done(len(part.task))
     return total
 
 
-def eap_ig(runs: Runs, steps: int) -> Scores:
+def eap_ig(runs: Runs, steps: int, on_done: Done = _nobody) -> Scores:
     """EAP with integrated gradients over the inputs (Hanna et al. 2024).
 
     The gradient is averaged over runs whose `input` writes `corr + (k/m)(clean - corr)`, k = 0 … m-1.
@@ -73,6 +82,7 @@ def eap_ig(runs: Runs, steps: int) -> Scores:
     Args:
         runs: The task's runs.
         steps: m.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
 
     Returns:
         [readers, writers]
@@ -83,10 +93,11 @@ def eap_ig(runs: Runs, steps: int) -> Scores:
         whole = runs.clean.embedding[part.examples] - start
         for k in range(steps):
             _add_edge_scores(total, runs, part, runs.gradients(part, start + (k / steps) * whole))
+            on_done(len(part.task))
     return total / steps
 
 
-def hisp(runs: Runs) -> Scores:
+def hisp(runs: Runs, on_done: Done = _nobody) -> Scores:
     """Head importance (Michel et al. 2019), with corrupted activations as in the ACDC paper.
 
     A node's importance is `mean over examples of |Σ (c_u - a_u) · ∂L/∂a_u|`, MLPs and `input` included; it is
@@ -96,6 +107,7 @@ def hisp(runs: Runs) -> Scores:
 
     Args:
         runs: The task's runs.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
 
     Returns:
         [readers, writers]
@@ -109,6 +121,7 @@ def hisp(runs: Runs) -> Scores:
         per_example = np.zeros((len(runs.graph.writers), len(part.task)))
         gradients = runs.gradients(part, runs.clean.embedding[part.examples])
         _add_node_scores(per_example, runs, part, gradients)
+        on_done(len(part.task))
         importance += np.abs(per_example).sum(axis=1)  # the metric is a mean over examples already
     return edges_from_nodes(runs.graph, importance)
 
@@ -129,7 +142,7 @@ def edges_from_nodes(graph: Graph, importance: Scores) -> Scores:
     return scores
 
 
-def exact(engine: Engine) -> Scores:
+def exact(engine: Engine, on_done: Done = _nobody) -> Scores:
     """What removing each edge alone from the full model does to the metric: `m(full without e) - m(full)`.
 
     Everything upstream of an edge is the clean run, so the sparse engine computes no more than what the edge
@@ -137,6 +150,7 @@ def exact(engine: Engine) -> Scores:
 
     Args:
         engine: Computes metrics.
+        on_done: Called with the number of edges that were removed, each time.
 
     Returns:
         [readers, writers]
@@ -155,6 +169,7 @@ def exact(engine: Engine) -> Scores:
                 some = edges[start : start + _CANDIDATES]
                 values = engine.try_removals(reader, [[writer] for writer in some])
                 scores[reader, some] = np.array(values) - full
+                on_done(len(some))
     finally:
         engine.finish()
     return scores

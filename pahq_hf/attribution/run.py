@@ -26,6 +26,7 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
+from pahq_hf.progress import make_progress
 from pahq_hf.tasks.base import Task
 from pahq_hf.threads import threads
 from pahq_hf.verdict import Verdict, announce
@@ -41,6 +42,7 @@ class Attribution:
         pahq: The model's precision.
         config: Method and choice of edges.
         engine: How `exact` computes metrics.
+        progress: Say on stderr how far it is.
 
     Raises:
         MetricError: If the task lacks what the metric needs, or the method means nothing for it.
@@ -55,6 +57,8 @@ class Attribution:
         pahq: PAHQConfig,
         config: AttributionConfig,
         engine: EngineConfig | None = None,
+        *,
+        progress: bool = True,
     ) -> None:
         self.model = model
         self.identity = identity
@@ -62,6 +66,7 @@ class Attribution:
         self.pahq = pahq
         self.config = config
         self.engine = engine or EngineConfig()
+        self.reporter = make_progress(progress)
         self.metric: MetricName = config.metric or task.metric
         check_metric(self.metric, task)
         check_gradient(config.method, self.metric)
@@ -92,7 +97,8 @@ class Attribution:
                 refuse_overwrite(folder)
                 circuit = self._run()
                 lock.check()
-                circuit.save_pretrained(folder)
+                with self.reporter.phase("saving and drawing"):
+                    circuit.save_pretrained(folder)
             return circuit
 
     def _run(self) -> Circuit:
@@ -111,10 +117,11 @@ class Attribution:
                 steps=config.steps,
                 seed=config.seed,
                 phases=phases,
+                progress=self.reporter,
                 on_clean=lambda logits: warn_near_chance(logits, self.task),
             )
             kept = self._choose(scores)
-            with phases("evaluate"):
+            with phases("evaluate"), self.reporter.phase("verifying"):
                 (metric, verdict), applied, means = self._evaluate(kept)
             phases.seconds["total"] = time.perf_counter() - started
         facts = self._facts(kept) | {"metric": metric, "verdict": verdict.to_dict(), APPLY: applied}

@@ -23,6 +23,7 @@ from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.timing import Phases
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel
+from pahq_hf.progress import Progress, Silence
 from pahq_hf.tasks.base import Task
 
 
@@ -39,6 +40,7 @@ def edge_scores(
     seed: int = 0,
     phases: Phases | None = None,
     on_clean: Callable[[Tensor], None] | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Score all edges.
 
@@ -55,6 +57,7 @@ def edge_scores(
         phases: Where seconds are added up.
         on_clean: Called before edges are scored with the clean run's logits at the answer positions
             [rows, vocab]; not by `random`, which runs nothing.
+        progress: Who is told how far it is.
 
     Returns:
         Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers]
@@ -77,6 +80,7 @@ def edge_scores(
                 seed,
                 phases or Phases(),
                 on_clean or _ignore,
+                progress or Silence(),
             ),
             method,
         )
@@ -100,21 +104,23 @@ def _scores(
     seed: int,
     phases: Phases,
     on_clean: Callable[[Tensor], None],
+    progress: Progress,
 ) -> Scores:
     check_gradient(method, metric)
     if method == "random":
         return random_scores(model.graph, seed)
     model.precision.deactivate()
     if method == "exact":
-        with phases("capture"):
+        with phases("capture"), progress.phase("capturing"):
             computes = make_engine(model, task, metric, ablation, pahq, engine or EngineConfig())
         on_clean(computes.clean_logits)
-        with phases("scores"):
-            return exact(computes)
-    with phases("capture"):
+        with phases("scores"), progress.count(method, "edge", model.graph.edge_count) as count:
+            return exact(computes, count.advance)
+    with phases("capture"), progress.phase("capturing"):
         runs = Runs(model, task, metric, ablation, PrecisionRule.of(pahq, model.device))
     on_clean(runs.clean.logits)
-    with phases("scores"):
+    passes = steps if method == "eap-ig" else 1
+    with phases("scores"), progress.count(method, "prompt", passes * len(task)) as count:
         if method == "eap-ig":
-            return eap_ig(runs, steps)
-        return eap(runs) if method == "eap" else hisp(runs)
+            return eap_ig(runs, steps, count.advance)
+        return eap(runs, count.advance) if method == "eap" else hisp(runs, count.advance)

@@ -23,6 +23,7 @@ from pahq_hf.files import SCREEN_NAME, write_atomically
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.journal import check_header
 from pahq_hf.patch import PatchedModel
+from pahq_hf.progress import Progress
 from pahq_hf.tasks.base import Task
 
 
@@ -131,6 +132,7 @@ def make_screen(
     ablation: Ablation,
     pahq: PAHQConfig,
     engine: EngineConfig,
+    progress: Progress | None = None,
 ) -> Screen:
     """Score all edges and let the best survive.
 
@@ -142,11 +144,14 @@ def make_screen(
         ablation: What stands in for removed edges.
         pahq: Precision regime.
         engine: Limits of the engine that method `exact` uses.
+        progress: Who is told how far it is.
 
     Raises:
         MetricError: If the method means nothing for the metric.
     """
     started = time.perf_counter()
     method, _ = parse_screen(text)
-    scores = edge_scores(method, model, task, metric, ablation=ablation, pahq=pahq, engine=engine)
+    scores = edge_scores(
+        method, model, task, metric, ablation=ablation, pahq=pahq, engine=engine, progress=progress
+    )
     return Screen.of(text, model.graph, scores, time.perf_counter() - started)
