@@ -326,7 +326,7 @@ def token_embedding(hf: PreTrainedModel) -> nn.Embedding:
 
 
 def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, SourceBlock]:
-    """FP32 copies of projections: in one temporary safetensors file, or in memory."""
+    """FP32 copies of projections: in one temporary file, or in memory."""
     if not linears:
         return {}
     tensors = {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pahq_hf.precision import (
     WeightSource,
 )
 from pahq_hf.precision.source import byte_spans
-from tests.helpers import ranges, weight_of
+from tests.helpers import ranges, small_disk, weight_of
 
 ROWS, COLS = 12, 10
 
@@ -154,36 +155,51 @@ def test_a_file_changed_since_it_was_opened_is_refused(
     source.read("c", slice(0, 1), slice(0, 1))  # the other shard is as it was
 
 
-def test_spill_file_goes_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_spill_file_has_no_name_and_gives_back_what_it_got(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    tensors = {"w": weight_of(4, 6, 0), "turned": weight_of(4, 6, 1).t()}
+    tensors = {"w": weight_of(4, 6, 0).to(dtype), "turned": weight_of(5, 7, 1).to(dtype).t()}
     source = SpillSource(tensors)
-    assert list(tmp_path.rglob("*.safetensors"))
-    for name, tensor in tensors.items():
-        assert torch.equal(source.read(name, slice(0, 4), slice(1, 3)), tensor[0:4, 1:3])
-    block = source.read("w", slice(0, 4), slice(0, 6))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # nobody has to close it
-        del source
-        gc.collect()
     assert not list(tmp_path.iterdir())
+    for name, tensor in tensors.items():
+        source.prefetch(name)
+        assert torch.equal(source.read(name, slice(0, 4), slice(1, 3)), tensor[0:4, 1:3])
+        assert torch.equal(source.view(name, slice(1, 3), slice(0, 5)), tensor[1:3, 0:5])
+    block = source.view("w", slice(0, 4), slice(0, 6))
+    del source
+    gc.collect()
     assert torch.equal(block, tensors["w"])  # what was read stays
 
 
-def test_spill_without_space_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_spill_file_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("pahq_hf.precision.source.save_file", full)
-    with pytest.raises(ModelLoadError, match="No space left"):
-        SpillSource({"w": weight_of(4, 6, 0)})
+    with small_disk(10_000), pytest.raises(ModelLoadError, match=r"cannot keep the FP32 weights .*TMPDIR"):
+        SpillSource({"w": weight_of(64, 64, 0)})
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pahq_hf import PAHQConfig, PAHQModel
+from tests.models import tiny_llama
+model = PAHQModel(tiny_llama(), PAHQConfig("rtn"))
+os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_leaves_no_weights(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(int(number))]
+    run = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == -number, run.stderr[-2000:]
     assert not list(tmp_path.iterdir())
 
 
 def test_spill_without_a_temporary_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(ModelLoadError, match="temporary folder"):
+    with pytest.raises(ModelLoadError, match=r"the temporary folder: .*nowhere"):
         SpillSource({"w": weight_of(4, 6, 0)})
 
 

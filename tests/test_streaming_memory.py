@@ -160,7 +160,7 @@ def test_gguf_is_streamed_from_its_conversion(
         with mine.full_precision(), other.full_precision():
             assert torch.equal(mine.dense(), other.dense())
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert len(list(spill_folder.rglob("*.safetensors"))) == 1  # of the model in memory alone
+    assert not list(spill_folder.iterdir())  # what the model in memory has there has no name
     (folder,) = (cache / "gguf").iterdir()
     assert {"config.json", "model.safetensors"} <= set(files_of(folder))
 

@@ -8,6 +8,7 @@ file, from a spill file or a copy in memory.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 import tempfile
@@ -18,11 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.precision.transfer import FullCache, Transfer
+
+_ALIGNED = 64  # bytes
 
 
 class WeightSource(Protocol):
@@ -147,8 +149,11 @@ class MemorySource:
         return self._tensors[name][rows, cols]
 
 
-class SpillSource(CheckpointSource):
-    """A temporary safetensors file, deleted with this object: for models that have no checkpoint.
+class SpillSource:
+    """A temporary file, mapped into memory: for models that have no checkpoint.
+
+    It lies in the folder for temporary files (`TMPDIR`) and has no name: it goes with this object, and with
+    the process however that ends.
 
     Args:
         tensors: What to keep.
@@ -158,17 +163,44 @@ class SpillSource(CheckpointSource):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._spans: dict[str, tuple[int, int]] = {}  # name -> where its bytes begin, and how many
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="pahq_hf-")
+            with tempfile.TemporaryFile(prefix="pahq_hf-") as file:
+                for name, tensor in tensors.items():
+                    file.write(bytes(-file.tell() % _ALIGNED))
+                    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                    self._spans[name] = file.tell(), file.write(raw.data)
+                file.write(bytes(_ALIGNED))  # an empty file cannot be mapped
+                file.flush()
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
-            raise ModelLoadError(f"cannot make a temporary folder for the FP32 weights: {error}") from error
-        path = Path(self._folder.name) / "weights.safetensors"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        except (OSError, SafetensorError) as error:
-            self._folder.cleanup()
-            raise ModelLoadError(f"cannot keep the FP32 weights in {self._folder.name}: {error}") from error
-        super().__init__([path])
+            raise ModelLoadError(
+                f"cannot keep the FP32 weights in the temporary folder: {error}; set TMPDIR to one with room"
+            ) from error
+        self._tensors = {
+            name: torch.frombuffer(
+                self._mapped, dtype=tensor.dtype, count=tensor.numel(), offset=self._spans[name][0]
+            ).view(tensor.shape)
+            for name, tensor in tensors.items()
+        }
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A private copy of a block."""
+        return self.view(name, rows, cols).clone()
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor ahead; returns at once."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            start, length = self._spans[name]
+            page = start - start % mmap.PAGESIZE
+            self._mapped.madvise(mmap.MADV_WILLNEED, page, start + length - page)
+
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A block as it lies in the mapped file; for reading only."""
+        return self._tensors[name][rows, cols]
 
 
 @dataclass(frozen=True)
