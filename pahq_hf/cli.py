@@ -1,8 +1,8 @@
 """The `pahq` command line.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 finished but not confirmed by the hooks
-engine (saved, marked), 2 bad usage or input (one line says why), 130 interrupted (a run's journal keeps what
-was done).
+engine (saved, marked), 2 bad usage or input (one line says why), 130 interrupted by Ctrl-C (a run's journal
+keeps what was done), 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
 from pahq_hf.progress import make_progress
 from pahq_hf.quiet import quiet_imports
 from pahq_hf.settings import RunSettings
+from pahq_hf.terminal import Terminated, printable, printable_notes, terminable
 from pahq_hf.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
 
 app = typer.Typer(
@@ -74,7 +75,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_INTERRUPTED = 130
+_SIGNALLED = 128  # a signal's number is added
+_INTERRUPTED = _SIGNALLED + 2
 
 
 @app.command()
@@ -266,13 +268,26 @@ def main() -> None:
     """Entry point of the console script."""
     _quiet_start()
     try:
+        with terminable(), printable_notes():
+            code = _run()
+    except Terminated as stop:
+        code = _SIGNALLED + stop.number
+    if code == _INTERRUPTED or code > _SIGNALLED:
+        sys.stderr.write("pahq: interrupted; a discovery's journal is kept: continue it with --resume\n")
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
+    """The command; its exit code."""
+    try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
         with quiet_imports(), kept_threads():  # which commands do where they need what is imported
-            code = app(standalone_mode=False)
+            return app(standalone_mode=False) or 0
     except PAHQError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
-        code = _INTERRUPTED
+        return _INTERRUPTED
     except Exception as error:
         # Typer vendors or imports click by version; its usage errors know how to describe themselves.
         describe = getattr(error, "format_message", None)
@@ -281,10 +296,6 @@ def main() -> None:
         if len(sys.argv) == 1:  # the bare command, which has shown its help
             sys.exit(2)
         _fail(describe())
-    if code == _INTERRUPTED:
-        sys.stderr.write("pahq: interrupted; a discovery's journal is kept: continue it with --resume\n")
-    if code:
-        sys.exit(code)
 
 
 def _quiet_start() -> None:
@@ -302,5 +313,5 @@ def _quiet_start() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stderr.write("pahq: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("pahq: " + printable(" ".join(message.split())) + "\n")
     sys.exit(2)

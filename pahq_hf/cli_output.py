@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq_hf.terminal import printable
+
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
 
@@ -32,12 +34,21 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def print_rich(*tables: Any) -> None:
-    """Tables for people, on the terminal when this returns."""
-    from rich.console import Console
+    """Tables for people, on the terminal when this returns; no text in them can steer it."""
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.segment import Segment
+
+    class Printable:
+        def __init__(self, table: Any) -> None:
+            self.table = table
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            for segment in console.render(self.table, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     console = Console()
     for table in tables:
-        console.print(table)
+        console.print(Printable(table))
     console.file.flush()
 
 
@@ -47,6 +58,6 @@ def exit_unverified(*circuits: Circuit) -> None:
 
     texts = [text for circuit in circuits if (text := unverified_text(circuit))]
     for text in texts:
-        sys.stderr.write(f"pahq: {text}\n")
+        sys.stderr.write(f"pahq: {printable(text)}\n")
     if texts:
         raise typer.Exit(UNVERIFIED)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pahq_hf.terminal import printable
+
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
     from pahq_hf.verdict import Verdict
@@ -98,7 +100,7 @@ def shifted(threshold: float, factor: float) -> float:
 
 def print_end(folder: Path, command: str) -> None:
     """Say where the result is and what comes next; not as a table, whose lines would break."""
-    sys.stdout.write(f"\nResult: {folder}\nNext:   {command}\n")
+    sys.stdout.write(f"\nResult: {printable(str(folder))}\nNext:   {printable(command)}\n")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

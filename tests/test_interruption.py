@@ -92,6 +92,16 @@ def test_interrupt_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) 
     resumed(scene, "interrupted", capsys)
 
 
+def test_terminate_and_resume(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a scheduler or a shutdown ends it."""
+    code, stdout, stderr = stopped(scene, "terminated", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert stdout == ""
+    assert stderr == "pahq: interrupted; a discovery's journal is kept: continue it with --resume\n"
+    assert set(files_of(scene.folder / "terminated")) == {"journal.jsonl"}
+    resumed(scene, "terminated", capsys)
+
+
 def test_the_command_line_runs_what_python_runs(scene: Scene) -> None:
     model = PAHQModel.from_pretrained(scene.model)
     task = load_task(str(scene.data))
