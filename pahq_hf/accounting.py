@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.budget import BATCH_TOKENS, default_budget
-from pahq_hf.engine.hooks import BUFFER_BYTES
+from pahq_hf.engine.hooks import buffer_bytes
 from pahq_hf.memory import read_memory
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import CheckpointSource, Layout, PAHQLinear, Region, layouts, stored_bytes, stored_name
@@ -118,7 +118,8 @@ def report(
     decoded = sum(w.in_features * w.out_features for w in linears)
     buffers = BATCH_TOKENS * width * model.spec.layers
     limit = default_budget(model.device) if budget is None else budget
-    one_pass = min(max(BUFFER_BYTES, writers * length * width * _FP32), writers * n * length * width * _FP32)
+    example = writers * length * width * _FP32
+    one_pass = min(max(buffer_bytes(model.device), example), n * example)
     working = max(min(limit, _FP32 * (decoded + buffers)), one_pass) + _TRANSIENT * _FP32 * largest
     return MemoryReport(
         shares=tuple(_shares(model, config, source)),

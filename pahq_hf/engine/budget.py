@@ -13,6 +13,15 @@ from pahq_hf.patch import PatchedModel
 _SHARE = 0.25  # of the memory that is free
 BATCH_TOKENS = 3328  # at once
 _COPIES = 4  # intermediate copies of a node's activations while it is computed
+# What says that memory ran out, besides PyTorch's class for it: the CPU's allocator, CUDA, and libraries
+# that allocate for themselves.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 
 class MemoryBudget:
@@ -32,7 +41,7 @@ class MemoryBudget:
         # Whoever gives memory gets speed; else no more of the model is in FP32 than a layer.
         self.full_weights = layer if limit is None else limit // 4
         self.held_weights = self.limit if limit is None else self.limit - self.full_weights
-        self._most = 1 << 30
+        self._most = self._together = 1 << 30
         self._vocabulary = model.vocab_size * self._width * self._size
 
     @property
@@ -40,21 +49,41 @@ class MemoryBudget:
         """Whether a copy of the unembedding, packed for products, leaves room for the rest."""
         return self._vocabulary <= self.limit // 4
 
-    def batch(self, state: CircuitState, reader: int) -> int:
-        """Candidates of a reader that fit, at least one."""
+    def together(self, tokens: int) -> int:
+        """Writers whose differences, and candidates whose input, fit beside all else; at least one of each.
+
+        Args:
+            tokens: At which they are wanted.
+        """
+        fits = self.limit // 4 // max(1, tokens * self._width * self._size)
+        return max(1, min(self._together, fits))
+
+    def batch(self, state: CircuitState, reader: int, held: int = 0) -> int:
+        """Candidates of a reader that fit, at least one.
+
+        Args:
+            state: The current circuit.
+            reader: The reader.
+            held: Bytes of their inputs, and of what made those.
+        """
         changes = 0
         for liveness in state.liveness:
             if liveness is not Liveness.DEAD:
                 changes += len(state.plan.at(liveness)) * self._width
         widest = len(state.plan.at(max((*state.liveness, state.reader_liveness(reader)))))
         working = _COPIES * widest * self._hidden
-        fits = self.limit // max(1, (changes + working) * self._size)
+        fits = max(0, self.limit - held) // max(1, (changes + working) * self._size)
         # More tokens at once are 4 % faster at best, and their buffers the most of what a search holds.
         return max(1, min(self._most, fits, BATCH_TOKENS // max(1, widest)))
 
     def halve(self, size: int) -> bool:
         """After memory ran out with `size` candidates: allow half as many. False if that was one."""
         self._most = max(1, size // 2)
+        return size > 1
+
+    def halve_together(self, size: int) -> bool:
+        """The same when it ran out before they could be computed."""
+        self._together = max(1, size // 2)
         return size > 1
 
 
@@ -66,7 +95,8 @@ def default_budget(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes free on a device, or in the machine for the CPU."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + max(0, cached)  # PyTorch hands out its cache first
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -78,5 +108,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; PyTorch's CPU allocator has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

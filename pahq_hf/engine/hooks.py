@@ -6,7 +6,7 @@ engine cannot cut, and it is the referee of the sparse engine in tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from pahq_hf.capture import (
     with_streams,
 )
 from pahq_hf.config import Ablation, MetricName
+from pahq_hf.engine.budget import default_budget, out_of_memory
 from pahq_hf.engine.patched_run import PatchedRun, RunAnchors, record_linears
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.graph import BoolArray, Graph
@@ -32,8 +33,17 @@ from pahq_hf.patch import PatchedModel
 from pahq_hf.store import ActivationStore
 from pahq_hf.tasks.base import Task
 
-# For what writers write in one forward pass; decides how many examples share it.
-BUFFER_BYTES = 256 << 20
+BUFFER_BYTES = 256 << 20  # on a CPU, where more examples at once are no faster
+
+
+def buffer_bytes(device: torch.device) -> int:
+    """Bytes for what writers write in one forward pass; they decide how many examples share it.
+
+    Args:
+        device: Where the model is. On a GPU one example at a time leaves most of it idle: an eighth of what
+            is free, as anchors take as much again, and attention its part.
+    """
+    return BUFFER_BYTES if device.type == "cpu" else max(BUFFER_BYTES, default_budget(device) // 2)
 
 
 @dataclass
@@ -98,10 +108,15 @@ class HooksEngine:
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
         _, length, width = clean.embedding.shape
         example = len(self.graph.writers) * length * width * clean.embedding.element_size()
-        size = min(len(task), max(1, BUFFER_BYTES // example))
-        self._parts = _parts(task, size, model.device)
-        self._differences = clean.embedding.new_zeros(len(self.graph.writers), size, length, width)
+        self._cut(min(len(task), max(1, buffer_bytes(model.device) // example)))
         self.evaluations = 0
+
+    def _cut(self, size: int) -> None:
+        """Cut the task into runs of at most so many examples."""
+        self._size = size
+        self._parts = _parts(self.task, size, self.model.device)
+        shape = len(self.graph.writers), size, *self.substitute.embedding.shape[1:]
+        self._differences = self.substitute.embedding.new_zeros(shape)
 
     # -- any circuit ------------------------------------------------------------------------------
 
@@ -190,21 +205,46 @@ class HooksEngine:
 
     @contextmanager
     def _without_anchors(self) -> Iterator[None]:
-        before = [part.anchors for part in self._parts]
+        parts, before = self._parts, [part.anchors for part in self._parts]
         self._drop_anchors()
         try:
             yield
         finally:
-            for part, anchors in zip(self._parts, before, strict=True):
-                part.anchors = anchors
+            if self._parts is parts:
+                for part, anchors in zip(parts, before, strict=True):
+                    part.anchors = anchors
+            elif before[0] is not None:  # memory ran out meanwhile: they were of more examples
+                self._anchor(before[0].removed)
 
     def _measure_exactly(self) -> float:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
-        self._drop_anchors()
         self.evaluations += 1
+        return self.metric(self._logits(self._anchor(self._removed)))
+
+    def _anchor(self, removed: BoolArray) -> Tensor:
+        """Anchors from an exact run of a circuit, and where that ends. [rows, d_model]"""
+        return self._fitting(lambda: self._exact_run(removed))
+
+    def _fitting(self, run: Callable[[], Tensor]) -> Tensor:
+        """What a run gives; when memory runs out, with half the examples in a pass."""
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error) or self._size == 1:
+                    raise
+            anchored = self._parts[0].anchors
+            removed = None if anchored is None else anchored.removed
+            anchored, self._parts, self._differences = None, [], self._differences.new_empty(0)
+            self._cut(self._size // 2)
+            if removed is not None:
+                self._anchor(removed)
+
+    def _exact_run(self, removed: BoolArray) -> Tensor:
+        self._drop_anchors()
         final = torch.empty_like(self._clean.final_out)
         for part in self._parts:
-            run = self._patched(part, self._removed, separate=True)
+            run = self._patched(part, removed, separate=True)
             with (
                 record_linears(self.model) as linears,
                 self._rule.exactly(self.model),
@@ -217,12 +257,16 @@ class HooksEngine:
                 run.heads,
                 run.mlp_anchors(),
                 differences,
-                self._removed.copy(),
+                removed.copy(),
                 self._rule.full_writers,
             )
-        return self.metric(self._logits(final))
+        return final
 
     def _run(self, removed: BoolArray) -> Tensor:
+        return self._logits(self._fitting(lambda: self._one_run(removed)))
+
+    def _one_run(self, removed: BoolArray) -> Tensor:
+        """Where the model ends without some edges. [rows, d_model]"""
         final = torch.empty_like(self._clean.final_out)
         for part in self._parts:
             with ExitStack() as stack:
@@ -230,7 +274,7 @@ class HooksEngine:
                     stack.enter_context(part.anchors.in_use())
                 stack.enter_context(hooks(*self._patched(part, removed).register()))
                 final[part.rows] = run_to_answers(self.model, part.task, part.task.clean_ids)[0]
-        return self._logits(final)
+        return final
 
     def _logits(self, final: Tensor) -> Tensor:
         """Logits of hidden states after the final norm. [rows, d_model] -> [rows, vocab]"""

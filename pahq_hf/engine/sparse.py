@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import numpy as np
 import torch
@@ -150,9 +151,9 @@ class SparseEngine:
         for reader in np.flatnonzero(kept.any(axis=1)).tolist():
             if self._state.reader_liveness(reader) is Liveness.DEAD:
                 continue  # nothing reads its node
-            writers = np.flatnonzero(kept[reader])
-            for start in range(0, len(writers), _WRITERS):
-                some = writers[start : start + _WRITERS].tolist()
+            writers, few = np.flatnonzero(kept[reader]), min(_WRITERS, self._together(reader))
+            for start in range(0, len(writers), few):
+                some = writers[start : start + few].tolist()
                 finals = self._propagate(reader, -self._carried(reader, some), self._state.arithmetic)
                 self._held.settle()
                 effects[reader, some] = np.array(self._read(finals)) - before
@@ -207,16 +208,37 @@ class SparseEngine:
         """
         if reader != self._reader:
             raise ValueError("focus on a reader before trying its edges")
+        values: list[float] = []
+        while len(values) < len(candidates):
+            some = candidates[len(values) :][: self._together(reader)]
+            try:
+                values += self._try(reader, some)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error) or not self._memory.halve_together(len(some)):
+                    raise
+                self._tried = None
+            else:
+                continue
+            self._workspace.clear()  # only here the failed attempt has let go of what it had made
+        return values
+
+    def _try(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
         finals = self._propagate(reader, delta, self._state.arithmetic)
         self._held.settle()
         return self._read(finals)
 
+    def _together(self, reader: int) -> int:
+        """Writers or candidates of a reader at once."""
+        return self._memory.together(len(self._plan.at(self._state.reader_liveness(reader))))
+
     @torch.no_grad()
     def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
         """Do all that `try_removals` does besides its answer: `remove` uses what was tried."""
-        self._input_changes(reader, candidates)
+        few = self._together(reader)
+        for start in range(0, len(candidates), few):
+            self._input_changes(reader, candidates[start : start + few])
 
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
@@ -234,21 +256,24 @@ class SparseEngine:
     def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
         """Final streams. [K, tokens, d_model] -> [K, rows, d_model]"""
         finals: list[Tensor] = []
-        done = 0
+        done, held = 0, delta.nbytes + (0 if self._tried is None else self._tried[1].nbytes)
         while done < delta.shape[0]:
-            size = self._memory.batch(self._state, reader)
+            size = self._memory.batch(self._state, reader, held)
             try:
-                with self.phases("propagation"):
-                    part = delta[done : done + size]
-                    settle = self._held.settle if self._held.is_tight else None
-                    batch = Propagation(self._state, reader, part, arithmetic, self._workspace, settle)
-                    finals.append(batch.final())
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                finals.append(self._final(reader, delta[done : done + size], arithmetic))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error) or not self._memory.halve(size):
                     raise
+            else:
+                done += size
                 continue
-            done += size
+            self._workspace.clear()  # only here the failed batch has let go of what it had made
         return torch.cat(finals)
+
+    def _final(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
+        with self.phases("propagation"):
+            settle = self._held.settle if self._held.is_tight else None
+            return Propagation(self._state, reader, delta, arithmetic, self._workspace, settle).final()
 
     @torch.no_grad()
     def remove(self, reader: int, writers: Sequence[int]) -> None:
@@ -274,7 +299,9 @@ class SparseEngine:
         known, differences = self._tried or ([], torch.empty(0))
         if set(writers) <= set(known):
             return differences[[known.index(w) for w in writers]].sum(0)
-        return self._differences(writers, self._state.reader_liveness(reader)).sum(0)
+        liveness, few = self._state.reader_liveness(reader), self._together(reader)
+        parts = [writers[start : start + few] for start in range(0, len(writers), few)]
+        return reduce(torch.add, (self._differences(some, liveness).sum(0) for some in parts))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -292,11 +319,21 @@ class SparseEngine:
     def _input_changes(self, reader: int, candidates: Sequence[Sequence[int]]) -> Tensor:
         """Change of the reader's input for every candidate. [K, tokens, d_model]"""
         writers = sorted({w for candidate in candidates for w in candidate})
-        differences = self._differences(writers, self._state.reader_liveness(reader), reuse=True)
-        self._tried = (writers, differences)
-        choose = _choice(candidates, writers).to(differences).neg_()
-        change = self._workspace.take("candidates", (len(candidates), *differences.shape[1:]))
-        torch.mm(choose, differences.flatten(1), out=change.view(len(candidates), -1))
+        liveness, few = self._state.reader_liveness(reader), self._together(reader)
+        shape = (len(candidates), len(self._plan.at(liveness)), self._streams.width)
+        change = self._workspace.take("candidates", shape)
+        flat = change.view(len(candidates), -1)
+        self._tried = None
+        for start in range(0, max(1, len(writers)), few):
+            some = writers[start : start + few]
+            differences = self._differences(some, liveness, reuse=True)
+            choose = _choice(candidates, some).to(differences).neg_()
+            if start == 0:
+                torch.mm(choose, differences.flatten(1), out=flat)
+            else:
+                flat.addmm_(choose, differences.flatten(1))
+            if len(some) == len(writers):
+                self._tried = (writers, differences)
         return change if self._gone is None else change.sub_(self._gone)
 
     def _changes_to(self, sets: Sequence[Sequence[int]], liveness: Liveness) -> Tensor:
@@ -312,8 +349,9 @@ class SparseEngine:
         before = self._missing
         writers = sorted({w for gone in sets for w in gone} | set(before))
         total = self._clean.embedding.new_zeros(len(sets), len(self._plan.at(liveness)), self._streams.width)
-        for start in range(0, len(writers), _WRITERS):
-            some = writers[start : start + _WRITERS]
+        few = min(_WRITERS, self._memory.together(len(self._plan.at(liveness))))
+        for start in range(0, len(writers), few):
+            some = writers[start : start + few]
             differences = self._streams.differences(some, liveness)
             choose = _choice([before], some) - _choice(sets, some)
             total += torch.tensordot(choose.to(differences), differences, dims=1)

@@ -29,5 +29,7 @@ class Workspace:
         return buffer[:size].view(*shape)
 
     def clear(self) -> None:
-        """Free all buffers."""
+        """Free all buffers; on a GPU for the sizes that come next, not only for these."""
         self._buffers.clear()
+        if self._like.device.type == "cuda":
+            torch.cuda.empty_cache()

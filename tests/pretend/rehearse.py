@@ -1,0 +1,326 @@
+"""Run the product on the pretended device, and on the CPU to compare. A process of its own:
+
+    python -m tests.pretend.rehearse FORM FILE
+
+FILE holds a JSON list of scenarios, fields of `Scenario`; a JSON list of `Outcome`s goes to stdout.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tests.pretend.form import prepare
+
+KIND = prepare("cuda" if len(sys.argv) > 1 and sys.argv[1] == "cuda" else "pure")
+
+import contextlib
+import json
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel, Task, load_task
+from pahq_hf.engine.build import make_engine
+from tests.pretend.cuda import install
+from tests.pretend.tensor import MACHINE
+
+torch.set_num_threads(1)
+MODE = install(KIND)
+DEVICE = MACHINE.device
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is run.
+
+    Attributes:
+        model: `demo`, or a family of the tests.
+        dtype: Of the family's checkpoint.
+        load: How the model gets to the device: `direct`, `to`, `zero` (`device_map={"": 0}`), `auto`, `wrap`
+            (transformers' own model, moved and then wrapped).
+        command: What is run: `discover`, `sweep`, `attribute`, `evaluate`, `apply`, `generate`, `cli`,
+            or `batches`, the candidates of one reader.
+        config: Fields of `PAHQConfig`.
+        search: Fields of `ACDCConfig`.
+        engine: Fields of `EngineConfig`.
+        method: Of `attribute`.
+        n: Prompts.
+        capacity: Of `batches`: memory for them, in shares of what they take without a bound.
+    """
+
+    model: str = "demo"
+    dtype: str = "float32"
+    load: str = "direct"
+    command: str = "discover"
+    config: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    method: str = "eap-ig"
+    n: int = 3
+    capacity: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        scenario: What was run.
+        failed: How it failed, if it did.
+        same: Whether the edges, or tokens, are the CPU's.
+        error: Largest difference of scores, or logits, from the CPU's.
+        kept: Edges kept.
+        device: Where the model was.
+        facts: Of the run's circuit: `hardware`, `peak_memory`.
+        launches: Kernels.
+        crossings: Copies between host and device.
+    """
+
+    scenario: dict[str, Any]
+    failed: str = ""
+    same: bool = False
+    error: float = float("nan")
+    kept: int = 0
+    device: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    launches: int = 0
+    crossings: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command gives: edges or tokens, and numbers."""
+
+    choice: Any
+    numbers: Any
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def folder(model: str, dtype: str) -> str:
+    """A checkpoint of a family, saved once in this process."""
+    if model == "demo":
+        return model
+    from tests.families import ALL_FAMILIES
+
+    path = Path(tempfile.mkdtemp(prefix="pahq-pretend-")) / model
+    ALL_FAMILIES[model](dtype=torch.float32).to(getattr(torch, dtype)).save_pretrained(path)
+    return str(path)
+
+
+def load(scenario: Scenario, *, on_device: bool) -> PAHQModel:
+    config = dict(scenario.config)
+    if not on_device and config.get("compute") == "fp8":
+        config["compute"] = "bf16"  # the CPU has none
+    name, pahq = folder(scenario.model, scenario.dtype), PAHQConfig(**config)
+    if not on_device:
+        return PAHQModel.from_pretrained(name, pahq)
+    if scenario.load == "to":
+        return PAHQModel.from_pretrained(name, pahq).to(DEVICE)
+    if scenario.load == "wrap":
+        from pahq_hf import checkpoint
+
+        hf, source = checkpoint.load(name, streamed=False)
+        return PAHQModel(hf.to(DEVICE), pahq, tokenizer=checkpoint.load_tokenizer(name), source=source)
+    places: dict[str, Any] = {"direct": {"": DEVICE}, "zero": {"": 0}, "auto": "auto"}
+    return PAHQModel.from_pretrained(name, pahq, device_map=places[scenario.load])
+
+
+def prompts(scenario: Scenario, model: PAHQModel) -> Task:
+    if scenario.model == "demo":
+        return load_task("ioi", model.tokenizer, n=scenario.n, seed=0)
+    from tests.models import random_task
+
+    return random_task(padding="left", batch=scenario.n)
+
+
+def of_circuit(circuit: Circuit) -> Answer:
+    facts = {name: circuit.discovery.get(name) for name in ("hardware", "peak_memory", "versions")}
+    return Answer(circuit.kept, circuit.scores, facts)
+
+
+def discover(scenario: Scenario, model: PAHQModel, task: Task) -> Circuit:
+    search = ACDCConfig(**{"threshold": 0.05, **scenario.search})
+    return model.discover(task, config=search, engine=EngineConfig(**scenario.engine), progress=False)
+
+
+def some_circuit(model: PAHQModel) -> Circuit:
+    """Edges chosen by chance, the same on any device."""
+    graph = model.graph
+    kept = graph.all_edges & (np.random.default_rng(0).random(graph.all_edges.shape) < 0.7)
+    facts = {"arguments": {"metric": "kl", "ablation": "corrupted"}}
+    return Circuit(graph, kept, np.zeros(kept.shape), kept, model.identity, facts)
+
+
+def sweep(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    found = model.sweep(task, thresholds=[0.05, 0.5], progress=False, **scenario.search)
+    circuits = list(found.circuits.values())
+    return Answer(np.stack([c.kept for c in circuits]), np.stack([c.scores for c in circuits]))
+
+
+def attribute(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    metric = "kl" if scenario.method == "eap-ig" else "logit_diff"
+    circuit = model.attribute(
+        task, method=scenario.method, metric=metric, topn=20, engine=EngineConfig(**scenario.engine)
+    )
+    return of_circuit(circuit)
+
+
+def evaluate(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    found = model.evaluate(
+        some_circuit(model), task, minimality=True, completeness=True, samples=2, curve=True
+    )
+    numbers = [found["kl"], found["metric"]["full"], found["metric"]["empty"]]
+    return Answer(found["edges_live"], np.array(numbers))
+
+
+def apply(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    device, logits = model.patched.device, []
+    mask = task.attention_mask.to(device)
+    for exact in (True, False):
+        with model.apply(
+            some_circuit(model), corrupted=task.corrupted_ids.to(device), corrupted_mask=mask, exact=exact
+        ):
+            found = model(
+                input_ids=task.clean_ids.to(device),
+                attention_mask=mask,
+                position_ids=task.position_ids.to(device),
+            )
+        logits.append(found.logits.cpu().numpy())
+    return Answer(logits[0].argmax(-1), np.stack(logits))
+
+
+def generate(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    device = model.patched.device
+    mask = task.attention_mask[:1].to(device)
+    with model.apply(some_circuit(model), corrupted=task.corrupted_ids[:1].to(device), corrupted_mask=mask):
+        made = model.generate(
+            task.clean_ids[:1].to(device), attention_mask=mask, max_new_tokens=2, do_sample=False
+        )
+    return Answer(made.cpu().numpy(), np.zeros(1))
+
+
+def batches(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """Candidates side by side, with a share of the memory they take without a bound."""
+    memory, graph = MACHINE.memory, model.graph
+    reader = graph.reader_index(scenario.search["readers"])
+    edges = list(graph.in_edges(reader))
+    candidates = [edges[: k + 1] for k in range(len(edges))]
+
+    def focused() -> Any:
+        config = EngineConfig(**scenario.engine)
+        engine = make_engine(model.patched, task, "kl", "corrupted", model.pahq_config, config)
+        engine.begin(graph.all_edges.copy())
+        engine.focus(reader)
+        return engine
+
+    engine = focused()
+    memory.peak = before = memory.now
+    values = engine.try_removals(reader, candidates)
+    if scenario.capacity is not None and model.patched.device == DEVICE:
+        need = memory.peak - before
+        engine.finish()
+        del engine
+        engine = focused()
+        memory.capacity, memory.peak = int(memory.now + scenario.capacity * need), memory.now
+        values = engine.try_removals(reader, candidates)
+        assert memory.peak > memory.capacity, "it did not run out"
+    return Answer(np.zeros(1), np.array(values), {"batches": len(candidates)})
+
+
+COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
+    "discover": lambda scenario, model, task: of_circuit(discover(scenario, model, task)),
+    "sweep": sweep,
+    "attribute": attribute,
+    "evaluate": evaluate,
+    "apply": apply,
+    "batches": batches,
+    "generate": generate,
+}
+
+
+def command_line(scenario: Scenario, *, on_device: bool) -> tuple[Answer, str]:
+    """`pahq discover --device`."""
+    from typer.testing import CliRunner
+
+    from pahq_hf.cli import app
+
+    with tempfile.TemporaryDirectory() as out:
+        path = str(Path(out) / "run")
+        words = ["discover", scenario.model, "--task", "ioi", "--n", str(scenario.n), "--threshold", "0.05"]
+        words += ["--precision", scenario.config.get("regime", "pahq"), "--out", path]
+        words += ["--readers", scenario.search["readers"], *(["--device", KIND] if on_device else [])]
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        if result.exit_code:
+            raise RuntimeError(result.output)
+        circuit = Circuit.from_pretrained(path)
+    return of_circuit(circuit), circuit.discovery["versions"]["device"]
+
+
+def answer(scenario: Scenario, *, on_device: bool) -> tuple[Answer, str]:
+    if scenario.command == "cli":
+        return command_line(scenario, on_device=on_device)
+    model = load(scenario, on_device=on_device)
+    return COMMANDS[scenario.command](scenario, model, prompts(scenario, model)), str(model.patched.device)
+
+
+@cache
+def _known(text: str) -> Answer:
+    return answer(Scenario(**json.loads(text)), on_device=False)[0]
+
+
+def reference(scenario: Scenario) -> Answer:
+    """The CPU's answer."""
+    plain = replace(scenario, load="direct", capacity=None)
+    return _known(json.dumps(asdict(plain), sort_keys=True))
+
+
+def on_device(scenario: Scenario) -> tuple[Answer, str]:
+    """The device's answer."""
+    try:
+        return answer(scenario, on_device=True)
+    finally:
+        MACHINE.memory.capacity = None
+
+
+def rehearse(scenario: Scenario) -> Outcome:
+    outcome = Outcome(asdict(scenario))
+    try:
+        expected = reference(scenario)
+        MACHINE.launches.clear()
+        MACHINE.crossings.clear()
+        with MODE:
+            found, outcome.device = on_device(scenario)
+    except Exception:
+        outcome.failed = traceback.format_exc()
+        return outcome
+    outcome.same = bool(np.array_equal(expected.choice, found.choice))
+    outcome.error = float(np.abs(np.asarray(expected.numbers) - np.asarray(found.numbers)).max())
+    outcome.kept = int(np.asarray(found.choice).sum())
+    outcome.facts = found.facts
+    outcome.launches = sum(MACHINE.launches.values())
+    outcome.crossings = dict(MACHINE.crossings)
+    return outcome
+
+
+def main() -> None:
+    scenarios = json.loads(Path(sys.argv[2]).read_text())
+    with contextlib.redirect_stdout(sys.stderr):  # what runs say is not the answer
+        outcomes = [asdict(rehearse(Scenario(**scenario))) for scenario in scenarios]
+    json.dump(outcomes, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
