@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from pahq_hf.ablation import accuracies, plain_carries, works_plainly
 from pahq_hf.circuit import PICTURE_NAME, Circuit
+from pahq_hf.naming import hub_id_of, without_place
 from pahq_hf.render.layout import DRAWN_EDGES
 from pahq_hf.tasks.catalog import DESCRIPTIONS
 
@@ -53,13 +51,15 @@ def render_card(
     edges: dict[str, Any] = run.get("edges", {})
     arguments: dict[str, Any] = run.get("arguments", {})
     task: dict[str, Any] = run.get("task", {})
-    base_model = str(circuit.model.get("base_model", "unknown"))
+    model = without_place(circuit.model)
+    base_model = str(model.get("base_model", "unknown"))
     where = [repr(repo_id or "path/to/this/folder")]
     if subfolder is not None:
         where.append(f"subfolder={subfolder!r}")
     return _template().render(
-        metadata=_metadata(circuit, base_model),
-        base_model=base_model,
+        metadata=_metadata(circuit),
+        base_model=f"{base_model} (a local folder)" if model.get("local") else base_model,
+        fingerprint=model.get("fingerprint"),
         revision=circuit.model.get("revision") or "unknown",
         task=task.get("name", "unknown"),
         examples=task.get("examples", "?"),
@@ -99,9 +99,9 @@ def _template() -> jinja2.Template:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _metadata(circuit: Circuit, base_model: str) -> str:
+def _metadata(circuit: Circuit) -> str:
     data = ModelCardData(
-        base_model=base_model if _is_hub_id(base_model) else None,
+        base_model=hub_id_of(circuit.model),
         library_name="pahq_hf",
         license=circuit.model.get("license") or "other",
         tags=["circuit", "pahq", "mechanistic-interpretability"],
@@ -110,8 +110,8 @@ def _metadata(circuit: Circuit, base_model: str) -> str:
 
 
 def _model_argument(circuit: Circuit, base_model: str) -> str:
-    known = base_model == "demo" or _is_hub_id(base_model)
-    argument = repr(base_model if known else "path/to/the/model")
+    known = "demo" if base_model == "demo" else hub_id_of(circuit.model)
+    argument = repr(known or "path/to/the/model")
     return f"{argument}, PAHQConfig(split_kv_groups=True)" if circuit.graph.spec.split_kv_groups else argument
 
 
@@ -122,17 +122,6 @@ def _prompts(task: dict[str, Any]) -> str | None:
             first = task["corruption"] == known.corruptions[0]
             return repr(known.name if first else f"{known.name}:{task['corruption']}")
     return None
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether a model's name can stand for a Hub model; folders and the bundled demo cannot."""
-    if name in ("demo", "unknown") or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _cell(value: object) -> str:

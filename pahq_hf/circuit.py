@@ -32,6 +32,7 @@ from pahq_hf.files import (
     write_together,
 )
 from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
+from pahq_hf.naming import without_place
 from pahq_hf.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class Circuit:
         kept: Edges of the circuit. [readers, writers]
         scores: What removing an edge did to the metric when it was tested, else 0. [readers, writers]
         tested: Edges that were tested. [readers, writers]
-        model: What identifies the base model: id, revision, family, width, fingerprint.
+        model: What identifies the base model: id, revision, family, width, fingerprint; where it is `local`,
+            the id is the name of a folder. A path is cut to that.
         discovery: What ran and what came out (`discovery.json`).
         means: Mean activations of the corrupted prompts, for `PAHQModel.apply` (`pahq_hf.means`).
     """
@@ -66,6 +68,9 @@ class Circuit:
     model: dict[str, Any] = field(default_factory=dict)
     discovery: dict[str, Any] = field(default_factory=dict)
     means: dict[str, NDArray[np.float32]] | None = None
+
+    def __post_init__(self) -> None:
+        self.model = without_place(self.model)
 
     # -- what is in it ----------------------------------------------------------------------------
 
@@ -356,7 +361,7 @@ class Circuit:
         )
 
 
-_MODEL_KEYS = {"base_model", "revision", "model_type", "d_model", "fingerprint", "license"}
+_MODEL_KEYS = {"base_model", "revision", "model_type", "d_model", "fingerprint", "license", "local"}
 _SPEC_KEYS = {
     "format_version": FORMAT_VERSION,
     "n_layers": None,

@@ -21,6 +21,7 @@ from pahq_hf.cli_options import (
     AblationOption,
     AbsoluteOption,
     ActiveOption,
+    BaseModelOption,
     BatchOption,
     BudgetOption,
     ComputeOption,
@@ -199,6 +200,7 @@ def discover(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    base_model: BaseModelOption = None,
     threads: ThreadsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     take_over: TakeOverOption = False,
@@ -233,7 +235,9 @@ def discover(
     check_free(out, take_over=take_over)  # before a model is loaded
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
+    arguments = load_arguments(
+        gguf_file, revision, token, trust_remote_code, device, dtype, found, base_model=base_model
+    )
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)

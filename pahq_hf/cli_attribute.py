@@ -9,6 +9,7 @@ import typer
 
 from pahq_hf.cli_options import (
     AblationOption,
+    BaseModelOption,
     BudgetOption,
     CountOption,
     DataSplitOption,
@@ -69,6 +70,7 @@ def attribute(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    base_model: BaseModelOption = None,
     threads: ThreadsOption = None,
     take_over: TakeOverOption = False,
     as_json: JsonOption = False,
@@ -92,7 +94,9 @@ def attribute(
     check_free(out, take_over=take_over)
     refuse_overwrite(out)
     take_threads(threads)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype)
+    arguments = load_arguments(
+        gguf_file, revision, token, trust_remote_code, device, dtype, base_model=base_model
+    )
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)

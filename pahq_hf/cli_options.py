@@ -29,6 +29,10 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 TakeOverOption = Annotated[
     bool, typer.Option("--take-over", help="Take the place of another machine's process that holds --out.")
 ]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="The model's id on the Hub, stored where MODEL is a folder."),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="Torch device, for instance cuda:0.")]
 DtypeOption = Annotated[
     Literal["float32", "float64"], typer.Option(help="Dtype of the FP32 regime's weights.")
@@ -107,6 +111,8 @@ def load_arguments(
     device: str | None = None,
     dtype: str | None = None,
     resumed: RunSettings | None = None,
+    *,
+    base_model: str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
     import torch
@@ -118,6 +124,7 @@ def load_arguments(
         "trust_remote_code": trust_remote_code,
         "dtype": getattr(torch, dtype) if dtype else None,
         "device": device,
+        "base_model": base_model,
     }
     if device is None and resumed is not None and resumed.device not in (None, "cpu"):
         try:

@@ -11,6 +11,7 @@ from pahq_hf.cli_options import (
     AblationOption,
     AbsoluteOption,
     ActiveOption,
+    BaseModelOption,
     BatchOption,
     BudgetOption,
     ComputeOption,
@@ -87,6 +88,7 @@ def sweep(
     split_kv_groups: SplitOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
+    base_model: BaseModelOption = None,
     threads: ThreadsOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the sweep in --out, or add thresholds to it.")
@@ -124,7 +126,9 @@ def sweep(
     check_free(out, take_over=take_over)
     found = RunSettings.of_run(out) if resume else RunSettings()
     take_threads(threads, found.threads)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device, dtype, found)
+    arguments = load_arguments(
+        gguf_file, revision, token, trust_remote_code, device, dtype, found, base_model=base_model
+    )
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)

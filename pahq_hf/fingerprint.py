@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pahq_hf.naming import shared_name
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.skeleton import stored_tensor
 
@@ -24,16 +25,16 @@ def identity_of(
 
     Args:
         model: The model before it is patched or quantised.
-        base_model: Its name.
+        base_model: The name by which it was loaded.
         source: Where parameters are that have no memory yet.
 
     Returns:
-        `base_model`, `revision`, `model_type`, `d_model`, `fingerprint`.
+        `base_model`, `local`, `revision`, `model_type`, `d_model`, `fingerprint`.
     """
     config = model.config
     return {
-        "base_model": base_model,
         "revision": getattr(config, "_commit_hash", None),
+        **shared_name(base_model),
         "model_type": config.model_type,
         "d_model": config.hidden_size,
         "fingerprint": fingerprint(model, source),

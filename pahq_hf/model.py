@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ from pahq_hf.graph import Graph
 from pahq_hf.guard import WeightGuard, evaluating
 from pahq_hf.means import Means
 from pahq_hf.memory import trim
+from pahq_hf.naming import with_base_model
 from pahq_hf.options import (
     AttributeOptions,
     DiscoverOptions,
@@ -60,7 +62,7 @@ class PAHQModel(nn.Module):
         model: A Hugging Face causal LM of a supported family; patched in place.
         config: Precision regime and format; `pahq` in FP8 by default.
         tokenizer: The model's tokenizer, used by tasks.
-        base_model: Name stored with circuits; the model's `name_or_path` by default.
+        base_model: Name stored with circuits, of a folder its last part; by default the model's own.
         source: Where FP32 weights can be read again; a temporary file is written when there is none.
 
     Raises:
@@ -96,8 +98,8 @@ class PAHQModel(nn.Module):
         self.base_model = model
         self.tokenizer = tokenizer
         model.eval()
-        name = base_model or model.config.name_or_path or "unknown"
-        self.identity = identity_of(model, name, origin)
+        self._loaded_from: str = base_model or model.config.name_or_path or "unknown"
+        self.identity = identity_of(model, self._loaded_from, origin)
         repair_empty_mlps(model)
         probe = probe_task(model)
         reference = untouched_logits(model, probe, origin)
@@ -165,6 +167,8 @@ class PAHQModel(nn.Module):
     ) -> PAHQModel:
         config = given or PAHQConfig(**fields)
         base_model = arguments.get("base_model")
+        if base_model is not None:
+            with_base_model({}, base_model)  # fails before anything is loaded
         kwargs = {key: value for key, value in arguments.items() if key != "base_model"}
         try:
             hf, source = checkpoint.load(
@@ -182,7 +186,10 @@ class PAHQModel(nn.Module):
                 rest | {"revision": wrapper.revision},
             )
         tokenizer = checkpoint.load_tokenizer(name, **kwargs)
-        return cls(hf, config, tokenizer=tokenizer, base_model=base_model or name, source=source)
+        wrapped = cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
+        if base_model is not None:
+            wrapped.identity = with_base_model(wrapped.identity, base_model)
+        return wrapped
 
     # -- the wrapped model ------------------------------------------------------------------------
 
@@ -206,7 +213,8 @@ class PAHQModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pahq_config.json`: the base model's name and how it is patched, no weights.
 
-        As with PEFT, `PAHQModel.from_pretrained` of that folder loads the base model again.
+        As with PEFT, `PAHQModel.from_pretrained` of that folder loads the base model again; where that is a
+        folder too, its path is in the file, so share it with `push_to_hub`, which writes none.
 
         Args:
             folder: Created if needed.
@@ -223,12 +231,24 @@ class PAHQModel(nn.Module):
             Where the commit can be seen.
 
         Raises:
+            ConfigError: If the base model is a local folder, and nobody said what it is on the Hub.
             HubError: If the Hub refuses.
         """
-        return self._wrapper().push(repo_id, **options)
+        if self.identity["local"] or self.identity["base_model"] == "unknown":
+            raise ConfigError(
+                f"nobody else has the base model's folder, {self.identity['base_model']}: say which model "
+                "it is on the Hub, base_model='owner/name'"
+            )
+        return Wrapper(self.pahq_config, self.identity["base_model"], self.identity["revision"]).push(
+            repo_id, **options
+        )
 
     def _wrapper(self) -> Wrapper:
-        return Wrapper(self.pahq_config, self.identity["base_model"], self.identity["revision"])
+        """What reloads this model on this machine."""
+        name = self._loaded_from
+        if name != "demo" and os.path.exists(name):
+            return Wrapper(self.pahq_config, os.path.abspath(name))
+        return Wrapper(self.pahq_config, name, self.identity["revision"])
 
     @property
     def _wrapped(self) -> Any:

@@ -481,7 +481,7 @@ def test_discover_prints_what_it_wrote(world: World, results: dict[str, Result])
     expected = referee("llama", load_task(str(world.ids))).acdc(0.05)
     assert named(circuit.graph, circuit.kept) == expected.kept
     assert facts["metric"]["fp32"] == pytest.approx(expected.final, abs=1e-5)
-    assert circuit.model["base_model"] == str(world.model)
+    assert circuit.model["base_model"] == world.model.name
 
 
 def test_discover_prints_a_table(world: World, results: dict[str, Result]) -> None:

@@ -324,20 +324,30 @@ def test_configurations_and_patched_models(hub: HubServer, tmp_path: Path) -> No
     code = f"""
         import torch
         from pahq_hf import PAHQConfig, PAHQModel
+        from pahq_hf.errors import ConfigError
         config = PAHQConfig("rtn", "int8", policy={{"m*": "bf16"}})
         config.push_to_hub("me/config")
         assert PAHQConfig.from_pretrained("me/config") == config
-        model = PAHQModel.from_pretrained({str(base)!r}, config)
+        model = PAHQModel.from_pretrained("demo", config)
         model.push_to_hub("me/patched", private=True)
         again = PAHQModel.from_pretrained("me/patched")
         assert again.pahq_config == model.pahq_config and again.identity == model.identity
         ids = torch.arange(1, 9)[None]
         assert torch.equal(again(ids).logits, model(ids).logits)
+        local = PAHQModel.from_pretrained({str(base)!r}, config)
+        try:
+            local.push_to_hub("me/nobodys")
+        except ConfigError as error:
+            assert "base_model='owner/name'" in str(error) and {str(base)!r} not in str(error)
+        PAHQModel.from_pretrained({str(base)!r}, config, base_model="me/base").push_to_hub("me/local")
     """
     Client(hub, tmp_path / "home").run(code)
     assert set(hub.repos["me/patched"].files()) - {".gitattributes"} == {"pahq_config.json"}
     document = json.loads(hub.repos["me/patched"].files()["pahq_config.json"])
-    assert document["base_model"] == str(base) and document["precision"]["format"] == "int8"
+    assert document["base_model"] == "demo" and document["precision"]["format"] == "int8"
+    text = hub.repos["me/local"].files()["pahq_config.json"]
+    assert json.loads(text)["base_model"] == "me/base" and str(tmp_path).encode() not in text
+    assert "me/nobodys" not in hub.repos
 
 
 def test_wrappers_in_folders(tmp_path: Path) -> None:
