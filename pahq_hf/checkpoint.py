@@ -7,6 +7,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, f
 from pahq_hf.gguf import write_header
 from pahq_hf.placement import one_device
 from pahq_hf.precision import CheckpointSource
-from pahq_hf.progress import library_bars
+from pahq_hf.progress import conversion_bar, library_bars
 from pahq_hf.skeleton import load_skeleton, say_loaded_whole
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
@@ -284,10 +285,12 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         from transformers import GgufConfig
 
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    bar = conversion_bar() if kwargs.get("gguf_file") else nullcontext()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(name), attn_implementation="eager", output_loading_info=True, **kwargs
-        )
+        with bar:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                resolve(name), attn_implementation="eager", output_loading_info=True, **kwargs
+            )
     except _LOAD_ERRORS as error:
         raise ModelLoadError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
     model: PreTrainedModel

@@ -93,18 +93,19 @@ def evaluate(
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle)
-    facts = wrapped.evaluate(
-        found,
-        data,
-        metric=metric,
-        any_weights=any_weights,
-        curve=curve,
-        minimality=minimality,
-        completeness=completeness,
-        samples=samples,
-        seed=seed or 0,
-        reference=known,
-    )
+    with make_progress(not as_json).phase("evaluating"):
+        facts = wrapped.evaluate(
+            found,
+            data,
+            metric=metric,
+            any_weights=any_weights,
+            curve=curve,
+            minimality=minimality,
+            completeness=completeness,
+            samples=samples,
+            seed=seed or 0,
+            reference=known,
+        )
     if as_json:
         print_json(facts)
     else:

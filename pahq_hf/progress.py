@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 _PATIENCE = 10.0  # seconds after which a phase is worth a line
@@ -199,3 +200,20 @@ def library_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+@contextmanager
+def conversion_bar() -> Iterator[None]:
+    """The same of transformers' bar while a GGUF file is converted, which none of its settings turns off."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    conversion: Any = modeling_gguf_pytorch_utils
+    bar = getattr(conversion, "tqdm", None)
+    if bar is None or is_watched():
+        yield
+        return
+    conversion.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        conversion.tqdm = bar

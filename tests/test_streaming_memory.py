@@ -165,8 +165,11 @@ def test_gguf_is_streamed_from_its_conversion(
     assert {"config.json", "model.safetensors"} <= set(files_of(folder))
 
 
-def test_gguf_is_converted_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_is_converted_once(
+    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = load(path, FP32)
+    assert capfd.readouterr().err == "", "no bars into files"
     assert first.config.name_or_path == str(path.parent)
     assert first.identity["base_model"] == path.parent.name
     before = files_of(cache)
