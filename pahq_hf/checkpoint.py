@@ -167,9 +167,7 @@ def load(
     source = CheckpointSource(files) if files else None
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
     reason = _cannot_stream(source, full)
-    if streamed and reason:
-        say_loaded_whole(f"{name}: {reason}")
-    elif streamed and source is not None:
+    if streamed and source is not None and reason is None:
         model = load_skeleton(
             config, source, device, quantize_tables=quantize_tables, trust_remote_code=trusts(kwargs)
         )
@@ -177,6 +175,8 @@ def load(
             _load_generation_config(model, origin, **arguments)
             return model, source
     model = load_model(origin, **arguments)
+    if streamed and reason is not None and model.dtype == torch.float32:  # others will be refused
+        say_loaded_whole(f"{name}: {reason}")
     model.config._name_or_path = config._name_or_path
     return model, source
 

@@ -280,7 +280,7 @@ BAD: Bad = {
     "no circuit": (lambda w: ["show", w.path("model")], "circuit.json"),
     "no folder": (lambda w: ["show", w.path("nowhere")], "nowhere"),
     "a damaged circuit.json": (lambda w: ["show", w.path("damaged_circuit")], "circuit.json is damaged"),
-    "damaged scores": (lambda w: ["show", w.path("damaged_scores")], "cannot read"),
+    "damaged scores": (lambda w: ["show", w.path("damaged_scores")], "its checksum is not that in"),
     "a damaged discovery.json": (lambda w: w.evaluate("damaged_discovery"), "discovery.json is damaged"),
     "edges that do not exist": (lambda w: w.evaluate("unnamed"), "->logit' is not an edge of"),
     "a circuit of other groups": (lambda w: w.evaluate("gpt2_run"), "kv_groups=4, the model has kv_groups=2"),
@@ -470,11 +470,9 @@ def test_discover_prints_what_it_wrote(world: World, results: dict[str, Result])
     facts = only_json(results["discover json"])
     out = world.root / "fine" / "a"
     assert facts["next"].startswith("pahq ")
-    assert facts == {
-        "out": str(out),
-        "next": facts["next"],
-        **json.loads((out / "discovery.json").read_text()),
-    }
+    written = json.loads((out / "discovery.json").read_text())
+    assert written.pop("checksums").keys() == {"means.safetensors", "scores.safetensors"}  # of files
+    assert facts == {"out": str(out), "next": facts["next"], **written}
     assert (out / "circuit.json").read_bytes() == (world.run / "circuit.json").read_bytes()
     assert only_json(results["discover again"]) == facts
     circuit = Circuit.from_pretrained(out)

@@ -571,8 +571,10 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, below: str, res
 
 def test_nan_leaves_no_folder(tmp_path: Path) -> None:
     """The poisoned token stands in a prompt of the task, and not in those of the check at load."""
-    model = PAHQModel(FAMILIES["llama"](), FP32)
-    model.patched.embedding.weight[int(TASK.clean_ids[0, -1])] = float("nan")
+    hf = FAMILIES["llama"]()
+    with torch.no_grad():
+        hf.get_input_embeddings().weight[int(TASK.clean_ids[0, -1])] = float("nan")
+    model = PAHQModel(hf, FP32)
     with pytest.raises(MetricError, match="came out as nan"):
         discover(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
