@@ -23,6 +23,8 @@ from pahq_hf.graph import BoolArray, Graph, GraphSpec
 from tests.helpers import assert_same_search, referee, wrapped
 from tests.models import random_task
 
+pytestmark = pytest.mark.crossing
+
 THRESHOLDS = {"kl": (0.003, 0.03, 0.15), "logit_diff": (0.01, 0.1, 0.4)}
 TASK = random_task(batch=3, padding="right", seed=11)
 

@@ -84,6 +84,7 @@ def test_active_head_is_the_fp32_models(fp32: PAHQModel, rtn: PAHQModel) -> None
         rtn.deactivate()
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_gguf_is_the_same_model(fp32: PAHQModel, smollm2_gguf: Path) -> None:
     """Its weights are dequantised while loading and have no safetensors file to go back to."""

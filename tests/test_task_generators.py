@@ -181,6 +181,7 @@ PINNED_ARGUMENT = " name"
 
 @pytest.mark.smollm2
 @torch.no_grad()
+@pytest.mark.exhaustive
 def test_a_real_model_does_the_tasks(smollm2_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
