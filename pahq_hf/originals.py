@@ -12,7 +12,7 @@ from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import ConfigError, UnsupportedModelError
 from pahq_hf.experts import PAHQExperts
 from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable, SpillSource
+from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable
 from pahq_hf.projections import qkv_ranges
 
 Read = Callable[[], Tensor]
@@ -128,9 +128,9 @@ def _weight(linear: PAHQLinear, transposed: bool = False) -> Read:
 def _stored(linear: PAHQLinear, shape: tuple[int, int]) -> Tensor | None:
     """The checkpoint's own tensor, mapped from the file, where a low-precision weight was read from it."""
     block = linear.source_block
-    if block is None or isinstance(block.source, SpillSource):
+    if block is None or not isinstance(block.source, CheckpointSource):
         return None
-    if not isinstance(block.source, CheckpointSource) or block.source.shape(block.name) != shape:
+    if block.source.shape(block.name) != shape:
         return None
     return block.source.whole(block.name)
 
