@@ -188,7 +188,7 @@ def test_an_altered_answer_is_named(written: Path) -> None:
     lines = written.read_bytes().splitlines(keepends=True)
     for number in (1, len(lines) - 1):
         entry = json.loads(lines[number])
-        changed = [entry[0], [value * 10 for value in entry[1]], *entry[2:]]
+        changed = [entry[0], [value + 1 for value in entry[1]], *entry[2:]]
         for wrong in (changed, entry[:2]):
             text = json.dumps(wrong).encode() + b"\n"
             written.write_bytes(b"".join([*lines[:number], text, *lines[number + 1 :]]))
