@@ -48,6 +48,7 @@ from pahq_hf.memory import PeakMemory
 from pahq_hf.metrics import check_metric
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
+from pahq_hf.precision.margin import default_margin
 from pahq_hf.progress import make_progress
 from pahq_hf.settings import RunSettings
 from pahq_hf.tasks.base import Task
@@ -55,7 +56,6 @@ from pahq_hf.threads import threads
 from pahq_hf.verdict import announce
 
 logger = logging.getLogger(__name__)
-DEFAULT_MARGIN = 0.2  # measured: docs/precision.md
 _SAID = {"screen": "screening", "capture": "capturing", "evaluate": "verifying"}
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
@@ -474,7 +474,7 @@ def _name_of(engine: HooksEngine | SparseEngine) -> EngineName:
 def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
     """The search with the margin of its regime."""
     if pahq.regime == "pahq":
-        return acdc if acdc.margin is not None else replace(acdc, margin=DEFAULT_MARGIN)
+        return acdc if acdc.margin is not None else replace(acdc, margin=default_margin(pahq))
     if acdc.margin:
         raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
     return acdc

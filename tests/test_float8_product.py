@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pahq_hf import ACDCConfig, PAHQConfig
+from pahq_hf.discovery import with_margin
 from pahq_hf.precision import MemorySource, PAHQLinear, SourceBlock, resolve_compute
 from pahq_hf.precision import product as products
 from pahq_hf.precision.float8 import DynamicFloat8Product, Float8Weight
@@ -103,3 +105,18 @@ def test_auto_is_bf16_on_every_gpu_that_has_it(
         assert resolve_compute("auto", fmt, device) == "bf16"
     if capability >= (8, 9):
         assert resolve_compute("fp8", "fp8", device) == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("config", "margin"),
+    [
+        (PAHQConfig(compute="bf16"), 0.2),
+        (PAHQConfig(compute="fp32", format="int8"), 0.2),
+        (PAHQConfig(compute="fp8"), 0.5),
+        (PAHQConfig(compute="fp8", format="int8", policy={"m*": "fp8"}), 0.5),
+    ],
+)
+def test_the_margin_follows_the_error_of_the_products(config: PAHQConfig, margin: float) -> None:
+    """Twice the 99th percentile: FP8 products have a quarter, all others a tenth at most."""
+    assert with_margin(ACDCConfig(), config).margin == margin
+    assert with_margin(ACDCConfig(margin=0.1), config).margin == 0.1  # given is given
