@@ -58,7 +58,7 @@ class Circuit:
         model: What identifies the base model: id, revision, family, width, fingerprint; where it is `local`,
             the id is the name of a folder. A path is cut to that.
         discovery: What ran and what came out (`discovery.json`).
-        means: Mean activations of the corrupted prompts, for `PAHQModel.apply` (`pahq_hf.means`).
+        means: Mean activations, for `PAHQModel.apply` without corrupted prompts (`pahq_hf.means`).
     """
 
     graph: Graph

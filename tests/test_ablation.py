@@ -22,6 +22,7 @@ from pahq_hf import Circuit, PAHQModel, Task, load_task
 from pahq_hf.card import render_card
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.errors import AblationWarning
+from pahq_hf.render.facts import run_facts
 from tests.helpers import FP32, wrapped
 from tests.models import random_task, relative_error
 
@@ -256,6 +257,13 @@ def test_the_card_shows_the_way_that_works() -> None:
         exec(program, names)
         spoken = names["said"][:, names["task"].length :]
         assert right(spoken, names["task"]) >= 0.75, text
+
+
+def test_tables_and_pages_name_the_ablation_and_the_accuracy() -> None:
+    facts = run_facts(pooled_circuit("sva", 0.05))
+    share = pooled_circuit("sva", 0.05).discovery["apply"]["accuracy"]["mean over tokens"]
+    assert facts["ablation"] == "corrupted"
+    assert facts["in apply()"] == f"accuracy {share:.4g} (mean over tokens)"
 
 
 def test_evaluate_measures_the_same_on_other_prompts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pahq_hf.ablation import accuracy_under, found_under, plain_ablation
 from pahq_hf.circuit import Circuit
 from pahq_hf.confirmation import Confirmation
 from pahq_hf.verdict import Verdict
@@ -28,6 +29,7 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
         "threshold": arguments.get("threshold"),
         "best edges": arguments.get("topn"),
         "screen": arguments.get("screen"),
+        "ablation": found_under(circuit),
         "precision": precision.get("regime"),
         "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
         "edges live": int(circuit.live.sum()),
@@ -39,6 +41,7 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
         "circuit in FP32": metric.get("fp32"),
         "verified": _verified(circuit.confirmation),
         **_verdict_facts(circuit.verdict),
+        "in apply()": _plain(circuit),
         "seconds": run.get("seconds", {}).get("total"),
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -49,6 +52,13 @@ def _verified(found: Confirmation | None) -> str | None:
     if found is None:
         return None
     return "yes" if found.verified else f"NO: {found.text}"
+
+
+def _plain(circuit: Circuit) -> str | None:
+    """How well the circuit answers in `apply` without corrupted prompts, if that was measured."""
+    plain = plain_ablation(found_under(circuit), circuit.means)
+    share = None if plain is None else accuracy_under(circuit, plain)
+    return None if share is None else f"accuracy {share:.4g} ({plain})"
 
 
 def _verdict_facts(verdict: Verdict | None) -> dict[str, Any]:
