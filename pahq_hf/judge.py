@@ -34,6 +34,7 @@ class Judge:
     ) -> None:
         self.evaluator = Evaluator(model, task, metric, ablation)
         self._metric = metric
+        self._ablation: Ablation = ablation
         self._ablation = ablation
         # `pahq` ends in FP32; the other regimes end at their own precision.
         low = pahq.regime in ("rtn", "pahq-literal")
@@ -79,5 +80,5 @@ class Judge:
     def _tolerance(self, value: float, logits: Tensor) -> float:
         """How far the search's value may be from the hooks engine's."""
         largest = max(float(run.abs().max()) for run in (logits, self.evaluator.clean_logits))
-        error = logit_rounding(self.evaluator.graph.spec.layers, largest)
+        error = logit_rounding(self.evaluator.graph.spec.layers, largest, self._ablation)
         return metric_rounding(self._metric, value, error)
