@@ -254,3 +254,14 @@ def test_a_good_circuit_is_judged_next_on_new_prompts(
     assert words[1:] == [*("evaluate", out, "--model", "demo", "--task", "gendered_pronoun"), *words[7:]]
     judged = run_json(capsys, *words[1:])
     assert judged["examples"] == 3 and words[words.index("--seed") + 1] == "5"
+
+
+def test_the_table_of_a_sweep_fits_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--thresholds", "0.05,100", "--task", "gendered_pronoun", "--metric", "kl", "--n", "2"]
+    assert run_main("sweep", "demo", *options, "--precision", "fp32", "--out", str(tmp_path / "s")) == 0
+    table = capsys.readouterr().out.partition("Result:")[0]
+    assert (
+        "…" not in table
+        and "faithful" in table.splitlines()[2]
+        and table.splitlines()[3].split()[-1] == "empty"
+    )

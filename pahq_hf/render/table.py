@@ -122,20 +122,13 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
     """A sweep's circuits, one a line."""
-    table = Table(title="Circuits by threshold", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="Circuits by threshold", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     metrics = list(dict.fromkeys((rows[0].name, "kl")))
-    for title in (
-        "tau",
-        "kept",
-        "live",
-        "tested",
-        "computed",
-        "reused",
-        *metrics,
-        "faithful",
-        "accuracy",
-        "seconds",
-    ):
+    # Short, and no column more: a terminal has 80 of them.
+    counts = ("tau", "kept", "live", "tested", "computed", "reused")
+    for title in (*counts, *metrics, "faithful", "top-1", "seconds"):
         table.add_column(title, justify="right")
     table.add_column("verdict")
     for row in rows:
@@ -156,7 +149,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
 
 
 def _verdict_word(verdict: Verdict) -> str:
-    kind = {"empty": "empty", "disconnected": "disconnected", "whole": "whole model"}.get(verdict.kind)
+    kind = {"empty": "empty", "disconnected": "no path", "whole": "whole"}.get(verdict.kind)
     return kind or ("poor" if verdict.poor else "faithful")
 
 
