@@ -113,7 +113,8 @@ def notice(circuit: Circuit, ablation: str) -> str | None:
     own = accuracy_under(circuit, CORRUPTED)
     if not poor and share is not None:
         return text
-    if ablation != CORRUPTED and (found == CORRUPTED or (own is not None and not is_poor(own, full))):
+    helps = found == CORRUPTED if own is None else not is_poor(own, full)
+    if ablation != CORRUPTED and helps:
         text += "; give corrupted prompts (corrupted=ids), or search with ablation='mean'"
     elif ablation == CORRUPTED and found != CORRUPTED:
         text += "; leave corrupted= out to run it under its own"

@@ -214,6 +214,17 @@ def test_poor_answers_under_another_ablation_are_told_with_their_figure() -> Non
         pass
 
 
+def test_corrupted_prompts_are_advised_only_where_they_help() -> None:
+    nothing = demo().graph.no_edges()
+    empty = replace(pooled_circuit("sva", 0.05), kept=nothing)
+    measured = demo().evaluate(empty, demo_task("sva"))["apply"]
+    assert measured["accuracy"]["corrupted"] < 0.8
+    empty = replace(empty, discovery=empty.discovery | {"apply": measured})
+    with pytest.warns(AblationWarning) as caught, demo().apply(empty):
+        pass
+    assert "the full model's 1" in str(caught[0].message) and "give corrupted" not in str(caught[0].message)
+
+
 def test_what_earlier_versions_saved_runs_and_says_that_it_was_not_measured(tmp_path: Path) -> None:
     model, task = demo(), demo_task("ioi")
     demo_circuit("ioi", "mean", 0.01).save_pretrained(tmp_path)
