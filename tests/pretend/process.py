@@ -44,5 +44,4 @@ def _outcomes(form: Form, scenarios: str) -> list[dict[str, Any]]:
             text=True,
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()]

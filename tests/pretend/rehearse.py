@@ -2,7 +2,7 @@
 
     python -m tests.pretend.rehearse FORM FILE
 
-FILE holds a JSON list of scenarios, fields of `Scenario`; a JSON list of `Outcome`s goes to stdout.
+FILE holds a JSON list of scenarios, fields of `Scenario`. An `Outcome` for each goes to stdout, a JSON line.
 """
 
 # ruff: noqa: E402
@@ -81,6 +81,7 @@ class Outcome:
         failed: How it failed, if it did.
         same: Whether the edges, or tokens, are the CPU's.
         error: Largest difference of scores, or logits, from the CPU's.
+        scale: Largest of the CPU's.
         kept: Edges kept.
         device: Where the model was.
         facts: Of the run's circuit: `hardware`, `peak_memory`.
@@ -92,6 +93,7 @@ class Outcome:
     failed: str = ""
     same: bool = False
     error: float = float("nan")
+    scale: float = 0.0
     kept: int = 0
     device: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -152,7 +154,7 @@ def of_circuit(circuit: Circuit) -> Answer:
 
 
 def discover(scenario: Scenario, model: PAHQModel, task: Task) -> Circuit:
-    search = ACDCConfig(**{"threshold": 0.05, **scenario.search})
+    search = ACDCConfig.from_dict({"threshold": 0.05, **scenario.search})
     return model.discover(task, config=search, engine=EngineConfig(**scenario.engine), progress=False)
 
 
@@ -166,7 +168,7 @@ def some_circuit(model: PAHQModel) -> Circuit:
 
 def sweep(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     found = model.sweep(task, thresholds=[0.05, 0.5], progress=False, **scenario.search)
-    circuits = list(found.circuits.values())
+    circuits = list(found.values())
     return Answer(np.stack([c.kept for c in circuits]), np.stack([c.scores for c in circuits]))
 
 
@@ -308,6 +310,7 @@ def rehearse(scenario: Scenario) -> Outcome:
         return outcome
     outcome.same = bool(np.array_equal(expected.choice, found.choice))
     outcome.error = float(np.abs(np.asarray(expected.numbers) - np.asarray(found.numbers)).max())
+    outcome.scale = float(np.abs(np.asarray(expected.numbers)).max())
     outcome.kept = int(np.asarray(found.choice).sum())
     outcome.facts = found.facts
     outcome.launches = sum(MACHINE.launches.values())
@@ -316,10 +319,10 @@ def rehearse(scenario: Scenario) -> Outcome:
 
 
 def main() -> None:
-    scenarios = json.loads(Path(sys.argv[2]).read_text())
+    answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what runs say is not the answer
-        outcomes = [asdict(rehearse(Scenario(**scenario))) for scenario in scenarios]
-    json.dump(outcomes, sys.stdout)
+        for scenario in json.loads(Path(sys.argv[2]).read_text()):
+            print(json.dumps(asdict(rehearse(Scenario(**scenario)))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from tests.pretend.rules import check
 
 aten = torch.ops.aten
+
+
+class Lease:
+    """Lies with a tensor while it lives: tensors with weak references cannot be swapped by `module.to`."""
+
+    def __init__(self, memory: Memory, key: int) -> None:
+        self._memory = memory
+        self._key = key
+
+    def __del__(self) -> None:
+        self._memory.drop(self._key)
 
 
 class Memory:
@@ -33,9 +43,9 @@ class Memory:
             self.now += entry[1]
             self.peak = max(self.peak, self.now)
         entry[0] += 1
-        weakref.finalize(tensor, self._drop, storage._cdata)
+        tensor.lease = Lease(self, storage._cdata)
 
-    def _drop(self, key: int) -> None:
+    def drop(self, key: int) -> None:
         entry = self._storages[key]
         entry[0] -= 1
         if not entry[0]:
@@ -158,6 +168,7 @@ class Pretend(torch.Tensor):
     """Says it is on the device, and keeps its values in an ordinary tensor."""
 
     inner: Tensor
+    lease: Lease
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretend:

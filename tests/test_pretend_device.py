@@ -1,0 +1,133 @@
+"""Every path of the product on a pretended GPU: it runs, and finds what the CPU finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.families import ALL_FAMILIES
+from tests.pretend.form import can_compile
+from tests.pretend.process import BEST, rehearsed
+
+Scenario = dict[str, Any]
+FULL: Scenario = {"regime": "fp32"}
+LOW: Scenario = {"regime": "pahq", "compute": "bf16"}
+FP8: Scenario = {"regime": "pahq", "compute": "fp8"}
+RTN: Scenario = {"regime": "rtn"}
+FEW: Scenario = {"readers": "logits,a2.h0<v>"}  # few readers: the pretended device is slow
+HOOKS: Scenario = {"engine": "hooks", "batch": 1}
+
+LOADS: dict[str, Scenario] = {
+    f"{load}, {name}": {"load": load, "config": config, "search": FEW}
+    for load in ("direct", "zero", "auto", "to", "wrap")
+    for name, config in (("fp32", FULL), ("pahq", LOW))
+}
+REGIMES: dict[str, Scenario] = {
+    "rtn": {"config": RTN},
+    "pahq-literal": {"config": {"regime": "pahq-literal"}},
+    "compute auto": {"config": {"regime": "pahq"}},
+    "compute fp32": {"config": LOW | {"compute": "fp32"}},
+    "compute fp8": {"config": FP8},
+    "active both": {"config": LOW | {"active": "both"}},
+    "tables": {"config": LOW | {"quantize_embeddings": True}},
+    "policy": {"config": FP8 | {"policy": {"m*": "bf16", "a1.*": "int8"}}},
+    "split groups": {"config": FULL | {"split_kv_groups": True}},
+    **{f"format {fmt}": {"config": LOW | {"format": fmt}} for fmt in ("fp8-e5m2", "int8", "bf16", "mx")},
+}
+SEARCHES: dict[str, Scenario] = {
+    **{
+        f"ablation {name}": {"search": FEW | {"ablation": name}}
+        for name in ("zero", "mean", "mean-corrupted")
+    },
+    **{f"metric {name}": {"search": FEW | {"metric": name}} for name in ("logit_diff", "nll", "prob_diff")},
+    "screen": {"search": FEW | {"screen": "eap-ig:0.5"}, "config": LOW},
+    "margin inf": {"search": FEW | {"margin": "inf"}, "config": LOW},
+    "tight budget": {"engine": {"memory_budget": 400_000}, "config": LOW},
+}
+ENGINES: dict[str, Scenario] = {
+    "hooks, fp32": {"config": FULL, "engine": HOOKS, "search": {"readers": "logits"}},
+    "hooks, pahq": {"config": LOW, "engine": HOOKS, "search": {"readers": "m2"}},
+    "hooks, fp8": {"config": FP8, "engine": HOOKS, "search": {"readers": "a1.h0<v>"}},
+    "hooks, pahq-literal": {
+        "config": {"regime": "pahq-literal"},
+        "engine": HOOKS,
+        "search": {"readers": "a2.h0<q>"},
+    },
+}
+COMMANDS: dict[str, Scenario] = {
+    "evaluate": {"command": "evaluate", "config": LOW, "n": 2},
+    "apply": {"command": "apply", "config": LOW},
+    "generate": {"command": "generate", "config": LOW},
+    "eap-ig": {"command": "attribute", "config": LOW, "method": "eap-ig"},
+    "eap": {"command": "attribute", "config": FULL, "method": "eap"},
+    "hisp": {"command": "attribute", "config": FULL, "method": "hisp"},
+    "sweep": {"command": "sweep", "config": LOW, "search": {"readers": "logits,m2"}},
+    "command line, fp32": {"command": "cli", "config": FULL, "search": {"readers": "logits"}},
+    "command line, pahq": {"command": "cli", "config": {}, "search": {"readers": "logits,m2"}},
+}
+ALL = {
+    name: {"config": FULL, "search": FEW, "n": 2, **scenario}
+    for name, scenario in {**LOADS, **REGIMES, **SEARCHES, **ENGINES, **COMMANDS}.items()
+}
+# Of every kind of path at least one; the others are crossings of these.
+_QUICK = (
+    *("direct, pahq", "zero, pahq", "auto, fp32", "auto, pahq", "to, pahq", "wrap, fp32"),
+    *("rtn", "pahq-literal", "compute fp8", "tables", "policy", "format int8", "format mx"),
+    *("ablation mean", "metric logit_diff", "screen", "tight budget"),
+    *("hooks, fp32", "hooks, pahq", "apply", "generate", "eap-ig", "sweep", "command line, pahq"),
+)
+# In the form that needs no compiler, wherever the other one runs: enough to keep it working.
+PURE = {name: ALL[name] for name in ("direct, fp32", "direct, pahq", "to, pahq", "apply")}
+
+
+def check(outcome: dict[str, Any], *, relative: float = 1e-3) -> None:
+    """It ran, on the device, and gave the CPU's answer."""
+    assert not outcome["failed"], outcome["failed"]
+    assert outcome["device"].endswith(":0") and outcome["launches"] > 0
+    assert outcome["same"]
+    assert outcome["error"] <= relative * outcome["scale"] + 1e-6
+
+
+QUICK = {name: scenario for name, scenario in ALL.items() if name in _QUICK}
+REST = {name: scenario for name, scenario in ALL.items() if name not in _QUICK}
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in REST)]
+)
+def test_on_the_device_it_is_as_on_the_cpu(name: str) -> None:
+    outcome = rehearsed(BEST, QUICK if name in QUICK else REST, name)
+    rounded = ALL[name]["config"].get("compute") == "fp8"
+    check(outcome, relative=0.25 if rounded else 1e-3)
+    if outcome["facts"].get("hardware") and BEST == "cuda":
+        assert outcome["facts"]["hardware"]["card"] == "Pretend"
+        assert outcome["facts"]["peak_memory"]["device"] > 0
+
+
+@pytest.mark.skipif(not can_compile(), reason="this form runs everything where there is no compiler")
+@pytest.mark.parametrize("name", PURE)
+def test_without_a_compiler(name: str) -> None:
+    check(rehearsed("pure", PURE, name))
+
+
+FAMILIES: dict[str, Scenario] = {
+    f"{family}, {dtype}, {what}": {
+        "model": family,
+        "dtype": dtype,
+        "config": config,
+        "command": command,
+        "search": {},
+    }
+    for family in ALL_FAMILIES
+    for dtype, config in (("float32", FULL), ("bfloat16", LOW))
+    for what, command in (("discover", "discover"), ("attribute", "attribute"))
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family(family: str) -> None:
+    own = {name: scenario for name, scenario in FAMILIES.items() if scenario["model"] == family}
+    for name in own:
+        check(rehearsed(BEST, own, name))
