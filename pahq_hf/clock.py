@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,13 +63,19 @@ class RunClock:
             self._write(folder)
 
     @contextmanager
-    def kept(self, folder: Path | None) -> Iterator[None]:
-        """Keep the seconds in a folder when what is inside ends, however it does; None keeps none."""
+    def kept(self, folder: Path | None, check: Callable[[], None]) -> Iterator[None]:
+        """Keep the seconds in a folder when what is inside ends, however it does.
+
+        Args:
+            folder: The run's; None keeps none.
+            check: Raises `RunError` where the folder has become another process's: nothing is written then.
+        """
         try:
             yield
         finally:
             if folder is not None:
                 with suppress(RunError):  # what is inside may have failed of the same: that says more
+                    check()
                     self._write(folder)
 
     def _write(self, folder: Path) -> None:

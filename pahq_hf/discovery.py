@@ -401,7 +401,7 @@ class Discovery:
         name = f"ACDC, tau {self.acdc.threshold:g}"
         graph, folder = self.model.graph, None if journal is None else journal.path.parent
         said = search_progress(self.reporter, name, graph, self.acdc, survivors, done)
-        with said as shown, self.clock.kept(folder):
+        with said as shown, self.clock.kept(folder, self.check_lock):
 
             def on_reader(state: Search, record: ReaderRecord) -> None:
                 if journal is not None:

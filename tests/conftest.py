@@ -18,8 +18,7 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 # Threads that share a core, of several workers or with another program, spend their time waiting for each
 # other: on a busy machine set OMP_NUM_THREADS=1.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or max(1, CPUS // WORKERS))
-if WORKERS > 1:
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # else commands would choose by what is free just then
 
 import random
 import tempfile

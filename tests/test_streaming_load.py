@@ -361,6 +361,7 @@ def test_several_devices_and_none_are_refused_in_one_line(
 def test_memory_bounds_say_which_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr("pahq_hf.placement.usable_device", torch.device)  # a meta tensor forgets its number
     assert one_device("auto", {0: 0, 1: "20GiB"}) == torch.device("meta", 1)
     assert one_device("auto", {"cpu": "20GiB"}) == torch.device("cpu")
 
