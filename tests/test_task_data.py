@@ -286,3 +286,55 @@ def test_a_hub_dataset_that_cannot_be_reached(gpt2_like: PreTrainedTokenizerFast
     ) as error:
         load_task("nobody/no-such-data", gpt2_like)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (("the", None), "1 of 2 examples have no answer (example 1, counted from 0)"),
+        (("", "the"), "1 of 2 examples have no answer (example 0, counted from 0)"),
+        (("", ""), "2 of 2 examples have no answer (example 0, 1, counted from 0)"),
+        (
+            ("the", "the", "", "", "", "", "the"),
+            "4 of 7 examples have no answer (example 2, 3, 4, ..., counted",
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_rows_without_an_answer_are_told(
+    rows: tuple[str | None, ...],
+    said: str,
+    suffix: str,
+    tmp_path: Path,
+    gpt2_like: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One is enough for accuracy to be agreement with the full model, which no figure says by itself."""
+    written = []
+    for answer in rows:
+        row = {"clean": "When Aaron went", "corrupted": "When Adam went"}
+        if answer is not None:
+            row["answer"] = answer and f" {answer}"
+        written.append(row)
+    task = load_task(write(tmp_path, suffix, written), gpt2_like)
+    assert not task.has_answers
+    told = [record.getMessage() for record in caplog.records if "no answer" in record.getMessage()]
+    assert len(told) == 1
+    assert said in told[0]
+    assert "accuracy is agreement with the full model" in told[0]
+
+
+@pytest.mark.parametrize("answers", [(" the", " to"), None])
+def test_data_with_all_answers_or_with_none_say_nothing(
+    answers: tuple[str, str] | None,
+    tmp_path: Path,
+    gpt2_like: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"clean": "When Aaron went", "corrupted": "When Adam went"} for _ in range(2)
+    ]
+    for row, answer in zip(rows, answers or (), strict=False):
+        row["answer"] = answer
+    assert load_task(write(tmp_path, ".csv", rows), gpt2_like).has_answers == (answers is not None)
+    assert not caplog.records

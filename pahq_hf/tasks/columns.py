@@ -13,6 +13,7 @@ from pahq_hf.tasks.reading import Row
 
 logger = logging.getLogger(__name__)
 _SHOWN = 12  # columns in a message
+_ROWS_SHOWN = 3
 _EMPTY: tuple[Any, ...] = (None, "", [])
 # Token ids as EAP-IG's files name them. One alone says nothing: for greater-than it is a year, beside choices
 # it is the place among them.
@@ -111,6 +112,29 @@ class Columns:
             "ids of this model's tokenizer)"
         )
         logger.warning("%s: columns that are not used: %s%s", where, listed(unused), hint)
+
+    def report_unanswered(self, where: str, unanswered: Sequence[int]) -> None:
+        """Say which rows lack an answer, where a column of answers is there: then none of the others counts.
+
+        Args:
+            where: The data, for the message.
+            unanswered: Places of the rows without an answer.
+        """
+        labels = self.answer
+        there = {labels.ids, *labels.texts, labels.index} & set(self.names)
+        if not unanswered or not there:
+            return
+        first = ", ".join(map(str, unanswered[:_ROWS_SHOWN]))
+        rest = ", ..." if len(unanswered) > _ROWS_SHOWN else ""
+        logger.warning(
+            "%s: %d of %d examples have no answer (example %s%s, counted from 0), so right answers are not "
+            "counted for any: accuracy is agreement with the full model",
+            where,
+            len(unanswered),
+            len(self.rows),
+            first,
+            rest,
+        )
 
 
 def listed(names: Iterable[str]) -> str:

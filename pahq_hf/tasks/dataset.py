@@ -47,7 +47,7 @@ def load_dataset_task(
       `*_counterfactual`: its arithmetic. Rows a tokenizer cannot pair are left out, as MIB does, and counted
       in `task.source["skipped"]`.
 
-    Columns that are not used are named in a warning.
+    Columns that are not used are named in a warning, and so are rows without an answer where others have one.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id, with its
@@ -113,6 +113,7 @@ def load_dataset_task(
     if all(list(pair.clean) == list(pair.corrupted) for pair in pairs):
         raise TaskError(f"{where}: every corrupted prompt equals its clean one, so patching changes nothing")
     found.report(where, answered=any(pair.answers for pair in pairs))
+    found.report_unanswered(where, [index for index, pair in enumerate(pairs) if not pair.answers])
     return collate(
         pairs,
         name=Path(source).stem,
