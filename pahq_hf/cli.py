@@ -1,8 +1,8 @@
 """The `pahq` command line.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 finished but not confirmed by the hooks
-engine (saved, marked), 2 bad usage or input (one line says why), 130 interrupted by Ctrl-C (a run's journal
-keeps what was done), 143 by SIGTERM.
+engine (saved, marked), 2 bad usage or input, or a stdout that cannot be written (one line says why), 130
+interrupted by Ctrl-C (a run's journal keeps what was done), 143 by SIGTERM, 141 when a pipe's reader is gone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,14 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
+from pahq_hf.cli_output import (
+    ClosedPipe,
+    JsonOption,
+    exit_unverified,
+    print_json,
+    print_rich,
+    written_output,
+)
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
 from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
@@ -78,6 +85,7 @@ app = typer.Typer(
 
 _SIGNALLED = 128  # a signal's number is added
 _INTERRUPTED = _SIGNALLED + 2
+_PIPE_CLOSED = _SIGNALLED + 13  # what a shell shows of commands that SIGPIPE ends
 
 
 @app.command()
@@ -276,7 +284,7 @@ def main() -> None:
             code = _run()
     except Terminated as stop:
         code = _SIGNALLED + stop.number
-    if code == _INTERRUPTED or code > _SIGNALLED:
+    if code > _SIGNALLED and code != _PIPE_CLOSED:
         sys.stderr.write("pahq: interrupted; a discovery's journal is kept: continue it with --resume\n")
     if code:
         sys.exit(code)
@@ -286,8 +294,10 @@ def _run() -> int:
     """The command; its exit code."""
     try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
-        with quiet_imports(), kept_threads():  # which commands do where they need what is imported
+        with written_output(), quiet_imports(), kept_threads():  # commands import what they need
             return app(standalone_mode=False) or 0
+    except ClosedPipe:
+        return _PIPE_CLOSED
     except PAHQError as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):

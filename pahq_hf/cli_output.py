@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from pahq_hf.errors import PAHQError
 from pahq_hf.terminal import printable
 
 if TYPE_CHECKING:
@@ -61,3 +66,73 @@ def exit_unverified(*circuits: Circuit) -> None:
         sys.stderr.write(f"pahq: {printable(text)}\n")
     if texts:
         raise typer.Exit(UNVERIFIED)
+
+
+# -- a stdout that cannot be written ----------------------------------------------------------------
+
+
+class OutputError(PAHQError):
+    """Stdout cannot be written."""
+
+
+class ClosedPipe(OutputError):
+    """Whoever read stdout has read enough."""
+
+
+class _Output:
+    """Stdout whose errors can be told from those of other files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _told():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = ClosedPipe if error.errno == errno.EPIPE else OutputError
+        raise kind(f"cannot write to stdout: {error.strerror or error}") from error
+
+
+@contextmanager
+def written_output() -> Iterator[None]:
+    """Have all that a block prints on stdout written when it ends.
+
+    Raises:
+        ClosedPipe: If a pipe's reader is gone.
+        OutputError: If stdout cannot be written for another reason.
+    """
+    stream: TextIO | None = sys.stdout
+    if stream is None:
+        raise OutputError("cannot write to stdout: it is closed")
+    sys.stdout = cast(TextIO, _Output(stream))
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout = stream
+        _drop_unwritten(stream)
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Let what cannot be written go nowhere: Python would try again when it ends, and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            stream.flush()
