@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from pahq_hf.ablation import CORRUPTED, GIVEN, found_under, plain_ablation
 from pahq_hf.capture import Activations
 from pahq_hf.circuit import Circuit
 from pahq_hf.engine.patched_run import PatchedRun
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, describe
 from pahq_hf.graph import BoolArray
 from pahq_hf.hooking import first_input, hooks
 from pahq_hf.means import MeanActivations, Means, zero_means
-from pahq_hf.partner import Partner
+from pahq_hf.partner import Partner, read_prompts
 from pahq_hf.patch import PatchedModel
 from pahq_hf.substitute import Call, Substitute, body_of
 
@@ -129,14 +129,18 @@ def plain_substitute(model: PatchedModel, found: str | None, means: Means | None
 
 
 def substitute_of(
-    model: PatchedModel, circuit: Circuit, corrupted: Tensor | None, mask: Tensor | None, means: Means | None
+    model: PatchedModel,
+    circuit: Circuit,
+    corrupted: Tensor | Mapping[str, Any] | None,
+    mask: Tensor | None,
+    means: Means | None,
 ) -> tuple[Substitute, str]:
     """What a circuit's removed edges carry, in FP32.
 
     Args:
         model: The patched model.
         circuit: The circuit.
-        corrupted: Token ids of corrupted prompts, which run along. [batch, pos]
+        corrupted: Token ids of corrupted prompts, which run along, or what a tokenizer returns. [batch, pos]
         mask: Which of them are real. [batch, pos]
         means: Mean activations; without them and corrupted prompts, what is kept with the circuit.
 
@@ -144,16 +148,21 @@ def substitute_of(
         What gives it, and its name (`ablation.notice`).
 
     Raises:
-        ConfigError: If a circuit is applied already, if there is nothing, or both of the first are given.
+        ConfigError: If a circuit is applied already, if there is nothing, both of the first are given, or one
+            is something else.
+        TaskError: If a token id is outside the vocabulary.
         CircuitError: If the means are of another model.
     """
     if model.is_applied:
         raise ConfigError("a circuit is applied already: leave that block first")
+    if means is not None and not isinstance(means, Mapping):
+        raise ConfigError(f"means are mean activations (pahq_hf.means.means_of); got {describe(means)}")
     if corrupted is not None and means is not None:
         raise ConfigError("give either corrupted prompts or mean activations, not both")
     if corrupted is not None:
+        ids, mask = read_prompts(corrupted, mask)
         model.precision.deactivate()
-        return Partner(model, corrupted, mask), CORRUPTED
+        return Partner(model, ids, mask), CORRUPTED
     found = found_under(circuit) if means is None else None
     kept = circuit.means if means is None else means
     substitute, name = plain_substitute(model, found, kept), plain_ablation(found, kept)

@@ -68,6 +68,12 @@ def first_line(error: Exception, longest: int = 300) -> str:
     return lines[0][:longest] if lines else type(error).__name__
 
 
+def describe(value: object) -> str:
+    """What somebody gave in place of something else, in one line."""
+    shown = " ".join(repr(value).split())
+    return f"{type(value).__name__}: {shown:.60}"
+
+
 def check_names(
     given: Iterable[str],
     known: Sequence[str],

@@ -24,7 +24,7 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, UnsupportedModelError, describe
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
@@ -467,7 +467,7 @@ class PAHQModel(nn.Module):
         self,
         circuit: Circuit,
         *,
-        corrupted: Tensor | None = None,
+        corrupted: Tensor | Mapping[str, Any] | None = None,
         corrupted_mask: Tensor | None = None,
         means: Means | None = None,
         exact: bool = True,
@@ -485,7 +485,8 @@ class PAHQModel(nn.Module):
 
         Args:
             circuit: A circuit of this model.
-            corrupted: Token ids of corrupted prompts, laid out as the prompts are. [batch, pos]
+            corrupted: Token ids of corrupted prompts, laid out as the prompts are, or what a tokenizer
+                returns for them (`tokenizer(prompts, return_tensors="pt")`), with its mask. [batch, pos]
             corrupted_mask: Which of them are real; the prompts' own mask by default. [batch, pos]
             means: Other mean activations (`pahq_hf.means.means_of`).
             exact: Compute in FP32; False computes at the model's precision, faster.
@@ -495,18 +496,24 @@ class PAHQModel(nn.Module):
             A context that gives this model.
 
         Raises:
-            ConfigError: If a circuit is applied already, or nothing says what removed edges carry.
+            ConfigError: If `circuit` is none, if one is applied already, if nothing says what removed edges
+                carry, or the corrupted prompts are no token ids.
+            TaskError: If a token id is outside the vocabulary.
             CircuitError: If the circuit, or the means, are of another model.
         """
-        if not isinstance(circuit, Circuit):  # `nn.Module.apply`, which calls a function on every module
-            return super().apply(circuit)  # type: ignore[unreachable]
+        if not isinstance(circuit, Circuit):
+            if not callable(circuit):  # type: ignore[unreachable]
+                raise ConfigError(
+                    f"apply takes a Circuit (Circuit.from_pretrained(...)); got {describe(circuit)}"
+                )
+            return super().apply(circuit)  # `nn.Module.apply`, which calls a function on every module
         return self._applied(circuit, corrupted, corrupted_mask, means, exact, any_weights)
 
     @contextmanager
     def _applied(
         self,
         circuit: Circuit,
-        corrupted: Tensor | None,
+        corrupted: Tensor | Mapping[str, Any] | None,
         corrupted_mask: Tensor | None,
         means: Means | None,
         exact: bool,

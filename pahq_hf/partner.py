@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,46 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from pahq_hf.capture import Activations, recording
-from pahq_hf.errors import ConfigError, TaskError
+from pahq_hf.errors import ConfigError, TaskError, describe
 from pahq_hf.patch import PatchedModel
 from pahq_hf.substitute import Call, body_of, positions_of
+
+
+def read_prompts(given: object, mask: object = None) -> tuple[Tensor, Tensor | None]:
+    """Token ids and mask of corrupted prompts, from what a caller has.
+
+    Args:
+        given: Token ids, or what a tokenizer returns: `input_ids` and `attention_mask` by name.
+        mask: Which are real; in place of the tokenizer's.
+
+    Returns:
+        The ids, and the mask if there is one. [batch, pos], [batch, pos]
+
+    Raises:
+        ConfigError: If they are no tensors of whole numbers.
+    """
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ConfigError(
+                f"corrupted prompts need input_ids, as a tokenizer returns them; got {describe(list(given))}"
+            )
+        mask = given.get("attention_mask") if mask is None else mask
+        given = given["input_ids"]
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+        raise ConfigError(
+            "corrupted prompts are a tensor of token ids [batch, pos], or what "
+            f'tokenizer(prompts, return_tensors="pt") gives; got {_kind(given)}'
+        )
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(
+            "the mask of corrupted prompts is a tensor [batch, pos], 1 on real tokens and 0 on padding; got "
+            f"{_kind(mask)}"
+        )
+    return given, mask
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else describe(value)
 
 
 class Partner:
@@ -41,7 +79,7 @@ class Partner:
             )
         size = model.embedding.num_embeddings
         if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= size:
-            worst = None if ids.numel() == 0 else int(ids.max())
+            worst = None if ids.numel() == 0 else int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise TaskError(f"a corrupted prompt holds token id {worst}; the model has {size} tokens")
         self._model = model
         self._ids = ids.to(model.device)

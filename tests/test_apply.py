@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import pipeline
+from transformers import BatchEncoding, pipeline
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.engine.hooks import HooksEngine
@@ -338,3 +338,51 @@ def test_corrupted_prompts_of_no_such_tokens_are_refused() -> None:
         model.apply(circuit, corrupted=task.corrupted_ids[0]),
     ):
         pass
+
+
+def test_corrupted_prompts_as_a_tokenizer_returns_them() -> None:
+    model, task = hub_model("gpt2"), random_task(padding="left", rows=2)
+    circuit = circuit_of(model, random_edges(model.graph, 0.5, 0))
+    with model.apply(circuit, corrupted=task.corrupted_ids, corrupted_mask=task.attention_mask):
+        expected = answers(model, task)
+    encoded = {"input_ids": task.corrupted_ids, "attention_mask": task.attention_mask}
+    for given in (encoded, BatchEncoding(encoded)):
+        with model.apply(circuit, corrupted=given):
+            assert torch.equal(answers(model, task), expected)
+
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"corrupted": [[1, 2, 3]]}, "got list"),
+        ({"corrupted": {"input_ids": [[1, 2, 3]]}}, "got list"),
+        ({"corrupted": {"ids": IDS}}, "need input_ids"),
+        ({"corrupted": np.ones((2, 3), dtype=int)}, "got ndarray"),
+        ({"corrupted": IDS.float()}, "got a tensor of torch.float32"),
+        ({"corrupted": "The cat"}, "got str: 'The cat'"),
+        ({"corrupted": 5}, "got int: 5"),
+        ({"corrupted": IDS[0]}, "shape (3,)"),
+        ({"corrupted": IDS, "corrupted_mask": IDS[:1]}, "a mask of the same shape"),
+        ({"corrupted": IDS, "corrupted_mask": [[1, 1, 1]]}, "got list"),
+        ({"corrupted": IDS * 10**6}, "token id 1000000"),
+        ({"corrupted": -IDS}, "token id -1"),
+        ({"means": "mean"}, "means_of"),
+    ],
+)
+def test_what_is_no_corrupted_prompt_is_refused_on_entry(given: dict[str, Any], said: str) -> None:
+    model = hub_model("gpt2")
+    circuit = circuit_of(model, model.graph.all_edges)
+    with pytest.raises((ConfigError, TaskError)) as caught, model.apply(circuit, **given):
+        pass
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not model.patched.is_applied
+
+
+@pytest.mark.parametrize("given", ["/path", 5, None, {"kept": 1}])
+def test_apply_says_that_it_takes_a_circuit(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"apply takes a Circuit \(Circuit.from_pretrained\(...\)\); got"):
+        hub_model("gpt2").apply(given)
