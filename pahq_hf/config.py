@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pahq_hf.errors import ConfigError, check_names
 from pahq_hf.files import write_text
+from pahq_hf.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
 Format = Literal["fp8", "fp8-e5m2", "int8", "bf16", "mx"]
@@ -340,12 +341,12 @@ class EngineConfig(_JsonConfig):
         if self.engine is not None:
             _choice("engine", self.engine, EngineName)
         _choice("activation_store", self.activation_store, StoreName)
-        for name in ("batch", "memory_budget"):
+        for name in ("batch", "memory_budget", "threads"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True)
         if self.batch is not None and self.batch < 1:
             raise ConfigError(f"batch must be at least 1; got {self.batch}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ConfigError(f"memory_budget must be at least 1 byte; got {self.memory_budget}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1; got {self.threads}")
+        if self.threads is not None:
+            check_threads(self.threads)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pahq_hf.errors import ConfigError
+
 _WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _WINDOW = 0.1  # seconds in which the cores' work is counted
 _IDLE = 0.5  # load below which a machine counts as idle without a closer look
@@ -126,6 +128,21 @@ def _limits(mount: Path, path: str, name: str) -> Iterator[float]:
             yield limit
 
 
+def check_threads(count: int) -> None:
+    """Refuse more threads than any machine of this kind gains by: the system fails to start so many.
+
+    Args:
+        count: Threads that somebody asks for.
+
+    Raises:
+        ConfigError: If there are too few or too many.
+    """
+    cores = os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if not 1 <= count <= most:
+        raise ConfigError(f"threads must be at least 1 and at most {most} on {cores} cores; got {count}")
+
+
 def sleep_while_waiting(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What to set so that threads without work sleep; before torch is imported, or it has no effect.
 
@@ -150,10 +167,14 @@ def take_threads(asked: int | None = None, of_run: int | None = None) -> int:
 
     Returns:
         How many there are now.
+
+    Raises:
+        ConfigError: If so many are no use.
     """
     import torch
 
     if asked is not None:
+        check_threads(asked)
         torch.set_num_threads(asked)
     elif "OMP_NUM_THREADS" not in os.environ:
         cores = find_cores()

@@ -95,6 +95,28 @@ def test_who_decides_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert take_threads() == 1
 
 
+@pytest.mark.parametrize("count", [99_999, 2**31, 2**70])
+def test_more_threads_than_a_machine_can_use_are_refused(
+    count: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """99,999 ended the process with a segmentation fault, in libraries that no exception reaches."""
+    with pytest.raises(ConfigError, match=f"threads must be at least 1 and at most .*; got {count}$"):
+        EngineConfig(threads=count)
+    out = str(tmp_path / "out")
+    for command in ("discover", "attribute", "sweep"):
+        more = ["--thresholds", "0.1"] if command == "sweep" else []
+        where = ["demo", "--task", "ioi", "--out", out, *more, "--threads", str(count)]
+        assert run_main(command, *where) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("pahq: threads must be") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_few_threads_for_each_core_are_allowed() -> None:
+    assert EngineConfig(threads=4).threads == 4
+    assert EngineConfig(threads=64).threads == 64
+
+
 def test_threads_sleep_unless_somebody_chose() -> None:
     assert sleep_while_waiting({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
     assert sleep_while_waiting({"OMP_WAIT_POLICY": "ACTIVE"}) == {}
@@ -107,7 +129,7 @@ def test_threads_are_given_back() -> None:
         assert torch.get_num_threads() == 3
         raise ZeroDivisionError
     assert torch.get_num_threads() == 2
-    with pytest.raises(ConfigError, match="threads must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match=r"threads must be at least 1 and .*; got 0"):
         EngineConfig(threads=0)
 
 
