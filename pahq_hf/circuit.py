@@ -503,7 +503,7 @@ def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Pat
     """
     for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
         if os.path.exists(folder / name) and not (name == DISCOVERY_NAME and _died_while_saving(folder)):
-            raise RunError(f"{folder} holds another run ({name}); {advice}")
+            raise RunError(f"{folder} holds a run already ({name}); {advice}")
     return folder
 
 

@@ -379,7 +379,7 @@ class PAHQModel(nn.Module):
         Raises:
             ConfigError: If an option is unknown or out of range, or a threshold is given twice.
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
-            RunError: If `out` cannot be written or holds another sweep.
+            RunError: If `out` cannot be written or holds a sweep already.
         """
         if "threshold" in options:
             raise ConfigError("a sweep takes thresholds, not a threshold")

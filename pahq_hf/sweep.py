@@ -308,7 +308,7 @@ class SweepRun:
             The circuits.
 
         Raises:
-            RunError: If `out` cannot be written, holds another sweep, or is in use by another process.
+            RunError: If `out` cannot be written, holds a sweep already, or is in use by another process.
 
         Warns:
             UnverifiedWarning: For each search whose final metric is not the hooks engine's.
@@ -413,12 +413,12 @@ class SweepRun:
         """The sweep in a folder, if it is this one and finished.
 
         Raises:
-            RunError: If the folder holds another sweep, or any when there may be none.
+            RunError: If the folder holds a sweep already, or any when there may be none.
         """
         for name in (SWEEP_NAME, ANSWERS_NAME):
             if os.path.exists(folder / name) and not resume:
                 raise RunError(
-                    f"{folder} holds another sweep ({name}); continue it with --resume or choose another "
+                    f"{folder} holds a sweep already ({name}); continue it with --resume or choose another "
                     "folder"
                 )
         wanted = {threshold_folder(folder, tau).name for tau in self._runs}

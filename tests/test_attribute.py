@@ -118,7 +118,7 @@ def test_a_folder_with_a_run_is_refused_before_any_work(tmp_path: Path) -> None:
     model = wrapped("gpt2")
     model.attribute(TASK, method="random", topn=5, out=tmp_path)
     before = (tmp_path / "circuit.json").read_bytes()
-    with pytest.raises(RunError, match="holds another run"):
+    with pytest.raises(RunError, match="holds a run already"):
         model.attribute(TASK, method="eap", out=tmp_path)
     assert (tmp_path / "circuit.json").read_bytes() == before
 
@@ -141,7 +141,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     model = wrapped("llama")
     ours = model.attribute(task, method="eap-ig", steps=3, topn=12, metric="kl")
     np.testing.assert_allclose(circuit.scores, ours.scores, atol=1e-6)
-    assert run_main(*where, *more) == 2 and "holds another run" in capsys.readouterr().err
+    assert run_main(*where, *more) == 2 and "holds a run already" in capsys.readouterr().err
     assert run_main("show", str(tmp_path / "out")) == 0
     shown = capsys.readouterr().out
     assert "eap-ig" in shown and "12" in shown

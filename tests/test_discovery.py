@@ -357,7 +357,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: Path, tmp_path: Path) 
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         shutil.copy(finished / name, folder / name)
-        with pytest.raises(RunError, match=rf"holds another run \({name}\); continue it with --resume"):
+        with pytest.raises(RunError, match=rf"holds a run already \({name}\); continue it with --resume"):
             discover(wrapped("llama"), folder)
         assert set(files_of(folder)) == {name}
 

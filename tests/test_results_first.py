@@ -191,7 +191,7 @@ def test_what_an_earlier_version_left_of_an_attribution_is_no_run(tmp_path: Path
     shutil.copytree(tmp_path / "whole", tmp_path / "left")
     (tmp_path / "left" / "circuit.json").unlink()
     assert_same_circuit(attribute(tmp_path / "left"), whole)
-    with pytest.raises(RunError, match=r"holds another run \(circuit\.json\)"):
+    with pytest.raises(RunError, match=r"holds a run already \(circuit\.json\)"):
         refuse_overwrite(tmp_path / "left")
 
 

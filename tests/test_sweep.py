@@ -201,7 +201,7 @@ def test_a_folder_of_another_sweep_is_refused(copied: Path, unfinished: bool) ->
     if unfinished:
         (copied / "sweep.json").unlink()
     before = files_of(copied)
-    with pytest.raises(RunError, match=r"holds another sweep .* continue it with --resume"):
+    with pytest.raises(RunError, match=r"holds a sweep already .* continue it with --resume"):
         sweep(wrapped("llama"), copied)
     for changed in ({"metric": "kl"}, {"absolute": True}, {"task": random_task(batch=3, seed=22)}):
         with pytest.raises(RunError, match=r"holds another run: its (acdc|task) is"):
@@ -213,7 +213,7 @@ def test_a_folder_of_another_sweep_is_refused(copied: Path, unfinished: bool) ->
 
 def test_a_folder_with_other_runs_is_refused(tmp_path: Path) -> None:
     alone(wrapped("llama"), 0.05, tmp_path / "tau-0.05")
-    with pytest.raises(RunError, match=r"another run \(circuit\.json\)"):
+    with pytest.raises(RunError, match=r"holds a run already \(circuit\.json\)"):
         sweep(wrapped("llama"), tmp_path)
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("x" * 300)):
