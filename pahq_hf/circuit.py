@@ -15,7 +15,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
@@ -280,6 +280,7 @@ class Circuit:
             "axes": "readers, writers",
             "readers": [reader.name for reader in self.graph.readers],
             "writers": [writer.name for writer in self.graph.writers],
+            "checksums": DISCOVERY_NAME,  # where this file's is
         }
         # One key: safetensors writes several in a random order, and files could not be compared.
         notes = {"layout": json.dumps(layout)}
@@ -446,11 +447,36 @@ def _read_discovery(folder: Path) -> dict[str, Any]:
             Verdict.from_dict(facts["verdict"])
         except CircuitError as error:
             raise CircuitError(f"{path} is damaged: {error}") from error
-    checksums = facts.pop("checksums", {})
+    checksums = facts.pop("checksums", None)
+    if checksums is None and path.exists() and _is_listed(folder / SCORES_NAME):
+        raise CircuitError(
+            f"{path} is damaged: the checksums of scores and means that were in it are gone; {_mend(folder)}"
+        )
     for name in (SCORES_NAME, MEANS_NAME):
-        if name in checksums and (folder / name).exists() and _checksum(folder / name) != checksums[name]:
+        if name not in (checksums or {}):
+            continue
+        if not (folder / name).exists():
+            raise CircuitError(f"{folder / name} is missing: {DISCOVERY_NAME} lists it; {_mend(folder)}")
+        if _checksum(folder / name) != checksums[name]:
             raise CircuitError(f"{folder / name} is damaged: its checksum is not that in {DISCOVERY_NAME}")
     return facts
+
+
+def _mend(folder: Path) -> str:
+    """What to do about a run's damaged file."""
+    if os.path.exists(folder / JOURNAL_NAME):
+        return f"put it back, or remove {CIRCUIT_NAME} and --resume to make it again from {JOURNAL_NAME}"
+    return "put it back, or make the circuit again in another folder"
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether scores were written together with a list of checksums; earlier versions had none."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            layout = json.loads((file.metadata() or {}).get("layout", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return False  # whoever reads them says what is wrong
+    return isinstance(layout, dict) and layout.get("checksums") == DISCOVERY_NAME
 
 
 def _is_number(found: object, value: float) -> bool:

@@ -231,6 +231,8 @@ def test_what_earlier_versions_saved_runs_and_says_that_it_was_not_measured(tmp_
     facts = json.loads((tmp_path / "discovery.json").read_text())
     del facts["apply"], facts["checksums"]
     (tmp_path / "discovery.json").write_text(json.dumps(facts))
+    scores = tmp_path / "scores.safetensors"
+    save_file(load_file(scores), scores)  # without the note that there are checksums
     means = load_file(tmp_path / "means.safetensors")
     save_file({name: means[name] for name in ("embedding", "z", "mlp")}, tmp_path / "means.safetensors")
     circuit = Circuit.from_pretrained(tmp_path)

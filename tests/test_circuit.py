@@ -230,8 +230,25 @@ def test_edges_out_of_the_graph_are_not_kept(saved: Path) -> None:
 @pytest.mark.parametrize("name", ["circuit.json", "scores.safetensors"])
 def test_a_missing_file_is_refused(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    with pytest.raises(CircuitError, match=f"cannot read .*{name}"):
+    with pytest.raises(
+        CircuitError, match=f"cannot read .*{name}|{name} is missing: discovery.json lists it"
+    ):
         Circuit.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("raw", [b"{}", b'{"method": "acdc"}'])
+def test_lost_checksums_are_damage(saved: Path, raw: bytes) -> None:
+    (saved / "discovery.json").write_bytes(raw)
+    with pytest.raises(CircuitError, match=r"discovery\.json is damaged: the checksums .* are gone"):
+        Circuit.from_pretrained(saved)
+
+
+def test_circuits_of_earlier_versions_have_no_checksums(saved: Path) -> None:
+    """They had neither the list nor the note that there is one."""
+    circuit = Circuit.from_pretrained(saved)
+    edit(saved / "discovery.json", lambda facts: facts.pop("checksums"))
+    save_file(load_file(saved / "scores.safetensors"), saved / "scores.safetensors")
+    assert Circuit.from_pretrained(saved).edges == circuit.edges
 
 
 @pytest.mark.parametrize("name", ["circuit.json", "scores.safetensors", "discovery.json"])

@@ -266,7 +266,7 @@ BAD: Bad = {
     "a folder below a file": (lambda w: w.discover(out="file/out"), "cannot create the output folder"),
     "a file as folder": (lambda w: w.discover(out="file"), "cannot create the output folder"),
     "a name too long": (lambda w: w.discover(out="x" * 300), "cannot create the output folder"),
-    "a folder with a run": (lambda w: w.discover(out="run"), "holds a run already (circuit.json); continue it"),
+    "a folder with a run": (lambda w: w.discover(out="run"), "holds a run already (circuit.json); continue"),
     "a folder with half a run": (lambda w: w.discover(out="half"), "holds a run already (journal.jsonl)"),
     "resuming another run": (
         lambda w: w.discover("model", "ids.jsonl", "--resume", out="half"),

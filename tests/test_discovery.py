@@ -20,7 +20,7 @@ from pahq_hf import ACDCConfig, Circuit, PAHQModel, Task
 from pahq_hf.acdc import ReaderRecord
 from pahq_hf.capture import answer_logits
 from pahq_hf.config import EngineConfig
-from pahq_hf.errors import ConfigError, MetricError, RunError
+from pahq_hf.errors import CircuitError, ConfigError, MetricError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.journal import Journal
 from tests.helpers import (
@@ -31,6 +31,7 @@ from tests.helpers import (
     journal_lines,
     named,
     referee,
+    run_main,
     small_disk,
     unsealed,
     wrapped,
@@ -496,6 +497,24 @@ def test_a_finished_run_that_was_changed_is_not_believed(finished: Path, tmp_pat
     circuit.save_pretrained(tmp_path / "out")
     with pytest.raises(RunError, match=r"is not the one its journal\.jsonl tells of"):
         discover(wrapped("llama"), tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("name", ["means.safetensors", "scores.safetensors"])
+def test_a_finished_run_that_lost_a_file_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    (folder / name).unlink()
+    with pytest.raises(CircuitError, match=rf"{name} is missing: discovery\.json lists it"):
+        discover(wrapped("llama"), folder, resume=True)
+    for command in (["show", str(folder)], ["evaluate", str(folder), "--model", "demo", "--task", "ioi"]):
+        assert run_main(*command) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"{name} is missing" in last and "remove circuit.json and --resume" in last
+    (folder / "circuit.json").unlink()  # as it says
+    again = discover(wrapped("llama"), folder, resume=True)
+    assert_same_circuit(again, Circuit.from_pretrained(finished))
+    assert set(files_of(folder)) == FILES
 
 
 def test_a_journal_gives_back_its_records(tmp_path: Path) -> None:
