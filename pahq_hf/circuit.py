@@ -26,6 +26,7 @@ from pahq_hf.files import (
     CIRCUIT_NAME,
     JOURNAL_NAME,
     Write,
+    output_path,
     text_writer,
     write_atomically,
     write_text,
@@ -548,7 +549,7 @@ def make_folder(folder: str | Path) -> Path:
     Raises:
         RunError: If it cannot be created or written.
     """
-    folder = Path(folder)
+    folder = output_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

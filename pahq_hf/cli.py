@@ -69,6 +69,7 @@ from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
+from pahq_hf.files import output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.quiet import quiet_imports
 from pahq_hf.settings import RunSettings
@@ -179,7 +180,10 @@ def discover(
     context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
-    out: Annotated[Path, typer.Option(help="Folder for the journal and the circuit.")],
+    out: Annotated[
+        Path,
+        typer.Option(parser=output_path, metavar="<path>", help="Folder for the journal and the circuit."),
+    ],
     n: CountOption = None,
     seed: SeedOption = None,
     split: DataSplitOption = None,

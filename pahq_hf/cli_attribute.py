@@ -38,6 +38,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.config import EngineName, MethodName
+from pahq_hf.files import output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.threads import take_threads
 
@@ -46,7 +47,7 @@ def attribute(
     context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
-    out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
+    out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="Folder for the circuit.")],
     method: Annotated[MethodName, typer.Option(help="How edges are scored.")] = "eap-ig",
     n: CountOption = None,
     seed: SeedOption = None,

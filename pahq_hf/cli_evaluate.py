@@ -25,6 +25,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
 from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError
+from pahq_hf.files import output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.threads import take_threads
 
@@ -57,7 +58,12 @@ def evaluate(
         typer.Option(help="A known circuit (folder, or EAP-IG / MIB JSON): ROC, precision and recall."),
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option(help="Folder for PNG, SVG and HTML of --curve and --reference.")
+        Path | None,
+        typer.Option(
+            parser=output_path,
+            metavar="<path>",
+            help="Folder for PNG, SVG and HTML of --curve and --reference.",
+        ),
     ] = None,
     any_weights: Annotated[
         bool, typer.Option("--any-weights", help="Accept other weights of the same shape.")

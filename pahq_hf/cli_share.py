@@ -9,6 +9,7 @@ import typer
 
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
 from pahq_hf.config import ExportFormat
+from pahq_hf.files import output_path
 
 CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -18,9 +19,16 @@ TokenOption = Annotated[str | None, typer.Option(help="Hub token; the stored one
 
 def show(
     folder: CircuitArgument,
-    html: Annotated[Path | None, typer.Option(help="Write an interactive page to this file.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(parser=output_path, metavar="<path>", help="Write an interactive page to this file."),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(parser=output_path, metavar="<path>", help="Write a picture to this file.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(parser=output_path, metavar="<path>", help="Write a picture to this file.")
+    ] = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
     token: TokenOption = None,
@@ -81,7 +89,7 @@ def push(
 
 def pull(
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
-    out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
+    out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="Folder for the circuit.")],
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
     token: TokenOption = None,
@@ -99,7 +107,7 @@ def pull(
 
 def export(
     folder: CircuitArgument,
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="File to write.")],
     fmt: Annotated[ExportFormat, typer.Option("--format", help="File format.")] = "mib",
 ) -> None:
     """Write a circuit for other tools: EAP-IG / MIB JSON, CSV, GraphML or Graphviz DOT."""
@@ -111,7 +119,7 @@ def export(
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="EAP-IG or MIB graph JSON.")],
-    out: Annotated[Path, typer.Option(help="Folder for the circuit.")],
+    out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="Folder for the circuit.")],
 ) -> None:
     """Make a circuit folder of an EAP-IG or MIB graph."""
     from pahq_hf.circuit import refuse_overwrite
@@ -124,7 +132,10 @@ def import_(
 def compare(
     first: CircuitArgument,
     second: CircuitArgument,
-    html: Annotated[Path | None, typer.Option(help="Write a page that shows both to this file.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(parser=output_path, metavar="<path>", help="Write a page that shows both to this file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two circuits of one graph: overlap by kind of edge, correlation of scores."""

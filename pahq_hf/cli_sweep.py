@@ -49,6 +49,7 @@ from pahq_hf.cli_options import (
 from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
 from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
+from pahq_hf.files import output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.settings import RunSettings
 from pahq_hf.threads import take_threads
@@ -62,7 +63,12 @@ def sweep(
     model: ModelArgument,
     task: TaskOption,
     thresholds: Annotated[str, typer.Option(metavar="A,B,...", help="tau of every circuit.")],
-    out: Annotated[Path, typer.Option(help="Folder for a run per threshold, sweep.json and plots.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=output_path, metavar="<path>", help="Folder for a run per threshold, sweep.json and plots."
+        ),
+    ],
     n: CountOption = None,
     seed: SeedOption = None,
     split: DataSplitOption = None,

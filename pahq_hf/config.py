@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pahq_hf.errors import ConfigError, check_names
-from pahq_hf.files import write_text
+from pahq_hf.files import output_path, write_text
 from pahq_hf.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
@@ -60,7 +60,7 @@ class _JsonConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the configuration to a JSON file, atomically."""
-        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(output_path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls: type[SelfT], path: str | Path) -> SelfT:

@@ -38,7 +38,7 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.expectation import search_progress
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME, output_path
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import Journal, check_header, check_result
 from pahq_hf.judge import Judge
@@ -147,7 +147,9 @@ class Discovery:
             UnverifiedWarning: If the engine's final metric is not the hooks engine's.
         """
         with threads(self.engine.threads):
-            circuit = self._run(None, resume) if out is None else self._run_in(Path(out), resume, take_over)
+            circuit = (
+                self._run(None, resume) if out is None else self._run_in(output_path(out), resume, take_over)
+            )
         warn_unverified(circuit)
         return circuit
 

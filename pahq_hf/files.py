@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pahq_hf.errors import RunError
+from pahq_hf.errors import ConfigError, RunError
 
 # What a run's folder holds, and other rooms ask for.
 CIRCUIT_NAME = "circuit.json"
@@ -31,6 +31,19 @@ _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd|/dev/fd")
 _MOST_LINKS = 40  # that a path may lead through, as for the system itself
 _LONGEST = 200  # bytes of a name in that of its temporary file
+
+
+def output_path(name: str | Path) -> Path:
+    """Where somebody wants something written; an empty name, such as of an unset variable, is no path.
+
+    `Path("")` would be the current folder.
+
+    Raises:
+        ConfigError: If it is empty.
+    """
+    if not str(name):
+        raise ConfigError("the path of an output is empty; write . for the current folder")
+    return Path(name)
 
 
 def write_atomically(path: Path, write: Write) -> None:

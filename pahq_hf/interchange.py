@@ -15,7 +15,7 @@ import numpy as np
 from pahq_hf.circuit import Circuit, read_json
 from pahq_hf.config import ExportFormat
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.files import write_text
+from pahq_hf.files import output_path, write_text
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.render.palette import LIGHT
 
@@ -37,7 +37,7 @@ def export(circuit: Circuit, path: str | Path, fmt: ExportFormat) -> None:
     """
     if fmt not in _WRITERS:
         raise ConfigError(f"format must be one of {', '.join(_WRITERS)}, not {fmt!r}")
-    write_text(Path(path), _WRITERS[fmt](circuit))
+    write_text(output_path(path), _WRITERS[fmt](circuit))
 
 
 # -- EAP-IG and MIB ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, UnsupportedModelError, describe
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
+from pahq_hf.files import output_path
 from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
 from pahq_hf.guard import WeightGuard, evaluating
@@ -297,7 +298,7 @@ class PAHQModel(nn.Module):
         engine = engine or EngineConfig()
         if out is None:
             return engine
-        found = RunSettings.of_run(out)
+        found = RunSettings.of_run(output_path(out))
         low = self.pahq_config.regime == "pahq" and self._asked.compute == "auto"
         if low and found.compute not in (None, self.pahq_config.compute):
             self.pahq_config = _resolved(replace(self._asked, compute=found.compute), self.patched.device)

@@ -32,7 +32,7 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.extras import spared
-from pahq_hf.files import ANSWERS_NAME, SWEEP_PREFIX, write_atomically, write_text
+from pahq_hf.files import ANSWERS_NAME, SWEEP_PREFIX, output_path, write_atomically, write_text
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import check_header
@@ -185,7 +185,7 @@ class Sweep(Mapping[float, Circuit]):
         """
         from pahq_hf.render.pareto import draw_pareto, pareto_page
 
-        path = Path(path)
+        path = output_path(path)
         rows, title, ending = self.rows, self._title(), path.suffix.lower()
         if ending == ".html":
             write_text(path, pareto_page(rows, title))
@@ -317,7 +317,7 @@ class SweepRun:
             if out is None:
                 sweep = self._run(None, resume, take_over)
             else:
-                sweep = self._run_in(Path(out), resume, take_over)
+                sweep = self._run_in(output_path(out), resume, take_over)
         sweep.warn_unverified()
         return sweep
 

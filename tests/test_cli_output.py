@@ -1,4 +1,4 @@
-"""A stdout that cannot be written: one line on stderr and exit code 2; a reader that is gone: not a word."""
+"""Outputs that cannot be written: one line on stderr and exit code 2; a reader that is gone: not a word."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pahq_hf import Circuit, PAHQModel, load_task
+from pahq_hf.errors import ConfigError
+from tests.helpers import run_main
 
 PAHQ = [sys.executable, "-m", "pahq_hf"]
 FULL = Path("/dev/full")
@@ -37,3 +41,62 @@ def test_a_closed_stdout_is_said() -> None:
     command = f'"{sys.executable}" -m pahq_hf families >&-'
     ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr) == (2, "pahq: cannot write to stdout: it is closed\n")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("output") / "run")
+    assert run_main("discover", "demo", "--task", "ioi", "--n", "2", "--threshold", "0.3", "--out", out) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["discover", "demo", "--task", "ioi", "--n", "2", "--out", ""],
+        ["discover", "demo", "--task", "ioi", "--n", "2", "--resume", "--out="],
+        ["attribute", "demo", "--task", "ioi", "--n", "2", "--out", ""],
+        ["sweep", "demo", "--task", "ioi", "--n", "2", "--thresholds", "0.3", "--out", ""],
+        ["evaluate", "RUN", "--model", "demo", "--task", "ioi", "--n", "2", "--curve", "--plots", ""],
+        ["show", "RUN", "--html", ""],
+        ["show", "RUN", "--svg", ""],
+        ["show", "RUN", "--png", ""],
+        ["compare", "RUN", "RUN", "--html", ""],
+        ["export", "RUN", "--out", ""],
+        ["import", "RUN/circuit.json", "--out", ""],
+        ["pull", "owner/name", "--out", ""],
+    ],
+    ids=lambda command: f"{command[0]} {command[-2]}",
+)
+def test_an_empty_name_is_no_path(
+    run: str,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An unset variable wrote the run into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert run_main(*(word.replace("RUN", run) for word in command)) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and "the path of an output is empty" in shown.err
+    assert shown.out == "" and not list(tmp_path.iterdir())
+
+
+def test_an_empty_name_is_no_path_in_python(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = PAHQModel.from_pretrained("demo")
+    task = load_task("ioi", model.tokenizer, n=2)
+    monkeypatch.chdir(tmp_path)
+    for act in (
+        lambda: model.discover(task, out="", progress=False),
+        lambda: model.discover(task, out="", resume=True, progress=False),
+        lambda: model.sweep(task, thresholds=[0.3], out="", progress=False),
+        lambda: model.attribute(task, out="", progress=False),
+        lambda: Circuit.from_pretrained(run).save_pretrained(""),
+        lambda: model.pahq_config.save_pretrained(""),
+    ):
+        with pytest.raises(ConfigError, match="the path of an output is empty"):
+            act()
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from pahq_hf.discovery import versions
 from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, warn_near_chance
+from pahq_hf.files import output_path
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.lock import RunLock
@@ -92,7 +93,7 @@ class Attribution:
         with threads(self.engine.threads):
             if out is None:
                 return self._run()
-            folder = Path(out)
+            folder = output_path(out)
             with RunLock(folder, take_over=take_over) as lock:  # what cannot be written fails before any work
                 refuse_overwrite(folder)
                 circuit = self._run()
