@@ -229,7 +229,9 @@ def discover(
     from pahq_hf.render.table import run_table
     from pahq_hf.tasks import check_choice
 
-    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
+    check_choice(
+        task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle
+    )  # before a model is loaded
     acdc = ACDCConfig(
         threshold=threshold,
         metric=metric,

@@ -88,7 +88,9 @@ def attribute(
     from pahq_hf.render.table import run_table
     from pahq_hf.tasks import check_choice
 
-    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
+    check_choice(
+        task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle
+    )  # before a model is loaded
     config = AttributionConfig(method, metric, steps, topn, threshold, absolute, ablation, score_seed)
     pahq = PAHQConfig(precision, fmt, split_kv_groups, policy=read_policy(policy))
     limits = EngineConfig(engine, memory_budget=read_bytes(memory_budget))

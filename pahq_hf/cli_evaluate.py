@@ -84,7 +84,9 @@ def evaluate(
 
     # The seed of --completeness has a use of its own, whatever the prompts.
     drawn = None if completeness and not shuffle and not is_generated(task) else seed
-    check_choice(task, seed=drawn, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
+    check_choice(
+        task, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle
+    )  # before a model is loaded
     if plots is not None and not curve and reference is None:
         raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
     found = Circuit.from_pretrained(circuit, token=token)

@@ -114,7 +114,9 @@ def sweep(
     from pahq_hf.sweep import check_thresholds
     from pahq_hf.tasks import check_choice
 
-    check_choice(task, seed=seed, split=split, offset=offset, shuffle=shuffle)  # before a model is loaded
+    check_choice(
+        task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle
+    )  # before a model is loaded
     values = check_thresholds(read_thresholds(thresholds))  # before a model is loaded
     acdc = ACDCConfig(
         metric=metric,

@@ -188,6 +188,10 @@ BAD: Bad = {
     "NaN in evaluate": (lambda w: w.evaluate("run", "token", "--any-weights"), "metric kl came out as nan"),
     # data
     "no such file": (lambda w: w.discover("model", "nothing.jsonl"), "nothing.jsonl: no such file"),
+    "too many examples": (
+        lambda w: [*w.discover("nowhere"), "--task", "ioi", "--n", "100000000"],  # before the model is read
+        "at most 100,000 examples",
+    ),
     "no such task": (lambda w: [*w.discover(), "--task", "juggling"], "unknown task 'juggling'"),
     "no data": (lambda w: w.discover("model", "empty.jsonl"), "the dataset is empty"),
     "a missing column": (lambda w: w.discover("words", "column.jsonl"), "missing column corrupted"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from pahq_hf.errors import TaskError
+from pahq_hf.errors import ConfigError, TaskError
 from pahq_hf.tasks import DESCRIPTIONS, TASKS, available_tasks, greater_than, ioi, load_task, words
 from pahq_hf.tasks.base import Pair, collate
+from pahq_hf.tasks.generating import draw_pairs
 from tests.task_tokenizers import (
     NAMES,
     OBJECTS,
@@ -227,6 +230,18 @@ def test_generators_refuse_tokenizers_that_do_not_suit() -> None:
     ("name", "options", "message"),
     [
         ("ioi", {"n": 0}, "n must be a positive number"),
+        ("ioi", {"n": -1}, "n must be a positive number"),
+        ("ioi", {"n": 2.5}, "n must be a whole number; got float: 2.5"),
+        ("ioi", {"n": "5"}, "n must be a whole number; got str: '5'"),
+        ("ioi", {"n": True}, "n must be a whole number; got bool"),
+        ("ioi", {"seed": "5"}, "seed must be a whole number"),
+        ("data.csv", {"offset": "5"}, "offset must be a whole number"),
+        ("ioi", {"n": 10**8}, "at most 100,000 examples of it: n is 100,000,000"),
+        ("induction", {"n": 100_001}, "at most 100,000 examples of it: n is 100,001"),
+        ([{"clean": "a"}], {}, "a data file's or a Hub dataset's name; got list: .*: write rows to a .jsonl"),
+        ({"clean": ["a"]}, {}, "a data file's or a Hub dataset's name; got dict"),
+        (5, {}, "a data file's or a Hub dataset's name; got int"),
+        (None, {}, "a data file's or a Hub dataset's name; got NoneType"),
         ("ioi", {"metric": "kld"}, "unknown metric 'kld'; choose from kl, "),
         ("ioi", {"padding_side": "top"}, "padding_side must be 'left' or 'right', not 'top'"),
         ("ioi", {"corruption": "xyz"}, "no corruption 'xyz'; choose from abc, s2_flip"),
@@ -244,6 +259,51 @@ def test_wrong_arguments(
     with pytest.raises(TaskError, match=message) as error:
         load_task(name, gpt2_like, **options)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("sed", "did you mean 'seed'?"),
+        ("metrics", "did you mean 'metric'?"),
+        ("x", "it knows n, seed, metric, "),
+    ],
+)
+def test_unknown_options_name_the_nearest(
+    option: str, advice: str, gpt2_like: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_task("ioi", gpt2_like, **{option: 1})  # type: ignore[arg-type]
+    assert str(error.value).startswith(f"load_task has no option {option!r}: {advice}")
+
+
+def test_numbers_of_numpy_are_numbers(gpt2_like: PreTrainedTokenizerFast) -> None:
+    number: Any = np.int64(3)
+    task = load_task("ioi", gpt2_like, n=number, seed=number)
+    assert len(task) == 3
+    assert json.loads(json.dumps(task.source))["seed"] == 3
+
+
+@pytest.mark.parametrize("share", [0, 1 / 500])
+def test_what_a_tokenizer_cannot_make_is_given_up_soon(share: float) -> None:
+    """A count of attempts, which for a hundred thousand pairs were two million."""
+    rng, attempts = random.Random(0), 0
+
+    def attempt() -> Pair | str:
+        nonlocal attempts
+        attempts += 1
+        return Pair([1], [2]) if rng.random() < share else "it fails"
+
+    pairs, failure = draw_pairs(100_000, attempt)
+    assert len(pairs) < 50
+    assert failure == "it fails"
+    assert attempts < 5_000
+
+
+def test_what_passes_once_in_ten_draws_is_made() -> None:
+    rng = random.Random(0)
+    pairs, _ = draw_pairs(3_000, lambda: Pair([1], [2]) if rng.random() < 0.1 else "it fails")
+    assert len(pairs) == 3_000
 
 
 def test_generators_need_a_tokenizer() -> None:

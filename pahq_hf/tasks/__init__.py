@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from typing_extensions import Never
+
 from pahq_hf.config import MetricName
-from pahq_hf.errors import TaskError
+from pahq_hf.errors import TaskError, check_names, describe
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
@@ -34,6 +38,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 """Generators by name; `make(tokenizer, *, n, seed, padding_side)` with optional `metric`, `corruption`."""
 
 DEFAULT_N = 50
+MAX_N = 100_000
+"""Most prompt pairs that a generator makes: a minute's work."""
 
 
 def available_tasks() -> list[str]:
@@ -53,6 +59,7 @@ def is_generated(name_or_path: str | Path) -> bool:
 def check_choice(
     name_or_path: str | Path,
     *,
+    n: int | None = None,
     seed: int | None = None,
     split: str | None = None,
     offset: int = 0,
@@ -61,12 +68,30 @@ def check_choice(
     """Check what `load_task` is told about examples, which needs neither model nor data.
 
     Raises:
-        TaskError: If an option changes nothing for this task.
+        TaskError: If something is of another type or out of range, or an option changes nothing for this
+            task.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise TaskError(
+            f"a task is a name such as 'ioi', or a data file's or a Hub dataset's name; got "
+            f"{describe(name_or_path)}: write rows to a {FILE_TYPES[0]} file and give its name"
+        )
+    numbers: dict[str, object] = {
+        "n": 1 if n is None else n,
+        "seed": 0 if seed is None else seed,
+        "offset": offset,
+    }
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TaskError(f"{name} must be a whole number; got {describe(value)}")
+    if n is not None and n < 1:
+        raise TaskError(f"n must be a positive number of examples, not {n!r}")
     if offset < 0:
         raise TaskError(f"offset must not be negative, not {offset!r}")
     if is_generated(name_or_path):
         name = str(name_or_path).partition(":")[0]
+        if n is not None and n > MAX_N:
+            raise TaskError(f"task {name!r} is generated, at most {MAX_N:,} examples of it: n is {n:,}")
         if split is not None:
             raise TaskError(f"task {name!r} is generated and has no split {split!r}")
         if offset or shuffle:
@@ -98,6 +123,7 @@ def load_task(
     split: str | None = None,
     offset: int = 0,
     shuffle: bool = False,
+    **unknown: Never,
 ) -> Task:
     """Generate a known task or load a user's own data.
 
@@ -106,7 +132,7 @@ def load_task(
             .jsonl, .json, .csv or .parquet file; a dataset folder; or a Hub dataset id (`owner/name`). See
             `load_dataset_task` for the columns.
         tokenizer: The model's tokenizer; may be missing for data given as token ids.
-        n: Number of examples. Generators make 50 by default; data is used whole.
+        n: Number of examples. Generators make 50 by default and `MAX_N` at most; data is used whole.
         seed: Seed of a generator, 0 by default, or of `shuffle`; data that is not shuffled takes none.
         metric: Overrides the task's default metric.
         padding_side: `"right"` or `"left"`.
@@ -115,16 +141,19 @@ def load_task(
         offset: Examples of the data that are passed over before: what a search has not seen lies behind its
             own.
         shuffle: Put the data into another order first, drawn from `seed`.
+        **unknown: Nothing else is taken.
 
     Returns:
         The task, every pair of one token length and every answer one token.
 
     Raises:
+        ConfigError: If an option is unknown; the message names the nearest right one.
         TaskError: If the task is unknown or its data cannot be used; the message says why.
     """
-    if n is not None and n < 1:
-        raise TaskError(f"n must be a positive number of examples, not {n!r}")
-    check_choice(name_or_path, seed=seed, split=split, offset=offset, shuffle=shuffle)
+    taken = signature(load_task).parameters.values()
+    check_names(unknown, [option.name for option in taken if option.kind is option.KEYWORD_ONLY], "load_task")
+    check_choice(name_or_path, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
+    n, seed, offset = None if n is None else int(n), None if seed is None else int(seed), int(offset)
     if metric not in (None, *get_args(MetricName)):
         raise TaskError(f"unknown metric {metric!r}; choose from {', '.join(get_args(MetricName))}")
     options: dict[str, Any] = {"padding_side": padding_side}
@@ -158,6 +187,7 @@ def load_task(
 __all__ = [
     "DEFAULT_N",
     "DESCRIPTIONS",
+    "MAX_N",
     "TASKS",
     "Pair",
     "Task",

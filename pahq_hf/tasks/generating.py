@@ -14,6 +14,9 @@ from pahq_hf.tasks.tokens import continuation, encode_prompt, has_unknown, pad_i
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_EARLY = 2_000  # draws, after which a task that a tokenizer does not suit is given up
+_HOPELESS = 100  # draws for a pair
+
 
 def check_corruption(name: str, corruption: str, known: Sequence[str]) -> None:
     """Check that a task has a corruption.
@@ -99,7 +102,8 @@ def text_pair(
 def draw_pairs(n: int, attempt: Callable[[], Pair | str]) -> tuple[list[Pair], str]:
     """Draw until `n` pairs pass.
 
-    A failing pair is drawn again; when not even one in twenty passes the tokenizer does not suit the task.
+    A failing pair is drawn again; when not even one in twenty passes the tokenizer does not suit the task,
+    which shows long before the end if it is not one in a hundred.
 
     Args:
         n: How many pairs.
@@ -110,8 +114,8 @@ def draw_pairs(n: int, attempt: Callable[[], Pair | str]) -> tuple[list[Pair], s
     """
     pairs: list[Pair] = []
     failure = ""
-    for _ in range(20 * n + 100):
-        if len(pairs) == n:
+    for number in range(20 * n + 100):
+        if len(pairs) == n or (number >= _EARLY and _HOPELESS * len(pairs) < number):
             break
         outcome = attempt()
         if isinstance(outcome, Pair):
