@@ -14,6 +14,7 @@ from pahq_hf.circuit import PICTURE_NAME, Circuit
 from pahq_hf.naming import hub_id_of, without_place
 from pahq_hf.render.layout import DRAWN_EDGES
 from pahq_hf.tasks.catalog import DESCRIPTIONS
+from pahq_hf.terminal import printable
 
 _METHODS = {
     "acdc": "ACDC with activation patching",
@@ -56,7 +57,7 @@ def render_card(
     where = [repr(repo_id or "path/to/this/folder")]
     if subfolder is not None:
         where.append(f"subfolder={subfolder!r}")
-    return _template().render(
+    text = _template().render(
         metadata=_metadata(circuit),
         base_model=f"{base_model} (a local folder)" if model.get("local") else base_model,
         fingerprint=model.get("fingerprint"),
@@ -87,6 +88,7 @@ def render_card(
         carried=plain_carries(circuit) if works_plainly(circuit) else None,
         prompts=_prompts(task),
     )
+    return printable(text)
 
 
 @cache
@@ -126,7 +128,7 @@ def _prompts(task: dict[str, Any]) -> str | None:
 
 def _cell(value: object) -> str:
     """Text that stays in its table cell and is not markup."""
-    text = " ".join(str(value).encode("utf-8", "replace").decode().split())
+    text = " ".join(printable(str(value)).split())
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + "…"
     return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)

@@ -18,6 +18,7 @@ from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.files import output_path, write_text
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.render.palette import LIGHT
+from pahq_hf.terminal import printable
 
 _CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
 
@@ -154,7 +155,7 @@ def _to_dot(circuit: Circuit) -> str:
     for writer, target, facts in circuit.to_networkx().edges(data=True):
         look = f'color="{LIGHT.edges[facts["kind"]]}", label="{facts["kind"]} {facts["score"]:.3g}"'
         lines.append(f"  {_quoted(writer)} -> {_quoted(target)} [{look}];")
-    return "\n".join([*lines, "}"]) + "\n"
+    return printable("\n".join([*lines, "}"]) + "\n")
 
 
 def _quoted(name: str) -> str:

@@ -10,16 +10,22 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pahq_hf import Circuit
+from pahq_hf.card import render_card
 from pahq_hf.cli_output import print_rich
+from pahq_hf.render.notebook import circuit_html
+from pahq_hf.render.page import circuit_page, compare_page
+from pahq_hf.render.plots_page import Figure, PageTable, plots_page
 from pahq_hf.render.table import facts_table
 from pahq_hf.terminal import Terminated, printable, printable_notes, terminable
-from tests.helpers import run_main
+from tests.helpers import id_rows, run_main, write_rows
+from tests.models import random_task
 from tests.test_circuit import small
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1m\u202egnp.exe\r\x00\x08"
@@ -63,6 +69,36 @@ def test_tables(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out and not steering(out + err)
     if command == "show":
         assert r"\x1b]0;owned" in out
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        render_card,
+        circuit_page,
+        circuit_html,
+        lambda circuit: compare_page(circuit, circuit),
+        lambda circuit: plots_page(EVIL, [Figure(EVIL, [], {})], PageTable([EVIL], [[EVIL]])),
+    ],
+    ids=["card", "page", "notebook", "comparison", "plots"],
+)
+def test_files_for_people(written: Callable[[Circuit], str]) -> None:
+    """`cat` of them steers nothing, and what was in a name can be seen."""
+    text = written(evil())
+    shown = text.split("<script>")[0]  # Plotly's own source is no text of ours
+    assert r"\x1b]0;owned" in shown.replace("\\\\", "\\").replace("\\]", "]") and not steering(shown)
+
+
+def test_a_data_file_with_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its name to the card, as users meet it."""
+    rows = write_rows(tmp_path / "a\x1bcb\x1b]0;T\x07\u202e.jsonl", id_rows(random_task(batch=2, seed=3)))
+    out = tmp_path / "out"
+    options = ("--precision", "fp32", "--readers", "logits", "--out", str(out))
+    assert run_main("discover", "demo", "--task", str(rows), *options) == 0
+    card = (out / "README.md").read_text()
+    assert "a\\\\x1bcb" in card and not steering(card)
+    assert run_main("export", str(out), "--format", "dot", "--out", str(tmp_path / "a.dot")) == 0
+    assert not steering((tmp_path / "a.dot").read_text())
 
 
 def test_a_table_of_anything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pahq_hf.terminal import printable
+
 _LONGEST = 120
 # JSON inside HTML: nothing may look like markup, and the two separators end lines in old scripts.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -22,7 +24,8 @@ def embedded_json(data: Any) -> Markup:
 
 
 def readable(text: str) -> str:
-    """Text from a file, made harmless to look at: short, and without control or direction characters."""
+    """Text from a file, made harmless to look at: short, control and direction characters as escapes."""
+    text = printable(text)
     if len(text) > _LONGEST:
         text = text[: _LONGEST - 1] + "…"
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -7,10 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pahq_hf.circuit import Circuit
+from pahq_hf.render.embed import readable
 from pahq_hf.render.facts import run_facts
 from pahq_hf.render.picture import draw
-
-_LONGEST = 120
 
 
 def circuit_html(circuit: Circuit) -> str:
@@ -23,7 +22,8 @@ def circuit_html(circuit: Circuit) -> str:
         HTML without scripts.
     """
     rows = "".join(
-        f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(str(value)[:_LONGEST])}</td></tr>"
+        f"<tr><th style='text-align:left'>{html.escape(readable(name))}</th>"
+        f"<td>{html.escape(readable(str(value)))}</td></tr>"
         for name, value in run_facts(circuit).items()
     )
     with TemporaryDirectory() as folder:

@@ -60,7 +60,7 @@ def pareto_front(edges: Sequence[int], values: Sequence[float]) -> list[int]:
 
 def _panels(rows: Sequence[SweepRow]) -> list[_Panel]:
     kl = _Panel("KL from the full model, FP32", [row.kl for row in rows])
-    name = rows[0].name
+    name = readable(rows[0].name)
     return [kl] if name == "kl" else [_Panel(f"{name} (minimised), FP32", [row.metric for row in rows]), kl]
 
 

@@ -38,6 +38,12 @@ class PageTable:
     titles: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default_factory=list)
 
+    def readable(self) -> PageTable:
+        """The same, harmless to look at."""
+        return PageTable(
+            [readable(text) for text in self.titles], [[*map(readable, row)] for row in self.rows]
+        )
+
 
 def plots_page(title: str, figures: Sequence[Figure], table: PageTable | None = None) -> str:
     """A page that shows figures.
@@ -57,8 +63,8 @@ def plots_page(title: str, figures: Sequence[Figure], table: PageTable | None = 
     scripts = [one_line_ends(get_plotlyjs()), source(pages, "plots.js")]
     return pages.get_template("plots.html.jinja").render(
         title=readable(title),
-        labels=[figure.label for figure in figures],
-        table=table,
+        labels=[readable(figure.label) for figure in figures],
+        table=None if table is None else table.readable(),
         # Only these very scripts run: the browser refuses whatever else got into the page.
         hashes=script_hashes(scripts),
         scripts=[Markup(script) for script in scripts],
