@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from pahq_hf import hub
 from pahq_hf.confirmation import Confirmation
-from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError
+from pahq_hf.errors import CircuitError, ConfigError, HubError, RunError, check_place
 from pahq_hf.extras import spared
 from pahq_hf.files import (
     CIRCUIT_NAME,
@@ -315,8 +315,10 @@ class Circuit:
 
         Raises:
             CircuitError: If a file is missing, damaged, or of a newer format.
+            ConfigError: If `name` is no name.
             HubError: If the repository cannot be read.
         """
+        check_place(name)
         folder = Path(name)
         if not folder.exists() and _HUB_ID.fullmatch(str(name)):
             place = hub.HubPlace(

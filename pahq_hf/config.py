@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pahq_hf.errors import ConfigError, check_names
+from pahq_hf.errors import ConfigError, check_names, check_place
 from pahq_hf.files import output_path, write_text
 from pahq_hf.threads import check_threads
 
@@ -155,6 +155,7 @@ class PAHQConfig(_JsonConfig):
         """
         from pahq_hf.wrapper import Wrapper
 
+        check_place(name)
         return Wrapper.load(name, **options).config
 
     def validate(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from os import PathLike
 
 
 class PAHQError(Exception):
@@ -72,6 +73,16 @@ def describe(value: object) -> str:
     """What somebody gave in place of something else, in one line."""
     shown = " ".join(repr(value).split())
     return f"{type(value).__name__}: {shown:.60}"
+
+
+def check_place(name: object) -> None:
+    """Check that what `from_pretrained` is given is a name.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if not isinstance(name, (str, PathLike)):
+        raise ConfigError(f"from_pretrained takes a name or a folder; got {describe(name)}")
 
 
 def check_names(

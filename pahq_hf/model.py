@@ -24,7 +24,14 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.errors import AblationWarning, ConfigError, ModelLoadError, UnsupportedModelError, describe
+from pahq_hf.errors import (
+    AblationWarning,
+    ConfigError,
+    ModelLoadError,
+    UnsupportedModelError,
+    check_place,
+    describe,
+)
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.files import output_path
 from pahq_hf.fingerprint import identity_of
@@ -39,6 +46,8 @@ from pahq_hf.options import (
     EvaluateOptions,
     LoadOptions,
     SearchOptions,
+    check_model,
+    check_task,
     check_work,
     read_load_options,
     with_fields,
@@ -90,6 +99,7 @@ class PAHQModel(nn.Module):
         source: WeightSource | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
         empty = any(parameter.is_meta for parameter in model.parameters())
         origin = source if empty and isinstance(source, CheckpointSource) else None
         streamed = origin is not None
@@ -159,6 +169,7 @@ class PAHQModel(nn.Module):
             UnsupportedModelError: If the family is unknown.
             SelfCheckError: If the patched model does not reproduce the untouched forward pass.
         """
+        check_place(model)
         arguments, fields = read_load_options(options, pahq_config)
         return cls._load(str(model), pahq_config, fields, arguments)
 
@@ -335,13 +346,14 @@ class PAHQModel(nn.Module):
             The circuit.
 
         Raises:
-            ConfigError: If an option is unknown or out of range.
+            ConfigError: If `task` is no task, or an option is unknown or out of range.
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
         check_work(
             options, DiscoverOptions, "discover", config=(config, ACDCConfig), engine=(engine, EngineConfig)
         )
+        check_task(task, "discover")
         acdc = _search_config(config, options)
         engine = self._resumed(out, engine) if resume else engine
         run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
@@ -387,6 +399,7 @@ class PAHQModel(nn.Module):
         check_work(
             options, SearchOptions, "sweep", config=(config, ACDCConfig), engine=(engine, EngineConfig)
         )
+        check_task(task, "sweep")
         acdc = _search_config(config, options)
         engine = self._resumed(out, engine) if resume else engine
         where = self.patched, self.identity, task, self.pahq_config
@@ -419,11 +432,12 @@ class PAHQModel(nn.Module):
             The circuit; `scores` holds the score of every edge, positive where removing it would hurt.
 
         Raises:
-            ConfigError: If an option is unknown or out of range.
+            ConfigError: If `task` is no task, or an option is unknown or out of range.
             MetricError: If the method means nothing for the metric, or the metric came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
         check_work(options, AttributeOptions, "attribute", engine=(engine, EngineConfig))
+        check_task(task, "attribute")
         config = AttributionConfig.from_dict(dict(options))
         where = self.patched, self.identity, task, self.pahq_config
         run = Attribution(*where, config, engine, progress=progress)
@@ -456,6 +470,7 @@ class PAHQModel(nn.Module):
             CircuitError: If the circuit is of another model.
         """
         check_work(options, EvaluateOptions, "evaluate", circuit=(circuit, Circuit))
+        check_task(task, "evaluate")
         wanted = EvaluationOptions.from_dict(dict(options))
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.discovery.get("arguments", {})

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
 import torch
+from torch import nn
 
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import (
@@ -21,7 +22,8 @@ from pahq_hf.config import (
     PAHQConfig,
     Regime,
 )
-from pahq_hf.errors import ConfigError, check_names
+from pahq_hf.errors import ConfigError, check_names, describe
+from pahq_hf.tasks.base import Task
 
 
 class LoadOptions(TypedDict, total=False):
@@ -233,3 +235,26 @@ def check_work(options: Mapping[str, Any], known: type, method: str, **objects: 
     for name, (value, kind) in objects.items():
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be an instance of {kind.__name__}; got {value!r}")
+
+
+def check_task(task: object, method: str) -> None:
+    """Check that a method of `PAHQModel` was given a task.
+
+    Raises:
+        ConfigError: If it is something else, such as a task's name.
+    """
+    if not isinstance(task, Task):
+        raise ConfigError(f"{method} takes a Task (load_task(...)); got {describe(task)}")
+
+
+def check_model(model: object) -> None:
+    """Check that `PAHQModel` was given a model.
+
+    Raises:
+        ConfigError: If it is something else, such as a model's name.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"PAHQModel wraps a loaded model; got {describe(model)}: load one by its name with "
+            "PAHQModel.from_pretrained(...)"
+        )

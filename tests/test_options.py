@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pahq_hf import ACDCConfig, EngineConfig, PAHQConfig, PAHQModel
+from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
 from pahq_hf.config import AttributionConfig
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import EvaluationOptions
@@ -224,3 +224,43 @@ def test_numbers_of_numpy_are_numbers() -> None:
 )
 def test_every_field_can_be_given(names: type, fields: type) -> None:
     assert set(names.__annotations__) == {field.name for field in dataclasses.fields(fields)}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model, given: model.discover(given), "discover takes a Task (load_task(...)); got "),
+        (
+            lambda model, given: model.sweep(given, thresholds=[1]),
+            "sweep takes a Task (load_task(...)); got ",
+        ),
+        (lambda model, given: model.attribute(given), "attribute takes a Task (load_task(...)); got "),
+        (
+            lambda model, given: model.evaluate(circuit(), given),
+            "evaluate takes a Task (load_task(...)); got ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("given", ["ioi", None, [1], np.ones((2, 2))])
+def test_what_is_no_task_is_refused(call: Callable[..., Any], said: str, given: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        call(wrapped("llama"), given)
+    assert str(error.value).startswith(said + type(given).__name__)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: PAHQModel("demo"), "PAHQModel wraps a loaded model; got str: 'demo': load one by its name"),  # type: ignore[arg-type]
+        (lambda: PAHQModel(None), "PAHQModel wraps a loaded model; got NoneType"),  # type: ignore[arg-type]
+        (lambda: PAHQModel.from_pretrained(5), "from_pretrained takes a name or a folder; got int: 5"),  # type: ignore[arg-type]
+        (lambda: PAHQModel.from_pretrained(None), "from_pretrained takes a name or a folder; got NoneType"),  # type: ignore[arg-type]
+        (lambda: Circuit.from_pretrained(5), "from_pretrained takes a name or a folder; got int: 5"),  # type: ignore[arg-type]
+        (lambda: PAHQConfig.from_pretrained(5), "from_pretrained takes a name or a folder; got int: 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_model_and_no_name_is_refused(call: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        call()
+    assert str(error.value).startswith(said)
