@@ -54,6 +54,19 @@ def resolve(name: str) -> str:
     return str(demo_path()) if name == "demo" else name
 
 
+def _check_folder(name: str) -> None:
+    """Refuse a path to nothing; a name that could be on the Hub is asked for there.
+
+    Raises:
+        ModelLoadError: If it can only be a path, and nothing is there.
+    """
+    path = str(name)
+    if (path.startswith((".", "~")) or os.path.isabs(path) or path.count("/") > 1) and not os.path.exists(
+        path
+    ):
+        raise ModelLoadError(f"cannot read the model {name!r}: there is no such folder")
+
+
 def trusts(kwargs: Mapping[str, Any]) -> bool:
     """Whether code that comes with a model may run: only where somebody said so.
 
@@ -94,6 +107,7 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         ModelLoadError: If it cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
+    _check_folder(name)
     wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
     trust = trusts(kwargs)
     try:

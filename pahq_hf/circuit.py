@@ -25,6 +25,7 @@ from pahq_hf.extras import spared
 from pahq_hf.files import (
     CIRCUIT_NAME,
     JOURNAL_NAME,
+    SWEEP_PREFIX,
     Write,
     output_path,
     text_writer,
@@ -334,6 +335,7 @@ class Circuit:
 
     @classmethod
     def _read(cls, folder: Path) -> Circuit:
+        _refuse_sweep(folder)
         document = read_json(folder / CIRCUIT_NAME)
         cfg, edges = document.get("cfg"), document.get("edges")
         if not isinstance(cfg, dict) or not isinstance(edges, dict):
@@ -376,6 +378,22 @@ _SPEC_KEYS = {
     "parallel_attn_mlp": False,
     "coupled_heads": False,
 }
+
+
+def _refuse_sweep(folder: Path) -> None:
+    """A sweep's folder holds circuits and is none.
+
+    Raises:
+        CircuitError: Naming them, if it is one.
+    """
+    if os.path.exists(folder / CIRCUIT_NAME):
+        return
+    found = sorted(path.parent.name for path in folder.glob(f"{SWEEP_PREFIX}*/{CIRCUIT_NAME}"))
+    if found:
+        raise CircuitError(
+            f"{folder} holds a sweep, not one circuit: give the folder of a threshold in it, one of "
+            f"{', '.join(found)}"
+        )
 
 
 def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:

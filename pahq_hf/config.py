@@ -225,7 +225,7 @@ class AttributionConfig(_JsonConfig):
         if self.topn is not None and self.topn < 1:
             raise ConfigError(f"topn must be at least 1; got {self.topn}")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ConfigError(f"threshold must be a number; got {self.threshold}")
+            raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0; got {self.seed}")
 
@@ -264,7 +264,7 @@ class ACDCConfig(_JsonConfig):
         if self.margin is not None:
             check_number("margin", self.margin)
         if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ConfigError(f"threshold must be a number >= 0; got {self.threshold}")
+            raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
         if self.metric is not None:
             _choice("metric", self.metric, MetricName)
         _choice("order", self.order, Order)

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_NOISY = ("torchao", "torch.utils._pytree")
+_NOISY = ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http")  # the last tells of each retry
 
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keep torchao's notices back while a block imports it."""
+    """Keep torchao's notices back while a block imports it, and the Hub client's word on each retry."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -211,9 +211,12 @@ BAD: Bad = {
         "metric nll needs an answer for every example",
     ),
     # options
-    "threshold nan": (lambda w: w.discover("model", "ids.jsonl", "--threshold", "nan"), "threshold must be"),
+    "threshold nan": (
+        lambda w: w.discover("model", "ids.jsonl", "--threshold", "nan"),
+        "threshold must be a finite number",
+    ),
     "threshold below 0": (lambda w: w.discover("model", "ids.jsonl", "--threshold=-1"), "threshold must be"),
-    "infinite threshold": (lambda w: w.discover("model", "ids.jsonl", "--threshold=inf"), "threshold must"),
+    "infinite threshold": (lambda w: w.discover("model", "ids.jsonl", "--threshold=inf"), "a finite number"),
     "threshold of letters": (lambda w: w.discover("model", "ids.jsonl", "--threshold", "low"), "--threshold"),
     "a glob of nothing": (
         lambda w: w.discover("model", "ids.jsonl", "--readers", "logits,q*"),

@@ -100,3 +100,23 @@ def test_an_empty_name_is_no_path_in_python(
         with pytest.raises(ConfigError, match="the path of an output is empty"):
             act()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["./nomodel", "/nowhere/nomodel", "../nomodel", "a/b/nomodel"])
+def test_a_path_to_no_model_is_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main("discover", name, "--task", "ioi", "--out", str(tmp_path / "out")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"pahq: cannot read the model {name!r}: there is no such folder"
+    )
+
+
+def test_a_sweep_is_not_one_circuit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "swept")
+    where = ["demo", "--task", "ioi", "--n", "2"]
+    assert run_main("sweep", *where, "--thresholds", "0.3,0.5", "--out", out) == 0
+    for command in (["show", out], ["evaluate", out, "--model", "demo", "--task", "ioi"]):
+        capsys.readouterr()
+        assert run_main(*command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.endswith("give the folder of a threshold in it, one of tau-0.3, tau-0.5\n")

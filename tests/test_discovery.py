@@ -186,7 +186,7 @@ def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest
     model = wrapped("llama")
     monkeypatch.setattr(pahq_hf.discovery, "make_engine", None)
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="threshold must be a number >= 0"):
+    with pytest.raises(ConfigError, match="threshold must be a finite number >= 0"):
         discover(model, out, threshold=-1)
     with pytest.raises(ConfigError, match="no reader matches"):
         discover(model, out, readers="logits,b*")
