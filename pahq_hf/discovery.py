@@ -40,7 +40,7 @@ from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.expectation import search_progress
 from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME, output_path
 from pahq_hf.hardware import hardware_facts
-from pahq_hf.journal import Journal, check_header, check_result
+from pahq_hf.journal import DATA, Journal, check_header, check_result
 from pahq_hf.judge import Judge
 from pahq_hf.legacy import known_fingerprint
 from pahq_hf.lock import LOCK_NAME, RunLock, check_free
@@ -126,6 +126,14 @@ class Discovery:
             "policy_order": list(self.pahq.policy),  # the first match counts; objects have no order
             "acdc": self.acdc.to_dict() | {"metric": self.metric},
         }
+
+    def data(self) -> dict[str, Any]:
+        """What the prompts are, in words; `header` pins them themselves."""
+        return {"name": self.task.name, "examples": len(self.task), **self.task.source}
+
+    def told_header(self) -> dict[str, Any]:
+        """The header, and beside it what is said of the prompts when those of two runs differ."""
+        return self.header() | {DATA: self.data()}
 
     @exact_products()
     def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
@@ -222,7 +230,8 @@ class Discovery:
             return None
         if resume and os.path.exists(folder / CIRCUIT_NAME):
             circuit = Circuit.from_pretrained(folder)
-            check_header(circuit.discovery.get("header", {}), self.header(), folder)
+            found = {**circuit.discovery.get("header", {}), DATA: circuit.discovery.get("task")}
+            check_header(found, self.told_header(), folder)
             self._check_finished(circuit, folder)
             return circuit
         if not resume:
@@ -349,7 +358,7 @@ class Discovery:
             return None
         make_folder(folder)
         if self._is_begun(folder, resume):
-            journal = Journal.resume(folder, self.header())
+            journal = Journal.resume(folder, self.told_header())
             self.clock.take_over(folder)
             if self.acdc.screen is not None:
                 self.screen = Screen.load(self.acdc.screen, self.model.graph, folder, self.header())
@@ -362,7 +371,7 @@ class Discovery:
             return journal
         if self.screen is not None:
             self.screen.save(folder, self.header())
-        return Journal.create(folder, self.header() | {"settings": self.settings(engine).to_dict()})
+        return Journal.create(folder, self.told_header() | {"settings": self.settings(engine).to_dict()})
 
     def settings(self, engine: HooksEngine | SparseEngine) -> RunSettings:
         """How this run computes."""
@@ -388,7 +397,7 @@ class Discovery:
         journal = Journal.read(folder)
         if journal is None:
             return
-        check_header(journal.header, self.header(), folder)
+        check_header(journal.header, self.told_header(), folder)
         text = self.acdc.screen
         screen = None if text is None else Screen.load(text, self.model.graph, folder, self.header())
         check_result(self._replay(journal, screen), circuit, folder)
@@ -445,7 +454,7 @@ class Discovery:
             "precision": self.pahq.to_dict(),
             "engine": _name_of(engine),
             "settings": self.settings(engine).to_dict(),
-            "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
+            "task": self.data(),
             "versions": versions() | {"device": str(self.model.device)},
             **hardware_facts(self.model.device),
             "edges": {

@@ -29,6 +29,8 @@ from pahq_hf.graph import BoolArray, Graph
 
 logger = logging.getLogger(__name__)
 _CHECK = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"\}$')
+DATA = "data"  # where a header says what the prompts are, for people
+_TOLD = 3  # differences
 _ROUNDING = 1e-9  # of sums of metrics in double precision
 
 
@@ -239,15 +241,49 @@ class Chain:
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Check that a folder's run is the one now asked for.
 
+    Args:
+        found: The run's header. What its `data` says of the prompts is not compared, only told; earlier
+            versions have none.
+        wanted: What it should be.
+        folder: The run's folder.
+
     Raises:
-        RunError: Naming the first difference.
+        RunError: Saying how they differ.
     """
     for key, value in wanted.items():
-        if json.loads(json.dumps(value)) != found.get(key):
-            raise RunError(
-                f"{folder} holds another run: its {key} is {_short(found.get(key))}, not {_short(value)}; "
-                "choose another folder"
-            )
+        theirs, ours = found.get(key), json.loads(json.dumps(value))
+        if key != DATA and ours != theirs:
+            if key == "task":
+                what = _other_prompts(found.get(DATA), json.loads(json.dumps(wanted.get(DATA))))
+            else:
+                what = _other(key, theirs, ours)
+            raise RunError(f"{folder} holds another run: {what}; choose another folder")
+
+
+def _other(key: str, theirs: object, ours: object) -> str:
+    """How two values of a header differ, as who asks for them would say it."""
+    if key == "model":
+        return f"its model has other weights (fingerprint {_short(theirs)} there, {_short(ours)} now)"
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        name = next(name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name))
+        theirs, ours = theirs.get(name), ours.get(name)
+        key = "precision" if name == "regime" else name
+    return f"its {key.replace('_', ' ')} is {_short(theirs)} there, {_short(ours)} now"
+
+
+def _other_prompts(theirs: object, ours: object) -> str:
+    """How two tasks differ, by what is known of where their prompts came from."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = [name for name in dict.fromkeys((*ours, *theirs)) if theirs.get(name) != ours.get(name)]
+        if {"n", "examples"} <= set(names):
+            names.remove("examples")
+        if names:
+            told = [
+                f"{name} {_short(theirs.get(name))} there, {_short(ours.get(name))} now" for name in names
+            ]
+            return f"its prompts are others ({'; '.join(told[:_TOLD])})"
+        return "its prompts are others: the data or the tokenizer changed"
+    return "its prompts are others: another task, --n, --seed or data"
 
 
 def check_result(state: Search, circuit: Circuit, folder: Path) -> None:
@@ -314,7 +350,7 @@ def _damaged(path: Path, reason: object) -> RunError:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

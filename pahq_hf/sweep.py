@@ -35,7 +35,7 @@ from pahq_hf.extras import spared
 from pahq_hf.files import ANSWERS_NAME, SWEEP_PREFIX, output_path, write_atomically, write_text
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
-from pahq_hf.journal import check_header
+from pahq_hf.journal import DATA, check_header
 from pahq_hf.judge import Judge
 from pahq_hf.legacy import known_fingerprint
 from pahq_hf.lock import LOCK_NAME, RunLock, check_free
@@ -291,6 +291,9 @@ class SweepRun:
         acdc = {name: value for name, value in header["acdc"].items() if name != "threshold"}
         return header | {"acdc": acdc}
 
+    def _told_header(self) -> dict[str, Any]:
+        return self.header() | {DATA: self._any.data()}
+
     @exact_products()
     def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Sweep:
         """Search at every threshold, evaluate, and (given `out`) save.
@@ -431,12 +434,13 @@ class SweepRun:
         if not os.path.exists(folder / SWEEP_NAME):
             return None
         sweep = Sweep.from_pretrained(folder)
-        check_header(sweep.facts.get("header", {}), self.header(), folder)
+        told = next((circuit.discovery.get("task") for circuit in sweep.values()), None)
+        check_header({**sweep.facts.get("header", {}), DATA: told}, self._told_header(), folder)
         return sweep if set(sweep) == set(self._runs) else None
 
     def _answers(self, folder: Path) -> Answers:
         make_folder(folder)
-        return Answers.open(folder / ANSWERS_NAME, self.header())
+        return Answers.open(folder / ANSWERS_NAME, self._told_header())
 
 
 def threshold_folder(folder: Path, tau: float) -> Path:

@@ -72,7 +72,11 @@ def test_every_file_of_a_run_without_a_margin_is_strict_json(endless: Path) -> N
         strict((endless / name).read_text())
     records = [strict(line.decode()) for line in journal_lines(endless)]
     header, facts = records[0], strict((endless / "discovery.json").read_text())
-    assert header == facts["header"] | {"settings": facts["settings"], "check": header["check"]}
+    assert header == facts["header"] | {
+        "settings": facts["settings"],
+        "data": facts["task"],
+        "check": header["check"],
+    }
     assert header["acdc"]["margin"] == facts["arguments"]["margin"] == "inf"
     assert ACDCConfig.from_dict({k: v for k, v in header["acdc"].items()}).margin == math.inf
     assert header["precision"]["regime"] == "pahq" and header["precision"]["compute"] == "fp32"
@@ -137,10 +141,10 @@ def test_margin_compute_and_active_pin_a_run(endless: Path, tmp_path: Path, done
     folder = endless if done else interrupted(endless, tmp_path / "half", 4)
     before = files_of(folder)
     for options in ({}, {"margin": 0.2}, {"margin": 0.0}, {"margin": 1e300}):
-        with pytest.raises(RunError, match="holds another run: its acdc is "):
+        with pytest.raises(RunError, match="holds another run: its margin is inf there, "):
             discover(model_of(), folder, resume=True, **options)
     for changed in ({"compute": "bf16"}, {"active": "both"}, {"format": "int8"}):
-        with pytest.raises(RunError, match="holds another run: its precision is"):
+        with pytest.raises(RunError, match=r"holds another run: its (compute|active|format) is "):
             discover(model_of(**changed), folder, resume=True, margin=math.inf)
     assert files_of(folder) == before
 

@@ -277,11 +277,11 @@ BAD: Bad = {
     "a folder with half a run": (lambda w: w.discover(out="half"), "holds a run already (journal.jsonl)"),
     "resuming another run": (
         lambda w: w.discover("model", "ids.jsonl", "--resume", out="half"),
-        "holds another run: its acdc is",
+        "holds another run: its threshold is",
     ),
     "resuming another finished run": (
         lambda w: w.discover("model", "ids.jsonl", "--resume", out="run"),
-        "holds another run: its acdc is",
+        "holds another run: its threshold is",
     ),
     # circuits
     "no circuit": (lambda w: ["show", w.path("model")], "circuit.json"),

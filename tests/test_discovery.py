@@ -326,19 +326,34 @@ def test_low_precision_runs_resume_too(tmp_path: Path, regime: Any) -> None:
 # -- other runs are refused ------------------------------------------------------------------------------
 
 OTHER: dict[str, tuple[Callable[[], PAHQModel], Task, dict[str, Any], str]] = {
-    "weights": (lambda: wrapped("llama", seed=1), TASK, {}, "model"),
-    "family": (lambda: wrapped("mistral"), TASK, {}, "model"),
-    "groups": (lambda: wrapped("llama_split"), TASK, {}, "precision"),
-    "dtype": (lambda: wrapped("llama", dtype=torch.float64), TASK, {}, "dtype"),
-    "precision": (lambda: wrapped("llama", regime="rtn"), TASK, {}, "precision"),
-    "prompts": (lambda: wrapped("llama"), random_task(seed=22, metric="logit_diff"), {}, "task"),
-    "answers": (lambda: wrapped("llama"), replace(TASK, answers=((1,), (2,), (3,))), {}, "task"),
-    "threshold": (lambda: wrapped("llama"), TASK, {"threshold": 0.06}, "acdc"),
-    "metric": (lambda: wrapped("llama"), TASK, {"metric": "kl"}, "acdc"),
-    "order": (lambda: wrapped("llama"), TASK, {"order": "head"}, "acdc"),
-    "ablation": (lambda: wrapped("llama"), TASK, {"ablation": "zero"}, "acdc"),
-    "readers": (lambda: wrapped("llama"), TASK, {"readers": "logits"}, "acdc"),
-    "sign": (lambda: wrapped("llama"), TASK, {"absolute": True}, "acdc"),
+    "weights": (lambda: wrapped("llama", seed=1), TASK, {}, "model has other weights"),
+    "family": (lambda: wrapped("mistral"), TASK, {}, "model has other weights"),
+    "groups": (lambda: wrapped("llama_split"), TASK, {}, "split kv groups is false there, true now"),
+    "dtype": (lambda: wrapped("llama", dtype=torch.float64), TASK, {}, "dtype is float32 there, float64 now"),
+    "precision": (lambda: wrapped("llama", regime="rtn"), TASK, {}, "precision is fp32 there, rtn now"),
+    "prompts": (
+        lambda: wrapped("llama"),
+        random_task(seed=22, metric="logit_diff"),
+        {},
+        "prompts are others",
+    ),
+    "answers": (
+        lambda: wrapped("llama"),
+        replace(TASK, answers=((1,), (2,), (3,))),
+        {},
+        "prompts are others: the data or the tokenizer",
+    ),
+    "threshold": (lambda: wrapped("llama"), TASK, {"threshold": 0.06}, "threshold is 0.05 there, 0.06 now"),
+    "metric": (lambda: wrapped("llama"), TASK, {"metric": "kl"}, "metric is logit_diff there, kl now"),
+    "order": (lambda: wrapped("llama"), TASK, {"order": "head"}, "order is acdc there, head now"),
+    "ablation": (
+        lambda: wrapped("llama"),
+        TASK,
+        {"ablation": "zero"},
+        "ablation is corrupted there, zero now",
+    ),
+    "readers": (lambda: wrapped("llama"), TASK, {"readers": "logits"}, "readers is none there, logits now"),
+    "sign": (lambda: wrapped("llama"), TASK, {"absolute": True}, "absolute is false there, true now"),
 }
 
 
@@ -348,9 +363,35 @@ def test_another_run_is_not_continued(finished: Path, tmp_path: Path, case: str,
     folder = finished if done else interrupted(finished, tmp_path / "half", 4)
     before = files_of(folder)
     model, task, options, what = OTHER[case]
-    with pytest.raises(RunError, match=f"holds another run: its {what} is .*; choose another folder"):
+    with pytest.raises(RunError, match=f"holds another run: its {what}.*; choose another folder"):
         discover(model(), folder, task, resume=True, **options)
     assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("older", [True, False])
+def test_other_prompts_are_told_apart(tmp_path: Path, older: bool, done: bool) -> None:
+    """By what the user chose, where it is known; journals of earlier versions do not know it."""
+    model, source = wrapped("llama"), {"generator": "made", "n": 3, "seed": 21}
+    task = replace(TASK, source=source)
+    folder = tmp_path / "out"
+    before = discover(model, folder, task)
+    if not done:
+        lines = journal_lines(folder)[:5]
+        folder = tmp_path / "half"
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(b"".join(lines))
+    if older and not done:
+        header, *records = unsealed(journal_lines(folder))
+        old = {key: value for key, value in json.loads(header).items() if key != "data"}
+        (folder / "journal.jsonl").write_bytes(json.dumps(old).encode() + b"\n" + b"".join(records))
+    other = replace(random_task(batch=4, seed=22, metric="logit_diff"), source=source | {"n": 4, "seed": 22})
+    told = r"\(n 3 there, 4 now; seed 21 there, 22 now\)"
+    told = ": another task, --n, --seed or data" if older and not done else f" {told}"
+    with pytest.raises(RunError, match=f"its prompts are others{told}; choose another folder"):
+        discover(model, folder, other, resume=True)
+    same = replace(task, source={"generator": "renamed"})  # a note, not what pins the run
+    assert_same_circuit(discover(model, folder, same, resume=True), before)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: Path, tmp_path: Path) -> None:

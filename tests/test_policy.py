@@ -222,7 +222,7 @@ def test_the_order_of_a_policy_is_another_run(tmp_path: Path) -> None:
     run(mixed("llama", {"m*": "fp8-e5m2", "m0": "bf16"}), tmp_path / "out")
     other = mixed("llama", {"m0": "bf16", "m*": "fp8-e5m2"})
     assert not torch.equal(blocks(other, "m0")[0], uniform("llama", "fp8-e5m2")["m0"][0])
-    with pytest.raises(RunError, match=r"holds another run: its (precision|policy_order) is"):
+    with pytest.raises(RunError, match=r"holds another run: its policy order is"):
         run(other, tmp_path / "out", resume=True)
 
 

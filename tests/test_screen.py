@@ -198,7 +198,7 @@ def test_a_run_without_a_screen_is_another_run(whole: Path, tmp_path: Path) -> N
     header = json.loads(unsealed(journal_lines(whole)[:1])[0])
     del header["acdc"]["screen"]
     (tmp_path / "journal.jsonl").write_text(json.dumps(header) + "\n")
-    with pytest.raises(RunError, match="another run: its acdc is"):
+    with pytest.raises(RunError, match=r"another run: its screen is none there, eap-ig:0\.5 now"):
         run(low("llama", "pahq"), "eap-ig:0.5", out=tmp_path, resume=True)
 
 
