@@ -60,6 +60,7 @@ from pahq_hf.cli_output import (
     ClosedPipe,
     JsonOption,
     exit_unverified,
+    keeps_journal,
     print_json,
     print_rich,
     written_output,
@@ -176,6 +177,7 @@ def families(
 
 
 @app.command()
+@keeps_journal
 def discover(
     context: typer.Context,
     model: ModelArgument,
@@ -285,13 +287,15 @@ for command in (attribute, evaluate, sweep, tasks, show, push, pull, export, imp
 def main() -> None:
     """Entry point of the console script."""
     _quiet_start()
+    kept = False
     try:
         with terminable(), printable_notes():
             code = _run()
     except Terminated as stop:
-        code = _SIGNALLED + stop.number
+        code, kept = _SIGNALLED + stop.number, stop.kept
     if code > _SIGNALLED and code != _PIPE_CLOSED:
-        sys.stderr.write("pahq: interrupted; a discovery's journal is kept: continue it with --resume\n")
+        rest = "; a discovery's journal is kept: continue it with --resume" if kept else ""
+        sys.stderr.write(f"pahq: interrupted{rest}\n")
     if code:
         sys.exit(code)
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
 from pahq_hf.errors import PAHQError
-from pahq_hf.terminal import printable
+from pahq_hf.files import JOURNAL_NAME, SWEEP_PREFIX
+from pahq_hf.terminal import Terminated, printable
 
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
@@ -136,3 +140,19 @@ def _drop_unwritten(stream: TextIO) -> None:
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
             stream.flush()
+
+
+def keeps_journal(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command with a folder `out` that is interrupted tell whether a journal is in it."""
+
+    @wraps(command)
+    def told(**options: Any) -> None:
+        try:
+            command(**options)
+        except (KeyboardInterrupt, Terminated) as stop:
+            number = stop.number if isinstance(stop, Terminated) else int(signal.SIGINT)
+            out = Path(options["out"])
+            kept = (out / JOURNAL_NAME).exists() or any(out.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
+            raise Terminated(number, kept=kept) from None
+
+    return told

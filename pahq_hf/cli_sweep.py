@@ -46,7 +46,7 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, exit_unverified, print_json, print_rich
+from pahq_hf.cli_output import JsonOption, exit_unverified, keeps_journal, print_json, print_rich
 from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError
 from pahq_hf.files import output_path
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from pahq_hf.sweep import Sweep
 
 
+@keeps_journal
 def sweep(
     context: typer.Context,
     model: ModelArgument,

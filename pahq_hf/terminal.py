@@ -53,11 +53,13 @@ class Terminated(BaseException):
 
     Attributes:
         number: The signal.
+        kept: Whether a journal is there to go on with.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, kept: bool = False) -> None:
         super().__init__(number)
         self.number = number
+        self.kept = kept
 
 
 @contextmanager

@@ -115,3 +115,29 @@ def test_in_fp32_it_is_what_the_referee_finds(scene: Scene) -> None:
     circuit = PAHQModel.from_pretrained(scene.model, FP32).discover(task, threshold=0.0005, progress=False)
     judge = referee("llama", task, layers=4)
     assert named(circuit.graph, circuit.kept) == judge.acdc(0.0005).kept
+
+
+@pytest.mark.parametrize("command", ["discover", "sweep"])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_journal_is_named_only_where_there_is_one(
+    command: str,
+    left: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Interrupted while the model is loaded: before a journal is begun, or with an earlier one."""
+    out = tmp_path / "out"
+
+    def interrupted(*_: object, **__: object) -> None:
+        if left:
+            folder = out if command == "discover" else out / "tau-0.1"
+            folder.mkdir(parents=True)
+            (folder / "journal.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PAHQModel, "from_pretrained", interrupted)
+    option = "--threshold" if command == "discover" else "--thresholds"
+    assert run_main(command, "demo", "--task", "ioi", "--out", str(out), option, "0.1") == 130
+    rest = "; a discovery's journal is kept: continue it with --resume" if left else ""
+    assert capsys.readouterr().err.splitlines()[-1] == f"pahq: interrupted{rest}"
