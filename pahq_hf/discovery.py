@@ -307,6 +307,10 @@ class Discovery:
         state = found.state
         with self._phase("evaluate"):
             metric, verdict = judge.measure(state.kept, found.final)
+            if self.acdc.readers is not None:
+                chosen, graph = self.model.graph.match_readers(self.acdc.readers), self.model.graph
+                searched, kept = (int(edges[chosen].sum()) for edges in (graph.all_edges, state.kept))
+                verdict = replace(verdict, searched=searched, searched_kept=kept)
             means, applied = judge.means, judge.applied(state.kept, verdict)
         facts = found.facts | {APPLY: applied}
         seconds = self.clock.seconds | {"total": sum(self.clock.seconds.values())}

@@ -40,6 +40,8 @@ class Verdict:
         kept: Edges of the circuit.
         live: Those on a path from `input` to `logits`.
         total: Edges of the graph.
+        searched: Edges of the readers that were searched; None if all were, or in an earlier version.
+        searched_kept: Those of them that were kept; all edges of other readers are.
     """
 
     metric: str
@@ -52,6 +54,17 @@ class Verdict:
     kept: int
     live: int
     total: int
+    searched: int | None = None
+    searched_kept: int | None = None
+
+    @property
+    def part(self) -> str | None:
+        """What of a partial search was kept; None if all readers were searched."""
+        if self.searched is None or self.searched_kept is None:
+            return None
+        return (
+            f"{self.searched_kept:,} of {self.searched:,} in the searched readers; all other edges are kept"
+        )
 
     @property
     def faithfulness(self) -> float | None:
@@ -70,7 +83,10 @@ class Verdict:
             return "empty"
         if self.live == 0:
             return "disconnected"
-        return "whole" if self.kept >= _WHOLE_FROM * self.total else "circuit"
+        kept, of = self.kept, self.total
+        if self.searched is not None and self.searched_kept is not None:
+            kept, of = self.searched_kept, self.searched  # the others were not to be removed
+        return "whole" if kept >= _WHOLE_FROM * of else "circuit"
 
     @property
     def kind_text(self) -> str | None:
@@ -122,8 +138,9 @@ class Verdict:
     def summary(self) -> str:
         """The verdict on one line."""
         faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"
+        part = "" if self.part is None else f"; {self.part}"
         return (
-            f"{self.kept:,} of {self.total:,} edges ({self.dead:,} dead), faithfulness {faithful}, "
+            f"{self.kept:,} of {self.total:,} edges ({self.dead:,} dead{part}), faithfulness {faithful}, "
             f"{self.accuracy_name} {self.accuracy:.3g} (full model {self.accuracy_full:.3g}): {self.headline}"
         )
 
@@ -152,11 +169,14 @@ class Verdict:
             metric, has_answers = facts["metric"], facts["has_answers"]
             value, full, empty, accuracy, accuracy_full = (_number(facts[name]) for name in _MEASURED)
             kept, live, total = (_count(facts[name]) for name in ("kept", "live", "total"))
+            partial = [facts.get(name) for name in ("searched", "searched_kept")]
+            searched, searched_kept = (None if count is None else _count(count) for count in partial)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CircuitError(f"a circuit's verdict is damaged: {error!r}") from error
         if not isinstance(metric, str) or not isinstance(has_answers, bool):
             raise CircuitError("a circuit's verdict is damaged: its metric or has_answers is of another type")
-        return cls(metric, value, full, empty, accuracy, accuracy_full, has_answers, kept, live, total)
+        measured = (value, full, empty, accuracy, accuracy_full)
+        return cls(metric, *measured, has_answers, kept, live, total, searched, searched_kept)
 
 
 _MEASURED = ("value", "full", "empty", "accuracy", "accuracy_full")

@@ -130,6 +130,22 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+def test_a_partial_search_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, task, out = wrapped("llama"), taught(), tmp_path / "out"
+    circuit = model.discover(task, threshold=0.1, readers="logits", out=out, progress=False)
+    logits = circuit.graph.reader_index("logits")
+    kept, searched = int(circuit.kept[logits].sum()), int(circuit.graph.all_edges[logits].sum())
+    assert 0 < kept < 0.9 * searched and circuit.verdict is not None
+    told = f"{kept} of {searched} in the searched readers; all other edges are kept"
+    assert told in circuit.verdict.summary and told in (out / "README.md").read_text()
+    assert circuit.verdict.kind == "circuit"  # though most edges are kept
+    assert Circuit.from_pretrained(out).verdict == circuit.verdict
+    assert run_main("show", str(out)) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
+    whole = model.discover(task, threshold=0.1, progress=False)
+    assert whole.verdict is not None and whole.verdict.part is None
+
+
 def test_a_poor_circuit_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model, task = wrapped("llama"), taught()
     model.discover(task, threshold=100.0, progress=False)

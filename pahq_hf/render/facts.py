@@ -32,6 +32,7 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
         "ablation": found_under(circuit),
         "precision": precision.get("regime"),
         "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
+        "searched": None if circuit.verdict is None else circuit.verdict.part,
         "edges live": int(circuit.live.sum()),
         "edges tested": edges.get("tested"),
         "metric": metric.get("name"),
