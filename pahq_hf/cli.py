@@ -63,6 +63,7 @@ from pahq_hf.cli_output import (
     keeps_journal,
     print_json,
     print_rich,
+    say_resumed,
     written_output,
 )
 from pahq_hf.cli_share import compare, export, import_, pull, push, show
@@ -70,7 +71,7 @@ from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
-from pahq_hf.files import output_path
+from pahq_hf.files import CIRCUIT_NAME, output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.quiet import quiet_imports
 from pahq_hf.settings import RunSettings
@@ -257,6 +258,8 @@ def discover(
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
+    if resume:
+        say_resumed(out, CIRCUIT_NAME, engine=engine, threads=threads)
     circuit = wrapped.discover(
         data,
         config=acdc,

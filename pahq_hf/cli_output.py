@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from pahq_hf.errors import PAHQError
-from pahq_hf.files import JOURNAL_NAME, SWEEP_PREFIX
+from pahq_hf.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
 from pahq_hf.terminal import Terminated, printable
 
 if TYPE_CHECKING:
@@ -59,6 +59,24 @@ def print_rich(*tables: Any) -> None:
     for table in tables:
         console.print(Printable(table))
     console.file.flush()
+
+
+def say_resumed(out: Path, finished: str, **ignored: object) -> None:
+    """Say on stderr what --resume finds where that is no run to continue.
+
+    Args:
+        out: The run's folder.
+        finished: The file that a finished one holds.
+        **ignored: Options that a finished run has no use for; None where they were not given.
+    """
+    given = " and ".join(f"--{name}" for name, value in ignored.items() if value is not None)
+    if not any(os.path.exists(out / name) for name in (finished, JOURNAL_NAME, ANSWERS_NAME)):
+        text = f"no run in {out} yet: starting one"
+    elif given and os.path.exists(out / finished):
+        text = f"a finished run in {out} is returned as it is: it needs no {given}"
+    else:
+        return
+    sys.stderr.write(f"pahq: {printable(text)}\n")
 
 
 def exit_unverified(*circuits: Circuit) -> None:

@@ -416,7 +416,7 @@ def only_json(result: Result) -> dict[str, Any]:
     """The one JSON object on stdout, with nothing else anywhere."""
     assert result.code == 0, result.err
     # These models do no task: that, and what it makes of their circuits, is said beside.
-    said = ("the full model's accuracy on the clean prompts is", "tau ")
+    said = ("the full model's accuracy on the clean prompts is", "tau ", "pahq: no run in ")
     assert not [line for line in result.err.splitlines() if not line.startswith(said)]
     assert result.out.endswith("\n") and result.out.count("\n") == 1
     document = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

@@ -120,3 +120,18 @@ def test_a_sweep_is_not_one_circuit(tmp_path: Path, capsys: pytest.CaptureFixtur
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert error.endswith("give the folder of a threshold in it, one of tau-0.3, tau-0.5\n")
+
+
+def test_what_resume_finds_is_said(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["discover", "demo", "--task", "ioi", "--n", "2", "--threshold", "0.3", "--resume", "--json"]
+    where += ["--out"]
+    new = str(tmp_path / "new")
+    assert run_main(*where, new) == 0
+    shown = capsys.readouterr()
+    assert f"pahq: no run in {new} yet: starting one\n" in shown.err and shown.out.count("\n") == 1
+    assert run_main(*where, run, "--engine", "hooks", "--threads", "1") == 0
+    shown = capsys.readouterr()
+    said = f"pahq: a finished run in {run} is returned as it is: it needs no --engine and --threads\n"
+    assert said in shown.err and shown.out.count("\n") == 1
+    assert run_main(*where, run) == 0
+    assert "as it is" not in capsys.readouterr().err
