@@ -571,7 +571,7 @@ def test_a_journal_gives_back_its_records(tmp_path: Path) -> None:
     again = Journal.resume(tmp_path, header)
     assert again.records == records
     assert list(again.records[0].scores) == [7, 3, 0]
-    with pytest.raises(RunError, match="its n is 1, not 2; choose another folder"):
+    with pytest.raises(RunError, match="its n is 1 there, 2 now; choose another folder"):
         Journal.resume(tmp_path, header | {"n": 2})
 
 

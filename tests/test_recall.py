@@ -208,7 +208,7 @@ def test_answers_of_an_earlier_version_are_computed_again(
 
 
 def test_a_file_of_other_searches_is_refused(written: Path) -> None:
-    with pytest.raises(RunError, match="its task is"):
+    with pytest.raises(RunError, match="its prompts are others"):
         Answers.open(written, HEADER | {"task": "u"})
     written.write_bytes(b"[1]\n")
     with pytest.raises(RunError, match="damaged"):
