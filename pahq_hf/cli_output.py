@@ -17,7 +17,7 @@ import typer
 
 from pahq_hf.errors import PAHQError
 from pahq_hf.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
-from pahq_hf.terminal import Terminated, printable
+from pahq_hf.terminal import Terminated, ending, printable
 
 if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
@@ -167,8 +167,12 @@ def keeps_journal(command: Callable[..., None]) -> Callable[..., None]:
     def told(**options: Any) -> None:
         try:
             command(**options)
-        except (KeyboardInterrupt, Terminated) as stop:
-            number = stop.number if isinstance(stop, Terminated) else int(signal.SIGINT)
+        except (Exception, KeyboardInterrupt, Terminated) as stop:
+            number = stop.number if isinstance(stop, Terminated) else ending()
+            if isinstance(stop, KeyboardInterrupt):
+                number = int(signal.SIGINT)
+            if number is None:
+                raise
             out = Path(options["out"])
             kept = (out / JOURNAL_NAME).exists() or any(out.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
             raise Terminated(number, kept=kept) from None

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -48,6 +49,9 @@ def printable_notes() -> Iterator[None]:
         warnings.formatwarning = show
 
 
+_ENDING: ContextVar[int | None] = ContextVar("ending", default=None)
+
+
 class Terminated(BaseException):
     """A signal asks the process to end.
 
@@ -74,7 +78,12 @@ def terminable() -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
+        _ENDING.set(number)
         raise Terminated(number)
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        _ENDING.set(number)
+        raise KeyboardInterrupt
 
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [signal.Signals[name] for name in names]
@@ -83,8 +92,24 @@ def terminable() -> Iterator[None]:
     taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, stop)
+    noted = bool(numbers) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if noted:
+        signal.signal(signal.SIGINT, interrupt)
+    before = _ENDING.set(None)
     try:
         yield
     finally:
+        _ENDING.reset(before)
+        if noted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def ending() -> int | None:
+    """The signal that asked the process to end; None if none did.
+
+    A compiled library that calls Python, as safetensors does, may put an error of its own in the place of
+    `Terminated`.
+    """
+    return _ENDING.get()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -18,12 +19,12 @@ import pytest
 
 from pahq_hf import Circuit
 from pahq_hf.card import render_card
-from pahq_hf.cli_output import print_rich
+from pahq_hf.cli_output import keeps_journal, print_rich
 from pahq_hf.render.notebook import circuit_html
 from pahq_hf.render.page import circuit_page, compare_page
 from pahq_hf.render.plots_page import Figure, PageTable, plots_page
 from pahq_hf.render.table import facts_table
-from pahq_hf.terminal import Terminated, printable, printable_notes, terminable
+from pahq_hf.terminal import Terminated, ending, printable, printable_notes, terminable
 from tests.helpers import id_rows, run_main, write_rows
 from tests.models import random_task
 from tests.test_circuit import small
@@ -194,3 +195,24 @@ with terminable():
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (-signal.SIGTERM, "cleaning\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_error_that_a_library_puts_in_the_place_of_a_signal(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Safetensors does, when a signal comes while it calls Python."""
+
+    @keeps_journal
+    def command(out: Path) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except (Terminated, KeyboardInterrupt):
+            raise ValueError("could not determine the shape") from None
+
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(Terminated) as caught, terminable():
+        command(out=tmp_path)
+    assert (caught.value.number, caught.value.kept) == (number, True)
+    assert ending() is None
