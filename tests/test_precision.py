@@ -22,7 +22,6 @@ from pahq_hf.precision import (
     Region,
     SourceBlock,
     WeightSource,
-    product,
     quantize,
     resolve_compute,
 )
@@ -362,25 +361,15 @@ def test_activate_that_cannot_read_leaves_nothing_raised() -> None:
     assert not control.active and control.nbytes == low
 
 
-@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, "bf16"), (2.0, "fp32")])
+@pytest.mark.parametrize(
+    ("amx", "amd", "chosen"), [(False, True, "bf16"), (True, False, "bf16"), (False, False, "fp32")]
+)
 def test_auto_takes_bf16_only_where_it_is_faster(
-    seconds: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+    amx: bool, amd: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some processors have BF16 instructions that are slower than FP32's."""
-    times = {torch.float32: 1.0, torch.bfloat16: seconds}
-    monkeypatch.setattr(product, "_cpu_multiplies_bf16", lambda: True)
-    monkeypatch.setattr(product, "Product", _Unpacked)
-    monkeypatch.setattr(product, "_fastest", lambda function, x: times[x.dtype])
-    product._cpu_gains_by_bf16.cache_clear()
-    try:
-        assert resolve_compute("auto", "fp8", torch.device("cpu")) == chosen
-        assert resolve_compute("bf16", "fp8", torch.device("cpu")) == "bf16"  # asked for is asked for
-    finally:
-        product._cpu_gains_by_bf16.cache_clear()
-
-
-class _Unpacked:
-    """A product without packing, which needs the real instructions."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.raw = weight.matmul
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"sse4a": amd}, raising=False)
+    assert resolve_compute("auto", "fp8", torch.device("cpu")) == chosen
+    assert resolve_compute("bf16", "fp8", torch.device("cpu")) == "bf16"  # asked for is asked for

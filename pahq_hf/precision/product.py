@@ -7,10 +7,7 @@ idle; oneDNN, which PyTorch also ships, does the same sums with the same FP32 fu
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -26,8 +23,6 @@ COMPUTE_DTYPES: dict[ComputeName, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
-_TRIES = 20
-_GAIN = 0.8  # of FP32's time: between the two kinds of processor, which are at 0.5 and 2
 _CHUNK = 256  # tokens: activations of a layer stay in a core's L2 cache
 
 
@@ -38,25 +33,20 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_gains_by_bf16()
 
 
-@cache
 def _cpu_gains_by_bf16() -> bool:
-    """Measured once a process: AVX512-BF16 has twice FP32's speed on AMD, half of it on Intel without AMX."""
+    """Said by what the processor is: a measurement would give one command two answers on a busy machine.
+
+    AMX and AMD's AVX512-BF16 have twice the speed of FP32 or more, Intel's AVX512-BF16 without AMX half.
+    """
     if not (torch.backends.mkldnn.is_available() and _cpu_multiplies_bf16()):
         return False
-    x, weight = torch.ones(_CHUNK, 512), torch.ones(1024, 512)
-    low = weight.to(torch.bfloat16)
-    seconds = {w.dtype: _fastest(Product(w).raw, x.to(w.dtype)) for w in (weight, low)}
-    return seconds[torch.bfloat16] < _GAIN * seconds[torch.float32]
+    return bool(torch.cpu._is_amx_tile_supported()) or _is_amd()
 
 
-def _fastest(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Seconds of the fastest of some calls: others may be using the processor too."""
-    best = math.inf
-    for _ in range(_TRIES):
-        started = time.perf_counter()
-        function(x)
-        best = min(best, time.perf_counter() - started)
-    return best
+def _is_amd() -> bool:
+    """SSE4a is AMD's alone. PyTorch before 2.13 does not say, which costs speed there and nothing else."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("sse4a", False))
 
 
 def _cpu_multiplies_bf16() -> bool:
@@ -71,7 +61,7 @@ def native_fp8(device: torch.device) -> bool:
 def resolve_compute(compute: str, fmt: str, device: torch.device) -> ComputeName:
     """What `compute` means on a device.
 
-    `auto` is BF16 on GPUs that have it, and on CPUs where it is faster, which is measured; FP8 only if it is
+    `auto` is BF16 on GPUs that have it, and on CPUs known to be faster in it; FP8 only if it is
     asked for: its rounded differences double the scores' error, and no card has yet shown what they gain.
 
     Args:
