@@ -84,7 +84,6 @@ class Search:
         scores: `new - cur` when an edge was tested, else 0. [readers, writers]
         tested: Edges that were tested. [readers, writers]
         metric: Metric of the current circuit.
-        metric_full: Metric of the full model.
         records: Finished readers in order.
     """
 
@@ -93,7 +92,6 @@ class Search:
     scores: NDArray[np.float64]
     tested: BoolArray
     metric: float = 0.0
-    metric_full: float = 0.0
     records: list[ReaderRecord] = field(default_factory=list)
 
     @classmethod
@@ -209,10 +207,8 @@ def search(
     finished = {record.reader for record in done}
     try:
         measured = engine.begin(state.kept)
-        if done:
-            state.metric_full = float("nan")  # the caller has it in the journal's header
-        else:
-            state.metric = state.metric_full = measured
+        if not done:
+            state.metric = measured
         for reader in graph.reader_order(config.order):
             if reader in finished:
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from pahq_hf.errors import ConfigError, check_names, check_place
-from pahq_hf.files import output_path, write_text
 from pahq_hf.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
@@ -57,21 +55,6 @@ class _JsonConfig:
         """
         check_names(values, [f.name for f in fields(cls)], cls.__name__)
         return cls(**values)
-
-    def save(self, path: str | Path) -> None:
-        """Write the configuration to a JSON file, atomically."""
-        write_text(output_path(path), json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def load(cls: type[SelfT], path: str | Path) -> SelfT:
-        """Read a configuration written by `save`."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read a configuration from {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} does not hold a configuration")
-        return cls.from_dict(values)
 
 
 def _choice(name: str, value: object, choices: object) -> None:

@@ -39,7 +39,7 @@ class Journal:
 
     Args:
         folder: The run's folder.
-        header: What pins the run: model, data, arguments, and the metric of the full model.
+        header: What pins the run: model, data and arguments.
         records: Finished readers in order.
         chain: Checksum of the lines on disk.
         size: Bytes of the lines on disk; what follows was not finished, and is overwritten.

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from pahq_hf.architectures import Architecture, find_architecture, graph_spec
 from pahq_hf.attention import PAHQAttention
 from pahq_hf.config import Format
-from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.graph import Graph
 from pahq_hf.layers import Layer, patch_layer
 from pahq_hf.memory import trim
 from pahq_hf.norms import widen_norms
 from pahq_hf.precision import (
     Component,
-    MemorySource,
     PAHQLinear,
     PAHQTable,
     PrecisionControl,
@@ -142,7 +141,7 @@ class PatchedModel:
         linears = dict(self._named_linears()) | {f"table {n}": table for n, table in enumerate(self.tables)}
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in linears.items() if name not in blocks}
-        blocks |= spill_blocks(strays, on_disk=True)
+        blocks |= spill_blocks(strays)
         device = self.device
         for name, linear in linears.items():
             if stay and linear in self.tables:
@@ -325,8 +324,8 @@ def token_embedding(hf: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, hf.get_input_embeddings())
 
 
-def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, SourceBlock]:
-    """FP32 copies of projections: in one temporary file, or in memory."""
+def spill_blocks(linears: dict[str, PAHQLinear]) -> dict[str, SourceBlock]:
+    """FP32 copies of projections, in one temporary file."""
     if not linears:
         return {}
     tensors = {}
@@ -336,7 +335,7 @@ def spill_blocks(linears: dict[str, PAHQLinear], *, on_disk: bool) -> dict[str, 
         if linear.weight.is_meta:
             raise ModelLoadError(f"the checkpoint lacks the weight of {name}")
         tensors[name] = linear.weight.detach().cpu()
-    source: WeightSource = SpillSource(tensors) if on_disk else MemorySource(tensors)
+    source = SpillSource(tensors)
     return {
         name: SourceBlock(source, name, False, ((0, linear.out_features),))
         for name, linear in linears.items()
@@ -353,7 +352,7 @@ def _state_shapes(hf: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:
     if linear.weight is None:
-        raise UnsupportedModelError("a projection is kept in low precision already")
+        raise ConfigError("a projection is kept in low precision already")
     region = linear.region
     if linear.weight.is_meta:
         return True  # the checkpoint is all there is; the self-check finds a wrong layout

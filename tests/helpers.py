@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -260,3 +260,24 @@ def ranges(draw: st.DrawFn, size: int) -> slice:
     """A non-empty range of an axis."""
     start = draw(st.integers(0, size - 1))
     return slice(start, draw(st.integers(start + 1, size)))
+
+
+class MemorySource:
+    """Slices of tensors kept in memory, where tests need no file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A private copy of a block."""
+        return self.view(name, rows, cols).clone()
+
+    def prefetch(self, name: str) -> None:
+        """Nothing to do."""
+
+    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
+        """A block; for reading only."""
+        return self._tensors[name][rows, cols]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pahq_hf.config import Format
 from pahq_hf.engine.vocabulary import Vocabulary
-from pahq_hf.precision import Anchor, MemorySource, Origin, PAHQLinear, Region, SourceBlock, quantize
-from tests.helpers import ranges, weight_of
+from pahq_hf.precision import Anchor, Origin, PAHQLinear, Region, SourceBlock, quantize
+from tests.helpers import MemorySource, ranges, weight_of
 
 pytestmark = pytest.mark.crossing
 

@@ -162,7 +162,7 @@ def lowered(kind: Any, fmt: Any) -> tuple[Any, torch.Tensor]:
     """A projection in low precision, and its FP32 weight."""
     weight = weight_of(48, 32, seed=3)
     linear = kind(weight, torch.linspace(-1, 1, 48))
-    linear.lower(fmt, spill_blocks({"it": linear}, on_disk=True)["it"])
+    linear.lower(fmt, spill_blocks({"it": linear})["it"])
     return linear, weight
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from pahq_hf import ACDCConfig, PAHQConfig
 from pahq_hf.discovery import with_margin
-from pahq_hf.precision import MemorySource, PAHQLinear, SourceBlock, resolve_compute
+from pahq_hf.precision import PAHQLinear, SourceBlock, resolve_compute
 from pahq_hf.precision import product as products
 from pahq_hf.precision.float8 import DynamicFloat8Product, Float8Weight
+from tests.helpers import MemorySource
 
 
 def everything(weight: Tensor) -> tuple[slice, slice]:

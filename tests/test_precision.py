@@ -16,7 +16,6 @@ from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.precision import (
-    MemorySource,
     PAHQLinear,
     PrecisionControl,
     Region,
@@ -26,7 +25,7 @@ from pahq_hf.precision import (
     resolve_compute,
 )
 from pahq_hf.precision.float8 import decode_e4m3
-from tests.helpers import ranges, weight_of
+from tests.helpers import MemorySource, ranges, weight_of
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
 ROWS, COLS = 12, 10

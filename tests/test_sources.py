@@ -22,13 +22,12 @@ from torch import Tensor
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.precision import (
     CheckpointSource,
-    MemorySource,
     SourceBlock,
     SpillSource,
     WeightSource,
 )
 from pahq_hf.precision.source import byte_spans
-from tests.helpers import ranges, small_disk, weight_of
+from tests.helpers import MemorySource, ranges, small_disk, weight_of
 
 ROWS, COLS = 12, 10
 

@@ -28,9 +28,7 @@ def _describe(family: str) -> Iterator[FamilyFacts]:
             layers=row.layers,
             attention=_chain(row.attention, row.attention_norm, (*row.qkv, row.out), row.attention_post_norm),
             mlp=_mlp(row) if row.mlps else "none",
-            blocks=("parallel, one norm" if row.shares_norm else "parallel")
-            if row.parallel
-            else "sequential",
+            blocks=_blocks(row),
             positions=_positions(row, config),
             also=", ".join(_also(row)),
         )

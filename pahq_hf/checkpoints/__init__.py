@@ -8,8 +8,8 @@ from pathlib import Path
 def demo_path() -> Path:
     """Folder of the demo checkpoint, for `from_pretrained`.
 
-    A GPT-2 of 4 layers x 4 heads trained by `tools/train_demo.py` on the `ioi` and `greater_than`
-    generators, with its own word-level tokenizer.
+    A GPT-2 of 4 layers x 4 heads that `tools/train_demo.py` trained on every generated task but `docstring`,
+    with its own word-level tokenizer.
 
     Returns:
         The folder.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pahq_hf.capture import Activations
-from pahq_hf.engine.tokens import Liveness, TokenPlan, TokenSet
+from pahq_hf.engine.tokens import TokenPlan, TokenSet
 from pahq_hf.graph import ReaderKind
 from pahq_hf.layers import Layer
 from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product, in_chunks
@@ -157,10 +157,6 @@ class HeadMath:
         full = base[:, None].expand(-1, new.shape[1], -1, -1, -1).clone()
         full[:, :, window.example, window.position] = new
         return full
-
-    def tokens(self, liveness: Liveness) -> TokenSet:
-        """The tokens of a liveness."""
-        return self._plan.at(liveness)
 
 
 def _per_example(left: Tensor, right: Tensor) -> Tensor:

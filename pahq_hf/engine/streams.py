@@ -94,16 +94,25 @@ class Streams:
         return writer.layer == layer and writer.head is not None
 
     def head_outputs(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
-        """The output projection head by head, at the present precision. [head, tokens, d_head or d_model]"""
+        """The output projection head by head, at the present precision.
+
+        Args:
+            layer: The layer.
+            heads: Heads.
+            z: What they read out. [head, tokens, d_head]
+
+        Returns:
+            [head, tokens, d_model]
+        """
         attention = self._model.layers[layer].attention
         linear = attention.o_proj
         pieces = [linear.piece(linear.region.rows, attention.head_rows(head)) for head in heads]
         return torch.stack([piece(values) for piece, values in zip(pieces, z, strict=True)])
 
-    def contribute(self, layer: int, heads: Sequence[int], written: Tensor) -> Tensor:
-        """What heads add to the stream at the present precision. [head, tokens, d_head or d_model]"""
+    def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+        """What heads add to the stream at the present precision. Shapes as of `head_outputs`."""
         output = self._model.layers[layer].attention.output
-        return output.weighted(self.head_outputs(layer, heads, written))
+        return output.weighted(self.head_outputs(layer, heads, z))
 
     def change(self, layer: int, heads: Sequence[int], new: Tensor, captured: Tensor) -> Tensor:
         """What heads add now against what they added at capture; a raised weight may be another one.

@@ -2,7 +2,6 @@
 
 from pahq_hf.ground_truth.circuits import (
     CANONICAL_CIRCUITS,
-    DOCSTRING_HEADS,
     GREATER_THAN_HEADS,
     GREATER_THAN_MLPS,
     IOI_HEADS,
@@ -13,7 +12,6 @@ from pahq_hf.ground_truth.circuits import (
 
 __all__ = [
     "CANONICAL_CIRCUITS",
-    "DOCSTRING_HEADS",
     "GREATER_THAN_HEADS",
     "GREATER_THAN_MLPS",
     "IOI_HEADS",

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -29,7 +28,6 @@ from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.graph import BoolArray, Graph, GraphSpec
 
-CanonicalName = Literal["ioi", "greater_than", "docstring"]
 Head = tuple[int, int]
 
 _GPT2_SMALL = GraphSpec(layers=12, heads=12, kv_groups=12)
@@ -74,7 +72,6 @@ GREATER_THAN_HEADS: dict[str, tuple[Head, ...]] = {
 GREATER_THAN_MLPS: dict[str, tuple[int, ...]] = {"early": (0, 1, 2, 3), "late": (8, 9, 10, 11)}
 
 # Heimersheim & Janiak 2023, as edges by its author in ACDC's acdc/docstring/utils.py.
-DOCSTRING_HEADS: tuple[Head, ...] = ((0, 5), (1, 2), (1, 4), (2, 0), (3, 0), (3, 6))
 _DOCSTRING_READS: dict[str, tuple[str, ...]] = {
     "a0.h5<v>": ("input",),
     "a1.h4<v>": ("input", "a0.h5"),

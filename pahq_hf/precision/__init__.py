@@ -10,7 +10,6 @@ from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product
 from pahq_hf.precision.region import Layout, Region
 from pahq_hf.precision.source import (
     CheckpointSource,
-    MemorySource,
     SourceBlock,
     SpillSource,
     WeightSource,
@@ -26,7 +25,6 @@ __all__ = [
     "DifferenceProduct",
     "Layout",
     "LowWeight",
-    "MemorySource",
     "Origin",
     "PAHQLinear",
     "PAHQTable",

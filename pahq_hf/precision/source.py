@@ -128,27 +128,6 @@ class CheckpointSource:
         return self._handles[number]
 
 
-class MemorySource:
-    """Slices of tensors kept in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def read(self, name: str, rows: slice, cols: slice) -> Tensor:
-        """A private copy of a block."""
-        return self.view(name, rows, cols).clone()
-
-    def prefetch(self, name: str) -> None:
-        """Nothing to do."""
-
-    def view(self, name: str, rows: slice, cols: slice) -> Tensor:
-        """A block; for reading only."""
-        return self._tensors[name][rows, cols]
-
-
 class SpillSource:
     """A temporary file, mapped into memory: for models that have no checkpoint.
 
