@@ -45,7 +45,7 @@ def _cpu_gains_by_bf16() -> bool:
 
 def _is_amd() -> bool:
     """SSE4a is AMD's alone. PyTorch before 2.13 does not say, which costs speed there and nothing else."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("sse4a", False))
 
 
