@@ -21,6 +21,7 @@ from pahq_hf import PAHQModel
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.setting import Setting
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.tasks.base import Task
 
@@ -128,7 +129,8 @@ class _Pieces:
 
     def _engine(self, name: str) -> Any:
         limits = EngineConfig(name)
-        return make_engine(self.model.patched, self.task, "kl", "corrupted", self.model.pahq_config, limits)
+        setting = Setting(self.model.patched, self.task, "kl", "corrupted", self.model.pahq_config)
+        return make_engine(setting, limits)
 
     def _phase(self, name: str, function: Callable[[], Any]) -> Any:
         cuda = self.device.type == "cuda"
@@ -237,7 +239,7 @@ class _Pieces:
         few, _ = self.task.part(0, _PAIRS)
         model, pahq = self.model.patched, self.model.pahq_config
         seconds = self._seconds(
-            lambda: edge_scores("eap-ig", model, few, "logit_diff", pahq=pahq, steps=_STEPS)
+            lambda: edge_scores("eap-ig", Setting(model, few, "logit_diff", "corrupted", pahq), steps=_STEPS)
         )
         return {"what": "EAP-IG, a pair and a step", "ms": 1000 * seconds / (_PAIRS * _STEPS)}
 

@@ -11,6 +11,7 @@ from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, search
 from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.graph import BoolArray
 from pahq_hf.memory import PeakMemory, read_memory, trim
@@ -119,7 +120,7 @@ class Regime:
         """The engine of a row."""
         name: EngineName = "hooks" if engine == HOOKS else "sparse"
         config = EngineConfig(engine=name, memory_budget=self.memory_budget)
-        return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, config)
+        return make_engine(Setting(self.model, self.task, self.metric, self.acdc.ablation, self.pahq), config)
 
     def _whole(self, name: str) -> Row:
         """Run and time the whole search."""

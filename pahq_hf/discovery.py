@@ -34,6 +34,7 @@ from pahq_hf.confirmation import Confirmation, warn_unverified
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
+from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
@@ -108,6 +109,7 @@ class Discovery:
         self.engine = engine or EngineConfig()
         self.metric: MetricName = acdc.metric or task.metric
         check_metric(self.metric, task)
+        self.setting = Setting(model, task, self.metric, acdc.ablation, pahq)
         model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
         if acdc.screen is not None:
             check_gradient(parse_screen(acdc.screen)[0], self.metric)
@@ -240,7 +242,7 @@ class Discovery:
 
     def make_engine(self) -> HooksEngine | SparseEngine:
         """An engine for this model, task, metric and precision, its runs captured."""
-        return make_engine(self.model, self.task, self.metric, self.acdc.ablation, self.pahq, self.engine)
+        return make_engine(self.setting, self.engine)
 
     def search(
         self,
@@ -292,7 +294,7 @@ class Discovery:
 
     def judge(self) -> Judge:
         """What measures the circuits of this model, task, metric and precision."""
-        return Judge(self.model, self.task, self.metric, self.acdc.ablation, self.pahq)
+        return Judge(self.setting)
 
     def conclude(self, found: Found, judge: Judge) -> Circuit:
         """Measure what a search found.
@@ -335,16 +337,7 @@ class Discovery:
         if text is None:
             return None
         with self._phase("screen"):
-            return make_screen(
-                text,
-                self.model,
-                self.task,
-                self.metric,
-                self.acdc.ablation,
-                self.pahq,
-                self.engine,
-                self.reporter,
-            )
+            return make_screen(text, self.setting, self.engine, self.reporter)
 
     def _is_begun(self, folder: Path | None, resume: bool) -> bool:
         if folder is None or not resume or not os.path.exists(folder / JOURNAL_NAME):

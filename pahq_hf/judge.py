@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.config import Ablation, MetricName, PAHQConfig
 from pahq_hf.confirmation import logit_rounding, metric_rounding
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation import Evaluator
 from pahq_hf.graph import BoolArray
-from pahq_hf.patch import PatchedModel
-from pahq_hf.tasks.base import Task
 from pahq_hf.verdict import Verdict
 
 
@@ -22,22 +20,16 @@ class Judge:
     """Measures what searches found. Its captured runs serve any number of circuits.
 
     Args:
-        model: The patched model.
-        task: The prompts.
-        metric: What the searches minimise.
-        ablation: What stands in for removed edges.
-        pahq: The searches' precision.
+        setting: That of the searches.
     """
 
-    def __init__(
-        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, pahq: PAHQConfig
-    ) -> None:
+    def __init__(self, setting: Setting) -> None:
+        model, task, metric, ablation = setting.model, setting.task, setting.metric, setting.ablation
         self.evaluator = Evaluator(model, task, metric, ablation)
         self._metric = metric
-        self._ablation: Ablation = ablation
         self._ablation = ablation
         # `pahq` ends in FP32; the other regimes end at their own precision.
-        low = pahq.regime in ("rtn", "pahq-literal")
+        low = setting.precision.regime in ("rtn", "pahq-literal")
         self._low = HooksEngine(model, task, metric, ablation=ablation) if low else None
 
     @property

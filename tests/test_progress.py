@@ -16,6 +16,7 @@ from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.acdc import ReaderRecord, Search
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.clock import RunClock
+from pahq_hf.engine.setting import Setting
 from pahq_hf.expectation import ExpectedTests
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.journal import Journal
@@ -175,7 +176,9 @@ class Recorder(Silence):
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "hisp", "exact"])
 def test_attribution_counts_to_its_end(method: Any) -> None:
     model, recorder = wrapped("llama"), Recorder()
-    edge_scores(method, model.patched, TASK, "logit_diff", pahq=FP32, steps=4, progress=recorder)
+    edge_scores(
+        method, Setting(model.patched, TASK, "logit_diff", "corrupted", FP32), steps=4, progress=recorder
+    )
     expected = {"eap-ig": 4 * len(TASK), "exact": model.graph.edge_count}.get(method, len(TASK))
     assert recorder.done == recorder.total == expected and recorder.phases == ["capturing"]
 

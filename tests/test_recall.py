@@ -17,6 +17,7 @@ from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, Search, search
 from pahq_hf.config import ACDCConfig, EngineConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.recall import Answers, RecallingEngine
+from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
 from tests.helpers import unsealed, wrapped
 from tests.models import random_task
@@ -28,14 +29,8 @@ HEADER = {"model": "m", "task": "t"}
 
 def engine_of(name: str, regime: str, kind: str = "sparse", **options: Any) -> Any:
     model = wrapped(name, regime=regime, **options)
-    return make_engine(
-        model.patched,
-        TASK,
-        "kl",
-        "corrupted",
-        model.pahq_config,
-        EngineConfig(kind),  # type: ignore[arg-type]
-    )
+    setting = Setting(model.patched, TASK, "kl", "corrupted", model.pahq_config)
+    return make_engine(setting, EngineConfig(kind))  # type: ignore[arg-type]
 
 
 @cache

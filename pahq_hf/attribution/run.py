@@ -16,6 +16,7 @@ from pahq_hf.attribution.selection import edges_from, top_edges
 from pahq_hf.circuit import Circuit, refuse_overwrite
 from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import versions
+from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, warn_near_chance
@@ -109,11 +110,7 @@ class Attribution:
             config = self.config
             scores = edge_scores(
                 config.method,
-                self.model,
-                self.task,
-                self.metric,
-                ablation=config.ablation,
-                pahq=self.pahq,
+                Setting(self.model, self.task, self.metric, config.ablation, self.pahq),
                 engine=self.engine,
                 steps=config.steps,
                 seed=config.seed,

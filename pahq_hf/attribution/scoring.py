@@ -17,24 +17,18 @@ from pahq_hf.attribution.methods import (
     random_scores,
 )
 from pahq_hf.attribution.runs import Runs
-from pahq_hf.config import Ablation, EngineConfig, MethodName, MetricName, PAHQConfig
+from pahq_hf.config import EngineConfig, MethodName
 from pahq_hf.engine.build import make_engine
-from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.timing import Phases
 from pahq_hf.memory import trim
-from pahq_hf.patch import PatchedModel
 from pahq_hf.progress import Progress, Silence
-from pahq_hf.tasks.base import Task
 
 
 def edge_scores(
     method: MethodName,
-    model: PatchedModel,
-    task: Task,
-    metric: MetricName,
+    setting: Setting,
     *,
-    ablation: Ablation = "corrupted",
-    pahq: PAHQConfig,
     engine: EngineConfig | None = None,
     steps: int = 5,
     seed: int = 0,
@@ -46,11 +40,7 @@ def edge_scores(
 
     Args:
         method: Name of the method.
-        model: The patched model.
-        task: The prompts.
-        metric: What is minimised.
-        ablation: What stands in for removed edges.
-        pahq: Precision regime.
+        setting: Model, task, metric, ablation and precision.
         engine: Which engine `exact` uses, and its limits.
         steps: Runs whose gradients `eap-ig` averages.
         seed: Of `random`.
@@ -70,12 +60,8 @@ def edge_scores(
         return check_finite(
             _scores(
                 method,
-                model,
-                task,
-                metric,
-                ablation,
-                pahq,
-                engine,
+                setting,
+                engine or EngineConfig(),
                 steps,
                 seed,
                 phases or Phases(),
@@ -94,30 +80,27 @@ def _ignore(_: Tensor) -> None:
 
 def _scores(
     method: MethodName,
-    model: PatchedModel,
-    task: Task,
-    metric: MetricName,
-    ablation: Ablation,
-    pahq: PAHQConfig,
-    engine: EngineConfig | None,
+    setting: Setting,
+    engine: EngineConfig,
     steps: int,
     seed: int,
     phases: Phases,
     on_clean: Callable[[Tensor], None],
     progress: Progress,
 ) -> Scores:
-    check_gradient(method, metric)
+    model, task = setting.model, setting.task
+    check_gradient(method, setting.metric)
     if method == "random":
         return random_scores(model.graph, seed)
     model.precision.deactivate()
     if method == "exact":
         with phases("capture"), progress.phase("capturing"):
-            computes = make_engine(model, task, metric, ablation, pahq, engine or EngineConfig())
+            computes = make_engine(setting, engine)
         on_clean(computes.clean_logits)
         with phases("scores"), progress.count(method, "edge", model.graph.edge_count) as count:
             return exact(computes, count.advance)
     with phases("capture"), progress.phase("capturing"):
-        runs = Runs(model, task, metric, ablation, PrecisionRule.of(pahq, model.device))
+        runs = Runs(model, task, setting.metric, setting.ablation, setting.rule)
     on_clean(runs.clean.logits)
     passes = steps if method == "eap-ig" else 1
     with phases("scores"), progress.count(method, "prompt", passes * len(task)) as count:

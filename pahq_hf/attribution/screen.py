@@ -17,14 +17,13 @@ from safetensors.numpy import save_file
 from pahq_hf.attribution.methods import Scores
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.attribution.selection import top_edges
-from pahq_hf.config import Ablation, EngineConfig, MethodName, MetricName, PAHQConfig, parse_screen
+from pahq_hf.config import EngineConfig, MethodName, parse_screen
+from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
 from pahq_hf.files import SCREEN_NAME, write_atomically
 from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.journal import check_header
-from pahq_hf.patch import PatchedModel
 from pahq_hf.progress import Progress
-from pahq_hf.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -125,24 +124,13 @@ def _check(scores: Scores) -> str:
 
 
 def make_screen(
-    text: str,
-    model: PatchedModel,
-    task: Task,
-    metric: MetricName,
-    ablation: Ablation,
-    pahq: PAHQConfig,
-    engine: EngineConfig,
-    progress: Progress | None = None,
+    text: str, setting: Setting, engine: EngineConfig, progress: Progress | None = None
 ) -> Screen:
     """Score all edges and let the best survive.
 
     Args:
         text: As `ACDCConfig.screen`.
-        model: The patched model.
-        task: The prompts.
-        metric: What is minimised.
-        ablation: What stands in for removed edges.
-        pahq: Precision regime.
+        setting: Model, task, metric, ablation and precision.
         engine: Limits of the engine that method `exact` uses.
         progress: Who is told how far it is.
 
@@ -151,7 +139,5 @@ def make_screen(
     """
     started = time.perf_counter()
     method, _ = parse_screen(text)
-    scores = edge_scores(
-        method, model, task, metric, ablation=ablation, pahq=pahq, engine=engine, progress=progress
-    )
-    return Screen.of(text, model.graph, scores, time.perf_counter() - started)
+    scores = edge_scores(method, setting, engine=engine, progress=progress)
+    return Screen.of(text, setting.graph, scores, time.perf_counter() - started)

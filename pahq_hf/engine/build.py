@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import logging
 
-from pahq_hf.config import Ablation, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import EngineConfig
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.patch import PatchedModel
 from pahq_hf.store import make_store
-from pahq_hf.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 
-def make_engine(
-    model: PatchedModel,
-    task: Task,
-    metric: MetricName,
-    ablation: Ablation,
-    pahq: PAHQConfig,
-    config: EngineConfig,
-) -> HooksEngine | SparseEngine:
+def make_engine(setting: Setting, config: EngineConfig) -> HooksEngine | SparseEngine:
     """Build an engine and let it capture its runs.
 
     Args:
-        model: The patched model.
-        task: The prompts.
-        metric: What to minimise.
-        ablation: What stands in for removed edges.
-        pahq: Precision regime.
+        setting: Model, task, metric, ablation and precision.
         config: Which engine, and its limits.
 
     Returns:
         The engine.
     """
-    rule = PrecisionRule.of(pahq, model.device)
+    model, task, metric = setting.model, setting.task, setting.metric
+    ablation, rule = setting.ablation, setting.rule
     store = make_store(config.activation_store)
     if config.engine != "hooks" and not model.arch.sparse:
         logger.warning(

@@ -33,6 +33,7 @@ import torch
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel, Task, load_task
 from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.setting import Setting
 from tests.pretend.cuda import install
 from tests.pretend.tensor import MACHINE
 
@@ -223,7 +224,7 @@ def batches(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
 
     def focused() -> Any:
         config = EngineConfig(**scenario.engine)
-        engine = make_engine(model.patched, task, "kl", "corrupted", model.pahq_config, config)
+        engine = make_engine(Setting(model.patched, task, "kl", "corrupted", model.pahq_config), config)
         engine.begin(graph.all_edges.copy())
         engine.focus(reader)
         return engine

@@ -1,0 +1,40 @@
+"""`Setting`: what metric values depend on, whichever edges are asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pahq_hf.config import Ablation, MetricName, PAHQConfig
+from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.graph import Graph
+from pahq_hf.patch import PatchedModel
+from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model on a task, and how edges are removed from it and measured.
+
+    Attributes:
+        model: The patched model.
+        task: The prompts.
+        metric: What is minimised.
+        ablation: What stands in for removed edges.
+        precision: How weights are kept and computed.
+    """
+
+    model: PatchedModel
+    task: Task
+    metric: MetricName
+    ablation: Ablation
+    precision: PAHQConfig
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+        return self.model.graph
+
+    @property
+    def rule(self) -> PrecisionRule:
+        """How low precision is used."""
+        return PrecisionRule.of(self.precision, self.model.device)
