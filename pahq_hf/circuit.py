@@ -33,8 +33,11 @@ from pahq_hf.files import (
     write_text,
     write_together,
 )
-from pahq_hf.graph import BoolArray, Graph, GraphSpec, edge_list
+from pahq_hf.graph import BoolArray, Graph, GraphSpec
+from pahq_hf.identity import ModelIdentity
 from pahq_hf.naming import without_place
+from pahq_hf.run_record import RunRecord
+from pahq_hf.scored_edges import ScoredEdges
 from pahq_hf.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -77,25 +80,43 @@ class Circuit:
     # -- what is in it ----------------------------------------------------------------------------
 
     @property
+    def scored(self) -> ScoredEdges:
+        """Its edges alone: what pictures, pages and comparisons take."""
+        return ScoredEdges(self.graph, self.kept, self.scores, self.tested)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What identifies the base model."""
+        return ModelIdentity.from_json(self.model)
+
+    @property
+    def record(self) -> RunRecord:
+        """What ran and what came out.
+
+        Raises:
+            CircuitError: If `discovery` is damaged.
+        """
+        return RunRecord.from_json(self.discovery)
+
+    @property
     def edge_count(self) -> int:
         """Number of kept edges."""
-        return int(self.kept.sum())
+        return self.scored.edge_count
 
     @cached_property
     def live(self) -> BoolArray:
         """Kept edges on some path from `input` to `logits`. [readers, writers]"""
-        return self.graph.live_edges(self.kept)
+        return self.scored.live
 
     @property
     def verdict(self) -> Verdict | None:
         """Whether the circuit does what the model does, as its run measured; None if none did."""
-        found = self.discovery.get("verdict")
-        return None if found is None else Verdict.from_dict(found)
+        return self.record.verdict
 
     @property
     def confirmation(self) -> Confirmation | None:
         """Its metric by its search and by the hooks engine; None where its run compared no such two."""
-        return Confirmation.of(self.discovery)
+        return self.record.confirmation
 
     @property
     def verified(self) -> bool | None:
@@ -106,40 +127,16 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Kept edges by name with their scores, in model order."""
-        return [(self.graph.edge_name(r, w), float(self.scores[r, w])) for r, w in edge_list(self.kept)]
+        return self.scored.edges
 
     @property
     def nodes(self) -> list[str]:
         """Names of the nodes that a kept edge touches, in model order, `logits` last."""
-        touched: BoolArray = np.any(self.kept, axis=0)
-        for r in np.flatnonzero(self.kept.any(axis=1)):
-            touched[list(self.graph.readers[r].nodes)] = True
-        names = [writer.name for writer, inside in zip(self.graph.writers, touched, strict=True) if inside]
-        return [*names, "logits"] if self.kept[self.graph.logits_reader].any() else names
+        return self.scored.nodes
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """The circuit as a directed multigraph of nodes.
-
-        An edge carries `score`, `reader` (its full name) and `kind` (q, k, v, mlp, logits). A shared
-        key/value group becomes one edge to each of its heads.
-
-        Returns:
-            The graph.
-        """
-        result = nx.MultiDiGraph()
-        result.add_nodes_from(self.nodes)
-        for r, w in edge_list(self.kept):
-            reader = self.graph.readers[r]
-            targets = [self.graph.writers[node].name for node in reader.nodes] or ["logits"]
-            for target in targets:
-                result.add_edge(
-                    self.graph.writers[w].name,
-                    target,
-                    score=float(self.scores[r, w]),
-                    reader=reader.name,
-                    kind=reader.kind,
-                )
-        return result
+        """The circuit as a directed multigraph of nodes (`ScoredEdges.to_networkx`)."""
+        return self.scored.to_networkx()
 
     def __repr__(self) -> str:
         """Model and size on one line."""

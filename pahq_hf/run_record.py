@@ -1,0 +1,260 @@
+"""`RunRecord`: what ran to find a circuit, and what came out (discovery.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pahq_hf.confirmation import Confirmation
+from pahq_hf.errors import CircuitError
+from pahq_hf.sections import Section
+from pahq_hf.verdict import Verdict
+
+GREEDY = "acdc"  # the method of files that name none
+# Titles of the methods there were before a record carried its own.
+_TITLES = {
+    GREEDY: "ACDC with activation patching",
+    "eap": "edge attribution patching (EAP)",
+    "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
+    "hisp": "head importance (HISP)",
+    "exact": "removing each edge alone",
+    "random": "random scores",
+}
+_OBJECTS = ("header", "arguments", "precision", "task", "edges", "metric", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricFacts(Section):
+    """The minimised metric of a circuit and of what it is compared with.
+
+    Attributes:
+        name: The metric.
+        full: Of the full model.
+        empty: Of no edges.
+        final: Of the circuit, by the engine of its search at the search's precision.
+        final_recomputed: Of the circuit, by the hooks engine at the search's precision.
+        tolerance: How far rounding may bring these two apart.
+        fp32: Of the circuit, by the hooks engine in FP32.
+    """
+
+    name: str | None = None
+    full: float | None = None
+    empty: float | None = None
+    final: float | None = None
+    final_recomputed: float | None = None
+    tolerance: float | None = None
+    fp32: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeCounts(Section):
+    """How many edges there are.
+
+    Attributes:
+        total: In the graph.
+        tested: Whose score was measured.
+        untested: The others.
+        kept: In the circuit.
+        live: Those of it on a path from `input` to `logits`.
+    """
+
+    total: int | None = None
+    tested: int | None = None
+    untested: int | None = None
+    kept: int | None = None
+    live: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFacts(Section):
+    """The prompts in words; `more` holds the rest of their `Task.source`.
+
+    Attributes:
+        name: The task.
+        examples: Pairs of prompts.
+        generator: What made them, if something did.
+        corruption: By which corruption.
+        total: Rows of the data they are from.
+    """
+
+    name: str | None = None
+    examples: int | None = None
+    generator: str | None = None
+    corruption: str | None = None
+    total: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments(Section):
+    """What a search was asked for; `more` holds arguments that only it and its own file know.
+
+    Attributes:
+        threshold: Scores from which edges are kept.
+        topn: Number of edges that are kept.
+        metric: What was minimised.
+        ablation: What took the place of removed edges.
+        screen: `METHOD:FRACTION` of the edges that were tested at all.
+        readers: Globs of the readers that were searched.
+        order: Of the readers.
+    """
+
+    threshold: float | None = None
+    topn: int | None = None
+    metric: str | None = None
+    ablation: str | None = None
+    screen: str | None = None
+    readers: str | None = None
+    order: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the search has an argument of this name, be it None."""
+        return name in self.more or getattr(self, name, None) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionFacts(Section):
+    """How weights were kept and computed: the run's `PAHQConfig.to_dict()`.
+
+    Attributes:
+        regime: `pahq`, `fp32`, ...
+        format: Low-precision format of the weights.
+        compute: Dtype of products with differences.
+    """
+
+    regime: str | None = None
+    format: str | None = None
+    compute: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedFacts(Section):
+    """How well a circuit answers inside `PAHQModel.apply` (`Evaluator.applied`).
+
+    Attributes:
+        ablation: What stands in for removed edges when no corrupted prompts are given.
+        accuracy: By ablation, and `full` for the full model.
+    """
+
+    ablation: str | None = None
+    accuracy: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reused(Section):
+    """What another search of the same sweep had answered already.
+
+    Attributes:
+        evaluations: Values of the metric.
+        readers: Readers whose tests were all answered.
+    """
+
+    evaluations: int | None = None
+    readers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Section):
+    """What ran and what came out.
+
+    Attributes:
+        method: Name of the search, such as `acdc` or `eap-ig`.
+        title: What it is, in words.
+        ranks_kept_first: Whether kept edges rank before all others: a greedy search's scores of the two do
+            not compare.
+        header: What pinned the run (`Discovery.header`).
+        arguments: What the search was asked for.
+        precision: How weights were kept and computed.
+        engine: `sparse` or `hooks`.
+        settings: How the run computed (`RunSettings`).
+        task: The prompts in words.
+        versions: Of everything that could change a number, and the device.
+        hardware: The GPU.
+        edges: How many were tested, kept, ...
+        second_looks: Tests made again in FP32.
+        screen: What a screen passed over.
+        resumed_readers: Readers that an interrupted run had decided.
+        evaluations: Values of the metric that were computed.
+        reused: Those that were not, in a sweep.
+        apply: How well the circuit answers in `apply`.
+        seconds: By phase, and `total`.
+        peak_memory: Bytes by kind.
+        metric: The minimised metric.
+        verified: Whether the hooks engine confirmed the search's value.
+        verdict: Whether the circuit does what the model does.
+        kl: KL from the full model in FP32, in a sweep.
+    """
+
+    method: str | None = None
+    title: str
+    ranks_kept_first: bool
+    header: Mapping[str, Any] = field(default_factory=dict)
+    arguments: SearchArguments = field(default_factory=SearchArguments)
+    precision: PrecisionFacts = field(default_factory=PrecisionFacts)
+    engine: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    task: TaskFacts = field(default_factory=TaskFacts)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    edges: EdgeCounts = field(default_factory=EdgeCounts)
+    second_looks: Mapping[str, Any] = field(default_factory=dict)
+    screen: Mapping[str, Any] = field(default_factory=dict)
+    peak_memory: Mapping[str, Any] = field(default_factory=dict)
+    resumed_readers: int | None = None
+    evaluations: int | None = None
+    reused: Reused = field(default_factory=Reused)
+    apply: AppliedFacts = field(default_factory=AppliedFacts)
+    seconds: Mapping[str, Any] = field(default_factory=dict)
+    metric: MetricFacts = field(default_factory=MetricFacts)
+    verified: bool | None = None
+    verdict: Verdict | None = None
+    kl: float | None = None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """How long the run took."""
+        found = self.seconds.get("total")
+        return found if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """The metric by the search and by the hooks engine; None where the run compared no such two.
+
+        Raises:
+            CircuitError: If the record says that it did, and lacks a value.
+        """
+        found = self.metric
+        if self.verified is None:
+            return None
+        name, final, recomputed, tolerance = found.name, found.final, found.final_recomputed, found.tolerance
+        if name is None or final is None or recomputed is None or tolerance is None:
+            raise CircuitError("a circuit's facts of verification are damaged: a value is missing")
+        return Confirmation(name, final, recomputed, tolerance)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of discovery.json, without what says nothing."""
+        document = super().to_json()
+        for name, value in _by_name(self.method).items():
+            if document[name] == value:  # files of earlier versions tell it by the method's name
+                del document[name]
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RunRecord:
+        """Read the document of discovery.json, of this version, an earlier one or a newer one.
+
+        Raises:
+            CircuitError: If what should be an object is none, or the verdict is damaged.
+        """
+        for name in _OBJECTS:
+            if not isinstance(document.get(name, {}), Mapping):
+                raise CircuitError(f"{name!r} does not hold an object")
+        told = _by_name(document.get("method"))
+        own = {name: document[name] for name in told if isinstance(document.get(name), type(told[name]))}
+        return super().from_json({**document, **told, **own})
+
+
+def _by_name(method: object) -> dict[str, Any]:
+    """What a method's name tells of it where its record does not say."""
+    name = method if isinstance(method, str) and method else GREEDY
+    return {"title": _TITLES.get(name, name), "ranks_kept_first": name == GREEDY}

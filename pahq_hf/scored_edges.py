@@ -1,0 +1,77 @@
+"""`ScoredEdges`: a graph's edges, which of them make a circuit, and their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.graph import BoolArray, Graph, edge_list
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredEdges:
+    """The edges of a circuit: all that is needed to draw, compare or export it.
+
+    Attributes:
+        graph: The model's whole graph.
+        kept: Edges of the circuit. [readers, writers]
+        scores: The score of every edge, 0 where there is none. [readers, writers]
+        tested: Edges whose score was measured. [readers, writers]
+    """
+
+    graph: Graph
+    kept: BoolArray
+    scores: NDArray[np.float64]
+    tested: BoolArray
+
+    @property
+    def edge_count(self) -> int:
+        """Number of kept edges."""
+        return int(self.kept.sum())
+
+    @cached_property
+    def live(self) -> BoolArray:
+        """Kept edges on some path from `input` to `logits`. [readers, writers]"""
+        return self.graph.live_edges(self.kept)
+
+    @property
+    def edges(self) -> list[tuple[str, float]]:
+        """Kept edges by name with their scores, in model order."""
+        return [(self.graph.edge_name(r, w), float(self.scores[r, w])) for r, w in edge_list(self.kept)]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that a kept edge touches, in model order, `logits` last."""
+        touched: BoolArray = np.any(self.kept, axis=0)
+        for r in np.flatnonzero(self.kept.any(axis=1)):
+            touched[list(self.graph.readers[r].nodes)] = True
+        names = [writer.name for writer, inside in zip(self.graph.writers, touched, strict=True) if inside]
+        return [*names, "logits"] if self.kept[self.graph.logits_reader].any() else names
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """The kept edges as a directed multigraph of nodes.
+
+        An edge carries `score`, `reader` (its full name) and `kind` (q, k, v, mlp, logits). A shared
+        key/value group becomes one edge to each of its heads.
+
+        Returns:
+            The graph.
+        """
+        result = nx.MultiDiGraph()
+        result.add_nodes_from(self.nodes)
+        for r, w in edge_list(self.kept):
+            reader = self.graph.readers[r]
+            targets = [self.graph.writers[node].name for node in reader.nodes] or ["logits"]
+            for target in targets:
+                result.add_edge(
+                    self.graph.writers[w].name,
+                    target,
+                    score=float(self.scores[r, w]),
+                    reader=reader.name,
+                    kind=reader.kind,
+                )
+        return result
