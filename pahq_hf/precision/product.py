@@ -7,8 +7,8 @@ idle; oneDNN, which PyTorch also ships, does the same sums with the same FP32 fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
