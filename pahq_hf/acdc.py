@@ -1,4 +1,4 @@
-"""ACDC: the greedy search over edges (Conmy et al. 2023; semantics.md, section 3).
+"""ACDC: the greedy search over edges (Conmy et al. 2023; docs/semantics.md, section 3).
 
 The search knows engines only by a small protocol and nothing of models. It asks for batches of
 candidates: the k-th has the first k edges removed. As most edges go, most of a batch is accepted at

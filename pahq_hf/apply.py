@@ -25,7 +25,7 @@ from pahq_hf.substitute import Call, Substitute, body_of
 def applied(
     model: PatchedModel, kept: BoolArray, substitute: Substitute, *, exact: bool = True
 ) -> Iterator[None]:
-    """Inside, every forward pass of the Hugging Face model runs a circuit (semantics.md, section 2).
+    """Inside, every forward pass of the Hugging Face model runs a circuit (docs/semantics.md, section 2).
 
     Args:
         model: The patched model.

@@ -321,7 +321,7 @@ def ablated(
     ablation: str,
     store: ActivationStore | None = None,
 ) -> Activations:
-    """The activations that stand in for removed edges: `c_w` of semantics.md, section 2.
+    """The activations that stand in for removed edges: `c_w` of docs/semantics.md, section 2.
 
     Args:
         model: The patched model, for what written activations add up to.

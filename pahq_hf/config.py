@@ -76,7 +76,7 @@ def check_number(name: str, value: object, *, whole: bool = False) -> None:
 
 @dataclass(frozen=True)
 class PAHQConfig(_JsonConfig):
-    """How a model's linear weights are kept and computed (semantics.md, section 5).
+    """How a model's linear weights are kept and computed (docs/semantics.md, section 5).
 
     Attributes:
         regime: `pahq`, low-precision weights that only multiply differences from FP32 anchors; `fp32`,
@@ -167,7 +167,7 @@ class PAHQConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class AttributionConfig(_JsonConfig):
-    """How edges are scored, and which of them make the circuit (semantics.md, section 7).
+    """How edges are scored, and which of them make the circuit (docs/semantics.md, section 7).
 
     Attributes:
         method: `eap`; `eap-ig`, with integrated gradients over the inputs; `hisp`, head importance; `exact`,
@@ -215,7 +215,7 @@ class AttributionConfig(_JsonConfig):
 
 @dataclass(frozen=True)
 class ACDCConfig(_JsonConfig):
-    """How ACDC searches (semantics.md, section 3).
+    """How ACDC searches (docs/semantics.md, section 3).
 
     Attributes:
         threshold: tau; an edge goes when its removal raises the metric by less than this.

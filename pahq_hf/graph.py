@@ -1,4 +1,4 @@
-"""The residual-stream graph: writers, readers and edges as index arithmetic (semantics.md, section 1).
+"""The residual-stream graph: writers, readers and edges as index arithmetic (docs/semantics.md, section 1).
 
 Writers are numbered in the order they add to the stream: `input`, then layer by layer the heads and
 the MLP. Whatever a reader sees was written before it, so its in-edges are always a *prefix* of the

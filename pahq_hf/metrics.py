@@ -1,4 +1,4 @@
-"""Metrics of a circuit (semantics.md, section 4). All are minimised; means over examples."""
+"""Metrics of a circuit (docs/semantics.md, section 4). All are minimised; means over examples."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Metric:
     """A metric bound to a task and to the full model's answer.
 
     Args:
-        name: One of semantics.md's metrics.
+        name: One of the metrics of docs/semantics.md, section 4.
         task: Supplies rows, answers and distractors.
         reference: The full model's logits, needed by `kl`. [rows, vocab]
         device: Where logits will be.

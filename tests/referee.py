@@ -2,7 +2,7 @@
 
 Plain float64 torch, computed by hand from a Hugging Face model's weights (`tests/referee_models.py` reads
 them, and says of which families). It shares no code with the package it judges, and never runs the Hugging
-Face forward pass. "Semantics" below means the project's ``semantics.md``, sections 1 to 4.
+Face forward pass. "Semantics" below means the project's ``docs/semantics.md``, sections 1 to 4.
 """
 
 from __future__ import annotations

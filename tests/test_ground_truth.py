@@ -12,7 +12,7 @@ from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.ground_truth import CANONICAL_CIRCUITS, canonical_circuit, canonical_edges, canonical_graph
 
-# The lists of semantics.md, section 8, typed again.
+# The lists of docs/semantics.md, section 8, typed again.
 IOI = (
     "9.9 10.0 9.6 10.10 10.6 10.2 10.1 11.2 9.7 9.0 11.9 10.7 11.10 7.3 7.9 8.6 8.10 5.5 5.8 5.9 6.9 "
     "0.1 0.10 3.0 2.2 4.11"

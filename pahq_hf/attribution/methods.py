@@ -1,4 +1,4 @@
-"""Scores of all edges by attribution (semantics.md, section 7).
+"""Scores of all edges by attribution (docs/semantics.md, section 7).
 
 Scores are float64 [readers, writers], 0 where there is no edge. A positive score says that removing the edge
 raises the minimised metric: the edge matters.

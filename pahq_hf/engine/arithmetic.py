@@ -1,6 +1,6 @@
 """How a node's new output follows from its new input: the one place where weights meet activations.
 
-`Direct` recomputes a node from its whole input at the present precision. `Anchored` (semantics.md,
+`Direct` recomputes a node from its whole input at the present precision. `Anchored` (docs/semantics.md,
 section 5) starts from the current circuit in FP32 and lets low-precision weights multiply differences
 from it only, `y = y0 + W_low (x - x0)`, so that rounding is relative to the effect of an edge.
 """

@@ -291,7 +291,7 @@ class HooksEngine:
     def _recompute_substitute(self, reader: int) -> None:
         """Recompute what the component in focus writes in the corrupted run, at its new precision.
 
-        Other components' corrupted activations are constants of the run (semantics.md, section 5).
+        Other components' corrupted activations are constants of the run (docs/semantics.md, section 5).
         """
         self._undo_substitute()
         if not self._fixed and self.graph.readers[reader].nodes:

@@ -38,7 +38,7 @@ class HeadAnchor:
 
 @dataclass(frozen=True)
 class MLPAnchor:
-    """An exact run's mixture of experts, which is anchored as one (semantics.md, section 5).
+    """An exact run's mixture of experts, which is anchored as one (docs/semantics.md, section 5).
 
     Attributes:
         output: What it adds. [batch, pos, d_model]
@@ -51,7 +51,7 @@ class MLPAnchor:
 
 @dataclass(frozen=True)
 class RunAnchors:
-    """An exact run of the current circuit, from which tests differ (semantics.md, section 5).
+    """An exact run of the current circuit, from which tests differ (docs/semantics.md, section 5).
 
     Attributes:
         linears: Input and output of every projection that is anchored by itself.
@@ -98,8 +98,8 @@ class PatchedRun:
     """The hooks of one forward pass under one edge set.
 
     `differences[w]` is `a_w - c_w` for writers that have written in this pass. A reader's input, before its
-    norm, is the stream minus the differences along its removed edges (semantics.md, section 2). Where most
-    edges are removed it is the ablated stream plus those along its kept edges, which is the same but for
+    norm, is the stream minus the differences along its removed edges (docs/semantics.md, section 2). Where
+    most edges are removed it is the ablated stream plus those along its kept edges, which is the same but for
     rounding: what little is left after taking nearly everything away would be rounding errors, and the norm
     would blow them up.
     """

@@ -1,4 +1,4 @@
-"""What a precision regime asks of an engine (semantics.md, section 5)."""
+"""What a precision regime asks of an engine (docs/semantics.md, section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judge a circuit, wholly in FP32 (semantics.md, section 6)."""
+"""Judge a circuit, wholly in FP32 (docs/semantics.md, section 6)."""
 
 from pahq_hf.evaluation.accuracy import accuracy, chance, warn_near_chance
 from pahq_hf.evaluation.checks import check_fits, check_shape

@@ -1,4 +1,4 @@
-"""Accuracy: what greedy decoding would say, right or wrong (semantics.md, section 4)."""
+"""Accuracy: what greedy decoding would say, right or wrong (docs/semantics.md, section 4)."""
 
 from __future__ import annotations
 

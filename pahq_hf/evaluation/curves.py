@@ -1,4 +1,4 @@
-"""Faithfulness over circuit size: CPR and CMD of the MIB benchmark (semantics.md, section 6).
+"""Faithfulness over circuit size: CPR and CMD of the MIB benchmark (docs/semantics.md, section 6).
 
 Mueller et al. 2025, "MIB: A Mechanistic Interpretability Benchmark", and its code (hannamw/MIB-circuit-track,
 `evaluate_area_under_curve`), which this follows: the k best edges are kept with `k = int(fraction * edges)`,

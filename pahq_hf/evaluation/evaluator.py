@@ -1,4 +1,4 @@
-"""Judge a circuit, wholly in FP32 (semantics.md, section 6)."""
+"""Judge a circuit, wholly in FP32 (docs/semantics.md, section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROC of a circuit or of edge scores against a known circuit (semantics.md, section 6).
+"""ROC of a circuit or of edge scores against a known circuit (docs/semantics.md, section 6).
 
 Conmy et al. 2023, "Towards Automated Circuit Discovery", section 4: is an edge (a node) of the reference
 circuit found? True positive rate over false positive rate, as the threshold goes. The area is taken by one

@@ -1,4 +1,4 @@
-"""Anchors: inputs of a linear map whose exact outputs are known (semantics.md, section 5)."""
+"""Anchors: inputs of a linear map whose exact outputs are known (docs/semantics.md, section 5)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Anchor:
-    """An input of a linear map and its exact output (semantics.md, section 5).
+    """An input of a linear map and its exact output (docs/semantics.md, section 5).
 
     Attributes:
         origin: x0. [..., in]

@@ -1,4 +1,4 @@
-"""Which component computes in FP32 right now (semantics.md, section 5)."""
+"""Which component computes in FP32 right now (docs/semantics.md, section 5)."""
 
 from __future__ import annotations
 
