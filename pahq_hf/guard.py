@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.precision import WeightMatrix
 
 _CHUNK = 1 << 22  # values that are summed at once on a GPU
 _SPREAD = (-7046029254386353131, -4417276706812531889)  # odd, with about half their bits set
@@ -109,7 +109,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and buffers that hold weights; a rotary table may be made anew for longer prompts."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     state = model.state_dict(keep_vars=True)
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PAHQLinear))
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, WeightMatrix))
     for name, buffer in model.named_buffers():
         if name in state or name.startswith(inside):
             found[name] = buffer

@@ -12,7 +12,7 @@ from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import ConfigError, UnsupportedModelError
 from pahq_hf.experts import PAHQExperts
 from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable
+from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable, WeightMatrix
 from pahq_hf.projections import qkv_ranges
 
 Read = Callable[[], Tensor]
@@ -106,14 +106,14 @@ def _experts(name: str, module: PAHQExperts) -> dict[str, Read]:
     }
 
 
-def _projection(name: str, linear: PAHQLinear, transposed: bool) -> dict[str, Read]:
+def _projection(name: str, linear: WeightMatrix, transposed: bool) -> dict[str, Read]:
     found: dict[str, Read] = {f"{name}.weight": _weight(linear, transposed)}
     if linear.bias is not None:
         found[f"{name}.bias"] = linear.bias.detach
     return found
 
 
-def _weight(linear: PAHQLinear, transposed: bool = False) -> Read:
+def _weight(linear: WeightMatrix, transposed: bool = False) -> Read:
     def read() -> Tensor:
         shape = (linear.out_features, linear.in_features)
         stored = _stored(linear, shape[::-1] if transposed else shape)
@@ -125,7 +125,7 @@ def _weight(linear: PAHQLinear, transposed: bool = False) -> Read:
     return read
 
 
-def _stored(linear: PAHQLinear, shape: tuple[int, int]) -> Tensor | None:
+def _stored(linear: WeightMatrix, shape: tuple[int, int]) -> Tensor | None:
     """The checkpoint's own tensor, mapped from the file, where a low-precision weight was read from it."""
     block = linear.source_block
     if block is None or not isinstance(block.source, CheckpointSource):
@@ -135,9 +135,8 @@ def _stored(linear: PAHQLinear, shape: tuple[int, int]) -> Tensor | None:
     return block.source.whole(block.name)
 
 
-def _dense(linear: PAHQLinear) -> Tensor:
-    with linear.full_precision():
-        return linear.dense().detach()
+def _dense(linear: WeightMatrix) -> Tensor:
+    return linear.exact().detach()
 
 
 # -- checkpoints --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from typing import cast
 
@@ -22,18 +22,21 @@ from pahq_hf.memory import trim
 from pahq_hf.norms import widen_norms
 from pahq_hf.precision import (
     Component,
+    Layout,
     PAHQLinear,
     PAHQTable,
     PrecisionControl,
     Region,
     SourceBlock,
     SpillSource,
+    WeightMatrix,
     WeightSource,
     layouts,
     patch_embedding,
     stored_name,
 )
 from pahq_hf.precision.control import Part
+from pahq_hf.precision.weights import Shared
 from pahq_hf.projections import linear_from, qkv_ranges
 
 
@@ -133,12 +136,13 @@ class PatchedModel:
             raise ConfigError(
                 "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
             )
-        formats = layouts(self.precision.parts, policy or {}, fmt)
+        formats: dict[WeightMatrix, Layout] = dict(layouts(self.precision.parts, policy or {}, fmt).items())
         stay = tables is None and self.embedding.weight.is_meta
         if tables is not None or stay:
             self._patch_tables()
             formats |= {table: [(table.region, tables or fmt)] for table in self.tables}
-        linears = dict(self._named_linears()) | {f"table {n}": table for n, table in enumerate(self.tables)}
+        linears: dict[str, WeightMatrix] = dict(self._named_linears())
+        linears |= {f"table {n}": table for n, table in enumerate(self.tables)}
         blocks = self._checkpoint_blocks(source) if source is not None else {}
         strays = {name: linear for name, linear in linears.items() if name not in blocks}
         blocks |= spill_blocks(strays)
@@ -166,13 +170,13 @@ class PatchedModel:
         patch_embedding(embedding, bottom)
         self.unembedding = top
         self.tables = [top] if tied else [top, bottom]
+        for table in self.tables:
+            table.shared = Shared(self.precision.mode)
 
     @contextmanager
     def exact_tables(self) -> Iterator[None]:
         """Inside, embedding and unembedding are FP32 whatever they are kept in."""
-        with ExitStack() as stack:
-            for table in self.tables:
-                stack.enter_context(table.full_precision())
+        with self.precision.mode.exact_tables():
             yield
 
     def _named_linears(self) -> Iterator[tuple[str, PAHQLinear]]:
@@ -202,7 +206,7 @@ class PatchedModel:
         names: Sequence[str],
         transposed: bool,
         segments: tuple[tuple[int, int], ...],
-        linear: PAHQLinear,
+        linear: WeightMatrix,
     ) -> SourceBlock | None:
         """Where a checkpoint keeps a matrix, under the first of its names; None if it does not hold it."""
         stored = [stored_name(name, self.hf.base_model_prefix, source) for name in names]
@@ -324,7 +328,7 @@ def token_embedding(hf: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, hf.get_input_embeddings())
 
 
-def spill_blocks(linears: dict[str, PAHQLinear]) -> dict[str, SourceBlock]:
+def spill_blocks(linears: dict[str, WeightMatrix]) -> dict[str, SourceBlock]:
     """FP32 copies of projections, in one temporary file."""
     if not linears:
         return {}
@@ -350,7 +354,7 @@ def _state_shapes(hf: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(tensor.shape) for name, tensor in state.items() if name not in twins}
 
 
-def _holds(block: SourceBlock, linear: PAHQLinear) -> bool:
+def _holds(block: SourceBlock, linear: WeightMatrix) -> bool:
     if linear.weight is None:
         raise ConfigError("a projection is kept in low precision already")
     region = linear.region

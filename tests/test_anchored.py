@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import pytest
@@ -46,9 +47,13 @@ class Case:
             weight[region.rows, region.cols] = self.full[region.rows, region.cols]
         return weight
 
+    def anchored(self, anchor: Anchor | None = None) -> AbstractContextManager[None]:
+        """Inside, products start from the anchor, or another one."""
+        return self.linear.shared.mode.anchored({self.linear: anchor or self.anchor})
+
     def at(self, x: Tensor) -> Tensor:
         """The anchored product."""
-        with self.linear.anchored(self.anchor):
+        with self.anchored():
             return self.linear(x)  # type: ignore[no-any-return]
 
 
@@ -67,12 +72,13 @@ def case_of(
     linear = PAHQLinear(full.clone(), b)
     linear.lower(fmt, SourceBlock(MemorySource({"w": full}), "w", False, ((0, ROWS),)), compute)
     low = quantize(full, fmt).dense(slice(0, ROWS), slice(0, COLS))
-    with linear.full_precision(), linear.recording() as noted:
+    mode = linear.shared.mode
+    with mode.full_precision(), mode.recording([linear]) as noted:
         if size is None:
             linear(weight_of(5, COLS, seed + 2))
         else:
             linear.blocks(weight_of(5 * repeat * ROWS // size, COLS, seed + 2).unflatten(0, (-1, 5)), size)
-    return Case(linear, full, low, b, noted[0], compute)
+    return Case(linear, full, low, b, noted[linear][0], compute)
 
 
 def step_from(x0: Tensor, scale: float, seed: int) -> Tensor:
@@ -128,7 +134,7 @@ def test_runs_of_outputs_have_anchors_of_their_own(
     for run in range(runs * repeat):
         expected = F.linear(x0[run], full[run], added[run])
         torch.testing.assert_close(y0[run], expected, atol=1e-6, rtol=1e-6)
-    with case.linear.anchored(case.anchor):
+    with case.anchored():
         assert torch.equal(case.linear.blocks(x0, SIZE), y0)
         for scale in (1.0, 1e-3):
             x = step_from(x0, scale, seed=3)
@@ -160,7 +166,7 @@ def test_low_precision_multiplies_only_the_difference(
     assert y.shape == (circuits, 5, ROWS) and y.dtype == torch.float32
     moved, bf16 = x.double() - x0, compute == torch.bfloat16
     assert_difference(y.double() - y0, moved, case.low, y0, bf16=bf16)
-    with case.linear.anchored(Anchor(case.anchor.origin, None)):  # the difference alone
+    with case.anchored(Anchor(case.anchor.origin, None)):  # the difference alone
         alone = case.linear(x).double()
         assert_difference(alone / scale, moved / scale, case.low, torch.zeros(1), bf16=bf16)
         assert not case.linear(x0).any()
@@ -200,7 +206,7 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
     case.linear.raise_region(rows)
     torch.testing.assert_close(case.at(x)[:, 4:8], exact[:, 4:8], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(case.at(x)[:, :4], exact[:, :4], atol=1e-4)
-    with case.linear.full_precision():
+    with case.linear.shared.mode.full_precision():
         torch.testing.assert_close(case.at(x), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -236,12 +242,13 @@ def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
             linear.release()
             assert linear.held_bytes == 0
         elif step == "full":
-            with linear.full_precision():
+            with linear.shared.mode.full_precision():
                 linear.hold_difference()  # must not outlive full precision
                 assert_difference(case.at(x).double() - y0, moved, case.full, y0, bf16=False)
         elif step != "start":
-            held = linear.hold_difference() if step == "hold" else linear.hold_decoded()
-            assert held == linear.held_bytes > 0
+            hold = linear.hold_difference if step == "hold" else linear.hold_decoded
+            hold()
+            assert linear.held_bytes > 0
         weight = case.mixed(*raised)
         bf16 = compute == torch.bfloat16
         assert_difference(case.at(x).double() - y0, moved, weight, y0, bf16=bf16 and not linear.is_raised)
@@ -263,31 +270,33 @@ def test_maps_that_share_an_input_share_its_origin() -> None:
     x0 = weight_of(5, COLS, 0)
     cases = [case_of("int8", compute, seed=10 * i) for i, compute in enumerate(COMPUTES)]
     for case in cases:  # both now start from one x0
-        with case.linear.full_precision(), case.linear.recording() as noted:
+        mode = case.linear.shared.mode
+        with mode.full_precision(), mode.recording([case.linear]) as noted:
             case.linear(x0)
-        case.anchor = noted[0]
+        case.anchor = noted[case.linear][0]
     origin = Origin(x0)
     shared = [Anchor(origin, case.anchor.y) for case in cases]
     inputs = [step_from(x0, 1.0, seed) for seed in range(3)]
     for number in (0, 1, 1, 2, 0, 2):
         for case, anchor in zip(cases, shared, strict=True):
-            with case.linear.anchored(anchor):
+            with case.anchored(anchor):
                 assert torch.equal(case.linear(inputs[number]), case.at(inputs[number]))
 
 
 def test_recording_notes_every_product_and_ends() -> None:
     case = case_of()
     x, z = weight_of(3, COLS, 7), weight_of(6, COLS, 8).unflatten(0, (3, 2))
-    with case.linear.recording() as outer:
+    mode = case.linear.shared.mode
+    with mode.recording([case.linear]) as outer:
         y = case.linear(x)
-        with case.linear.recording() as inner:
+        with mode.recording([case.linear]) as inner:
             case.linear.blocks(z, SIZE)
         case.linear(x + 1)
     case.linear(x + 2)
-    assert [note.x.shape for note in inner] == [(3, 2, COLS)]
-    assert [note.x[0, 0].item() for note in outer] == [x[0, 0].item(), (x + 1)[0, 0].item()]
-    assert torch.equal(outer[0].y, y)
-    with pytest.raises(ZeroDivisionError), case.linear.anchored(case.anchor):
+    assert [note.x.shape for note in inner[case.linear]] == [(3, 2, COLS)]
+    assert [note.x[0, 0].item() for note in outer[case.linear]] == [x[0, 0].item(), (x + 1)[0, 0].item()]
+    assert torch.equal(outer[case.linear][0].y, y)
+    with pytest.raises(ZeroDivisionError), case.anchored():
         raise ZeroDivisionError
     assert torch.equal(case.linear(x), y)  # no anchor stays behind
 

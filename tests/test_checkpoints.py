@@ -54,7 +54,7 @@ def expect_reread(folder: Path, spill_folder: Path, **options: Any) -> PAHQModel
     assert not spilled(low) and not list(spill_folder.iterdir())
     for whole, block in zip(linears(full), linears(low), strict=True):
         assert not torch.equal(block.dense(), whole.dense())
-        with block.full_precision():
+        with block.shared.mode.full_precision():
             assert torch.equal(block.dense(), whole.dense())
             assert torch.equal(block.dense(slice(3, 7), slice(1, 5)), whole.dense(slice(3, 7), slice(1, 5)))
     return low
@@ -111,7 +111,7 @@ def test_what_the_checkpoint_does_not_hold_goes_to_a_spill_file(
     assert spilled(model) == {edited.removesuffix(".weight")} and not list(spill_folder.iterdir())
     for name, module in model.base_model.named_modules():
         if isinstance(module, PAHQLinear):
-            with module.full_precision():
+            with module.shared.mode.full_precision():
                 assert torch.equal(module.dense(), wanted[f"{name}.weight"])
 
 
@@ -132,7 +132,7 @@ def test_the_fp32_regime_writes_nothing(spill_folder: Path) -> None:
 def expect_exact_in_full_precision(model: PAHQModel, family: str) -> None:
     whole = PAHQModel(FAMILIES[family](), FP32)
     for block, original in zip(linears(model), linears(whole), strict=True):
-        with block.full_precision():
+        with block.shared.mode.full_precision():
             assert torch.equal(block.dense(), original.dense())
 
 

@@ -226,8 +226,8 @@ def expect_refusal(model: PAHQModel, folder: Path, words: str, run: Callable[[],
         run()
     assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
     control = model.patched.precision
-    assert not control.active and not control.is_full and control.nbytes == weights
-    assert not any(linear.is_raised or linear._full for linear in model.patched.linears())
+    assert not control.active and not control.mode.is_full and control.nbytes == weights
+    assert not any(linear.is_raised for linear in model.patched.linears())
 
 
 @changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,10 @@ from pahq_hf.capture import Activations, capture
 from pahq_hf.checkpoint import load_config
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine import hooks
-from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.precision import Product
-from pahq_hf.precision.transfer import FullCache
+from pahq_hf.precision.weight_cache import WeightCache
 from pahq_hf.store import DiskStore, MemoryStore, kept
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, assert_same_circuit, random_edges, save_tiny, small_disk, wrapped
@@ -173,35 +172,79 @@ def test_a_budget_changes_memory_and_nothing_else(regime: str) -> None:
     assert all(linear.held_bytes == 0 for linear in model.patched.linears()), "a run leaves nothing behind"
 
 
-def test_what_weights_packed_for_themselves_counts() -> None:
+@pytest.mark.parametrize("engine", ["sparse", "hooks"])
+def test_a_run_leaves_nothing_behind(engine: str) -> None:
     model = wrapped("llama", regime="pahq")
-    engine = SparseEngine(model.patched, TASK, "kl")
-    linears = list(model.patched.linears())
-    held = HeldWeights(1, linears)
-    for linear in linears[:3]:
+    options = EngineConfig(engine=engine)  # type: ignore[arg-type]
+    model.discover(TASK, threshold=0.02, metric="kl", readers="logits,m1", progress=False, engine=options)
+    shared = model.patched.precision.shared
+    assert shared.cache.nbytes == shared.full.nbytes == 0
+
+
+def test_what_weights_are_packed_as_stays_within_the_budget() -> None:
+    model = wrapped("llama", regime="pahq")
+    linears, control = list(model.patched.linears()), model.patched.precision
+    size = 4 * linears[0].in_features * linears[0].out_features  # of the product of one query projection
+    control.allow(held=size + 1, full=0)
+    for linear in linears:
         linear.hold_difference()
-    assert sum(linear.held_bytes for linear in linears) > 1
-    held.settle()
-    assert sum(linear.held_bytes for linear in linears) == 0
-    engine.finish()
+        linear.piece(slice(0, 4), linear.region.cols)
+        assert 0 < control.shared.cache.nbytes == sum(linear.held_bytes for linear in linears) <= size + 1
+    control.allow(held=0, full=0)
+    assert control.shared.cache.nbytes == 0
+    control.allow(held=1 << 30, full=0)
+    control.release()
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def uses(cache: WeightCache, keys: Sequence[int], *, turns: bool) -> list[int]:
+    """What is made when values of 64 bytes are used in this order; each in a turn of its own, or in one."""
     made: list[int] = []
 
     def make(number: int) -> Product:
         made.append(number)
         return Product(torch.ones(4, 4))
 
-    cache = FullCache()
-    cache.allow(2 * 64)
-    for number in (1, 2, 1, 3, 1, 2):  # 3 pushes 2 out
-        cache.get(number, lambda number=number: make(number))  # type: ignore[misc]
-    assert made == [1, 2, 3, 2] and cache.nbytes == 128
+    for number in keys:
+        if turns:
+            cache.turn()
+        cache.get((number,), lambda number=number: make(number))  # type: ignore[misc]
+    return made
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = WeightCache(2 * 64)
+    assert uses(cache, (1, 2, 1, 3, 1, 2), turns=True) == [1, 2, 3, 2]  # 3 pushes 2 out
+    assert cache.nbytes == 128
     cache.allow(0)
     assert cache.nbytes == 0
-    cache.get(1, lambda: make(1))
-    assert cache.nbytes == 0
+    assert uses(cache, (1, 1), turns=True) == [1, 1] and cache.nbytes == 0
+
+
+def test_of_one_turn_the_newest_goes_first() -> None:
+    cache = WeightCache(2 * 64)
+    assert uses(cache, (1, 2, 3) * 3, turns=False) == [1, 2, 3, 3, 3]  # else nothing would be found again
+    cache.turn()
+    assert uses(cache, (4, 5, 4, 5), turns=False) == [4, 5]  # those of the turn before make room
+    assert cache.nbytes == 128
+
+
+def test_what_does_not_fit_pushes_nothing_out() -> None:
+    cache = WeightCache(64)
+    assert uses(cache, (1,), turns=True) == [1]
+    cache.turn()
+    cache.get((2,), lambda: torch.ones(17))
+    assert cache.peek((2,)) is None and uses(cache, (1,), turns=True) == []
+
+
+def test_values_are_dropped_by_the_beginning_of_their_keys() -> None:
+    cache = WeightCache()
+    for key in (("a",), ("a", "b"), ("a", "b", 1), ("a", "c"), ("ab",)):
+        cache.get(key, lambda: torch.ones(1))
+    assert cache.bytes_of("a") == 16 and cache.bytes_of("a", "b") == 8
+    cache.drop("a", "b")
+    assert cache.nbytes == 12 and cache.peek(("a", "b", 1)) is None and cache.peek(("a", "c")) is not None
+    cache.clear()
+    assert cache.nbytes == 0 and cache.peek(("ab",)) is None
 
 
 # -- accounting -------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_gguf_is_the_same_model(fp32: PAHQModel, smollm2_gguf: Path) -> None:
     assert model.graph.edge_count == 70_651
     assert next_words(model) == " Mary"
     for ours, theirs in zip(model.patched.linears(), fp32.patched.linears(), strict=True):
-        with ours.full_precision():
+        with ours.shared.mode.full_precision():
             assert torch.equal(ours.dense(slice(0, 8)), theirs.dense(slice(0, 8)))
     ids = model.tokenizer(IOI, return_tensors="pt")["input_ids"]
     low = model(ids).logits

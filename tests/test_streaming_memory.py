@@ -157,7 +157,7 @@ def test_gguf_is_streamed_from_its_conversion(
     assert ours.identity["base_model"] == path.parent.name
     for mine, other in zip(ours.patched.linears(), theirs.patched.linears(), strict=True):
         assert torch.equal(mine.dense(), other.dense())
-        with mine.full_precision(), other.full_precision():
+        with mine.shared.mode.full_precision(), other.shared.mode.full_precision():
             assert torch.equal(mine.dense(), other.dense())
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert not list(spill_folder.iterdir())  # what the model in memory has there has no name

@@ -8,7 +8,7 @@ from it only, `y = y0 + W_low (x - x0)`, so that rounding is relative to the eff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from pahq_hf.engine.heads import HeadMath
-from pahq_hf.engine.held import HeldWeights
 from pahq_hf.graph import ReaderKind
 from pahq_hf.layers import MLP
 from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import Anchor, DifferenceProduct, Origin, PAHQLinear, Product, in_chunks
+from pahq_hf.precision import Anchor, DifferenceProduct, Origin, Product, in_chunks
 
 _CHUNK = 448  # tokens at once: measured
 
@@ -50,11 +49,10 @@ class Arithmetic(Protocol):
     def state_precision(self) -> AbstractContextManager[None]:
         """The precision in which the state itself is computed."""
 
-    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
-        """Keep ready what every batch needs of a layer.
+    def hold(self, number: int, *, attention: bool, mlp: bool) -> None:
+        """Have ready what every batch needs of a layer, as far as memory allows.
 
         Args:
-            held: Keeps weights under a memory budget.
             number: Layer.
             attention: Whether some of its heads are live.
             mlp: Whether its MLP is.
@@ -113,16 +111,16 @@ class Direct:
         """As it is."""
         return nullcontext()
 
-    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
+    def hold(self, number: int, *, attention: bool, mlp: bool) -> None:
         """Output projections decoded, other live weights packed."""
         layer = self._model.layers[number]
-        held.use(layer.attention.o_proj, PAHQLinear.hold_decoded)
+        layer.attention.o_proj.hold_decoded()
         if attention:
             for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
-                held.use(linear, PAHQLinear.hold_decoded)
+                linear.hold_decoded()
         if mlp:
             for linear in self._model.mlp_linears(layer):
-                held.use(linear, PAHQLinear.hold_packed)
+                linear.hold_packed()
 
     def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state. [reader, tokens, d_head]"""
@@ -144,7 +142,7 @@ class Direct:
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state. [tokens, d_model]"""
         rooms = self._model.layers[number]
-        with streamed(rooms.mlp):
+        with streamed(self._model, rooms.mlp):
             return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
 
     def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
@@ -154,7 +152,7 @@ class Direct:
         def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
             torch.sub(rooms.mlp(rooms.mlp_norm(new)), output[tokens], out=room)
 
-        with streamed(rooms.mlp):
+        with streamed(self._model, rooms.mlp):
             over_tokens(changed, x, change, out)
 
     def contribution(self, number: int, head: int) -> DifferenceProduct:
@@ -181,17 +179,15 @@ class Anchored:
         """FP32."""
         return self._model.precision.full_precision()
 
-    def hold(self, held: HeldWeights, number: int, *, attention: bool, mlp: bool) -> None:
+    def hold(self, number: int, *, attention: bool, mlp: bool) -> None:
         """Output projections decoded, live MLPs packed; heads' pieces come as they are wanted."""
         layer = self._model.layers[number]
-        held.use(layer.attention.o_proj, PAHQLinear.hold_decoded)
-        if attention:
-            for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
-                held.use(linear, lambda linear: linear.held_bytes)
-        if mlp:
-            hold = PAHQLinear.hold_packed if layer.mlp.is_routed else PAHQLinear.hold_difference
-            for linear in self._model.mlp_linears(layer):
-                held.use(linear, hold)
+        layer.attention.o_proj.hold_decoded()
+        for linear in self._model.mlp_linears(layer) if mlp else ():
+            if layer.mlp.is_routed:
+                linear.hold_packed()
+            else:
+                linear.hold_difference()
 
     def read(self, reads: Reads) -> Tensor:
         """Queries, keys or values of the state, which become anchors. [reader, tokens, d_head]"""
@@ -229,10 +225,9 @@ class Anchored:
             self._routed.pop(number, None)
             return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
         linears = self._model.mlp_linears(rooms)
-        with streamed(rooms.mlp), ExitStack() as stack:
-            records = [stack.enter_context(linear.recording()) for linear in linears]
+        with streamed(self._model, rooms.mlp), self._model.precision.mode.recording(linears) as records:
             output: Tensor = rooms.mlp(rooms.mlp_norm(x))
-        self._mlps[number] = [record[0] for record in records]
+        self._mlps[number] = [records[linear][0] for linear in linears]
         return output
 
     def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
@@ -250,9 +245,7 @@ class Anchored:
             anchors = _at(self._mlps[number], tokens)
             if ends:
                 anchors[-1] = Anchor(anchors[-1].origin, None)
-            with ExitStack() as stack:
-                for linear, anchor in zip(linears, anchors, strict=True):
-                    stack.enter_context(linear.anchored(anchor))
+            with self._model.precision.mode.anchored(dict(zip(linears, anchors, strict=True))):
                 result: Tensor = rooms.mlp(rooms.mlp_norm(new))
             if ends:
                 room.copy_(result)
@@ -335,9 +328,6 @@ def _ranges(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def streamed(mlp: MLP) -> ExitStack:
+def streamed(model: PatchedModel, mlp: MLP) -> AbstractContextManager[None]:
     """In full precision, read an MLP's weights once for all products inside; experts as they are hit."""
-    stack = ExitStack()
-    for linear in () if mlp.is_routed else mlp.linears:
-        stack.enter_context(linear.streamed())
-    return stack
+    return model.precision.streamed(() if mlp.is_routed else mlp.linears)

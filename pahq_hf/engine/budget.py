@@ -9,6 +9,7 @@ import torch
 from pahq_hf.engine.state import CircuitState
 from pahq_hf.engine.tokens import Liveness
 from pahq_hf.patch import PatchedModel
+from pahq_hf.precision import PrecisionControl
 
 _SHARE = 0.25  # of the memory that is free
 BATCH_TOKENS = 3328  # at once
@@ -43,6 +44,10 @@ class MemoryBudget:
         self.held_weights = self.limit if limit is None else self.limit - self.full_weights
         self._most = self._together = 1 << 30
         self._vocabulary = model.vocab_size * self._width * self._size
+
+    def bound(self, precision: PrecisionControl) -> None:
+        """Bound the weights that a model keeps for another use."""
+        precision.allow(held=self.held_weights, full=self.full_weights)
 
     @property
     def holds_vocabulary(self) -> bool:

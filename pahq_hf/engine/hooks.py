@@ -188,6 +188,7 @@ class HooksEngine:
 
     def finish(self) -> None:
         """Leave the model as it was."""
+        self.model.precision.release()
         self.model.precision.deactivate()
         self._undo_substitute()
         self._ablated = self.substitute
@@ -271,7 +272,7 @@ class HooksEngine:
         for part in self._parts:
             with ExitStack() as stack:
                 if part.anchors is not None:
-                    stack.enter_context(part.anchors.in_use())
+                    stack.enter_context(self.model.precision.mode.anchored(part.anchors.linears))
                 stack.enter_context(hooks(*self._patched(part, removed).register()))
                 final[part.rows] = run_to_answers(self.model, part.task, part.task.clean_ids)[0]
         return final

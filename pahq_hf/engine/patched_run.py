@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +69,6 @@ class RunAnchors:
     removed: BoolArray
     full_writers: bool
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Inside, every projection starts from its anchor."""
-        with ExitStack() as stack:
-            for linear, anchor in self.linears.items():
-                stack.enter_context(linear.anchored(anchor))
-            yield
-
 
 def _single(model: PatchedModel) -> Iterator[PAHQLinear]:
     """The projections that are anchored by themselves: those that every token meets."""
@@ -88,10 +80,9 @@ def _single(model: PatchedModel) -> Iterator[PAHQLinear]:
 def record_linears(model: PatchedModel) -> Iterator[dict[PAHQLinear, Anchor]]:
     """Note input and output of every projection in one forward pass; filled on exit."""
     found: dict[PAHQLinear, Anchor] = {}
-    with ExitStack() as stack:
-        records = {linear: stack.enter_context(linear.recording()) for linear in _single(model)}
+    with model.precision.mode.recording(_single(model)) as records:
         yield found
-        found.update({linear: record[0] for linear, record in records.items()})
+    found.update({linear: record[0] for linear, record in records.items()})
 
 
 class PatchedRun:

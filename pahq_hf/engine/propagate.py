@@ -7,7 +7,7 @@ activation is a constant of the current state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Propagation:
         delta: The change, at the reader's tokens. [K, tokens, d_model]
         arithmetic: How changes are computed.
         workspace: Buffers; they are in use until `final` returns.
-        after_layer: Called when a layer is done.
     """
 
     def __init__(
@@ -38,9 +37,7 @@ class Propagation:
         delta: Tensor,
         arithmetic: Arithmetic,
         workspace: Workspace,
-        after_layer: Callable[[], None] | None = None,
     ) -> None:
-        self._after_layer = after_layer
         self._state = state
         self._arithmetic = arithmetic
         self._workspace = workspace
@@ -59,8 +56,6 @@ class Propagation:
             self._through_attention(layer)
             if spec.mlps:
                 self._through_mlp(layer)
-            if self._after_layer is not None:
-                self._after_layer()
         reader = self._graph.logits_reader
         base = self._state.inputs[reader]
         change = self._input_change(reader)

@@ -21,7 +21,6 @@ from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
 from pahq_hf.engine.heads import HeadMath
-from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.propagate import Propagation
 from pahq_hf.engine.readout import make_readout
 from pahq_hf.engine.rule import PrecisionRule
@@ -74,7 +73,7 @@ class SparseEngine:
         self._rule = rule = rule or PrecisionRule()
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
-        model.precision.keep_full(self._memory.full_weights)
+        self._memory.bound(model.precision)
         with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model):
             clean = capture(model, task, task.clean_ids, store)
             self._corrupted = capture(model, task, task.corrupted_ids, store)
@@ -96,7 +95,6 @@ class SparseEngine:
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"
         self._plan = plan
-        self._held = HeldWeights(self._memory.held_weights, model.linears())
         self._workspace = Workspace(clean.embedding)
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
@@ -110,7 +108,8 @@ class SparseEngine:
             HeadMath(layer, self._plan, self._clean, number, len(self.task))
             for number, layer in enumerate(self.model.layers)
         ]
-        return CircuitState(self.graph, self._streams, math, self._held, self._arithmetic())
+        cache = self.model.precision.shared.cache
+        return CircuitState(self.graph, self._streams, math, cache, self._arithmetic())
 
     def _arithmetic(self) -> Arithmetic:
         return Anchored(self.model) if self._rule.anchored else Direct(self.model)
@@ -155,7 +154,6 @@ class SparseEngine:
             for start in range(0, len(writers), few):
                 some = writers[start : start + few].tolist()
                 finals = self._propagate(reader, -self._carried(reader, some), self._state.arithmetic)
-                self._held.settle()
                 effects[reader, some] = np.array(self._read(finals)) - before
         return effects
 
@@ -175,7 +173,7 @@ class SparseEngine:
     @torch.no_grad()
     def begin(self, kept: BoolArray) -> float:
         """Start from an edge set; its metric."""
-        self.model.precision.keep_full(self._memory.full_weights)  # `finish` ended that
+        self._memory.bound(self.model.precision)  # `finish` ended that
         self._kept = kept.copy()
         self._state = self._new_state()
         self._state.update(kept, self._floor_of(kept))
@@ -226,7 +224,6 @@ class SparseEngine:
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
         finals = self._propagate(reader, delta, self._state.arithmetic)
-        self._held.settle()
         return self._read(finals)
 
     def _together(self, reader: int) -> int:
@@ -272,8 +269,7 @@ class SparseEngine:
 
     def _final(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
         with self.phases("propagation"):
-            settle = self._held.settle if self._held.is_tight else None
-            return Propagation(self._state, reader, delta, arithmetic, self._workspace, settle).final()
+            return Propagation(self._state, reader, delta, arithmetic, self._workspace).final()
 
     @torch.no_grad()
     def remove(self, reader: int, writers: Sequence[int]) -> None:
@@ -307,8 +303,7 @@ class SparseEngine:
     def finish(self) -> None:
         """Leave the model as it was."""
         self._commit()
-        self._held.release()
-        self.model.precision.keep_full(0)
+        self.model.precision.release()
         self._workspace.clear()
         self.model.precision.deactivate()
         self._state.substitute_shifts.clear()

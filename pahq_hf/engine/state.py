@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pahq_hf.engine.arithmetic import Arithmetic, Reads
 from pahq_hf.engine.heads import HeadMath
-from pahq_hf.engine.held import HeldWeights
 from pahq_hf.engine.streams import Streams
 from pahq_hf.engine.tokens import Liveness
 from pahq_hf.graph import BoolArray, Graph, ReaderKind
+from pahq_hf.precision import WeightCache
 
 HEAD_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v")
 
@@ -72,7 +72,7 @@ class CircuitState:
         graph: The model's graph.
         streams: The captured constants.
         math: Head computations per layer.
-        held: Keeps the weights of live nodes ready.
+        cache: Keeps the weights of live nodes ready.
         arithmetic: How nodes are computed.
     """
 
@@ -81,14 +81,14 @@ class CircuitState:
         graph: Graph,
         streams: Streams,
         math: list[HeadMath],
-        held: HeldWeights,
+        cache: WeightCache,
         arithmetic: Arithmetic,
     ) -> None:
         self.graph = graph
         self.streams = streams
         self.math = math
         self.arithmetic = arithmetic
-        self._held = held
+        self._cache = cache
         self.plan = streams.plan
         self.kept: BoolArray = self.graph.all_edges.copy()
         self.liveness: list[Liveness] = [Liveness.DEAD] * len(self.graph.writers)
@@ -150,11 +150,10 @@ class CircuitState:
     def _hold_weights(self) -> None:
         """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
         graph = self.graph
-        self._held.turn()
+        self._cache.turn()
         for number in range(graph.spec.layers):
             first = graph.head_writer(number, 0)
             self.arithmetic.hold(
-                self._held,
                 number,
                 attention=any(self.liveness[first : first + graph.spec.heads]),
                 mlp=graph.spec.mlps and self.liveness[graph.mlp_writer(number)] is not Liveness.DEAD,

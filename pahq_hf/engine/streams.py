@@ -127,7 +127,7 @@ class Streams:
             [head, tokens, d_model]
         """
         linear = self._model.layers[layer].attention.o_proj
-        if self._model.precision.is_full or not linear.is_raised:
+        if self._model.precision.mode.is_full or not linear.is_raised:
             return self.contribute(layer, heads, new - captured)
         before = self._contribute(linear.base(), layer, heads, captured)
         return self.contribute(layer, heads, new) - before

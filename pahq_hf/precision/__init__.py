@@ -5,6 +5,7 @@ from pahq_hf.precision.control import Component, PrecisionControl
 from pahq_hf.precision.flags import exact_products, product_flags
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.low import LowWeight, quantize, stored_bytes
+from pahq_hf.precision.mode import Mode
 from pahq_hf.precision.policy import layouts
 from pahq_hf.precision.product import COMPUTE_DTYPES, DifferenceProduct, Product, in_chunks, resolve_compute
 from pahq_hf.precision.region import Layout, Region
@@ -16,6 +17,8 @@ from pahq_hf.precision.source import (
     stored_name,
 )
 from pahq_hf.precision.table import PAHQTable, exact_block, exact_rows, patch_embedding
+from pahq_hf.precision.weight_cache import WeightCache
+from pahq_hf.precision.weights import WeightMatrix
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -25,6 +28,7 @@ __all__ = [
     "DifferenceProduct",
     "Layout",
     "LowWeight",
+    "Mode",
     "Origin",
     "PAHQLinear",
     "PAHQTable",
@@ -33,6 +37,8 @@ __all__ = [
     "Region",
     "SourceBlock",
     "SpillSource",
+    "WeightCache",
+    "WeightMatrix",
     "WeightSource",
     "exact_block",
     "exact_products",

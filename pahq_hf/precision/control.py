@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.mode import Mode
 from pahq_hf.precision.region import Region
-from pahq_hf.precision.source import Staging
+from pahq_hf.precision.weights import Shared
 
 Component = str
 Part = tuple[PAHQLinear, Region]
@@ -28,15 +29,19 @@ class PrecisionControl:
         self._names = list(parts)
         self._order = {name: place for place, name in enumerate(self._names)}
         self._active: frozenset[Component] = frozenset()
-        self.is_full = False  # inside `full_precision`
-        self._staging = Staging()
+        self.shared = Shared()
         for linear in linears:
-            linear.staging = self._staging
+            linear.shared = self.shared
 
     @property
     def parts(self) -> Mapping[Component, Sequence[Part]]:
         """The weight blocks of every component."""
         return self._parts
+
+    @property
+    def mode(self) -> Mode:
+        """How the projections compute at present."""
+        return self.shared.mode
 
     @property
     def active(self) -> frozenset[Component]:
@@ -81,7 +86,7 @@ class PrecisionControl:
 
     def _prefetch_next(self) -> None:
         """Read ahead what the search turns to next: the component before, in the order of the model."""
-        self._staging.forget()
+        self.shared.staging.forget()
         places = [self._order[name] for name in self._active]
         if places and min(places) > 0:
             for linear, region in self._parts[self._names[min(places) - 1]]:
@@ -97,24 +102,37 @@ class PrecisionControl:
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Inside, every linear weight is FP32, streamed from the checkpoint product by product."""
-        before, self.is_full = self.is_full, True
         try:
-            with ExitStack() as stack:
-                for linear in self._linears:
-                    stack.enter_context(linear.full_precision())
+            with self.mode.full_precision():
                 yield
         finally:
-            self.is_full = before
-            if not before:
+            if not self.mode.is_full:
                 self.free_staging()
 
-    def keep_full(self, limit: int) -> None:
-        """Let FP32 weights that are read from the checkpoint stay for another use, within some bytes."""
-        self._staging.kept.allow(limit)
+    def streamed(self, linears: Sequence[PAHQLinear]) -> AbstractContextManager[None]:
+        """In full precision: read the FP32 weights of some projections once for all products inside."""
+        low = [linear for linear in linears if linear.low is not None] if self.mode.is_full else []
+        products = {linear: linear.full_product(linear.region, linear.bias) for linear in low}
+        return self.mode.streaming(products)
+
+    def allow(self, *, held: int, full: int) -> None:
+        """Say how many bytes weights may take that stay for another use.
+
+        Args:
+            held: Decoded and packed ones.
+            full: FP32 ones that are read from the checkpoint.
+        """
+        self.shared.cache.allow(held)
+        self.shared.full.allow(full)
+
+    def release(self) -> None:
+        """Free the weights that stayed for another use."""
+        self.shared.cache.clear()
+        self.shared.full.allow(0)
 
     def free_staging(self) -> None:
         """Give back the memory through which FP32 weights pass."""
-        self._staging.free()
+        self.shared.staging.free()
 
     @property
     def nbytes(self) -> int:

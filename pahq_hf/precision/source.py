@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pahq_hf.errors import ModelLoadError
-from pahq_hf.precision.transfer import FullCache, Transfer
 
 _ALIGNED = 64  # bytes
 
@@ -68,6 +67,10 @@ class CheckpointSource:
             self._handles.append(handle)
             self._where.update(dict.fromkeys(handle.keys(), number))
             self._spans |= byte_spans(path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointSource:
+        """Itself: nothing in it changes, and an open file cannot be copied."""
+        return self
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -163,6 +166,10 @@ class SpillSource:
             for name, tensor in tensors.items()
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpillSource:
+        """Itself: nothing in it changes, and a mapped file cannot be copied."""
+        return self
+
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
@@ -204,37 +211,15 @@ class SourceBlock:
 
     def view(self, rows: slice, cols: slice) -> Tensor:
         """The same without a copy where it can be had; for reading only. [rows, cols]"""
-        parts = list(self._views(rows, cols))
+        parts = list(self.views(rows, cols))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def prefetch(self) -> None:
         """Let the tensor come into memory in the background."""
         self.source.prefetch(self.name)
 
-    def stage(self, rows: slice, cols: slice, buffer: Staging) -> Tensor:
-        """The same in FP32, for use at once and for reading only.
-
-        Args:
-            rows: Rows.
-            cols: Columns.
-            buffer: Takes the values where they cannot be used as they lie in the file; the result is
-                valid until it is used again.
-
-        Returns:
-            [rows, cols]
-        """
-        buffer.announce(self)
-        views = list(self._views(rows, cols))
-        if len(views) == 1 and views[0].dtype == torch.float32 and views[0].is_contiguous():
-            return views[0]
-        values = buffer.take(sum(view.shape[0] for view in views), views[0].shape[1])
-        offset = 0
-        for view in views:
-            values[offset : offset + view.shape[0]] = view
-            offset += view.shape[0]
-        return values
-
-    def _views(self, rows: slice, cols: slice) -> Iterator[Tensor]:
+    def views(self, rows: slice, cols: slice) -> Iterator[Tensor]:
+        """The same in the pieces that lie together in the file, from the first row on."""
         offset = 0
         for start, stop in self.segments:
             low = max(rows.start, offset)
@@ -245,52 +230,6 @@ class SourceBlock:
                 block = self.source.view(self.name, first, second)
                 yield block.t() if self.transposed else block
             offset += stop - start
-
-
-class Staging:
-    """One buffer for FP32 weights on their way to a product; the next ones are read ahead meanwhile."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-        self._last: SourceBlock | None = None
-        self._after: dict[tuple[str, tuple[tuple[int, int], ...]], SourceBlock] = {}
-        self.kept = FullCache()
-        self._transfers: dict[torch.device, Transfer] = {}
-
-    def forget(self) -> None:
-        """Drop what was sent ahead and not used."""
-        for transfer in self._transfers.values():
-            transfer.forget()
-
-    def transfer(self, device: torch.device) -> Transfer | None:
-        """What copies weights to a GPU ahead of their use; None for the CPU."""
-        if device.type != "cuda":
-            return None
-        if device not in self._transfers:
-            self._transfers[device] = Transfer(device)
-        return self._transfers[device]
-
-    def expect(self, block: SourceBlock) -> None:
-        """Say that a projection comes after the one named before, in the order of a forward pass."""
-        if self._last is not None:
-            self._after[self._last.name, self._last.segments] = block
-        self._last = block
-
-    def announce(self, block: SourceBlock) -> None:
-        """Say that a projection is being read: the one after it comes into memory in the background."""
-        following = self._after.get((block.name, block.segments))
-        if following is not None:
-            following.prefetch()
-
-    def take(self, rows: int, cols: int) -> Tensor:
-        """Room for a matrix, in the same memory every time. [rows, cols]"""
-        if self._buffer.numel() < rows * cols:
-            self._buffer = torch.empty(rows * cols)
-        return self._buffer[: rows * cols].view(rows, cols)
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self._buffer = torch.empty(0)
 
 
 def stored_name(name: str, prefix: str, source: WeightSource) -> str | None:

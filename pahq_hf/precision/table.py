@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pahq_hf.precision.gradient import differentiable, is_differentiated
-from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.weights import WeightMatrix
 
 _BLOCK = 2048  # rows at once
 
 
-class PAHQTable(PAHQLinear):
+class PAHQTable(WeightMatrix):
     """A matrix with one row for each token, [vocab, d_model], never decoded as a whole."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is FP32 at present whatever it is kept in."""
+        return self.shared.mode.has_exact_tables
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of all tokens. [..., d_model] -> [..., vocab]"""
@@ -46,19 +51,17 @@ class PAHQTable(PAHQLinear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of some tokens at the current precision. [...] -> [..., d_model]"""
-        distinct, place = ids.unique(return_inverse=True)
-        rows = [self.dense(slice(token, token + 1)) for token in distinct.tolist()]
-        return torch.cat(rows)[place]
-
-    def exact(self, rows: slice) -> Tensor:
-        """FP32 rows, whatever the precision. [rows, d_model]"""
-        with self.full_precision():
-            return self.dense(rows)
+        return _each_once(self.dense, ids)
 
     def exact_rows(self, ids: Tensor) -> Tensor:
         """FP32 rows of some tokens, whatever the precision. [...] -> [..., d_model]"""
-        with self.full_precision():
-            return self.rows(ids)
+        return _each_once(self.exact, ids)
+
+
+def _each_once(read: Callable[[slice], Tensor], ids: Tensor) -> Tensor:
+    """Rows of some tokens, each read once. [...] -> [..., d_model]"""
+    distinct, place = ids.unique(return_inverse=True)
+    return torch.cat([read(slice(token, token + 1)) for token in distinct.tolist()])[place]
 
 
 class PAHQEmbedding(nn.Embedding):

@@ -1,16 +1,13 @@
-"""FP32 weights on their way to a GPU while it computes, and those that stay for another use."""
+"""FP32 weights on their way to a GPU while it computes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from pahq_hf.precision.product import Product
 
 
 @dataclass(frozen=True)
@@ -77,43 +74,3 @@ class Transfer:
     def forget(self) -> None:
         """Drop what was started and not taken."""
         self._coming.clear()
-
-
-class FullCache:
-    """FP32 weights packed for products that are read from the checkpoint again and again.
-
-    The least recently used go first.
-    """
-
-    def __init__(self) -> None:
-        self._limit = 0
-        self._kept: OrderedDict[Hashable, Product] = OrderedDict()
-
-    def allow(self, limit: int) -> None:
-        """Say how many bytes they may take together."""
-        self._limit = limit
-        self._shrink()
-
-    def get(self, key: Hashable, make: Callable[[], Product]) -> Product:
-        """The product of a key, made if it is not there; kept if it fits.
-
-        Args:
-            key: Names the weight.
-            make: Reads and packs it.
-        """
-        product = self._kept.pop(key, None) or make()
-        if product.nbytes <= self._limit:
-            self._kept[key] = product
-            self._shrink()
-        return product
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept now."""
-        return sum(product.nbytes for product in self._kept.values())
-
-    def _shrink(self) -> None:
-        total = self.nbytes
-        while total > self._limit:
-            _, oldest = self._kept.popitem(last=False)
-            total -= oldest.nbytes

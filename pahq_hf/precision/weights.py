@@ -1,0 +1,259 @@
+"""A weight matrix that is full precision, low precision, in the checkpoint, or low with FP32 blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pahq_hf.config import Format
+from pahq_hf.errors import ConfigError
+from pahq_hf.precision.low import LowWeight
+from pahq_hf.precision.mode import Mode
+from pahq_hf.precision.pieces import lowered
+from pahq_hf.precision.region import Layout, Region
+from pahq_hf.precision.source import SourceBlock
+from pahq_hf.precision.staging import Staging
+from pahq_hf.precision.stored import StoredWeight
+from pahq_hf.precision.weight_cache import Key, WeightCache
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all projections of a model share.
+
+    Attributes:
+        mode: How they compute at present.
+        cache: Their weights decoded, and packed for products.
+        full: FP32 weights packed for products, which were read from the checkpoint; none by default.
+        staging: The way of FP32 weights from the checkpoint.
+    """
+
+    mode: Mode = field(default_factory=Mode)
+    cache: WeightCache = field(default_factory=WeightCache)
+    full: WeightCache = field(default_factory=lambda: WeightCache(0))
+    staging: Staging = field(default_factory=Staging)
+
+
+class WeightMatrix(nn.Module):
+    """A weight matrix, [out, in] whatever the checkpoint's layout, and its bias.
+
+    While `weight` is a parameter it is resident in full precision. `lower` replaces it by a low-precision
+    tensor plus the place in the checkpoint where FP32 blocks can be read on demand.
+
+    Args:
+        weight: Full-precision weight. [out, in]
+        bias: Bias. [out]
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.low: nn.Module | None = None
+        self.shared = Shared()
+        self.source_block: SourceBlock | None = None  # where FP32 values are read, if not resident
+        self._raised: list[tuple[Region, Tensor | None]] = []  # None: read when wanted
+        self._compute = torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.release()  # elsewhere, or in another dtype, decoded and packed values are other ones
+        return super()._apply(fn, recurse)
+
+    # -- where it is ----------------------------------------------------------------------------
+
+    def lower(
+        self,
+        fmt: Format | Layout,
+        block: SourceBlock,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        """Keep the weight in a low-precision format from now on.
+
+        Args:
+            fmt: The format, or those of blocks that make up the matrix.
+            block: Where to read FP32 values; also this one, where the weight has no memory yet.
+            compute: Dtype in which products of differences run.
+            device: Where the weight is rounded and kept, if it has no memory yet; the CPU by default.
+
+        Raises:
+            ConfigError: If the weight is low already.
+            ModelLoadError: If it holds NaN or infinity.
+        """
+        if self.weight is None:
+            raise ConfigError("this projection is kept in low precision already")
+        layout: Layout = [(self.region, fmt)] if isinstance(fmt, str) else fmt
+        weight: Tensor = self.weight
+        if weight.is_meta:
+            weight = block.view(self.region.rows, self.region.cols)
+            weight = weight if device is None else weight.to(device)
+        self.low = cast(nn.Module, lowered(weight, layout))
+        self.source_block, self.weight = block, None
+        self.shared.staging.expect(block)
+        self.compute_in(compute)
+
+    def compute_in(self, compute: torch.dtype) -> None:
+        """Let products of differences run in another dtype from now on."""
+        self.release()
+        self._compute = compute
+
+    def leave(self, block: SourceBlock, device: torch.device) -> None:
+        """Leave the weight where it is, in the checkpoint, and read what is wanted of it.
+
+        Args:
+            block: Where it is.
+            device: Where values go.
+        """
+        self.low = StoredWeight(block, (self.out_features, self.in_features), device)
+        self.source_block, self.weight = block, None
+
+    @property
+    def region(self) -> Region:
+        """The whole matrix."""
+        return Region(slice(0, self.out_features), slice(0, self.in_features))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is FP32 at present whatever it is kept in."""
+        return self.shared.mode.is_full
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as resident now, FP32 blocks in use included."""
+        base = self.weight.nbytes if self.weight is not None else cast(LowWeight, self.low).nbytes
+        return base + sum(4 * region.size for region, _ in self._raised)
+
+    # -- FP32 blocks ----------------------------------------------------------------------------
+
+    def raise_region(self, region: Region) -> None:
+        """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
+        if self.low is None:
+            return
+        self._drop_products()
+        transfer = self.shared.staging.transfer(self._device)
+        values = None if transfer is None else transfer.take(self._key("raised", block=region))
+        if values is None:
+            values = self._source.view(region.rows, region.cols)  # fails if the checkpoint changed
+            # On the CPU no copy is kept: products are packed from the mapped file.
+            values = None if self._device.type == "cpu" else values.to(self._device)
+        self._raised.append((region, values))
+
+    def prefetch(self, region: Region) -> None:
+        """Let the FP32 values of a block come in the background: into memory, or to the GPU."""
+        if self.source_block is None:
+            return
+        transfer = self.shared.staging.transfer(self._device)
+        if transfer is None:
+            self.source_block.prefetch()
+        else:
+            key = self._key("raised", block=region)
+            transfer.start(key, lambda: self._source.view(region.rows, region.cols))
+
+    def drop_raised(self) -> None:
+        """Free every FP32 block."""
+        if self._raised:
+            self._drop_products()
+            self._raised.clear()
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether FP32 blocks are in use."""
+        return bool(self._raised)
+
+    def is_raised_in(self, region: Region) -> bool:
+        """Whether FP32 blocks in use touch a block."""
+        return any(raised.intersect(region) is not None for raised, _ in self._raised)
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def dense(self, rows: slice | None = None, cols: slice | None = None) -> Tensor:
+        """The effective weight of a block at the current precision. [rows, cols]"""
+        wanted = Region(rows or self.region.rows, cols or self.region.cols)
+        if self.weight is not None or self.is_full:
+            return self.exact(wanted.rows, wanted.cols)
+        for region, values in self._raised:
+            if region.intersect(wanted) == wanted:
+                return self._raised_values(region, values, wanted)
+        weight, is_kept = self._stored(wanted)
+        if self._raised and is_kept:
+            weight = weight.clone()  # what is kept stays as it is stored
+        for region, values in self._raised:
+            common = region.intersect(wanted)
+            if common is not None:
+                weight[common.within(wanted)] = self._raised_values(region, values, common)
+        return weight
+
+    def base(self) -> Tensor:
+        """The weight as it is stored, without FP32 blocks in use; FP32 in full precision. [out, in]"""
+        if self.weight is not None or self.is_full:
+            return self.exact()
+        return self._stored(self.region)[0]
+
+    def exact(self, rows: slice | None = None, cols: slice | None = None) -> Tensor:
+        """The full-precision weight of a block, whatever the precision at present. [rows, cols]"""
+        rows, cols = rows or self.region.rows, cols or self.region.cols
+        if self.weight is not None:
+            return self.weight[rows, cols]
+        return self._source.read(rows, cols).to(device=self._device, dtype=torch.float32)
+
+    def _raised_values(self, region: Region, values: Tensor | None, wanted: Region) -> Tensor:
+        if values is None:
+            return self.exact(wanted.rows, wanted.cols)
+        return values[wanted.within(region)].to(torch.float32)
+
+    def _stored(self, wanted: Region) -> tuple[Tensor, bool]:
+        """The stored values of a block, in FP32, and whether others use the same memory. [rows, cols]"""
+        decoded = self.shared.cache.peek(self._key("decoded"))
+        if decoded is not None:
+            return decoded[wanted.rows, wanted.cols], True
+        return cast(LowWeight, self.low).dense(wanted.rows, wanted.cols), False
+
+    def _stage_full(self, region: Region) -> Tensor:
+        """FP32 values for use at once: the next call may overwrite them. [rows, cols]"""
+        return self.shared.staging.stage(self._source, region.rows, region.cols).to(self._device)
+
+    @property
+    def _source(self) -> SourceBlock:
+        if self.source_block is None:
+            raise ConfigError("this projection is resident in full precision; there is nothing to read")
+        return self.source_block
+
+    @property
+    def _device(self) -> torch.device:
+        low = cast(nn.Module, self.low)
+        return next(chain(low.parameters(), low.buffers())).device
+
+    # -- what the cache keeps -------------------------------------------------------------------
+
+    def hold_decoded(self) -> None:
+        """Have the low-precision weight decoded, as long as the cache keeps it."""
+        if self.low is not None and not self.is_full:
+            low, region = cast(LowWeight, self.low), self.region
+            self.shared.cache.get(self._key("decoded"), lambda: low.dense(region.rows, region.cols))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the cache keeps of this weight."""
+        return self.shared.cache.bytes_of(self)
+
+    def release(self) -> None:
+        """Free what the cache keeps of this weight."""
+        self.shared.cache.drop(self)
+
+    def _drop_products(self) -> None:
+        self.shared.cache.drop(self, "product")
+
+    def _key(self, *kind: str, block: Region | None = None) -> Key:
+        """A cache's key for something of this weight."""
+        if block is None:
+            return (self, *kind)
+        return (self, *kind, block.rows.start, block.rows.stop, block.cols.start, block.cols.stop)
