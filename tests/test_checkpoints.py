@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,30 @@ def test_the_fp32_regime_writes_nothing(spill_folder: Path) -> None:
     assert not model.patched.precision.is_low and not list(spill_folder.iterdir())
     model.activate("a0.h0", "m1")
     assert model.patched.precision.nbytes == model.patched.precision.nbytes_fp32
+
+
+@pytest.mark.parametrize("config", [RTN, FP32, PAHQConfig("pahq")], ids=lambda config: config.regime)
+def test_a_model_loaded_from_files_can_be_copied(config: PAHQConfig, saved: Callable[..., Path]) -> None:
+    """The copy computes the same, also in FP32, and neither notices the other."""
+    model = PAHQModel.from_pretrained(saved("llama"), config)
+    ids = torch.arange(1, 9)[None]
+    for linear in linears(model):
+        linear.hold_packed()
+    twin = copy.deepcopy(model)
+    assert all(linear.held_bytes == 0 for linear in linears(twin))  # it can make its own
+    for linear in linears(model):
+        linear.release()
+    with torch.no_grad():
+        low = model(ids).logits
+        assert torch.equal(twin(ids).logits, low)
+        with twin.patched.precision.full_precision():
+            exact = twin(ids).logits
+            assert torch.equal(model(ids).logits, low)
+        assert torch.equal(exact, low) == (config is FP32)
+        with model.patched.precision.full_precision():
+            assert torch.equal(model(ids).logits, exact)
+        twin.activate("a0.h0")
+        assert not model.patched.precision.active and torch.equal(model(ids).logits, low)
 
 
 def expect_exact_in_full_precision(model: PAHQModel, family: str) -> None:
