@@ -37,6 +37,7 @@ from pahq_hf.files import output_path
 from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
 from pahq_hf.guard import WeightGuard, evaluating
+from pahq_hf.lowering import lower
 from pahq_hf.means import Means
 from pahq_hf.memory import trim
 from pahq_hf.naming import with_base_model
@@ -53,12 +54,13 @@ from pahq_hf.options import (
     with_fields,
 )
 from pahq_hf.originals import OriginalCheckpoint
-from pahq_hf.patch import PatchedModel, check_supported, repair_empty_mlps, resident_device
+from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
 from pahq_hf.settings import RunSettings
 from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
+from pahq_hf.untouched import check_supported, repair_empty_mlps, resident_device
 from pahq_hf.wrapper import Wrapper, find_wrapper
 
 
@@ -138,7 +140,8 @@ class PAHQModel(nn.Module):
 
     def _lower(self, source: WeightSource | None) -> None:
         config = self.pahq_config
-        self.patched.lower(
+        lower(
+            self.patched,
             config.format,
             source,
             PrecisionRule.of(config, self.patched.device).compute,

@@ -47,7 +47,7 @@ def original_tensors(model: PatchedModel) -> dict[str, Read]:
             inside.append(f"{name}.")
     if model.tables:
         found |= _projection(model.arch.unembedding, model.tables[0], False)
-        found[f"{_name_of(model, model.embedding)}.weight"] = _weight(model.tables[-1])
+        found[f"{model.name_of(model.embedding)}.weight"] = _weight(model.tables[-1])
     for name, tensor in model.hf.state_dict(keep_vars=True).items():
         if not name.startswith(tuple(inside)):
             found.setdefault(name, tensor.detach)
@@ -58,10 +58,6 @@ def original_tensors(model: PatchedModel) -> dict[str, Read]:
             "the checkpoint anew"
         )
     return {name: found[name] for name in model.original_shapes}
-
-
-def _name_of(model: PatchedModel, wanted: nn.Module) -> str:
-    return next(name for name, module in model.hf.named_modules() if module is wanted)
 
 
 def _attention(name: str, module: PAHQAttention) -> dict[str, Read]:

@@ -10,10 +10,11 @@ from pahq_hf.architectures import find_architecture
 from pahq_hf.capture import Activations, capture, head_outputs, with_streams
 from pahq_hf.errors import SelfCheckError, first_line
 from pahq_hf.layers import Layer
-from pahq_hf.patch import PatchedModel, resident_device, token_embedding
+from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import CheckpointSource
 from pahq_hf.skeleton import borrowed
 from pahq_hf.tasks.base import Task
+from pahq_hf.untouched import resident_device, token_embedding
 
 _TOLERANCE = 1e-5
 _LENGTH = 8

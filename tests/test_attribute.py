@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.config import AttributionConfig, Format, MethodName
 from pahq_hf.errors import ConfigError, MetricError, RunError
-from pahq_hf.patch import spill_blocks
+from pahq_hf.lowering import spill_blocks
 from pahq_hf.precision import PAHQLinear, PAHQTable
 from tests.helpers import id_rows, run_main, save_tiny, weight_of, wrapped, write_rows
 from tests.models import FAMILIES, random_task
