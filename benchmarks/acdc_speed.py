@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,9 +21,9 @@ from benchmarks.rows import ENGINES, HOOKS, SEQUENTIAL, SPECULATIVE, Regime, Row
 from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, PAHQModel, load_task
 from pahq_hf.checkpoint import load_model, load_tokenizer
-from pahq_hf.config import MetricName
 from pahq_hf.discovery import versions, with_margin
 from pahq_hf.errors import ConfigError, PAHQError
+from pahq_hf.metrics import known_metrics
 from pahq_hf.tasks.base import Task
 
 _FORWARDS = 7
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--n", type=int, default=16, help="prompt pairs (default: 16)")
     made.add_argument("--seed", type=int, help="seed of the task generator (default: 0)")
     made.add_argument("--threshold", type=float, default=0.05, help="tau (default: 0.05)")
-    made.add_argument("--metric", choices=get_args(MetricName), default="kl", help="default: kl")
+    made.add_argument("--metric", choices=known_metrics(), default="kl", help="default: kl")
     made.add_argument("--readers", help="search only readers that match these globs")
     made.add_argument(
         "--regimes", type=_variants, default=_variants("fp32,pahq,rtn,pahq-literal"),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +22,9 @@ from rich.table import Table
 from benchmarks.acdc_speed import output_file, positive
 from benchmarks.variants import Variant
 from pahq_hf import Circuit, PAHQModel, Sweep, load_task
-from pahq_hf.config import MetricName
 from pahq_hf.discovery import versions
 from pahq_hf.errors import PAHQError
+from pahq_hf.metrics import known_metrics
 from pahq_hf.sweep import check_thresholds
 
 _THRESHOLDS = "0.3,0.1,0.05,0.03,0.01,0.005,0.002,0.001"
@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--n", type=int, default=16, help="prompt pairs (default: 16)")
     made.add_argument("--seed", type=int, help="seed of the task generator (default: 0)")
     made.add_argument("--thresholds", default=_THRESHOLDS, help=f"default: {_THRESHOLDS}")
-    made.add_argument("--metric", choices=get_args(MetricName), default="kl", help="default: kl")
+    made.add_argument("--metric", choices=known_metrics(), default="kl", help="default: kl")
     made.add_argument("--readers", help="search only readers that match these globs")
     made.add_argument(
         "--precision", type=Variant.parse, default=Variant.parse("pahq"),

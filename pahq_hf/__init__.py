@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pahq_hf.circuit import Circuit
     from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
+    from pahq_hf.metrics import MetricSpec, register_metric
     from pahq_hf.model import PAHQModel
     from pahq_hf.sweep import Sweep
     from pahq_hf.tasks import load_task
@@ -26,6 +27,7 @@ __all__ = [
     "AttributionConfig",
     "Circuit",
     "EngineConfig",
+    "MetricSpec",
     "PAHQConfig",
     "PAHQError",
     "PAHQModel",
@@ -33,6 +35,7 @@ __all__ = [
     "Task",
     "load_task",
     "register_architecture",
+    "register_metric",
 ]
 
 _ROOMS = {
@@ -41,6 +44,7 @@ _ROOMS = {
     "AttributionConfig": "config",
     "Circuit": "circuit",
     "EngineConfig": "config",
+    "MetricSpec": "metrics",
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",
@@ -48,6 +52,7 @@ _ROOMS = {
     "Task": "tasks.base",
     "load_task": "tasks",
     "register_architecture": "architectures",
+    "register_metric": "metrics",
 }
 
 

@@ -12,6 +12,7 @@ from pahq_hf.cli_options import (
     DataSplitOption,
     DeviceOption,
     GgufOption,
+    JudgedMetricOption,
     OffsetOption,
     RevisionOption,
     SeedOption,
@@ -23,7 +24,6 @@ from pahq_hf.cli_options import (
     load_arguments,
 )
 from pahq_hf.cli_output import JsonOption, print_json, print_rich
-from pahq_hf.config import MetricName
 from pahq_hf.errors import ConfigError
 from pahq_hf.files import output_path
 from pahq_hf.progress import make_progress
@@ -42,7 +42,7 @@ def evaluate(
     split: DataSplitOption = None,
     offset: OffsetOption = 0,
     shuffle: ShuffleOption = False,
-    metric: Annotated[MetricName | None, typer.Option(help="Metric; the circuit's own if unset.")] = None,
+    metric: JudgedMetricOption = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="CPR, CMD and faithfulness over circuit size, by score.")
     ] = False,

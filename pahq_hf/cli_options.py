@@ -13,12 +13,11 @@ from pahq_hf.config import (
     Compute,
     EngineName,
     Format,
-    MetricName,
     Order,
     Regime,
     StoreName,
 )
-from pahq_hf.errors import ConfigError, first_line
+from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.settings import RunSettings
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
@@ -66,8 +65,35 @@ TablesOption = Annotated[
     bool, typer.Option("--quantize-embeddings", help="Embedding and unembedding in low precision too.")
 ]
 
+
 # Of a search.
-MetricOption = Annotated[MetricName | None, typer.Option(help="What is minimised; the task's own if unset.")]
+def _known(metric: str | None) -> str | None:
+    """A metric's name, checked as soon as it is read."""
+    from pahq_hf.metrics import find_metric
+
+    if metric is not None:
+        try:
+            find_metric(metric)
+        except MetricError as error:
+            raise typer.BadParameter(str(error)) from error
+    return metric
+
+
+_METRICS = "kl, logit_diff, nll, prob_diff, match_nll, or a registered one"
+MetricOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", callback=_known, help=f"What is minimised: {_METRICS}; the task's own if unset."
+    ),
+]
+JudgedMetricOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        callback=_known,
+        help=f"Metric: {_METRICS}; the circuit's own if unset.",
+    ),
+]
 ActiveOption = Annotated[Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")]
 MarginOption = Annotated[
     float | None,

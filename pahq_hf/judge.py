@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.confirmation import logit_rounding, metric_rounding
+from pahq_hf.confirmation import logit_rounding
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation import Evaluator
@@ -73,4 +73,5 @@ class Judge:
         """How far the search's value may be from the hooks engine's."""
         largest = max(float(run.abs().max()) for run in (logits, self.evaluator.clean_logits))
         error = logit_rounding(self.evaluator.graph.spec.layers, largest, self._ablation)
-        return metric_rounding(self._metric, value, error)
+        metric = self.evaluator.metric if self._low is None else self._low.metric
+        return metric.rounding(logits, value, error)

@@ -1,122 +1,297 @@
-"""Metrics of a circuit (docs/semantics.md, section 4). All are minimised; means over examples."""
+"""Metrics of a circuit (docs/semantics.md, section 4). All are minimised; means over examples.
+
+A `MetricSpec` is everything there is to know of a metric, and is registered by its name. A `Metric` is one
+that is bound to a task.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from pahq_hf.errors import ConfigError, MetricError, describe
+from pahq_hf.targets import FinalStream, Targets, TokenSets
 
-from pahq_hf.config import MetricName
-from pahq_hf.divergence import divergence
-from pahq_hf.errors import MetricError
-from pahq_hf.tasks.base import Task
-from pahq_hf.tasks.columns import listed
+if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
+    import torch
+    from torch import Tensor
 
-_NEEDS_ANSWERS = ("logit_diff", "nll", "prob_diff", "match_nll")
-_NEEDS_DISTRACTORS = ("logit_diff", "prob_diff")
+    from pahq_hf.tasks.base import Task
+
+Need = Literal["answers", "distractors", "reference"]
+
+
+# -- a metric ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TokenSets:
-    """One set of tokens per row, padded.
+class MetricSpec:
+    """A metric: what is minimised.
 
     Attributes:
-        ids: Token ids. [rows, width]
-        mask: 1 where an id is real, 0 in the padding. [rows, width]
+        name: Its name, in lower case.
+        value: Row by row from logits in float64: `[..., rows, vocab]` and targets to `[..., rows]`.
+        from_stream: The same from final streams, where it needs less than all logits; the sparse engine makes
+            logits for a metric without.
+        needs: What it takes of a task's rows (`answers`, `distractors`); `reference` are the full model's
+            logits.
+        differentiable: Whether `value` has a gradient, which attribution follows.
+        flat_at_full: Whether that is zero at the full model, as of a distance to it.
+        rounding: How far a value moves at most when no logit moves by more than an error, from both; by
+            default the error times the gradient, summed up.
+        tasks: Generated tasks that are usually scored with it.
     """
 
-    ids: Tensor
-    mask: Tensor
+    name: str
+    value: Callable[[Tensor, Targets], Tensor]
+    from_stream: Callable[[FinalStream, Targets], Tensor] | None = None
+    needs: tuple[Need, ...] = ()
+    differentiable: bool = True
+    flat_at_full: bool = False
+    rounding: Callable[[float, float], float] | None = None
+    tasks: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, sets: Sequence[Sequence[int]], device: torch.device) -> TokenSets:
-        """Pad sets of token ids."""
-        width = max((len(tokens) for tokens in sets), default=0)
-        ids = torch.zeros(len(sets), max(width, 1), dtype=torch.long)
-        mask = torch.zeros(ids.shape, dtype=torch.float64)
-        for row, tokens in enumerate(sets):
-            ids[row, : len(tokens)] = torch.tensor(list(tokens), dtype=torch.long)
-            mask[row, : len(tokens)] = 1
-        return cls(ids.to(device), mask.to(device))
 
-    def gather(self, values: Tensor) -> Tensor:
-        """Values of the set's tokens. [..., rows, vocab] -> [..., rows, width]"""
-        index = self.ids.expand(*values.shape[:-1], self.ids.shape[-1])
-        return values.gather(-1, index)
+def _kl(logits: Tensor, targets: Targets) -> Tensor:
+    from pahq_hf.divergence import divergence
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over each set. [..., rows, width] -> [..., rows]"""
-        return (values * self.mask).sum(-1)
+    return divergence(targets.reference_log_probs(), logits - targets.reference.double())
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over each set. [..., rows, width] -> [..., rows]"""
-        return self.total(values) / self.mask.sum(-1)
+
+def _kl_rounding(value: float, error: float) -> float:
+    # The sum over the gradient, |q - p|, is at most sqrt(2 KL) (Pinsker); the curvature adds half a square.
+    return math.sqrt(2 * max(value, 0.0)) * error + error**2 / 2
+
+
+def _logit_diff(logits: Tensor, targets: Targets) -> Tensor:
+    right, wrong = targets.answers, targets.distractors
+    return wrong.mean(wrong.gather(logits)) - right.mean(right.gather(logits))
+
+
+def _nll(logits: Tensor, targets: Targets) -> Tensor:
+    return -targets.answers.logsumexp(targets.answers.gather(logits.log_softmax(-1)))
+
+
+def _nll_of_stream(stream: FinalStream, targets: Targets) -> Tensor:
+    return stream.logsumexp() - targets.answers.logsumexp(stream.columns(targets.answers))
+
+
+def _prob_diff(logits: Tensor, targets: Targets) -> Tensor:
+    log_probs = logits.log_softmax(-1)
+    right, wrong = targets.answers, targets.distractors
+    return wrong.total(wrong.gather(log_probs).exp()) - right.total(right.gather(log_probs).exp())
+
+
+def _prob_diff_of_stream(stream: FinalStream, targets: Targets) -> Tensor:
+    right, wrong, total = targets.answers, targets.distractors, stream.logsumexp()[..., None]
+    p_wrong = wrong.total((stream.columns(wrong) - total).exp())
+    return p_wrong - right.total((stream.columns(right) - total).exp())
+
+
+def _nll_called(name: str, *tasks: str) -> MetricSpec:
+    """A negative log probability; of several answers, of all together."""
+    return MetricSpec(name, _nll, _nll_of_stream, ("answers",), rounding=_twice, tasks=tasks)
+
+
+def _twice(value: float, error: float) -> float:
+    # The gradient of a difference of logits or of a log probability sums up to 2 at most.
+    return 2 * error
+
+
+_BUILT_IN: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "kl",
+        _kl,
+        lambda stream, _: stream.divergence(),
+        ("reference",),
+        flat_at_full=True,
+        rounding=_kl_rounding,
+        tasks=("ioi",),
+    ),
+    MetricSpec(
+        "logit_diff",
+        _logit_diff,
+        lambda stream, targets: stream.direction(targets.distractors, targets.answers),
+        ("answers", "distractors"),
+        rounding=_twice,
+        tasks=("docstring", "gendered_pronoun", "sva"),
+    ),
+    _nll_called("nll"),
+    MetricSpec(
+        "prob_diff",
+        _prob_diff,
+        _prob_diff_of_stream,
+        ("answers", "distractors"),
+        # Of the probability P of a set it is 2 P (1 - P), half at most, and there are two.
+        rounding=lambda value, error: error,
+        tasks=("greater_than",),
+    ),
+    _nll_called("match_nll", "induction"),
+)
+_METRICS: dict[str, MetricSpec] = {spec.name: spec for spec in _BUILT_IN}
+_NAMES = frozenset(_METRICS)
+_USUAL = "kl"  # where no metric claims a task: it needs no answers
+
+
+def register_metric(spec: MetricSpec) -> None:
+    """Add a metric of one's own, or replace one: searches, evaluation and `--metric` know its name then.
+
+    Args:
+        spec: The metric.
+
+    Raises:
+        ConfigError: If the name is no name or that of a built-in metric, or a task has a usual one already.
+
+    Example:
+        ```python
+        def miss(logits, targets):  # [..., rows, vocab] -> [..., rows]
+            right = targets.answers.mean(targets.answers.gather(logits))
+            return (logits.amax(-1) - right).clamp(min=0)
+
+
+        register_metric(MetricSpec("miss", miss, needs=("answers",)))
+        model.discover(task, metric="miss", threshold=0.05)
+        ```
+    """
+    if not isinstance(spec, MetricSpec):
+        raise ConfigError(f"register_metric takes a MetricSpec; got {describe(spec)}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(spec.name)):
+        raise ConfigError(f"a metric's name is of lower case letters, digits, _ and -; got {spec.name!r}")
+    if spec.name in _NAMES:
+        raise ConfigError(f"metric {spec.name!r} is built in: give yours another name")
+    if not callable(spec.value):
+        raise ConfigError(f"metric {spec.name!r} needs a function of logits and targets as its value")
+    for other in _METRICS.values():
+        taken = set(spec.tasks) & set(other.tasks)
+        if other.name != spec.name and taken:
+            raise ConfigError(
+                f"task {min(taken)!r} is usually scored with {other.name!r}: pass metric= instead"
+            )
+    _METRICS[spec.name] = spec
+
+
+def known_metrics() -> list[str]:
+    """Names of metrics, the built-in ones first."""
+    return list(_METRICS)
+
+
+def find_metric(name: str) -> MetricSpec:
+    """A metric by name.
+
+    Raises:
+        MetricError: If there is none of this name.
+    """
+    found = next((spec for spec in _METRICS.values() if spec.name == name), None)
+    if found is None:
+        raise MetricError(
+            f"unknown metric {name!r}; known: {', '.join(_METRICS)}; or add it with register_metric"
+        )
+    return found
+
+
+def default_metric(task: str) -> str:
+    """The name of the metric that a task is usually scored with."""
+    return next((spec.name for spec in _METRICS.values() if task in spec.tasks), _USUAL)
+
+
+def check_metric(name: str, task: Task) -> None:
+    """Check that there is such a metric, and that a task has what it needs.
+
+    Raises:
+        MetricError: If not.
+    """
+    needs = find_metric(name).needs
+    if "answers" in needs and not task.has_answers:
+        raise MetricError(
+            f"metric {name} needs an answer for every example; {_lacks(task, task.answers)}: use kl"
+        )
+    if "distractors" in needs and not task.has_distractors:
+        raise MetricError(
+            f"metric {name} needs a distractor for every example; {_lacks(task, task.distractors)}"
+        )
+
+
+def _lacks(task: Task, sets: Sequence[Sequence[int]]) -> str:
+    """How many rows lack answers or distractors, and what columns their data has."""
+    from pahq_hf.tasks.columns import listed
+
+    without = sum(not tokens for tokens in sets)
+    count = "none" if without == len(sets) else f"none in {without} of {len(sets)} rows"
+    columns = task.source.get("columns")
+    seen = f" (its data has columns {listed(columns)})" if isinstance(columns, list) else ""
+    return f"task {task.name!r} has {count}{seen}"
+
+
+# -- a metric on a task -----------------------------------------------------------------------------------
 
 
 class Metric:
     """A metric bound to a task and to the full model's answer.
 
     Args:
-        name: One of the metrics of docs/semantics.md, section 4.
+        name: Of a registered metric.
         task: Supplies rows, answers and distractors.
-        reference: The full model's logits, needed by `kl`. [rows, vocab]
+        reference: The full model's logits, for a metric such as `kl`. [rows, vocab]
         device: Where logits will be.
 
     Raises:
-        MetricError: If the task lacks the answers or distractors the metric needs.
+        MetricError: If there is no such metric, or the task lacks the answers or distractors it needs.
     """
 
     def __init__(
         self,
-        name: MetricName,
+        name: str,
         task: Task,
         reference: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
+        import torch
+
         check_metric(name, task)
         device = device or torch.device("cpu")
         self.name = name
-        self.answers = TokenSets.of(task.answers, device)
-        self.distractors = TokenSets.of(task.distractors, device)
+        self.spec = find_metric(name)
+        needs_reference = "reference" in self.spec.needs
+        if needs_reference and reference is None:
+            raise MetricError(f"{name} needs the full model's logits as its reference")
+        self.targets = Targets(
+            TokenSets.of(task.answers, device),
+            TokenSets.of(task.distractors, device),
+            reference if needs_reference else None,
+        )
         counts = torch.bincount(task.answer_rows, minlength=len(task)).to(torch.float64)
         # Rows of one example share its weight: the value is a mean over examples.
         self.row_weights = (1 / (counts[task.answer_rows] * len(task))).to(device)
-        self._reference = reference if name == "kl" else None
-        if name == "kl" and reference is None:
-            raise MetricError("kl needs the full model's logits as its reference")
-
-    @property
-    def reference(self) -> Tensor:
-        """The full model's logits, of `kl`. [rows, vocab]"""
-        assert self._reference is not None
-        return self._reference
-
-    def reference_log_probs(self) -> Tensor:
-        """The full model's log probabilities, of `kl`. [rows, vocab] in float64"""
-        return self.reference.to(torch.float64).log_softmax(-1)
 
     def rows(self, logits: Tensor) -> Tensor:
         """The metric row by row. [..., rows, vocab] -> [..., rows] in float64
 
         Logits in float64 may be more than rounded ones: `kl` is as exact as they differ from the reference.
         """
-        logits = logits.to(torch.float64)
-        if self.name == "logit_diff":
-            right = self.answers.mean(self.answers.gather(logits))
-            return self.distractors.mean(self.distractors.gather(logits)) - right
-        if self.name == "kl":
-            return divergence(self.reference_log_probs(), logits - self.reference.to(torch.float64))
-        log_probs = logits.log_softmax(-1)
-        right = self.answers.gather(log_probs)
-        if self.name == "prob_diff":
-            wrong = self.distractors.gather(log_probs)
-            return self.distractors.total(wrong.exp()) - self.answers.total(right.exp())
-        # Not the log of a sum of probabilities: a hopeless answer's would be log 0.
-        return -right.masked_fill(self.answers.mask == 0, -torch.inf).logsumexp(-1)
+        return self._checked_rows(self.spec.value(logits.double(), self.targets), logits.shape[:-1])
+
+    def rows_of_stream(self, stream: FinalStream, shape: Sequence[int]) -> Tensor:
+        """The metric row by row from final streams, for a metric that has such a form.
+
+        Args:
+            stream: The streams.
+            shape: Batch entries and rows.
+
+        Returns:
+            [batch, rows] in float64
+        """
+        assert self.spec.from_stream is not None
+        return self._checked_rows(self.spec.from_stream(stream, self.targets), shape)
+
+    def _checked_rows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        if tuple(rows.shape) != tuple(shape):
+            raise MetricError(
+                f"metric {self.name} gives values of shape {tuple(rows.shape)}; one a row is {tuple(shape)}"
+            )
+        return rows.double()
 
     def reduce(self, rows: Tensor) -> Tensor:
         """Mean over examples. [..., rows] -> [...]"""
@@ -136,6 +311,28 @@ class Metric:
         """
         return checked(float(self.reduce(self.rows(logits))), self.name)
 
+    def rounding(self, logits: Tensor, value: float, error: float) -> float:
+        """How far the metric moves at most, to first order, when no logit moves by more than an error.
+
+        Args:
+            logits: The logits it was measured on. [rows, vocab]
+            value: What it is there.
+            error: Of each logit.
+
+        Returns:
+            The distance.
+        """
+        if self.spec.rounding is not None:
+            return self.spec.rounding(value, error)
+        if not self.spec.differentiable:
+            return 2 * error  # as if it were a difference of two logits; a step may be higher
+        import torch
+
+        with torch.enable_grad():
+            at = logits.detach().double().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.reduce(self.rows(at)), at)
+        return float(gradient.abs().sum()) * error
+
 
 def checked(value: float, name: str) -> float:
     """`value`, unless it is NaN or infinite: no comparison with a threshold means anything then.
@@ -149,30 +346,3 @@ def checked(value: float, name: str) -> float:
             "check the checkpoint and the prompts"
         )
     return value
-
-
-def check_metric(name: MetricName, task: Task) -> None:
-    """Check that a task has what a metric needs.
-
-    Raises:
-        MetricError: If not.
-    """
-    if name not in get_args(MetricName):
-        raise MetricError(f"unknown metric {name!r}; known: {', '.join(get_args(MetricName))}")
-    if name in _NEEDS_ANSWERS and not task.has_answers:
-        raise MetricError(
-            f"metric {name} needs an answer for every example; {_lacks(task, task.answers)}: use kl"
-        )
-    if name in _NEEDS_DISTRACTORS and not task.has_distractors:
-        raise MetricError(
-            f"metric {name} needs a distractor for every example; {_lacks(task, task.distractors)}"
-        )
-
-
-def _lacks(task: Task, sets: Sequence[Sequence[int]]) -> str:
-    """How many rows lack answers or distractors, and what columns their data has."""
-    without = sum(not tokens for tokens in sets)
-    count = "none" if without == len(sets) else f"none in {without} of {len(sets)} rows"
-    columns = task.source.get("columns")
-    seen = f" (its data has columns {listed(columns)})" if isinstance(columns, list) else ""
-    return f"task {task.name!r} has {count}{seen}"

@@ -78,8 +78,7 @@ def readout_of(clean: Tensor, weight: Tensor, bias: Tensor | None, scale: float 
     if bias is not None:
         unembedding.bias.data = bias
         logits = logits + bias
-    metric = Metric("kl", TASK, logits * scale)
-    return KLReadout(metric, unembedding, clean, scale=scale)
+    return KLReadout(logits * scale, unembedding, clean, scale=scale)
 
 
 @settings(deadline=None, max_examples=60)

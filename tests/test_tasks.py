@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from pahq_hf.errors import ConfigError, TaskError
+from pahq_hf.errors import ConfigError, MetricError, TaskError
 from pahq_hf.tasks import DESCRIPTIONS, TASKS, available_tasks, greater_than, ioi, load_task, words
 from pahq_hf.tasks.base import Pair, collate
 from pahq_hf.tasks.generating import draw_pairs
@@ -242,7 +242,6 @@ def test_generators_refuse_tokenizers_that_do_not_suit() -> None:
         ({"clean": ["a"]}, {}, "a data file's or a Hub dataset's name; got dict"),
         (5, {}, "a data file's or a Hub dataset's name; got int"),
         (None, {}, "a data file's or a Hub dataset's name; got NoneType"),
-        ("ioi", {"metric": "kld"}, "unknown metric 'kld'; choose from kl, "),
         ("ioi", {"padding_side": "top"}, "padding_side must be 'left' or 'right', not 'top'"),
         ("ioi", {"corruption": "xyz"}, "no corruption 'xyz'; choose from abc, s2_flip"),
         ("ioi:abc", {"corruption": "s2_flip"}, "contradict"),
@@ -258,6 +257,12 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(TaskError, match=message) as error:
         load_task(name, gpt2_like, **options)
+    one_line(error)
+
+
+def test_an_unknown_metric_is_no_task(gpt2_like: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(MetricError, match="unknown metric 'kld'; known: kl, ") as error:
+        load_task("ioi", gpt2_like, metric="kld")
     one_line(error)
 
 

@@ -18,6 +18,7 @@ from pahq_hf.attribution.gradients import ReaderGradients
 from pahq_hf.attribution.runs import Part, Runs
 from pahq_hf.errors import MetricError
 from pahq_hf.graph import Graph
+from pahq_hf.metrics import find_metric
 from pahq_hf.sums import add_rows
 
 Scores = NDArray[np.float64]
@@ -38,12 +39,18 @@ def check_gradient(method: str, metric: str) -> None:
         metric: Name of the metric.
 
     Raises:
-        MetricError: If the method takes the gradient at the clean run, where the metric's is zero.
+        MetricError: If there is no such metric, or the method takes a gradient that it does not have, or that
+            is zero at the clean run.
     """
-    if method in ("eap", "hisp") and metric == "kl":
+    spec = find_metric(metric)
+    if method in ("eap", "eap-ig", "hisp") and not spec.differentiable:
         raise MetricError(
-            f"{method} cannot use kl: its gradient at the clean run is zero, and so would be every score; "
-            "use eap-ig, or a metric such as logit_diff"
+            f"{method} cannot use {metric}, which has no gradient; use exact, or a metric such as logit_diff"
+        )
+    if method in ("eap", "hisp") and spec.flat_at_full:
+        raise MetricError(
+            f"{method} cannot use {metric}: its gradient at the clean run is zero, and so would be every "
+            "score; use eap-ig, or a metric such as logit_diff"
         )
 
 
@@ -58,7 +65,7 @@ def eap(runs: Runs, on_done: Done = _nobody) -> Scores:
         [readers, writers]
 
     Raises:
-        MetricError: If the metric is `kl`.
+        MetricError: If the metric's gradient is zero there, as of `kl`.
     """
     check_gradient("eap", runs.metric.name)
     total = np.zeros(runs.graph.all_edges.shape)
@@ -113,7 +120,7 @@ def hisp(runs: Runs, on_done: Done = _nobody) -> Scores:
         [readers, writers]
 
     Raises:
-        MetricError: If the metric is `kl`.
+        MetricError: If the metric's gradient is zero there, as of `kl`.
     """
     check_gradient("hisp", runs.metric.name)
     importance = np.zeros(len(runs.graph.writers))

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from pahq_hf.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 from pahq_hf.engine.vocabulary import BLOCK, Blocks, in_batches
-from pahq_hf.metrics import Metric
 from pahq_hf.precision import PAHQTable, exact_block
 
 _FAR = 16  # rows at once whose logits are all held
@@ -20,7 +19,7 @@ class KLReadout:
     the difference of two logits, each rounded by itself, would be mostly rounding.
 
     Args:
-        metric: The metric `kl`, bound to the full model's logits.
+        reference: The full model's logits. [rows, vocab]
         unembedding: The model's unembedding, W_U [vocab, d_model].
         clean: The full model's hidden states after the final norm. [rows, d_model]
         scale: Factor of the logits.
@@ -29,18 +28,18 @@ class KLReadout:
 
     def __init__(
         self,
-        metric: Metric,
+        reference: Tensor,
         unembedding: nn.Linear | PAHQTable,
         clean: Tensor,
         *,
         scale: float = 1.0,
         hold: bool = True,
     ) -> None:
-        self._metric = metric
+        self._reference = reference
         self._clean = clean
         self._scale = scale
         self._blocks = Blocks(unembedding, None, hold=hold)  # a bias is the same in both
-        p = metric.reference_log_probs().exp()
+        p = reference.to(torch.float64).log_softmax(-1).exp()
         self._mean = torch.zeros(
             clean.shape, dtype=torch.float64, device=p.device
         )  # W_U^T p  [rows, d_model]
@@ -53,12 +52,8 @@ class KLReadout:
         self._p = p.to(clean.dtype)  # [rows, vocab]
 
     def rows(self, x: Tensor) -> Tensor:
-        """The metric row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
+        """KL row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
         return in_batches(self._few, x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
-        return self._metric.reduce(self.rows(x))
 
     def _few(self, x: Tensor) -> Tensor:
         batch, rows, _ = x.shape
@@ -77,7 +72,7 @@ class KLReadout:
         if not furthest <= LARGEST:  # also where it is NaN, which has to come through
             for far in (~(largest <= LARGEST)).nonzero().split(_FAR):
                 entry, row = far.T
-                log_p = self._metric.reference[row].to(torch.float64).log_softmax(-1)
+                log_p = self._reference[row].to(torch.float64).log_softmax(-1)
                 moved = self._blocks.logits(change[entry, row]).to(torch.float64)
                 result[entry, row] = divergence(log_p, moved)
         return result

@@ -22,7 +22,7 @@ from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.propagate import Propagation
-from pahq_hf.engine.readout import make_readout
+from pahq_hf.engine.readout import Readout
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.state import CircuitState
 from pahq_hf.engine.streams import Streams
@@ -90,7 +90,7 @@ class SparseEngine:
             for run in (clean, self._corrupted):
                 self.metric(run.logits)  # NaN fails here, before anything is searched or written
             hold = self._memory.holds_vocabulary
-            self._readout = make_readout(self.metric, model, clean, hold=hold)
+            self._readout = Readout(self.metric, model, clean, hold=hold)
             self._streams = Streams(model, plan, clean, self._substitute, store)
         self._clean: Activations = clean
         self._fixed = ablation != "corrupted"

@@ -49,10 +49,10 @@ class Evaluator:
         model.precision.deactivate()
         with model.precision.full_precision():
             self._engine = HooksEngine(model, task, metric, ablation=ablation)
-        self._metric = self._engine.metric
+        self.metric: Metric = self._engine.metric
         self._ablation: Ablation = ablation
         self._kl = Metric("kl", task, self._engine.clean_logits, model.device)
-        self.full = self._metric(self._engine.clean_logits)
+        self.full = self.metric(self._engine.clean_logits)
         self.empty = self.metric_of(model.graph.no_edges())
 
     @property
@@ -90,7 +90,7 @@ class Evaluator:
             ordered = bool((self._task.answer_rows.diff() >= 0).all())
             if not self._model.arch.sparse or not ordered:
                 return self._drop_one_by_one(kept)
-            engine = SparseEngine(self._model, self._task, self._metric.name, ablation=self._ablation)
+            engine = SparseEngine(self._model, self._task, self.metric.name, ablation=self._ablation)
             try:
                 return engine.drop_each(kept)
             finally:
@@ -160,12 +160,12 @@ class Evaluator:
         """
         check_shape(circuit, self._model)
         logits = self.logits(circuit.kept)
-        value = self._metric(logits)
+        value = self.metric(logits)
         return {
             "kl": self._kl(logits),
             "accuracy": self._accuracy(logits),
             "accuracy_full": self._accuracy(self._engine.clean_logits),
-            "metric": {"name": self._metric.name, "value": value, "full": self.full, "empty": self.empty},
+            "metric": {"name": self.metric.name, "value": value, "full": self.full, "empty": self.empty},
             "faithfulness": faithfulness(value, self.full, self.empty),
             **self._logit_diffs(logits),
             "edges": circuit.edge_count,
@@ -187,8 +187,8 @@ class Evaluator:
         """
         logits = self.logits(kept) if logits is None else logits
         return Verdict(
-            metric=self._metric.name,
-            value=self._metric(logits),
+            metric=self.metric.name,
+            value=self.metric(logits),
             full=self.full,
             empty=self.empty,
             accuracy=self._accuracy(logits),

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from inspect import signature
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Never
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError, check_names, describe
+from pahq_hf.metrics import find_metric
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
@@ -117,7 +117,7 @@ def load_task(
     *,
     n: int | None = None,
     seed: int | None = None,
-    metric: MetricName | None = None,
+    metric: str | None = None,
     padding_side: str = "right",
     corruption: str | None = None,
     split: str | None = None,
@@ -148,14 +148,15 @@ def load_task(
 
     Raises:
         ConfigError: If an option is unknown; the message names the nearest right one.
+        MetricError: If the metric is unknown.
         TaskError: If the task is unknown or its data cannot be used; the message says why.
     """
     taken = signature(load_task).parameters.values()
     check_names(unknown, [option.name for option in taken if option.kind is option.KEYWORD_ONLY], "load_task")
     check_choice(name_or_path, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
     n, seed, offset = None if n is None else int(n), None if seed is None else int(seed), int(offset)
-    if metric not in (None, *get_args(MetricName)):
-        raise TaskError(f"unknown metric {metric!r}; choose from {', '.join(get_args(MetricName))}")
+    if metric is not None:
+        find_metric(metric)
     options: dict[str, Any] = {"padding_side": padding_side}
     if metric is not None:
         options["metric"] = metric

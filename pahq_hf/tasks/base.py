@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
+from pahq_hf.metrics import find_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `pahq tasks` lists tasks without it
     from torch import Tensor
@@ -41,10 +41,11 @@ class Task:
     answer_positions: Tensor
     answers: tuple[tuple[int, ...], ...]
     distractors: tuple[tuple[int, ...], ...]
-    metric: MetricName = "kl"
+    metric: str = "kl"
     source: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        find_metric(self.metric)
         batch, _ = self.clean_ids.shape
         rows = self.answer_rows.numel()
         if batch == 0:
@@ -149,7 +150,7 @@ def collate(
     pairs: Sequence[Pair],
     *,
     name: str,
-    metric: MetricName,
+    metric: str,
     pad_id: int = 0,
     padding_side: str = "right",
     source: dict[str, object] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pahq_hf.config import MetricName
+from pahq_hf.metrics import default_metric
 from pahq_hf.tasks import docstring, gendered_pronoun, greater_than, induction, ioi, sva
 
 
@@ -17,14 +17,14 @@ class TaskFacts:
         description: What the model has to do.
         example: A prompt and its right continuation.
         corruptions: How prompts can be corrupted; the first is the default.
-        metric: Default metric.
+        metric: The metric it is usually scored with.
     """
 
     name: str
     description: str
     example: str
     corruptions: tuple[str, ...]
-    metric: MetricName
+    metric: str
 
 
 DESCRIPTIONS: tuple[TaskFacts, ...] = (
@@ -33,41 +33,41 @@ DESCRIPTIONS: tuple[TaskFacts, ...] = (
         "indirect object identification: the name said once, not the one said twice",
         "When Mary and John went to the store, John gave a drink to -> Mary",
         ioi.CORRUPTIONS,
-        "kl",
+        default_metric("ioi"),
     ),
     TaskFacts(
         "greater_than",
         "a war ends after it began: any two digits above the year's",
         "The war lasted from the year 1732 to the year 17 -> 33, 34, ...",
         greater_than.CORRUPTIONS,
-        "prob_diff",
+        default_metric("greater_than"),
     ),
     TaskFacts(
         "docstring",
         "the next argument of a Python function in its docstring",
         "def port(self, load, size, file, last): ... :param load: ... :param size: ... :param -> file",
         docstring.CORRUPTIONS,
-        "logit_diff",
+        default_metric("docstring"),
     ),
     TaskFacts(
         "induction",
         "random tokens said twice: each of the second copy after its first",
         "A B C D A B C -> D, and B, C before it",
         induction.CORRUPTIONS,
-        "match_nll",
+        default_metric("induction"),
     ),
     TaskFacts(
         "gendered_pronoun",
         "the pronoun that goes with a name",
         "So Mary is a great friend, isn't -> she",
         gendered_pronoun.CORRUPTIONS,
-        "logit_diff",
+        default_metric("gendered_pronoun"),
     ),
     TaskFacts(
         "sva",
         "subject-verb agreement across a second noun",
         "The keys to the cabinet -> are",
         sva.CORRUPTIONS,
-        "logit_diff",
+        default_metric("sva"),
     ),
 )

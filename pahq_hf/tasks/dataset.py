@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.columns import Columns
@@ -33,7 +32,7 @@ def load_dataset_task(
     shuffle: int | None = None,
     split: str | None = None,
     corruption: str | None = None,
-    metric: MetricName = "kl",
+    metric: str = "kl",
     padding_side: str = "right",
 ) -> Task:
     """Load prompt pairs from a file, a dataset folder or the Hub.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task
 from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
@@ -81,7 +80,7 @@ def make_docstring(
     n: int = 50,
     seed: int = 0,
     corruption: str = "random_random",
-    metric: MetricName = "logit_diff",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Docstrings for one tokenizer.
@@ -96,7 +95,7 @@ def make_docstring(
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"random_random"`, the only one: other argument names in the definition, and yet others in
             the docstring.
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:

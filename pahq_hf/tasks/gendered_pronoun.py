@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task
 from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
@@ -81,7 +80,7 @@ def make_gendered_pronoun(
     n: int = 50,
     seed: int = 0,
     corruption: str = "other_gender",
-    metric: MetricName = "logit_diff",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Gendered pronouns for one tokenizer.
@@ -91,7 +90,7 @@ def make_gendered_pronoun(
         n: Number of prompt pairs.
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"other_gender"`, the only one: a name of the other gender.
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
+from pahq_hf.metrics import default_metric
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.tokens import continuation, encode_prompt, has_unknown, pad_id, single_token_words
 
@@ -133,7 +133,7 @@ def generate(
     n: int,
     seed: int,
     corruption: str,
-    metric: MetricName,
+    metric: str | None = None,
     padding_side: str,
 ) -> Task:
     """A task of `n` drawn pairs.
@@ -145,7 +145,7 @@ def generate(
         n: Number of prompt pairs.
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: Kept with the task.
-        metric: Default metric.
+        metric: Default metric; the one that is usual of the task if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:
@@ -163,7 +163,7 @@ def generate(
     return collate(
         pairs,
         name=name,
-        metric=metric,
+        metric=metric or default_metric(name),
         pad_id=pad_id(tokenizer),
         padding_side=padding_side,
         source={"generator": name, "corruption": corruption, "n": n, "seed": seed},

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
+from pahq_hf.metrics import default_metric
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.generating import check_corruption, draw_pairs
@@ -71,7 +71,7 @@ def make_greater_than(
     n: int = 50,
     seed: int = 0,
     corruption: str = "01",
-    metric: MetricName = "prob_diff",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Greater-than for one tokenizer.
@@ -85,7 +85,7 @@ def make_greater_than(
         n: Number of prompt pairs.
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"01"`, the only one: the first year becomes year 01 of its century.
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:
@@ -104,7 +104,7 @@ def make_greater_than(
             return collate(
                 pairs,
                 name="greater_than",
-                metric=metric,
+                metric=metric or default_metric("greater_than"),
                 pad_id=pad_id(tokenizer),
                 padding_side=padding_side,
                 source={

@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.errors import TaskError
+from pahq_hf.metrics import default_metric
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.generating import check_corruption
 from pahq_hf.tasks.tokens import encode, encode_prompt, pad_id
@@ -66,7 +66,7 @@ def make_induction(
     n: int = 50,
     seed: int = 0,
     corruption: str = "redrawn",
-    metric: MetricName = "match_nll",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Induction on random tokens of one tokenizer (ACDC's task of the same name).
@@ -78,7 +78,7 @@ def make_induction(
         n: Number of prompt pairs.
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"redrawn"`, the only one: the first copy is drawn anew.
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`; the prompts have one length, so nothing is padded.
 
     Returns:
@@ -107,7 +107,7 @@ def make_induction(
     whole = collate(
         pairs,
         name=NAME,
-        metric=metric,
+        metric=metric or default_metric("induction"),
         pad_id=pad_id(tokenizer),
         padding_side=padding_side,
         source={"generator": NAME, "corruption": corruption, "length": LENGTH, "n": n, "seed": seed},

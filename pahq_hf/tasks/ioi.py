@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task
 from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
@@ -94,7 +93,7 @@ def make_ioi(
     n: int = 50,
     seed: int = 0,
     corruption: str = "abc",
-    metric: MetricName = "kl",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Indirect object identification for one tokenizer.
@@ -105,7 +104,7 @@ def make_ioi(
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"abc"` (three unrelated names) or `"s2_flip"` (the subject's second mention becomes
             the indirect object, as in MIB).
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:

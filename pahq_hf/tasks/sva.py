@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pahq_hf.config import MetricName
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task
 from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
@@ -73,7 +72,7 @@ def make_sva(
     n: int = 50,
     seed: int = 0,
     corruption: str = "number_flip",
-    metric: MetricName = "logit_diff",
+    metric: str | None = None,
     padding_side: str = "right",
 ) -> Task:
     """Subject-verb agreement across a prepositional phrase, for one tokenizer.
@@ -83,7 +82,7 @@ def make_sva(
         n: Number of prompt pairs.
         seed: The same seed and tokenizer give the same task on every machine.
         corruption: `"number_flip"`, the only one: the subject changes its number.
-        metric: Default metric of the task.
+        metric: Default metric of the task; the one that is usual of it if None.
         padding_side: `"right"` or `"left"`.
 
     Returns:

@@ -1,0 +1,265 @@
+"""The registry of metrics: one's own works everywhere, an unknown name nowhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pahq_hf import (
+    ACDCConfig,
+    AttributionConfig,
+    Circuit,
+    EngineConfig,
+    MetricSpec,
+    PAHQModel,
+    load_task,
+    register_metric,
+)
+from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.errors import ConfigError, MetricError
+from pahq_hf.metrics import Metric, default_metric, find_metric, known_metrics
+from pahq_hf.patch import PatchedModel
+from pahq_hf.targets import FinalStream, Targets
+from pahq_hf.tasks import TASKS
+from tests.families import ALL_FAMILIES
+from tests.helpers import FP32, run_main
+from tests.models import random_task, tiny_llama
+from tests.test_metrics import make_task
+
+BUILT_IN = ["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers ends with it."""
+    monkeypatch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in known_metrics()})
+    yield
+
+
+def miss(logits: Tensor, targets: Targets) -> Tensor:
+    """How far the answer is behind the most probable token. [..., rows, vocab] -> [..., rows]"""
+    right = targets.answers.mean(targets.answers.gather(logits))
+    return logits.logsumexp(-1) - right
+
+
+def miss_of_stream(stream: FinalStream, targets: Targets) -> Tensor:
+    """The same. [batch, rows]"""
+    return stream.logsumexp() - targets.answers.mean(stream.columns(targets.answers))
+
+
+MISS = MetricSpec("miss", miss, needs=("answers",))
+
+
+# -- the final stream says what logits say ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "cohere"])
+@pytest.mark.parametrize("name", [*BUILT_IN, "miss", "miss-of-stream"])
+def test_both_engines_say_the_same(family: str, name: str) -> None:
+    register_metric(MISS)
+    register_metric(replace(MISS, name="miss-of-stream", from_stream=miss_of_stream))
+    model = PatchedModel(ALL_FAMILIES[family]())
+    task = random_task(model.hf.config.vocab_size, 3, 7, rows=2, seed=1)
+    hooks, sparse = HooksEngine(model, task, name), SparseEngine(model, task, name)
+    for kept in (model.graph.all_edges, model.graph.no_edges()):
+        assert sparse.metric_of(kept) == pytest.approx(hooks.metric_of(kept), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nll", "match_nll"])
+def test_an_answer_far_out_of_reach_has_its_likelihood_in_both_engines(name: str) -> None:
+    """exp(-745) is 0 in float64: the log of the answer's probability must not be taken that way."""
+    hf = tiny_llama()
+    hf.lm_head.weight.data *= 500
+    model = PatchedModel(hf)
+    task = random_task(hf.config.vocab_size, 2, 6, seed=2)
+    logits = hf(task.clean_ids).logits[task.answer_rows, task.answer_positions].detach().double()
+    worst = logits.topk(2, largest=False).indices.tolist()
+    task = replace(task, answers=tuple(map(tuple, worst)))
+    log_p = logits.log_softmax(-1)
+    expected = -float(log_p.gather(-1, torch.tensor(worst)).logsumexp(-1).mean())
+    assert expected > 1000
+    for engine in (HooksEngine(model, task, name), SparseEngine(model, task, name)):
+        assert engine.begin(model.graph.all_edges.copy()) == pytest.approx(expected, rel=1e-5)
+
+
+# -- one's own ----------------------------------------------------------------------------------------
+
+
+def test_a_metric_of_ones_own_is_searched_in_both_engines_and_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_metric(MISS)
+    model = PAHQModel.from_pretrained("demo", FP32)
+    task = load_task("ioi", model.tokenizer, n=3, metric="miss")
+    options: dict[str, Any] = {"threshold": 0.05, "readers": "logits,m3", "progress": False}
+    found = model.discover(task, **options)
+    slow = model.discover(task, engine=EngineConfig(engine="hooks"), **options)
+    assert np.array_equal(found.kept, slow.kept) and 0 < found.edge_count < model.graph.edge_count
+    assert found.scores == pytest.approx(slow.scores, abs=1e-5)
+    assert found.verified and found.discovery["metric"]["name"] == "miss"
+    by_gradient = model.attribute(task, method="eap", topn=20, progress=False)
+    assert by_gradient.edge_count == 20
+
+    run = ("demo", "--task", "ioi", "--n", "3", "--metric", "miss", "--precision", "fp32")
+    out = tmp_path / "run"
+    less = ("--readers", "logits,m3", "--threshold", "0.05")
+    assert run_main("discover", *run, *less, "--out", str(out)) == 0
+    assert Circuit.from_pretrained(out).edges == found.edges
+    capsys.readouterr()
+    assert run_main("evaluate", str(out), "--model", "demo", "--task", "ioi", "--n", "3", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["metric"]["name"] == "miss"
+    assert facts["metric"]["value"] == pytest.approx(found.discovery["metric"]["fp32"], abs=1e-6)
+    nll = ("--metric", "nll", "--json")
+    assert run_main("evaluate", str(out), "--model", "demo", "--task", "ioi", "--n", "3", *nll) == 0
+    # One answer a row: the same number by another way.
+    assert json.loads(capsys.readouterr().out)["metric"]["value"] == pytest.approx(facts["metric"]["value"])
+
+
+def test_a_circuit_of_an_unknown_metric_is_shown_and_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process where nobody registered it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in BUILT_IN})
+        register_metric(MISS)
+        run = ("demo", "--task", "ioi", "--n", "2", "--metric", "miss", "--precision", "fp32")
+        assert run_main("discover", *run, "--readers", "logits", "--out", str(tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert run_main("show", str(tmp_path / "run")) == 0
+    assert "miss" in capsys.readouterr().out
+    assert run_main("evaluate", str(tmp_path / "run"), "--model", "demo", "--task", "ioi", "--n", "2") == 2
+    err = capsys.readouterr().err
+    assert "unknown metric 'miss'" in err and "register_metric" in err and "Traceback" not in err
+
+
+def test_rounding_of_ones_own_is_its_gradients() -> None:
+    register_metric(MISS)
+    metric = Metric("miss", make_task([0, 1], ((0,), (1, 2)), ((), ())))
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = 1e-6
+    at = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(metric.reduce(metric.rows(at)), at)
+    moved = metric(logits + error * gradient.sign()) - metric(logits)
+    assert metric.rounding(logits, metric(logits), error) == pytest.approx(moved, rel=1e-4)
+    register_metric(replace(MISS, name="bounded", rounding=lambda value, error: 7 * error))
+    assert Metric("bounded", make_task([0], ((0,),), ((),))).rounding(logits, 1.0, 2.0) == 14
+
+
+def test_a_metric_that_may_be_registered_again_is_the_last_one() -> None:
+    register_metric(MISS)
+    register_metric(replace(MISS, needs=()))
+    assert find_metric("miss").needs == () and known_metrics() == [*BUILT_IN, "miss"]
+
+
+# -- what is no metric --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (replace(MISS, name="kl"), "metric 'kl' is built in: give yours another name"),
+        (replace(MISS, name="My metric"), "lower case letters, digits, _ and -; got 'My metric'"),
+        (replace(MISS, name=""), "got ''"),
+        (replace(MISS, tasks=("ioi",)), "task 'ioi' is usually scored with 'kl'"),
+        (replace(MISS, value=None), "needs a function of logits and targets"),  # type: ignore[arg-type]
+        (miss, "register_metric takes a MetricSpec; got function"),
+    ],
+)
+def test_what_cannot_be_registered(spec: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        register_metric(spec)
+    assert known_metrics() == BUILT_IN
+
+
+def test_a_metric_of_the_wrong_shape_says_so() -> None:
+    register_metric(replace(MISS, value=lambda logits, targets: logits.sum()))
+    with pytest.raises(MetricError, match=r"metric miss gives values of shape \(\); one a row is \(2,\)"):
+        Metric("miss", make_task([0, 1], ((0,), (1,)), ((), ())))(torch.zeros(2, 4))
+
+
+def test_methods_refuse_a_metric_without_a_gradient() -> None:
+    def wrong(logits: Tensor, targets: Targets) -> Tensor:
+        return (logits.argmax(-1) != targets.answers.ids[:, 0]).double()
+
+    register_metric(MetricSpec("wrong", wrong, needs=("answers",), differentiable=False))
+    model = PAHQModel.from_pretrained("demo", FP32)
+    task = load_task("ioi", model.tokenizer, n=2, metric="wrong")
+    for method in ("eap", "eap-ig", "hisp"):
+        with pytest.raises(MetricError, match=f"{method} cannot use wrong, which has no gradient; use exact"):
+            model.attribute(task, method=method, topn=3, progress=False)
+    assert model.attribute(task, method="exact", topn=3, progress=False).edge_count == 3
+
+
+@pytest.mark.parametrize("command", ["discover", "attribute", "sweep", "evaluate"])
+def test_an_unknown_name_ends_a_command_before_a_model_is_loaded(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {
+        "discover": ("nowhere", "--out", str(tmp_path / "run")),
+        "attribute": ("nowhere", "--topn", "3", "--out", str(tmp_path / "run")),
+        "sweep": ("nowhere", "--thresholds", "0.1", "--out", str(tmp_path / "run")),
+        "evaluate": ("nowhere", "--model", "nowhere"),
+    }[command]
+    assert run_main(command, *arguments, "--task", "ioi", "--metric", "loss") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "--metric" in err and "unknown metric 'loss'; known: kl, logit_diff, nll" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_name_is_an_error_everywhere() -> None:
+    message = "unknown metric 'loss'; known: kl, logit_diff, nll, prob_diff, match_nll; or add it with"
+    model = PAHQModel.from_pretrained("demo", FP32)
+    task = load_task("ioi", model.tokenizer, n=2)
+    with pytest.raises(MetricError, match=message):
+        replace(task, metric="loss")
+    with pytest.raises(MetricError, match=message):
+        load_task("ioi", model.tokenizer, n=2, metric="loss")
+    with pytest.raises(ConfigError, match=r"metric must be one of kl, .*; got 'loss'"):
+        ACDCConfig(metric="loss")
+    with pytest.raises(ConfigError, match=r"metric must be one of kl, .*; got 'loss'"):
+        AttributionConfig(metric="loss")
+    kept = model.graph.all_edges.copy()
+    circuit = Circuit(model.graph, kept, np.zeros(kept.shape), kept)
+    with pytest.raises(MetricError, match=message):
+        model.evaluate(circuit, task, metric="loss")
+    for engine in (HooksEngine, SparseEngine):
+        with pytest.raises(MetricError, match=message):
+            engine(model.patched, task, "loss")
+    with pytest.raises(MetricError, match=r"unknown metric \['kl'\]"):
+        find_metric(["kl"])  # type: ignore[arg-type]
+
+
+def test_every_generated_task_has_its_usual_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = {
+        "ioi": "kl",
+        "greater_than": "prob_diff",
+        "docstring": "logit_diff",
+        "induction": "match_nll",
+        "gendered_pronoun": "logit_diff",
+        "sva": "logit_diff",
+    }
+    assert {name: default_metric(name) for name in TASKS} == usual
+    assert default_metric("data.csv") == "kl"
+    assert run_main("tasks", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["tasks"]
+    assert {row["name"]: row["metric"] for row in rows} == usual
+    tokenizer = PAHQModel.from_pretrained("demo", FP32).tokenizer
+    for name in ("ioi", "greater_than", "induction", "gendered_pronoun", "sva"):
+        assert load_task(name, tokenizer, n=2).metric == usual[name]
+
+
+@pytest.mark.parametrize("command", ["discover", "attribute", "sweep", "evaluate"])
+def test_help_names_every_built_in_metric(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(command, "--help") == 0
+    shown = "".join(c for c in capsys.readouterr().out if c.isalnum() or c in "_,")
+    assert ",".join(BUILT_IN) in shown
