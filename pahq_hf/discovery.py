@@ -482,7 +482,10 @@ def _name_of(engine: HooksEngine | SparseEngine) -> EngineName:
 def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
     """The search with the margin of its regime."""
     if pahq.regime == "pahq":
-        return acdc if acdc.margin is not None else replace(acdc, margin=default_margin(pahq))
+        if acdc.margin is not None:
+            return acdc
+        formats = {pahq.format, *pahq.policy.values()}
+        return replace(acdc, margin=default_margin(formats, pahq.compute))
     if acdc.margin:
         raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
     return acdc

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.memory import trim
 from pahq_hf.patch import PatchedModel
@@ -27,12 +26,12 @@ Segments = tuple[tuple[int, int], ...]
 
 def lower(
     model: PatchedModel,
-    fmt: Format,
+    fmt: str,
     source: WeightSource | None,
     compute: torch.dtype = torch.float32,
     *,
-    policy: Mapping[str, Format] | None = None,
-    tables: Format | None = None,
+    policy: Mapping[str, str] | None = None,
+    tables: str | None = None,
 ) -> None:
     """Keep every projection in a low-precision format; FP32 stays readable.
 

@@ -15,8 +15,8 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
 from pahq_hf.config import Format
-from pahq_hf.errors import ModelLoadError
-from pahq_hf.precision import LowWeight, Region, quantize, rows
+from pahq_hf.errors import ConfigError, ModelLoadError
+from pahq_hf.precision import LowWeight, Region, quantize, rows, stored_bytes
 from pahq_hf.precision.float8_wide import decode_e5m2
 from pahq_hf.precision.pieces import lowered
 from tests.helpers import ranges, weight_of
@@ -63,6 +63,13 @@ def torchao_values(weight: Tensor, fmt: Format) -> Tensor:
 def whole(low: LowWeight) -> Tensor:
     """All stored values. [out, in]"""
     return low.dense(slice(0, low.shape[0]), slice(0, low.shape[1]))
+
+
+def test_an_unknown_format_is_named_with_those_there_are() -> None:
+    weight = weight_of(ROWS, COLS, seed=0)
+    for use in (lambda: quantize(weight, "fp4"), lambda: stored_bytes(ROWS, COLS, "fp4")):
+        with pytest.raises(ConfigError, match=r"^format must be one of fp8, .*, mx; got 'fp4'$"):
+            use()
 
 
 def inner(low: LowWeight) -> dict[str, Tensor]:

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.control import Component, Part
 from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.low import find_format
 from pahq_hf.precision.region import Layout, Region
 
-# From the coarsest to the finest, as measured: docs/precision.md.
-_FINENESS: tuple[Format, ...] = ("fp8-e5m2", "mx", "fp8", "int8", "bf16")
 
-
-def formats_of(
-    components: Sequence[Component], policy: Mapping[str, Format], default: Format
-) -> list[Format]:
+def formats_of(components: Sequence[Component], policy: Mapping[str, str], default: str) -> list[str]:
     """The format of every component: the first pattern of the policy that matches its name.
 
     Args:
@@ -43,7 +38,7 @@ def formats_of(
 
 
 def layouts(
-    parts: Mapping[Component, Sequence[Part]], policy: Mapping[str, Format], default: Format
+    parts: Mapping[Component, Sequence[Part]], policy: Mapping[str, str], default: str
 ) -> dict[PAHQLinear, Layout]:
     """The formats of every projection's blocks.
 
@@ -60,16 +55,16 @@ def layouts(
     Raises:
         ConfigError: If a pattern matches no component.
     """
-    found: dict[PAHQLinear, dict[tuple[int, int], tuple[Region, Format]]] = {}
+    found: dict[PAHQLinear, dict[tuple[int, int], tuple[Region, str]]] = {}
     for fmt, blocks in zip(formats_of(list(parts), policy, default), parts.values(), strict=True):
         for linear, region in blocks:
             pieces = found.setdefault(linear, {})
             key = region.rows.start, region.cols.start
             other = pieces[key][1] if key in pieces else fmt
-            pieces[key] = region, max(fmt, other, key=_FINENESS.index)
+            pieces[key] = region, max(fmt, other, key=lambda name: find_format(name).fineness)
     return {linear: _merged(linear, list(pieces.values())) for linear, pieces in found.items()}
 
 
-def _merged(linear: PAHQLinear, pieces: list[tuple[Region, Format]]) -> Layout:
+def _merged(linear: PAHQLinear, pieces: list[tuple[Region, str]]) -> Layout:
     formats = {fmt for _, fmt in pieces}
     return [(linear.region, formats.pop())] if len(formats) == 1 else pieces

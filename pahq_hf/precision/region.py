@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pahq_hf.config import Format
-
 
 @dataclass(frozen=True)
 class Region:
@@ -35,4 +33,4 @@ class Region:
         )
 
 
-Layout = Sequence[tuple[Region, Format]]  # blocks that make up a matrix, and their formats
+Layout = Sequence[tuple[Region, str]]  # blocks that make up a matrix, and their formats

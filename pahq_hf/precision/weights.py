@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.low import LowWeight
 from pahq_hf.precision.mode import Mode
@@ -72,7 +71,7 @@ class WeightMatrix(nn.Module):
 
     def lower(
         self,
-        fmt: Format | Layout,
+        fmt: str | Layout,
         block: SourceBlock,
         compute: torch.dtype = torch.float32,
         device: torch.device | None = None,
