@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.run_record import RunRecord
 from pahq_hf.verdict import ACCURACY_FROM
 
 BY_POSITION = "position."  # prefix of means by position in means.safetensors
@@ -26,12 +26,6 @@ _CARRY = {
     "mean-corrupted": "the stored means of its corrupted prompts, by position",
     _POOLED: "stored means over all tokens",
 }
-
-
-def found_under(circuit: Circuit) -> str | None:
-    """The ablation a circuit was found under; None if its files do not say."""
-    found = circuit.discovery.get("arguments", {}).get("ablation")
-    return found if isinstance(found, str) else None
 
 
 def plain_ablation(found: str | None, means: Mapping[str, Any] | None) -> str | None:
@@ -55,19 +49,17 @@ def plain_ablation(found: str | None, means: Mapping[str, Any] | None) -> str | 
     return "mean" if found == "mean" else "mean-corrupted"
 
 
-def accuracy_under(circuit: Circuit, ablation: str) -> float | None:
+def accuracy_under(run: RunRecord, ablation: str) -> float | None:
     """A circuit's measured accuracy under an ablation, or the full model's (`FULL`); None if unknown."""
-    section = circuit.discovery.get(APPLY)
-    shares = section.get("accuracy") if isinstance(section, dict) else None
-    share = shares.get(ablation) if isinstance(shares, dict) else None
+    share = (run.apply.accuracy or {}).get(ablation)
     known = isinstance(share, (int, float)) and not isinstance(share, bool) and math.isfinite(share)
     return float(share) if known else None  # type: ignore[arg-type]
 
 
-def accuracies(circuit: Circuit) -> list[tuple[str, float]]:
-    """What removed edges carry under other ablations than the circuit's own, and its accuracy so."""
-    names = [name for name in _CARRY if name != found_under(circuit)]
-    shares = [(name, accuracy_under(circuit, name)) for name in names]
+def accuracies(run: RunRecord) -> list[tuple[str, float]]:
+    """What removed edges carry under other ablations than the run's own, and the circuit's accuracy so."""
+    names = [name for name in _CARRY if name != run.arguments.ablation]
+    shares = [(name, accuracy_under(run, name)) for name in names]
     return [(_CARRY[name], share) for name, share in shares if share is not None]
 
 
@@ -76,30 +68,29 @@ def is_poor(share: float | None, full: float | None) -> bool:
     return share is not None and full is not None and share < ACCURACY_FROM * full
 
 
-def plain_carries(circuit: Circuit) -> str:
-    """What removed edges carry in `apply` without corrupted prompts, in words."""
-    return _CARRY.get(plain_ablation(found_under(circuit), circuit.means) or "", "nothing known")
+def carried_under(ablation: str | None) -> str:
+    """What removed edges carry under an ablation, in words."""
+    return _CARRY.get(ablation or "", "nothing known")
 
 
-def works_plainly(circuit: Circuit) -> bool:
-    """Whether the circuit is known to answer well in `apply` without corrupted prompts."""
-    plain = plain_ablation(found_under(circuit), circuit.means)
-    share, full = (None if name is None else accuracy_under(circuit, name) for name in (plain, FULL))
+def works_under(run: RunRecord, ablation: str | None) -> bool:
+    """Whether a circuit is known to answer well when its removed edges carry something."""
+    share, full = (None if name is None else accuracy_under(run, name) for name in (ablation, FULL))
     return share is not None and full is not None and not is_poor(share, full)
 
 
-def notice(circuit: Circuit, ablation: str) -> str | None:
+def notice(run: RunRecord, ablation: str) -> str | None:
     """What is to be said when a circuit is run under an ablation.
 
     Args:
-        circuit: The circuit.
+        run: The run that found it.
         ablation: What its removed edges carry: a name of `plain_ablation`, `CORRUPTED` or `GIVEN`.
 
     Returns:
         One line if it is another one than it was found under, or if its accuracy is poor; else None.
     """
-    found = found_under(circuit)
-    share, full = accuracy_under(circuit, ablation), accuracy_under(circuit, FULL)
+    found = run.arguments.ablation
+    share, full = accuracy_under(run, ablation), accuracy_under(run, FULL)
     poor = is_poor(share, full)
     if not poor and (found is None or found == ablation):
         return None
@@ -110,7 +101,7 @@ def notice(circuit: Circuit, ablation: str) -> str | None:
         f"this circuit was found under {found or 'unknown'} ablation; its removed edges now carry "
         f"{_CARRY.get(ablation, ablation)}, and its accuracy on its task's prompts then {measured}"
     )
-    own = accuracy_under(circuit, CORRUPTED)
+    own = accuracy_under(run, CORRUPTED)
     if not poor and share is not None:
         return text
     helps = found == CORRUPTED if own is None else not is_poor(own, full)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pahq_hf.ablation import CORRUPTED, GIVEN, found_under, plain_ablation
+from pahq_hf.ablation import CORRUPTED, GIVEN, plain_ablation
 from pahq_hf.capture import Activations
 from pahq_hf.circuit import Circuit
 from pahq_hf.engine.patched_run import PatchedRun
@@ -163,7 +163,7 @@ def substitute_of(
         ids, mask = read_prompts(corrupted, mask)
         model.precision.deactivate()
         return Partner(model, ids, mask), CORRUPTED
-    found = found_under(circuit) if means is None else None
+    found = circuit.record.arguments.ablation if means is None else None
     kept = circuit.means if means is None else means
     substitute, name = plain_substitute(model, found, kept), plain_ablation(found, kept)
     if substitute is None or name is None:

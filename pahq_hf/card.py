@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
 
-from pahq_hf.ablation import accuracies, plain_carries, works_plainly
-from pahq_hf.circuit import PICTURE_NAME, Circuit
-from pahq_hf.naming import hub_id_of, without_place
+from pahq_hf.ablation import accuracies, carried_under, works_under
+from pahq_hf.files import PICTURE_NAME
+from pahq_hf.identity import ModelIdentity
+from pahq_hf.render.facts import Described
 from pahq_hf.render.layout import DRAWN_EDGES
+from pahq_hf.run_record import PrecisionFacts, SearchArguments, TaskFacts
 from pahq_hf.tasks.catalog import DESCRIPTIONS
 from pahq_hf.terminal import printable
 
-_METHODS = {
-    "acdc": "ACDC with activation patching",
-    "eap": "edge attribution patching (EAP)",
-    "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
-    "hisp": "head importance (HISP)",
-    "exact": "removing each edge alone",
-    "random": "random scores",
-}
 _MARKUP = "\\`*<>[]|"
 _LONGEST = 200  # characters of a text that comes from files
 _TEMPLATE = Path(__file__).parent / "render" / "templates" / "card.md.jinja"
 
 
 def render_card(
-    circuit: Circuit,
+    circuit: Described,
     *,
     repo_id: str | None = None,
     subfolder: str | None = None,
@@ -47,45 +40,41 @@ def render_card(
     Returns:
         Markdown with metadata on top.
     """
-    run = circuit.discovery
-    metric: dict[str, Any] = run.get("metric", {})
-    edges: dict[str, Any] = run.get("edges", {})
-    arguments: dict[str, Any] = run.get("arguments", {})
-    task: dict[str, Any] = run.get("task", {})
-    model = without_place(circuit.model)
-    base_model = str(model.get("base_model", "unknown"))
+    run, edges, model = circuit.record, circuit.scored, circuit.identity
+    task, metric, asked, plain = run.task, run.metric, run.arguments, circuit.plain_ablation
+    base_model = model.base_model or "unknown"
     where = [repr(repo_id or "path/to/this/folder")]
     if subfolder is not None:
         where.append(f"subfolder={subfolder!r}")
     text = _template().render(
-        metadata=_metadata(circuit),
-        base_model=f"{base_model} (a local folder)" if model.get("local") else base_model,
-        fingerprint=model.get("fingerprint"),
-        revision=circuit.model.get("revision") or "unknown",
-        task=task.get("name", "unknown"),
-        examples=task.get("examples", "?"),
-        metric=metric.get("name", "metric"),
-        ablation=arguments.get("ablation", "?"),
-        method=_METHODS.get(str(run.get("method", "acdc")), run.get("method")),
-        threshold=_threshold(arguments),
-        screen=arguments.get("screen"),
-        precision=_precision(run.get("precision", {})),
-        kept=circuit.edge_count,
-        live=int(circuit.live.sum()),
-        tested=edges.get("tested", 0),
-        total=circuit.graph.edge_count,
-        full=metric.get("full"),
-        final=metric.get("fp32"),
-        empty=metric.get("empty"),
-        verdict=circuit.verdict,
-        confirmation=circuit.confirmation,
-        versions=run.get("versions", {}) if isinstance(run.get("versions", {}), dict) else {},
+        metadata=_metadata(model),
+        base_model=f"{base_model} (a local folder)" if model.local else base_model,
+        fingerprint=model.fingerprint,
+        revision=model.revision or "unknown",
+        task=task.name or "unknown",
+        examples="?" if task.examples is None else task.examples,
+        metric=metric.name or "metric",
+        ablation=asked.ablation or "?",
+        method=run.title,
+        threshold=_threshold(asked),
+        screen=asked.screen,
+        precision=_precision(run.precision),
+        kept=edges.edge_count,
+        live=int(edges.live.sum()),
+        tested=run.edges.tested or 0,
+        total=edges.graph.edge_count,
+        full=metric.full,
+        final=metric.fp32,
+        empty=metric.empty,
+        verdict=run.verdict,
+        confirmation=run.confirmation,
+        versions=run.versions,
         picture=PICTURE_NAME if has_picture else None,
         drawn=DRAWN_EDGES,
         where=", ".join(where),
-        model_argument=_model_argument(circuit, base_model),
-        accuracies=accuracies(circuit),
-        carried=plain_carries(circuit) if works_plainly(circuit) else None,
+        model_argument=_model_argument(model, split=edges.graph.spec.split_kv_groups),
+        accuracies=accuracies(run),
+        carried=carried_under(plain) if works_under(run, plain) else None,
         prompts=_prompts(task),
     )
     return printable(text)
@@ -101,28 +90,28 @@ def _template() -> jinja2.Template:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _metadata(circuit: Circuit) -> str:
+def _metadata(model: ModelIdentity) -> str:
     data = ModelCardData(
-        base_model=hub_id_of(circuit.model),
+        base_model=model.hub_id,
         library_name="pahq_hf",
-        license=circuit.model.get("license") or "other",
+        license=model.license or "other",
         tags=["circuit", "pahq", "mechanistic-interpretability"],
     )
     return str(data.to_yaml())
 
 
-def _model_argument(circuit: Circuit, base_model: str) -> str:
-    known = "demo" if base_model == "demo" else hub_id_of(circuit.model)
+def _model_argument(model: ModelIdentity, *, split: bool) -> str:
+    known = "demo" if model.base_model == "demo" else model.hub_id
     argument = repr(known or "path/to/the/model")
-    return f"{argument}, PAHQConfig(split_kv_groups=True)" if circuit.graph.spec.split_kv_groups else argument
+    return f"{argument}, PAHQConfig(split_kv_groups=True)" if split else argument
 
 
-def _prompts(task: dict[str, Any]) -> str | None:
+def _prompts(task: TaskFacts) -> str | None:
     """The name by which `load_task` gives the task's prompts; None for data of one's own."""
     for known in DESCRIPTIONS:
-        if task.get("generator") == known.name and task.get("corruption") in known.corruptions:
-            first = task["corruption"] == known.corruptions[0]
-            return repr(known.name if first else f"{known.name}:{task['corruption']}")
+        if task.generator == known.name and task.corruption in known.corruptions:
+            first = task.corruption == known.corruptions[0]
+            return repr(known.name if first else f"{known.name}:{task.corruption}")
     return None
 
 
@@ -134,15 +123,15 @@ def _cell(value: object) -> str:
     return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)
 
 
-def _threshold(arguments: dict[str, Any]) -> object:
-    if "topn" not in arguments or arguments.get("threshold") is not None:
-        return arguments.get("threshold", "?")
-    return "none" if arguments["topn"] is None else f"that of the best {arguments['topn']} edges"
+def _threshold(asked: SearchArguments) -> object:
+    if "topn" not in asked or asked.threshold is not None:
+        return "?" if asked.threshold is None else asked.threshold
+    return "none" if asked.topn is None else f"that of the best {asked.topn} edges"
 
 
-def _precision(precision: dict[str, Any]) -> str:
-    regime = str(precision.get("regime", "?"))
-    return regime if regime in ("fp32", "?") else f"{regime}, {precision.get('format')}"
+def _precision(precision: PrecisionFacts) -> str:
+    regime = precision.regime or "?"
+    return regime if regime in ("fp32", "?") else f"{regime}, {precision.format}"
 
 
 def _number(value: object) -> str:

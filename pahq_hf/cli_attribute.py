@@ -82,8 +82,8 @@ def attribute(
 ) -> None:
     """Score every edge by attribution, and write the best as a circuit to a folder."""
     from pahq_hf import PAHQModel, load_task
-    from pahq_hf.circuit import refuse_overwrite
     from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
+    from pahq_hf.files import refuse_overwrite
     from pahq_hf.lock import check_free
     from pahq_hf.render.table import run_table
     from pahq_hf.tasks import check_choice

@@ -78,8 +78,8 @@ def evaluate(
 ) -> None:
     """Judge a circuit on a task, in FP32."""
     from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
-    from pahq_hf.circuit import make_folder
     from pahq_hf.evaluation.report import reference_facts
+    from pahq_hf.files import make_folder
     from pahq_hf.tasks import check_choice, is_generated
 
     # The seed of --completeness has a use of its own, whatever the prompts.

@@ -81,9 +81,7 @@ def say_resumed(out: Path, finished: str, **ignored: object) -> None:
 
 def exit_unverified(*circuits: Circuit) -> None:
     """End with exit code 1 if the hooks engine did not confirm a result, and say so on stderr."""
-    from pahq_hf.confirmation import unverified_text
-
-    texts = [text for circuit in circuits if (text := unverified_text(circuit))]
+    texts = [text for circuit in circuits if (text := circuit.record.doubt)]
     for text in texts:
         sys.stderr.write(f"pahq: {printable(text)}\n")
     if texts:

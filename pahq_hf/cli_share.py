@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
-from pahq_hf.config import ExportFormat
 from pahq_hf.files import output_path
 
 CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 SubfolderOption = Annotated[str | None, typer.Option(help="Folder inside the repository.")]
+_ExportFormat = Literal["mib", "csv", "graphml", "dot"]
 TokenOption = Annotated[str | None, typer.Option(help="Hub token; the stored one if unset.")]
 
 
@@ -48,9 +48,9 @@ def show(
         from pahq_hf.render.picture import draw
 
         if svg is not None:
-            write_atomically(svg, lambda path: draw(circuit, path, "svg"))
+            write_atomically(svg, lambda path: draw(circuit.scored, path, "svg"))
         if png is not None:
-            write_atomically(png, lambda path: draw(circuit, path, "png"))
+            write_atomically(png, lambda path: draw(circuit.scored, path, "png"))
     if as_json:
         print_json({**circuit.to_json(), "discovery": circuit.discovery})
     elif html is None and svg is None and png is None:
@@ -97,7 +97,7 @@ def pull(
 ) -> None:
     """Fetch a circuit from the Hugging Face Hub, checked, into a folder."""
     from pahq_hf import Circuit
-    from pahq_hf.circuit import refuse_overwrite
+    from pahq_hf.files import refuse_overwrite
 
     refuse_overwrite(out)
     circuit = Circuit.from_pretrained(repo_id, revision=revision, subfolder=subfolder, token=token)
@@ -108,7 +108,7 @@ def pull(
 def export(
     folder: CircuitArgument,
     out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="File to write.")],
-    fmt: Annotated[ExportFormat, typer.Option("--format", help="File format.")] = "mib",
+    fmt: Annotated[_ExportFormat, typer.Option("--format", help="File format.")] = "mib",
 ) -> None:
     """Write a circuit for other tools: EAP-IG / MIB JSON, CSV, GraphML or Graphviz DOT."""
     from pahq_hf import Circuit
@@ -122,7 +122,7 @@ def import_(
     out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="Folder for the circuit.")],
 ) -> None:
     """Make a circuit folder of an EAP-IG or MIB graph."""
-    from pahq_hf.circuit import refuse_overwrite
+    from pahq_hf.files import refuse_overwrite
     from pahq_hf.interchange import from_mib
 
     refuse_overwrite(out)
@@ -144,7 +144,7 @@ def compare(
     from pahq_hf.files import write_text
 
     a, b = Circuit.from_pretrained(first), Circuit.from_pretrained(second)
-    facts = compare_circuits(a, b)
+    facts = compare_circuits(a.scored, b.scored)
     if html is not None:
         from pahq_hf.render.page import compare_page
 

@@ -53,12 +53,12 @@ def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
     """
     from pahq_hf.tasks import is_generated
 
-    task, seed = circuit.discovery.get("task", {}), context.params["seed"]
+    total, seed = circuit.record.task.total or 0, context.params["seed"]
     if is_generated(str(context.params["task"])):
         unseen = ["--seed", str((seed or 0) + 1)]
     else:
-        behind = context.params["offset"] + (context.params["n"] or task.get("total", 0))
-        if behind >= task.get("total", 0):
+        behind = context.params["offset"] + (context.params["n"] or total)
+        if behind >= total:
             return shlex.join(["pahq", "show", str(folder), "--html", f"{folder}.html"])
         unseen = [*([] if seed is None else ["--seed", str(seed)]), "--offset", str(behind)]
     words = ["pahq", "evaluate", str(folder), "--model", str(context.params["model"])]

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError
 from pahq_hf.graph import READER_KINDS, BoolArray
+from pahq_hf.scored_edges import ScoredEdges
 
 
-def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
+def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
     """Overlap and correlation of two circuits of one graph.
 
     Args:
-        a: One circuit.
-        b: Another.
+        a: The edges of one.
+        b: Those of the other.
 
     Returns:
         Edge counts, Jaccard indices of edges (also by kind of reader) and of nodes, and the Pearson and
@@ -48,7 +48,7 @@ def compare_circuits(a: Circuit, b: Circuit) -> dict[str, Any]:
     }
 
 
-def check_same_graph(a: Circuit, b: Circuit) -> None:
+def check_same_graph(a: ScoredEdges, b: ScoredEdges) -> None:
     """Check that two circuits can be compared.
 
     Raises:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pahq_hf.errors import ConfigError, check_names, check_place
+from pahq_hf.errors import CircuitError, ConfigError, check_names, check_place
+from pahq_hf.files import make_folder, read_json, write_text
 from pahq_hf.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
@@ -22,7 +24,9 @@ Order = Literal["acdc", "head"]
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
-ExportFormat = Literal["mib", "csv", "graphml", "dot"]
+CONFIG_NAME = "pahq_config.json"
+_CONFIG_VERSION = 1  # of that file
+
 SelfT = TypeVar("SelfT", bound="_JsonConfig")
 
 
@@ -94,10 +98,10 @@ class PAHQConfig(_JsonConfig):
             pattern that matches counts; weights that heads share get the finest of their formats.
         quantize_embeddings: Keep embedding and unembedding in `format` too. Discovery reads their FP32
             rows from the checkpoint all the same: only `generate` and plain forwards see the rounding.
-        split_kv_groups: Give each query head key and value readers of its own.
-        active: What is FP32 while an edge is tested: its receiver, or `both` receiver and writer.
-        compute: In which dtype products with differences run: `auto` takes BF16 where the device gains by
-            it. The other regimes compute in FP32.
+        base_model: Hub id or folder of the model that a saved configuration is of, as in PEFT; None for a
+            configuration alone. It and its revision say nothing of precision: equality and `to_dict` leave
+            them out.
+        revision: The base model's revision on the Hub.
     """
 
     regime: Regime = "pahq"
@@ -107,6 +111,12 @@ class PAHQConfig(_JsonConfig):
     compute: Compute = "auto"
     policy: Mapping[str, Format] = field(default_factory=dict, hash=False)
     quantize_embeddings: bool = False
+    base_model: str | None = field(default=None, compare=False, kw_only=True)
+    revision: str | None = field(default=None, compare=False, kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """How weights are kept and computed, as JSON-ready values: what pins a run."""
+        return {name: value for name, value in asdict(self).items() if name not in ("base_model", "revision")}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pahq_config.json` into a folder.
@@ -114,9 +124,13 @@ class PAHQConfig(_JsonConfig):
         Raises:
             RunError: If it cannot be written.
         """
-        from pahq_hf.wrapper import Wrapper
-
-        Wrapper(self).save(folder)
+        document = {
+            "format_version": _CONFIG_VERSION,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "precision": self.to_dict(),
+        }
+        write_text(make_folder(folder) / CONFIG_NAME, json.dumps(document, indent=2) + "\n")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
@@ -127,9 +141,10 @@ class PAHQConfig(_JsonConfig):
         Raises:
             HubError: If the Hub refuses.
         """
-        from pahq_hf.wrapper import Wrapper
+        from pahq_hf.hub import push
 
-        return Wrapper(self).push(repo_id, **options)
+        options.setdefault("commit_message", "Configuration of a patched model (pahq_hf)")
+        return push(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> PAHQConfig:
@@ -140,13 +155,30 @@ class PAHQConfig(_JsonConfig):
             **options: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            ConfigError: If it is missing or damaged.
+            ConfigError: If it is missing, damaged, or of a newer format.
             HubError: If the repository cannot be read.
         """
-        from pahq_hf.wrapper import Wrapper
-
         check_place(name)
-        return Wrapper.load(name, **options).config
+        if Path(name).is_dir():
+            return cls._read(Path(name) / (options.get("subfolder") or ""))
+        from pahq_hf.hub import HubPlace, pull
+
+        return cls._read(pull(HubPlace(str(name), **options), (CONFIG_NAME,)))
+
+    @classmethod
+    def _read(cls, folder: Path) -> PAHQConfig:
+        path = folder / CONFIG_NAME
+        try:
+            document = read_json(path)
+        except CircuitError as error:
+            raise ConfigError(str(error)) from error
+        version, precision = document.get("format_version"), document.get("precision")
+        if not isinstance(version, int) or version > _CONFIG_VERSION or not isinstance(precision, dict):
+            raise ConfigError(f"{path} has format {version!r}; this version reads up to {_CONFIG_VERSION}")
+        base, revision = (
+            None if document.get(name) is None else str(document[name]) for name in ("base_model", "revision")
+        )
+        return replace(cls.from_dict(precision), base_model=base, revision=revision)
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""

@@ -27,10 +27,10 @@ from pahq_hf.acdc import (
 )
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
-from pahq_hf.circuit import Circuit, make_folder, refuse_overwrite
+from pahq_hf.circuit import Circuit
 from pahq_hf.clock import RunClock
 from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig, parse_screen
-from pahq_hf.confirmation import Confirmation, warn_unverified
+from pahq_hf.confirmation import warn_unverified
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.recall import Answers, RecallingEngine
@@ -39,7 +39,7 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.expectation import search_progress
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME, output_path
+from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME, make_folder, output_path, refuse_overwrite
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import DATA, Journal, check_header, check_result
 from pahq_hf.judge import Judge
@@ -51,6 +51,7 @@ from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import exact_products
 from pahq_hf.precision.margin import default_margin
 from pahq_hf.progress import make_progress
+from pahq_hf.run_record import MetricFacts
 from pahq_hf.settings import RunSettings
 from pahq_hf.tasks.base import Task
 from pahq_hf.threads import threads
@@ -160,7 +161,7 @@ class Discovery:
             circuit = (
                 self._run(None, resume) if out is None else self._run_in(output_path(out), resume, take_over)
             )
-        warn_unverified(circuit)
+        warn_unverified(circuit.record.doubt)
         return circuit
 
     def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Circuit:
@@ -319,7 +320,7 @@ class Discovery:
         seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
         facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         facts["metric"] = metric
-        facts["verified"] = Confirmation.of_metric(metric).verified
+        facts["verified"] = MetricFacts.from_json(metric).verified
         facts["verdict"] = verdict.to_dict()
         announce(verdict, f"tau {self.acdc.threshold:g}")
         return Circuit(

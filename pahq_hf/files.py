@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -14,12 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.errors import CircuitError, ConfigError, RunError
 
-# What a run's folder holds, and other rooms ask for.
+# What a run's folder holds.
 CIRCUIT_NAME = "circuit.json"
+SCORES_NAME = "scores.safetensors"
+DISCOVERY_NAME = "discovery.json"
+MEANS_NAME = "means.safetensors"
+PICTURE_NAME = "circuit.png"
 JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
 SECONDS_NAME = "seconds.json"  # until it is finished
@@ -31,6 +36,7 @@ _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd|/dev/fd")
 _MOST_LINKS = 40  # that a path may lead through, as for the system itself
 _LONGEST = 200  # bytes of a name in that of its temporary file
+MAX_BYTES = 1 << 30  # of a file that is worth reading
 
 
 def output_path(name: str | Path) -> Path:
@@ -124,6 +130,67 @@ def is_running(pid: int) -> bool:
     except PermissionError:
         return True  # another user's
     return True
+
+
+# -- folders of runs ------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CircuitError: If it is missing, too large, damaged, or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CircuitError(f"{path} is larger than any circuit; not read")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CircuitError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise CircuitError(f"{path} does not hold a JSON object")
+    return document
+
+
+def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Path:
+    """`folder`, unless it holds a run.
+
+    Args:
+        folder: Where a run is to be written.
+        advice: What to do if there is one.
+
+    Raises:
+        RunError: If there is one.
+    """
+    for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
+        if os.path.exists(folder / name) and not (name == DISCOVERY_NAME and _died_while_saving(folder)):
+            raise RunError(f"{folder} holds a run already ({name}); {advice}")
+    return folder
+
+
+def _died_while_saving(folder: Path) -> bool:
+    """Whether facts without a circuit are those of an attribution, which can only begin anew."""
+    try:
+        method = read_json(folder / DISCOVERY_NAME).get("method", "acdc")
+    except CircuitError:
+        return False
+    return bool(method != "acdc")
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Create an output folder.
+
+    Raises:
+        RunError: If it cannot be created or written.
+    """
+    folder = output_path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create the output folder {folder}: {error.strerror}") from error
+    return folder
 
 
 # -- places -----------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from pahq_hf.circuit import Circuit, read_json
-from pahq_hf.config import ExportFormat
+from pahq_hf.circuit import Circuit
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.files import output_path, write_text
+from pahq_hf.files import output_path, read_json, write_text
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.render.palette import LIGHT
 from pahq_hf.terminal import printable
@@ -23,7 +22,7 @@ from pahq_hf.terminal import printable
 _CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
 
 
-def export(circuit: Circuit, path: str | Path, fmt: ExportFormat) -> None:
+def export(circuit: Circuit, path: str | Path, fmt: str) -> None:
     """Write a circuit in another tool's format.
 
     Args:
@@ -67,7 +66,7 @@ def to_mib(circuit: Circuit) -> dict[str, Any]:
         "n_layers": spec.layers,
         "n_heads": spec.heads,
         "parallel_attn_mlp": spec.parallel,
-        "d_model": circuit.model.get("d_model"),
+        "d_model": circuit.identity.d_model,
     }
     return {
         "cfg": cfg,

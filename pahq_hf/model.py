@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, substitute_of
 from pahq_hf.attribution.run import Attribution
 from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import (
@@ -56,12 +56,12 @@ from pahq_hf.options import (
 from pahq_hf.originals import OriginalCheckpoint
 from pahq_hf.patch import PatchedModel
 from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
+from pahq_hf.saved_config import find_saved_config
 from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
 from pahq_hf.settings import RunSettings
 from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
 from pahq_hf.untouched import check_supported, repair_empty_mlps, resident_device
-from pahq_hf.wrapper import Wrapper, find_wrapper
 
 
 class PAHQModel(nn.Module):
@@ -190,15 +190,15 @@ class PAHQModel(nn.Module):
                 name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
             )
         except (ModelLoadError, UnsupportedModelError):
-            wrapper = find_wrapper(name, kwargs)
-            if wrapper is None or wrapper.base_model is None:
+            saved = find_saved_config(name, kwargs)
+            if saved is None or saved.base_model is None:
                 raise
             rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
             return cls._load(
-                wrapper.base_model,
-                given or with_fields(wrapper.config, fields),
+                saved.base_model,
+                given or with_fields(saved, fields),
                 {},
-                rest | {"revision": wrapper.revision},
+                rest | {"revision": saved.revision},
             )
         tokenizer = checkpoint.load_tokenizer(name, **kwargs)
         wrapped = cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
@@ -237,7 +237,7 @@ class PAHQModel(nn.Module):
         Raises:
             RunError: If it cannot be written.
         """
-        self._wrapper().save(folder)
+        self._reloading().save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
@@ -254,16 +254,15 @@ class PAHQModel(nn.Module):
                 f"nobody else has the base model's folder, {self.identity['base_model']}: say which model "
                 "it is on the Hub, base_model='owner/name'"
             )
-        return Wrapper(self.pahq_config, self.identity["base_model"], self.identity["revision"]).push(
-            repo_id, **options
-        )
+        name, revision = self.identity["base_model"], self.identity["revision"]
+        return replace(self.pahq_config, base_model=name, revision=revision).push_to_hub(repo_id, **options)
 
-    def _wrapper(self) -> Wrapper:
-        """What reloads this model on this machine."""
-        name = self._loaded_from
+    def _reloading(self) -> PAHQConfig:
+        """The configuration that reloads this model on this machine."""
+        name, revision = self._loaded_from, self.identity["revision"]
         if name != "demo" and os.path.exists(name):
-            return Wrapper(self.pahq_config, os.path.abspath(name))
-        return Wrapper(self.pahq_config, name, self.identity["revision"])
+            name, revision = os.path.abspath(name), None
+        return replace(self.pahq_config, base_model=name, revision=revision)
 
     @property
     def _wrapped(self) -> Any:
@@ -476,10 +475,11 @@ class PAHQModel(nn.Module):
         check_task(task, "evaluate")
         wanted = EvaluationOptions.from_dict(dict(options))
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
-        ran = circuit.discovery.get("arguments", {})
-        chosen: MetricName = metric or ran.get("metric") or task.metric
+        ran = circuit.record.arguments
+        chosen = metric or ran.metric or task.metric
+        ablation = cast("Ablation", ran.ablation or "corrupted")
         with self._at_work():
-            evaluator = Evaluator(self.patched, task, chosen, ran.get("ablation", "corrupted"))
+            evaluator = Evaluator(self.patched, task, chosen, ablation)
             return evaluate(evaluator, circuit, wanted)
 
     def apply(  # type: ignore[override]
@@ -541,7 +541,7 @@ class PAHQModel(nn.Module):
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
         with self._at_work(), exact_products():
             substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
-            text = notice(circuit, ablation)
+            text = notice(circuit.record, ablation)
             if text is not None:
                 warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
             with applied(self.patched, circuit.kept, substitute, exact=exact):

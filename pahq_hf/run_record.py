@@ -46,6 +46,18 @@ class MetricFacts(Section):
     tolerance: float | None = None
     fp32: float | None = None
 
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """The circuit's metric by its search and by the hooks engine; None where a value is missing."""
+        if self.name is None or self.final is None or self.final_recomputed is None or self.tolerance is None:
+            return None
+        return Confirmation(self.name, self.final, self.final_recomputed, self.tolerance)
+
+    @property
+    def verified(self) -> bool:
+        """Whether there are two such values, and they agree."""
+        return self.confirmation is not None and self.confirmation.verified
+
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeCounts(Section):
@@ -223,13 +235,21 @@ class RunRecord(Section):
         Raises:
             CircuitError: If the record says that it did, and lacks a value.
         """
-        found = self.metric
         if self.verified is None:
             return None
-        name, final, recomputed, tolerance = found.name, found.final, found.final_recomputed, found.tolerance
-        if name is None or final is None or recomputed is None or tolerance is None:
+        found = self.metric.confirmation
+        if found is None:
             raise CircuitError("a circuit's facts of verification are damaged: a value is missing")
-        return Confirmation(name, final, recomputed, tolerance)
+        return found
+
+    @property
+    def doubt(self) -> str | None:
+        """What a user is told, on one line, of a circuit that the hooks engine did not confirm; else None."""
+        found, threshold = self.confirmation, self.arguments.threshold
+        if found is None or found.verified:
+            return None
+        where = "" if threshold is None else f"tau {threshold:g}: "
+        return f"{where}the result is kept, but not verified: {found.text}; please report it"
 
     def to_json(self) -> dict[str, Any]:
         """The document of discovery.json, without what says nothing."""

@@ -18,12 +18,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pahq_hf.circuit import Circuit, make_folder, read_json
+from pahq_hf.circuit import Circuit
 from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
 from pahq_hf.confirmation import warn_unverified
 from pahq_hf.discovery import Discovery, Found, versions
@@ -32,7 +32,15 @@ from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.extras import spared
-from pahq_hf.files import ANSWERS_NAME, SWEEP_PREFIX, output_path, write_atomically, write_text
+from pahq_hf.files import (
+    ANSWERS_NAME,
+    SWEEP_PREFIX,
+    make_folder,
+    output_path,
+    read_json,
+    write_atomically,
+    write_text,
+)
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.journal import DATA, check_header
@@ -91,26 +99,30 @@ class SweepRow:
         Raises:
             CircuitError: If no sweep found it.
         """
-        facts = circuit.discovery
-        try:
-            metric = facts["metric"]
-            return cls(
-                threshold=float(facts["arguments"]["threshold"]),
-                kept=circuit.edge_count,
-                live=int(circuit.live.sum()),
-                tested=int(circuit.tested.sum()),
-                evaluations=int(facts["evaluations"]),
-                reused=int(facts["reused"]["evaluations"]),
-                name=str(metric["name"]),
-                metric=float(metric["fp32"]),
-                kl=float(facts["kl"]),
-                faithfulness=faithfulness(metric["fp32"], metric["full"], metric["empty"]),
-                seconds=float(facts["seconds"]["total"]),
-                verdict=circuit.verdict,
-                verified=circuit.verified,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CircuitError(f"this circuit is not one of a sweep: its facts lack {error}") from error
+        run = circuit.record
+        metric = run.metric
+        measured: dict[str, Any] = {
+            "threshold": run.arguments.threshold,
+            "evaluations": run.evaluations,
+            "reused": run.reused.evaluations,
+            "name": metric.name,
+            "metric": metric.fp32,
+            "kl": run.kl,
+            "seconds": run.total_seconds,
+        }
+        missing = [name for name, value in measured.items() if value is None]
+        if missing or metric.fp32 is None or metric.full is None or metric.empty is None:
+            lacks = ", ".join(missing or ["the metric of all edges and of none"])
+            raise CircuitError(f"this circuit is not one of a sweep: its facts lack {lacks}")
+        return cls(
+            kept=circuit.edge_count,
+            live=int(circuit.live.sum()),
+            tested=int(circuit.tested.sum()),
+            faithfulness=faithfulness(metric.fp32, metric.full, metric.empty),
+            verdict=run.verdict,
+            verified=circuit.verified,
+            **measured,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, for JSON."""
@@ -161,7 +173,7 @@ class Sweep(Mapping[float, Circuit]):
     def warn_unverified(self) -> None:
         """Warn of each circuit that the hooks engine did not confirm."""
         for circuit in self.values():
-            warn_unverified(circuit)
+            warn_unverified(circuit.record.doubt)
 
     def to_json(self) -> dict[str, Any]:
         """Rows and totals (`sweep.json`)."""
@@ -183,10 +195,12 @@ class Sweep(Mapping[float, Circuit]):
             ConfigError: If the ending is another one.
             RunError: If it cannot be written.
         """
-        from pahq_hf.render.pareto import draw_pareto, pareto_page
+        from pahq_hf.render.pareto import ParetoPoint, draw_pareto, pareto_page
 
         path = output_path(path)
-        rows, title, ending = self.rows, self._title(), path.suffix.lower()
+        names = [entry.name for entry in fields(ParetoPoint)]
+        rows = [ParetoPoint(**{name: getattr(row, name) for name in names}) for row in self.rows]
+        title, ending = self._title(), path.suffix.lower()
         if ending == ".html":
             write_text(path, pareto_page(rows, title))
         elif ending == ".png":
@@ -198,8 +212,7 @@ class Sweep(Mapping[float, Circuit]):
 
     def _title(self) -> str:
         first = next(iter(self.values()))
-        task = first.discovery.get("task", {}).get("name", "unknown")
-        return f"{first.model.get('base_model', 'model')} on {task}"
+        return f"{first.identity.base_model or 'model'} on {first.record.task.name or 'unknown'}"
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Sweep:

@@ -358,3 +358,19 @@ def test_wrappers_in_folders(tmp_path: Path) -> None:
     assert again.pahq_config == model.pahq_config and again.identity == model.identity
     assert PAHQModel.from_pretrained(tmp_path, FP32).pahq_config.regime == "fp32"
     assert PAHQConfig.from_pretrained(tmp_path) == model.pahq_config
+
+
+def test_a_saved_configuration_knows_its_base_model(tmp_path: Path) -> None:
+    """As in PEFT; what pins a run, and the format of the file, know nothing of it."""
+    model = PAHQModel.from_pretrained("demo", PAHQConfig("rtn", "int8"))
+    model.save_pretrained(tmp_path / "one")
+    found = PAHQConfig.from_pretrained(tmp_path / "one")
+    assert (found.base_model, found.revision) == ("demo", None)
+    assert found == model.pahq_config and found.to_dict() == model.pahq_config.to_dict()
+    assert set(found.to_dict()) == {
+        *("regime", "format", "split_kv_groups", "active", "compute", "policy", "quantize_embeddings")
+    }
+    found.save_pretrained(tmp_path / "two")
+    first, second = (tmp_path / name / "pahq_config.json" for name in ("one", "two"))
+    assert first.read_text() == second.read_text()
+    assert set(json.loads(first.read_text())) == {"format_version", "base_model", "revision", "precision"}

@@ -174,7 +174,7 @@ def test_comparison_counts_by_hand() -> None:
         b.kept[r, w] = True
     extra = tuple(np.argwhere(a.graph.all_edges & ~a.kept)[0])
     b.kept[extra] = True
-    facts = compare_circuits(a, b)
+    facts = compare_circuits(a.scored, b.scored)
     half = len(edges) // 2
     assert facts["edges"] == {
         "first": len(edges),
@@ -192,17 +192,17 @@ def test_correlations_are_those_of_the_textbook() -> None:
     a, b = random_circuit(SPECS["heads"], 0), random_circuit(SPECS["heads"], 1)
     b.tested = a.tested
     b.scores = np.where(a.tested, np.exp(a.scores), 0)  # another scale, the same order
-    facts = compare_circuits(a, b)["scores"]
+    facts = compare_circuits(a.scored, b.scored)["scores"]
     x, y = a.scores[a.tested], b.scores[a.tested]
     assert facts["spearman"] == pytest.approx(1) and facts["pearson"] < 0.99
     assert facts["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     b.scores[:] = 0
-    assert compare_circuits(a, b)["scores"]["pearson"] is None
+    assert compare_circuits(a.scored, b.scored)["scores"]["pearson"] is None
 
 
 def test_circuits_of_different_graphs_are_not_compared() -> None:
     with pytest.raises(CircuitError, match="different graphs"):
-        compare_circuits(random_circuit(SPECS["heads"]), random_circuit(SPECS["groups"]))
+        compare_circuits(random_circuit(SPECS["heads"]).scored, random_circuit(SPECS["groups"]).scored)
 
 
 # -- command line -----------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run_main("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts == compare_circuits(a, b)
+    assert facts == compare_circuits(a.scored, b.scored)
     assert run_main("compare", str(tmp_path / "a"), back) == 2
     assert "different graphs" in capsys.readouterr().err
     page, both = tmp_path / "page.html", tmp_path / "both.html"
@@ -243,12 +243,12 @@ def test_pictures_of_one_circuit_are_the_same_and_of_any_circuit_possible(tmp_pa
 
     circuit = random_circuit(SPECS["groups"])
     for name in ("one", "two"):
-        draw(circuit, tmp_path / name, "png")
+        draw(circuit.scored, tmp_path / name, "png")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     circuit.kept[:] = False
-    draw(circuit, tmp_path / "empty", "svg")
+    draw(circuit.scored, tmp_path / "empty", "svg")
     large = random_circuit(GraphSpec(30, 9, 3), share=0.03)
-    draw(large, tmp_path / "large", "png")
+    draw(large.scored, tmp_path / "large", "png")
     assert (tmp_path / "large").stat().st_size < 2_000_000
 
 
@@ -258,7 +258,7 @@ def test_no_edge_of_a_picture_is_cut_off(spec: GraphSpec, tmp_path: Path) -> Non
 
     from pahq_hf.render.picture import draw
 
-    draw(random_circuit(spec, share=0.02 if spec.layers > 4 else 0.3), tmp_path / "picture.png")
+    draw(random_circuit(spec, share=0.02 if spec.layers > 4 else 0.3).scored, tmp_path / "picture.png")
     pixels = imread(tmp_path / "picture.png")[..., :3]
     assert (pixels < 0.99).any()
     for border in (pixels[:, :10], pixels[:, -10:]):

@@ -82,7 +82,7 @@ def press(shown: Opened, key: str) -> None:
 
 
 def test_layout_has_the_circuits_nodes_and_edges(circuit: Circuit) -> None:
-    places, graph = layout(circuit), circuit.to_networkx()
+    places, graph = layout(circuit.scored), circuit.to_networkx()
     assert [node.name for node in places.nodes] == circuit.nodes
     drawn = sorted((e.writer, e.reader, e.reader_name, e.kind, e.score) for e in places.edges)
     wanted = [(a, b, f["reader"], f["kind"], f["score"]) for a, b, f in graph.edges(data=True)]
@@ -93,7 +93,7 @@ def test_layout_has_the_circuits_nodes_and_edges(circuit: Circuit) -> None:
 
 
 def test_layout_of_the_whole_model(circuit: Circuit) -> None:
-    nodes = layout(circuit, all_nodes=True).nodes
+    nodes = layout(circuit.scored, all_nodes=True).nodes
     assert [node.name for node in nodes] == [*(w.name for w in circuit.graph.writers), "logits"]
     assert (nodes[0].kind, nodes[-1].kind) == ("input", "logits")
     assert min(nodes, key=lambda node: node.y) is nodes[0]
@@ -124,7 +124,7 @@ def test_negative_scores_are_dotted(shown: Opened, circuit: Circuit) -> None:
 def test_hover_shows_details(shown: Opened, circuit: Circuit) -> None:
     name = "a1.h2"
     text = shown.hover(name)
-    edges = [edge for edge in layout(circuit).edges if name in (edge.writer, edge.reader)]
+    edges = [edge for edge in layout(circuit.scored).edges if name in (edge.writer, edge.reader)]
     written = {edge.reader_name for edge in edges if edge.writer == name}
     read = [edge for edge in edges if edge.reader == name]
     strongest = max(edges, key=lambda edge: abs(edge.score))
@@ -303,7 +303,7 @@ def test_picture_can_be_saved(shown: Opened) -> None:
 def test_the_still_picture_has_the_colours_of_the_page(
     shown: Opened, circuit: Circuit, tmp_path: Path
 ) -> None:
-    draw(circuit, tmp_path / "picture.svg", "svg")
+    draw(circuit.scored, tmp_path / "picture.svg", "svg")
     still = (tmp_path / "picture.svg").read_text(encoding="utf-8")
     shown.settle()
     for mark, name in ((".js-line", "stroke"), ("path.point", "fill")):

@@ -14,8 +14,8 @@ import pytest
 import pahq_hf.render.picture
 from pahq_hf import Circuit, Sweep
 from pahq_hf.card import render_card
-from pahq_hf.circuit import refuse_overwrite
 from pahq_hf.errors import CircuitError, RunError
+from pahq_hf.files import refuse_overwrite
 from pahq_hf.graph import Graph, GraphSpec
 from pahq_hf.render.layout import DRAWN_EDGES, layout
 from pahq_hf.render.picture import draw
@@ -155,10 +155,10 @@ def test_the_plots_of_an_evaluation(
 
 def test_of_many_edges_the_strongest_are_drawn(tmp_path: Path) -> None:
     many = large(9_000)
-    drawn = {(edge.writer, edge.reader_name) for edge in layout(many, most=DRAWN_EDGES).edges}
+    drawn = {(edge.writer, edge.reader_name) for edge in layout(many.scored, most=DRAWN_EDGES).edges}
     ranked = sorted(many.edges, key=lambda edge: -abs(edge[1]))
     assert drawn == {tuple(name.split("->")) for name, _ in ranked[:DRAWN_EDGES]}
-    draw(many, tmp_path / "many.svg", "svg")
+    draw(many.scored, tmp_path / "many.svg", "svg")
     picture = (tmp_path / "many.svg").read_text()
     assert "9,000 of 32,491 edges; the 4,000 with the largest scores are drawn" in picture
     assert picture.count("<use ") < DRAWN_EDGES + 2_000  # a line an edge, a mark a node
@@ -166,7 +166,7 @@ def test_of_many_edges_the_strongest_are_drawn(tmp_path: Path) -> None:
 
 
 def test_of_few_edges_all_are_drawn(circuit: Circuit) -> None:
-    assert layout(circuit, most=circuit.edge_count) == layout(circuit)
+    assert layout(circuit.scored, most=circuit.edge_count) == layout(circuit.scored)
     assert "The picture shows" not in render_card(circuit)
 
 

@@ -13,14 +13,14 @@ from pahq_hf.ablation import APPLY
 from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.scoring import edge_scores
 from pahq_hf.attribution.selection import edges_from, top_edges
-from pahq_hf.circuit import Circuit, refuse_overwrite
+from pahq_hf.circuit import Circuit
 from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import versions
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import Evaluator, warn_near_chance
-from pahq_hf.files import output_path
+from pahq_hf.files import output_path, refuse_overwrite
 from pahq_hf.graph import BoolArray
 from pahq_hf.hardware import hardware_facts
 from pahq_hf.lock import RunLock

@@ -30,10 +30,11 @@ def check_shape(circuit: Circuit, model: PatchedModel) -> None:
             raise CircuitError(
                 f"this circuit is of another model: it has {name}={its}, the model has {name}={mine}"
             )
-    family, mine = circuit.model.get("model_type"), model.hf.config.model_type
+    identity = circuit.identity
+    family, mine = identity.model_type, model.hf.config.model_type
     if family is not None and family != mine:
         raise CircuitError(f"this circuit is of another model: its family is {family}, the model's is {mine}")
-    width, mine = circuit.model.get("d_model"), model.hf.config.hidden_size
+    width, mine = identity.d_model, model.hf.config.hidden_size
     if width is not None and width != mine:
         raise CircuitError(f"this circuit is of another model: its d_model is {width}, the model's is {mine}")
 
@@ -53,13 +54,14 @@ def check_fits(
         CircuitError: Naming the first difference.
     """
     check_shape(circuit, model)
-    its, mine = circuit.model.get("fingerprint"), identity.get("fingerprint")
+    its, mine = circuit.identity.fingerprint, identity.get("fingerprint")
     if any_weights or its is None or its == mine:
         return
     if is_legacy(its) and its == legacy_fingerprint_of(model):
         logger.warning("%s", LEGACY_NOTE.format("this circuit"))
     else:
-        name, revision = (str(circuit.model.get(key))[:80] for key in ("base_model", "revision"))
+        found = circuit.identity
+        name, revision = (str(text)[:80] for text in (found.base_model, found.revision))
         raise CircuitError(
             f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
             "any weights of this shape (--any-weights, any_weights=True)"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pahq_hf.ablation import APPLY, found_under
+from pahq_hf.ablation import APPLY
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError, check_names
@@ -74,14 +74,13 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
         MetricError: If a curve is asked and the metric does not tell the full model from no edges.
     """
     facts = evaluator.report(circuit)
-    facts[APPLY] = evaluator.applied(circuit.kept, found_under(circuit), circuit.means, facts["accuracy"])
+    run = circuit.record
+    facts[APPLY] = evaluator.applied(circuit.kept, run.arguments.ablation, circuit.means, facts["accuracy"])
     if options.curve:
         facts["curve"] = curve_facts(evaluator, circuit)
     if options.minimality:
-        ran = circuit.discovery.get("arguments", {})
         # tau means something in the metric it was searched with.
-        same = circuit.discovery.get("metric", {}).get("name") == facts["metric"]["name"]
-        tau = ran.get("threshold") if same else None
+        tau = run.arguments.threshold if run.metric.name == facts["metric"]["name"] else None
         facts["minimality"] = minimality(evaluator, circuit.kept, tau).to_dict()
     if options.completeness:
         facts["completeness"] = completeness(evaluator, circuit.kept, options.samples, options.seed).to_dict()
@@ -90,14 +89,9 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
     return facts
 
 
-def kept_first(circuit: Circuit) -> bool:
-    """Whether kept edges rank before all others: a greedy search's scores of the two do not compare."""
-    return bool(circuit.discovery.get("method", "acdc") == "acdc")
-
-
 def curve_facts(evaluator: Evaluator, circuit: Circuit) -> dict[str, Any]:
     """CPR by signed score, CMD by |score|, and both curves."""
-    first = circuit.kept if kept_first(circuit) else None
+    first = circuit.kept if circuit.record.ranks_kept_first else None
     curves = {
         name: faithfulness_curve(
             evaluator, rank_edges(circuit.graph, circuit.scores, absolute=absolute, first=first)
@@ -161,7 +155,7 @@ def edges_in(graph: Graph, reference: Circuit) -> BoolArray:
 
 def ranked_scores(circuit: Circuit) -> NDArray[np.float64]:
     """The circuit's scores, or where kept edges come first numbers in that order. [readers, writers]"""
-    if not kept_first(circuit):
+    if not circuit.record.ranks_kept_first:
         return circuit.scores
     exists = circuit.graph.all_edges
     pairs = np.stack([circuit.kept[exists].astype(np.float64), circuit.scores[exists]], axis=1)

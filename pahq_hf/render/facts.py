@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
-from pahq_hf.ablation import accuracy_under, found_under, plain_ablation
-from pahq_hf.circuit import Circuit
+from pahq_hf.ablation import accuracy_under
 from pahq_hf.confirmation import Confirmation
+from pahq_hf.identity import ModelIdentity
+from pahq_hf.run_record import RunRecord
+from pahq_hf.scored_edges import ScoredEdges
 from pahq_hf.verdict import Verdict
 
 
-def run_facts(circuit: Circuit) -> dict[str, Any]:
+class Described(Protocol):
+    """What a page, a card or a table shows of a circuit (`Circuit`)."""
+
+    @property
+    def scored(self) -> ScoredEdges:
+        """Its edges."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What identifies the base model."""
+
+    @property
+    def record(self) -> RunRecord:
+        """What ran and what came out."""
+
+    @property
+    def plain_ablation(self) -> str | None:
+        """What removed edges carry in `PAHQModel.apply` without corrupted prompts."""
+
+
+def run_facts(circuit: Described) -> dict[str, Any]:
     """The facts of a run that are known.
 
     Args:
@@ -19,31 +41,30 @@ def run_facts(circuit: Circuit) -> dict[str, Any]:
     Returns:
         Values by name, in the order they are read.
     """
-    run = circuit.discovery
-    edges, metric = run.get("edges", {}), run.get("metric", {})
-    arguments, precision = run.get("arguments", {}), run.get("precision", {})
+    run, edges = circuit.record, circuit.scored
+    asked, metric, verdict = run.arguments, run.metric, run.verdict
     facts: dict[str, Any] = {
-        "model": circuit.model.get("base_model", "unknown"),
-        "task": run.get("task", {}).get("name", "unknown"),
-        "method": run.get("method"),
-        "threshold": arguments.get("threshold"),
-        "best edges": arguments.get("topn"),
-        "screen": arguments.get("screen"),
-        "ablation": found_under(circuit),
-        "precision": precision.get("regime"),
-        "edges kept": f"{circuit.edge_count:,} of {circuit.graph.edge_count:,}",
-        "searched": None if circuit.verdict is None else circuit.verdict.part,
-        "edges live": int(circuit.live.sum()),
-        "edges tested": edges.get("tested"),
-        "metric": metric.get("name"),
-        "full model": metric.get("full"),
-        "no edges": metric.get("empty"),
-        "circuit": metric.get("final"),
-        "circuit in FP32": metric.get("fp32"),
-        "verified": _verified(circuit.confirmation),
-        **_verdict_facts(circuit.verdict),
-        "in apply()": _plain(circuit),
-        "seconds": run.get("seconds", {}).get("total"),
+        "model": circuit.identity.base_model or "unknown",
+        "task": run.task.name or "unknown",
+        "method": run.method,
+        "threshold": asked.threshold,
+        "best edges": asked.topn,
+        "screen": asked.screen,
+        "ablation": asked.ablation,
+        "precision": run.precision.regime,
+        "edges kept": f"{edges.edge_count:,} of {edges.graph.edge_count:,}",
+        "searched": None if verdict is None else verdict.part,
+        "edges live": int(edges.live.sum()),
+        "edges tested": run.edges.tested,
+        "metric": metric.name,
+        "full model": metric.full,
+        "no edges": metric.empty,
+        "circuit": metric.final,
+        "circuit in FP32": metric.fp32,
+        "verified": _verified(run.confirmation),
+        **_verdict_facts(verdict),
+        "in apply()": _plain(run, circuit.plain_ablation),
+        "seconds": run.total_seconds,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -55,10 +76,9 @@ def _verified(found: Confirmation | None) -> str | None:
     return "yes" if found.verified else f"NO: {found.text}"
 
 
-def _plain(circuit: Circuit) -> str | None:
+def _plain(run: RunRecord, plain: str | None) -> str | None:
     """How well the circuit answers in `apply` without corrupted prompts, if that was measured."""
-    plain = plain_ablation(found_under(circuit), circuit.means)
-    share = None if plain is None else accuracy_under(circuit, plain)
+    share = None if plain is None else accuracy_under(run, plain)
     return None if share is None else f"accuracy {share:.4g} ({plain})"
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pahq_hf.circuit import Circuit
 from pahq_hf.graph import BoolArray, Graph, ReaderKind, Writer, edge_list
+from pahq_hf.scored_edges import ScoredEdges
 
 NodeKind = Literal["input", "head", "mlp", "logits"]
 
@@ -80,7 +80,7 @@ class Layout:
     rows: tuple[tuple[float, str], ...]
 
 
-def layout(circuit: Circuit, *, all_nodes: bool = False, most: int | None = None) -> Layout:
+def layout(circuit: ScoredEdges, *, all_nodes: bool = False, most: int | None = None) -> Layout:
     """Place the nodes and edges of a circuit.
 
     A head has the same column in every layer, whoever else is in the circuit.
@@ -115,7 +115,7 @@ def layout(circuit: Circuit, *, all_nodes: bool = False, most: int | None = None
     return Layout(tuple(places[name] for name in names), tuple(edges), tuple(_rows(graph)))
 
 
-def _strongest(circuit: Circuit, most: int) -> BoolArray:
+def _strongest(circuit: ScoredEdges, most: int) -> BoolArray:
     """The kept edges with the largest scores, those first in model order where scores are equal."""
     sizes = np.nan_to_num(np.abs(circuit.scores), nan=np.inf)[circuit.kept]
     chosen = np.zeros(len(sizes), dtype=bool)

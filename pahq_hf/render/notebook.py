@@ -6,13 +6,12 @@ import html
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pahq_hf.circuit import Circuit
 from pahq_hf.render.embed import readable
-from pahq_hf.render.facts import run_facts
+from pahq_hf.render.facts import Described, run_facts
 from pahq_hf.render.picture import draw
 
 
-def circuit_html(circuit: Circuit) -> str:
+def circuit_html(circuit: Described) -> str:
     """Facts of the run beside a picture; every text from files is escaped.
 
     Args:
@@ -28,7 +27,7 @@ def circuit_html(circuit: Circuit) -> str:
     )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "circuit.svg"
-        draw(circuit, path, "svg")
+        draw(circuit.scored, path, "svg")
         picture = path.read_text(encoding="utf-8")
     picture = picture[picture.index("<svg") :]  # what comes before is for files of their own
     return (

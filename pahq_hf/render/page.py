@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pahq_hf.circuit import Circuit
 from pahq_hf.comparison import check_same_graph
 from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
-from pahq_hf.render.facts import run_facts
+from pahq_hf.render.facts import Described, run_facts
 from pahq_hf.render.layout import layout
 from pahq_hf.render.palette import DARK, LIGHT
+from pahq_hf.scored_edges import ScoredEdges
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
 _COLOURS = f':root{{{LIGHT.for_styles()}}}\n:root[data-theme="dark"]{{{DARK.for_styles()}}}\n'
@@ -23,7 +23,7 @@ _TITLE = (("of", "model"), ("on", "task"))
 _Facts = dict[str, str]
 
 
-def circuit_page(circuit: Circuit) -> str:
+def circuit_page(circuit: Described) -> str:
     """A page that shows a circuit.
 
     Args:
@@ -34,10 +34,10 @@ def circuit_page(circuit: Circuit) -> str:
     """
     facts = _facts(circuit)
     title = " ".join(["Circuit", *(f"{word} {facts[key]}" for word, key in _TITLE if key in facts)])
-    return _render(title, [""], [facts], _drawing(circuit, [circuit]))
+    return _render(title, [""], [facts], _drawing(circuit.scored, [circuit.scored]))
 
 
-def compare_page(a: Circuit, b: Circuit) -> str:
+def compare_page(a: Described, b: Described) -> str:
     """A page that shows which edges two circuits share.
 
     Args:
@@ -50,17 +50,19 @@ def compare_page(a: Circuit, b: Circuit) -> str:
     Raises:
         CircuitError: If their graphs differ.
     """
-    check_same_graph(a, b)
-    both = Circuit(
-        graph=a.graph,
-        kept=a.kept | b.kept,
-        scores=np.where(a.kept, a.scores, b.scores),
-        tested=np.where(a.kept, a.tested, b.tested),
+    one, other = a.scored, b.scored
+    check_same_graph(one, other)
+    both = ScoredEdges(
+        graph=one.graph,
+        kept=one.kept | other.kept,
+        scores=np.where(one.kept, one.scores, other.scores),
+        tested=np.where(one.kept, one.tested, other.tested),
     )
-    return _render("Comparison of two circuits", ["A", "B"], [_facts(a), _facts(b)], _drawing(both, [a, b]))
+    facts = [_facts(a), _facts(b)]
+    return _render("Comparison of two circuits", ["A", "B"], facts, _drawing(both, [one, other]))
 
 
-def _facts(circuit: Circuit) -> _Facts:
+def _facts(circuit: Described) -> _Facts:
     facts = {name: readable(_text(value)) for name, value in run_facts(circuit).items()}
     return {name: value for name, value in facts.items() if value != "unknown"}
 
@@ -71,7 +73,7 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _drawing(union: Circuit, circuits: list[Circuit]) -> dict[str, Any]:
+def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
     """What the page's scripts draw: columns of nodes, readers and edges, linked by number."""
     places = layout(union)
     number = {node.name: i for i, node in enumerate(places.nodes)}

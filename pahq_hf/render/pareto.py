@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,10 +19,32 @@ from pahq_hf.render.picture import NO_DATE, PictureFormat
 from pahq_hf.render.plots_page import Figure as Plotted
 from pahq_hf.render.plots_page import PageTable, plots_page
 
-if TYPE_CHECKING:
-    from pahq_hf.sweep import SweepRow
-
 _NO_EDGES = 0.5  # where an empty circuit stands on the logarithmic axis
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One circuit of a sweep, to be drawn.
+
+    Attributes:
+        threshold: tau of its search.
+        kept: Its edges.
+        live: Those on a path from `input` to `logits`.
+        tested: Edges that its search tested.
+        name: The minimised metric.
+        metric: Its value, in FP32.
+        kl: KL from the full model, in FP32.
+        faithfulness: Share of the metric that the circuit recovers, if that is defined.
+    """
+
+    threshold: float
+    kept: int
+    live: int
+    tested: int
+    name: str
+    metric: float
+    kl: float
+    faithfulness: float | None
 
 
 @dataclass(frozen=True)
@@ -58,21 +79,21 @@ def pareto_front(edges: Sequence[int], values: Sequence[float]) -> list[int]:
     return front
 
 
-def _panels(rows: Sequence[SweepRow]) -> list[_Panel]:
+def _panels(rows: Sequence[ParetoPoint]) -> list[_Panel]:
     kl = _Panel("KL from the full model, FP32", [row.kl for row in rows])
     name = readable(rows[0].name)
     return [kl] if name == "kl" else [_Panel(f"{name} (minimised), FP32", [row.metric for row in rows]), kl]
 
 
-def _places(rows: Sequence[SweepRow]) -> list[float]:
+def _places(rows: Sequence[ParetoPoint]) -> list[float]:
     return [float(row.kept) or _NO_EDGES for row in rows]
 
 
-def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFormat = "png") -> None:
+def draw_pareto(rows: Sequence[ParetoPoint], title: str, path: Path, fmt: PictureFormat = "png") -> None:
     """Draw a sweep into a file.
 
     Args:
-        rows: Its thresholds.
+        rows: Its circuits.
         title: What it is of; any text.
         path: The file.
         fmt: `png` or `svg`.
@@ -81,7 +102,7 @@ def draw_pareto(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFo
         _draw(rows, title, path, fmt)
 
 
-def _draw(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFormat) -> None:
+def _draw(rows: Sequence[ParetoPoint], title: str, path: Path, fmt: PictureFormat) -> None:
     panels = _panels(rows)
     figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -107,11 +128,11 @@ def _draw(rows: Sequence[SweepRow], title: str, path: Path, fmt: PictureFormat) 
     figure.savefig(path, format=fmt, dpi=100, metadata=NO_DATE[fmt])
 
 
-def pareto_page(rows: Sequence[SweepRow], title: str) -> str:
+def pareto_page(rows: Sequence[ParetoPoint], title: str) -> str:
     """A self-contained page of a sweep, with its figures on hover.
 
     Args:
-        rows: Its thresholds.
+        rows: Its circuits.
         title: What it is of; any text.
 
     Returns:
@@ -133,7 +154,7 @@ def pareto_page(rows: Sequence[SweepRow], title: str) -> str:
     return plots_page(title, [_plot(rows, panel) for panel in panels], PageTable(titles, cells))
 
 
-def _plot(rows: Sequence[SweepRow], panel: _Panel) -> Plotted:
+def _plot(rows: Sequence[ParetoPoint], panel: _Panel) -> Plotted:
     """What Plotly draws. It reads some tags and TeX in texts, so they are escaped here too."""
     places, label = _places(rows), escape(readable(panel.label)).replace("$", "&#36;")
     front = pareto_front([row.kept for row in rows], panel.values)

@@ -14,10 +14,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pahq_hf.circuit import Circuit
 from pahq_hf.graph import ReaderKind
 from pahq_hf.render.layout import DRAWN_EDGES, Layout, LayoutEdge, layout
 from pahq_hf.render.palette import LIGHT
+from pahq_hf.scored_edges import ScoredEdges
 
 PictureFormat = Literal["png", "svg"]
 _LABELLED = 150  # nodes; more names than this cannot be read
@@ -27,7 +27,7 @@ _MARKERS = {"input": "D", "head": "o", "mlp": "s", "logits": "D"}  # as on the p
 NO_DATE: dict[PictureFormat, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
-def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
+def draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat = "png") -> None:
     """Draw a circuit into a file: layers from bottom to top, edges by kind and |score|.
 
     Of very many edges the strongest are drawn, and the title says so. It looks the same on every machine,
@@ -42,7 +42,7 @@ def draw(circuit: Circuit, path: Path, fmt: PictureFormat = "png") -> None:
         _draw(circuit, path, fmt)
 
 
-def _draw(circuit: Circuit, path: Path, fmt: PictureFormat) -> None:
+def _draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat) -> None:
     places = layout(circuit, most=DRAWN_EDGES)
     height = min(_TALLEST, 3.0 + 0.35 * circuit.graph.spec.layers)
     figure = Figure(figsize=(9.0, height), layout="constrained")

@@ -14,8 +14,7 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pahq_hf.circuit import make_folder
-from pahq_hf.files import write_atomically, write_text
+from pahq_hf.files import make_folder, write_atomically, write_text
 from pahq_hf.render.palette import LIGHT
 from pahq_hf.render.picture import NO_DATE, PictureFormat
 from pahq_hf.render.plots_page import Figure as Plotted
