@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from pahq_hf.graph import GraphSpec
+from pahq_hf.render import palette
 from pahq_hf.render.page import circuit_page, compare_page
 from tests.browser import SMALL, chromium, opened, random_circuit
 
@@ -126,3 +127,13 @@ def test_empty_circuit(browser: Browser, tmp_path: Path) -> None:
         assert shown.page.locator("#count").text_content() == "0 of 0 edges shown"
         assert shown.page.title() == "Circuit"
         assert shown.troubles == []
+
+
+def test_colours_are_in_one_place() -> None:
+    """Whoever changes those of the page changes the palette, and nothing else."""
+    folder = Path(palette.__file__).parent
+    files = [path for path in folder.rglob("*.*") if path.suffix in (".py", ".js", ".css", ".jinja")]
+    assert len(files) > 10
+    colour = re.compile(r"#[0-9a-fA-F]{6}\b|(?<!&)#[0-9a-fA-F]{3}\b|rgba?\([^)]*[1-9]")
+    stray = {path.name for path in files if colour.search(path.read_text(encoding="utf-8"))}
+    assert stray == {"palette.py"}

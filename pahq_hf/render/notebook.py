@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from pahq_hf.render.embed import readable
 from pahq_hf.render.facts import Described, run_facts
+from pahq_hf.render.palette import LIGHT
 from pahq_hf.render.picture import draw
 
 
@@ -32,5 +33,5 @@ def circuit_html(circuit: Described) -> str:
     picture = picture[picture.index("<svg") :]  # what comes before is for files of their own
     return (
         "<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>"
-        f"<table>{rows}</table><div style='max-width:640px;background:#fff'>{picture}</div></div>"
+        f"<table>{rows}</table><div style='max-width:640px;background:{LIGHT.ground}'>{picture}</div></div>"
     )

@@ -104,7 +104,7 @@ def draw_pareto(rows: Sequence[ParetoPoint], title: str, path: Path, fmt: Pictur
 
 def _draw(rows: Sequence[ParetoPoint], title: str, path: Path, fmt: PictureFormat) -> None:
     panels = _panels(rows)
-    figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained", facecolor=LIGHT.ground)
     FigureCanvasAgg(figure)
     figure.suptitle(readable(title), fontsize=10, parse_math=False)
     places, edges = _places(rows), [row.kept for row in rows]

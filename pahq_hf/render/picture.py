@@ -45,7 +45,7 @@ def draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat = "png") -> None:
 def _draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat) -> None:
     places = layout(circuit, most=DRAWN_EDGES)
     height = min(_TALLEST, 3.0 + 0.35 * circuit.graph.spec.layers)
-    figure = Figure(figsize=(9.0, height), layout="constrained")
+    figure = Figure(figsize=(9.0, height), layout="constrained", facecolor=LIGHT.ground)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_axis_off()

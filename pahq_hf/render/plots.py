@@ -108,7 +108,7 @@ def _save(plot: Plot, fmt: PictureFormat, path: Path) -> None:
 
 def draw_plot(plot: Plot) -> Figure:
     """A plot as a matplotlib figure."""
-    figure = Figure(figsize=(6.0, 4.5), layout="constrained")
+    figure = Figure(figsize=(6.0, 4.5), layout="constrained", facecolor=LIGHT.ground)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for line in plot.lines:

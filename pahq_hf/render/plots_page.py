@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
+from pahq_hf.render.palette import LIGHT
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def plots_page(title: str, figures: Sequence[Figure], table: PageTable | None = 
     scripts = [one_line_ends(get_plotlyjs()), source(pages, "plots.js")]
     return pages.get_template("plots.html.jinja").render(
         title=readable(title),
+        colours=Markup(f":root{{{LIGHT.for_styles()}}}"),
         labels=[readable(figure.label) for figure in figures],
         table=None if table is None else table.readable(),
         # Only these very scripts run: the browser refuses whatever else got into the page.
