@@ -71,6 +71,7 @@ from pahq_hf.cli_sweep import sweep
 from pahq_hf.cli_tasks import tasks
 from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
+from pahq_hf.extensions import load_extensions
 from pahq_hf.files import CIRCUIT_NAME, output_path
 from pahq_hf.progress import make_progress
 from pahq_hf.quiet import quiet_imports
@@ -308,6 +309,7 @@ def _run() -> int:
     try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
         with written_output(), quiet_imports(), kept_threads():  # commands import what they need
+            load_extensions()
             return app(standalone_mode=False) or 0
     except ClosedPipe:
         return _PIPE_CLOSED

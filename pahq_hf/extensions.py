@@ -1,0 +1,26 @@
+"""Installed packages that add metrics, formats, families or searches to the command line."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+from pahq_hf.errors import first_line
+from pahq_hf.terminal import printable
+
+GROUP = "pahq_hf"
+
+
+def load_extensions() -> None:
+    """Import what installed packages name in the entry-point group `pahq_hf`; it registers what it adds.
+
+    One that fails is told of on stderr, and what it would have added is unknown.
+    """
+    for entry in sorted(entry_points(group=GROUP)):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist is not None else "an unknown package"
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            told = f"extension {entry.name} of {package} was not loaded: {reason}"
+            sys.stderr.write(f"pahq: {printable(told)}\n")

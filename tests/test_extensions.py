@@ -1,0 +1,63 @@
+"""Packages that add to the command line by an entry point of the group `pahq_hf`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pahq_hf.metrics import find_metric, known_metrics
+from tests.helpers import run_main
+
+MODULE = """
+from pahq_hf import MetricSpec, register_metric
+
+
+def miss(logits, targets):
+    right = targets.answers.mean(targets.answers.gather(logits))
+    return logits.logsumexp(-1) - right
+
+
+register_metric(MetricSpec("own_miss", miss, needs=("answers",)))
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of installed packages, which is forgotten afterwards."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in known_metrics()})
+    yield folder
+    sys.modules.pop("own_extension", None)
+
+
+def install(site: Path, module: str) -> None:
+    """Install a package `own` whose module adds something."""
+    (site / "own_extension.py").write_text(module)
+    facts = site / "own-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[pahq_hf]\nmine = own_extension\n")
+
+
+def test_an_installed_metric_is_searched_with(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, MODULE)
+    out = tmp_path / "run"
+    search = ("discover", "demo", "--task", "ioi", "--n", "2", "--precision", "fp32", "--readers", "logits")
+    assert run_main(*search, "--metric", "own_miss", "--out", str(out)) == 0
+    assert run_main("show", str(out)) == 0
+    assert "own_miss" in capsys.readouterr().out
+
+
+def test_one_that_fails_is_told_of_and_ends_nothing(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "raise RuntimeError('no \\x1b[2J such\\nluck')")
+    assert run_main("tasks", "--json") == 0
+    assert capsys.readouterr().err == (
+        "pahq: extension mine of own was not loaded: RuntimeError: no \\x1b[2J such\n"
+    )
