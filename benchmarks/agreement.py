@@ -21,6 +21,7 @@ from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, load_task
 from pahq_hf.discovery import Discovery
 from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Reads
+from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.engine.tokens import Liveness
@@ -109,6 +110,8 @@ class AnchoredOnce(Anchored):
             output = super().mlp(number, clean)
         out = torch.empty_like(x)[None]
         self.mlp_change(number, clean, (x - clean)[None], output, out)
+        if number in self._mlps:  # what propagation changes is the state's output, not the anchor's
+            self._mlps[number] = replace(self._mlps[number], ends=False)
         return output + out[0]
 
 
@@ -129,11 +132,9 @@ class OnceEngine(SparseEngine):
 class _Run(Discovery):
     once = False
 
-    def make_engine(self) -> SparseEngine:
+    def make_engine(self) -> Engine:
         if not self.once:
-            engine = super().make_engine()
-            assert isinstance(engine, SparseEngine)
-            return engine
+            return super().make_engine()
         rule = PrecisionRule.of(self.pahq, self.model.device)
         return OnceEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation, rule=rule)
 

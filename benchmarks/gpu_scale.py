@@ -166,8 +166,8 @@ class _Pieces:
         focus = self._seconds(lambda: engine.focus(reader))
         edges = list(graph.in_edges(reader))[:_BATCH]
         candidates = [edges[: number + 1] for number in range(len(edges))]
-        engine.try_removals(reader, candidates)
-        batch = self._seconds(lambda: engine.try_removals(reader, candidates))
+        engine.try_(reader, candidates)
+        batch = self._seconds(lambda: engine.try_(reader, candidates))
         looks = [candidates[0], candidates[-1]] * 4
         look = self._seconds(lambda: engine.look_again(reader, looks))
         return {
@@ -177,7 +177,7 @@ class _Pieces:
             "candidates": len(candidates),
             "ms_per_edge": 1000 * batch / len(candidates),
             "look_ms": 1000 * look / len(looks),
-        } | self._counts(lambda: engine.try_removals(reader, candidates))
+        } | self._counts(lambda: engine.try_(reader, candidates))
 
     def _seconds(self, function: Callable[[], object]) -> float:
         settle(self.device)
@@ -229,8 +229,8 @@ class _Pieces:
         engine.begin(self.kept)
         engine.focus(reader)
         candidates = [[writer] for writer in list(self.model.graph.in_edges(reader))[:2]]
-        engine.try_removals(reader, candidates[:1])
-        seconds = self._seconds(lambda: engine.try_removals(reader, candidates))
+        engine.try_(reader, candidates[:1])
+        seconds = self._seconds(lambda: engine.try_(reader, candidates))
         engine.finish()
         return {"what": "hooks engine, an edge", "ms": 1000 * seconds / len(candidates)}
 

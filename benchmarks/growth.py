@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.acdc_speed import output_file, positive
 from benchmarks.recording import Recorder, repeat_tests
 from pahq_hf import ACDCConfig, PAHQConfig, PAHQModel
-from pahq_hf.acdc import AdaptiveBatch, Engine, search
+from pahq_hf.acdc import AdaptiveBatch, search
 from pahq_hf.discovery import versions
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import PAHQError
 from pahq_hf.graph import BoolArray, Graph
@@ -150,10 +151,11 @@ class Decided(Recorder):
         super().begin(kept)
         return 0.0
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """Compute a batch; the answer is 1 where the candidate's last edge stays, else 0."""
-        super().try_removals(reader, candidates)
-        return [float(self._circuit[reader, candidate[-1]]) for candidate in candidates]
+        trial = super().try_(reader, candidates)
+        values = tuple(float(self._circuit[reader, candidate[-1]]) for candidate in candidates)
+        return replace(trial, values=values)
 
 
 def random_circuit(graph: Graph, kept: int, seed: int = 0) -> BoolArray:

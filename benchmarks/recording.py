@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pahq_hf.acdc import Engine
+from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.graph import BoolArray, Graph
 
 
@@ -39,7 +40,7 @@ class Log:
         graph: The model's graph.
         decided: Every test that decided an edge, by (reader, writer), in order.
         removals: Every edge that went, as (reader, writer), in order.
-        batches: Calls of `try_removals`.
+        batches: Calls of `try_`.
         candidates: Metric values these calls returned; more than `tests` when speculation went too far.
     """
 
@@ -80,10 +81,15 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.name = engine.name
         self.graph: Graph = engine.graph
+        self.gains_by_batches = engine.gains_by_batches
+        self.phases = engine.phases
+        self.clean_logits = engine.clean_logits
         self.evaluations = engine.evaluations
         self.log = Log(engine.graph)
-        self._batch: tuple[list[int], list[float]] | None = None
+        self._tried: Trial | None = None  # the last trial, until it is known what it decided
+        self._gone: dict[int, list[int]] = {}  # by reader, in the order in which they went
 
     def begin(self, kept: BoolArray) -> float:
         """Start from an edge set."""
@@ -93,47 +99,73 @@ class Recorder:
 
     def focus(self, reader: int) -> float | None:
         """Turn to a reader."""
+        self._decide(0)
         value = self._engine.focus(reader)
         self.evaluations = self._engine.evaluations
         return value
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Try a batch; what it decided is known when `remove` is called."""
-        values = self._engine.try_removals(reader, candidates)
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """Try a batch; what it decided is known when it is accepted, or when the next call comes."""
+        self._decide(0)
+        trial = self._engine.try_(reader, candidates)
         self.evaluations = self._engine.evaluations
         self.log.batches += 1
-        self.log.candidates += len(values)
-        self._batch = ([candidate[-1] for candidate in candidates], values)
-        return values
+        self.log.candidates += len(trial.values)
+        self._tried = trial
+        return trial
 
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Write down what the last batch decided: these edges went, the one after them stays."""
-        self._engine.remove(reader, writers)
-        tried, values = self._batch or ([], [])
-        gone = len(self.log.removals)
-        for number, (writer, value) in enumerate(zip(tried, values, strict=True)):
-            if number > len(writers):
-                break  # beyond the edge that stayed: nothing was decided
-            self.log.decided.pop((reader, writer), None)  # it may have been undone by a second look
-            self.log.decided[reader, writer] = Test(reader, writer, value, gone + number)
-        self.log.removals += [(reader, writer) for writer in writers]
-        self._batch = None
-
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """Test again in FP32."""
-        values = self._engine.look_again(reader, candidates)
+        self._decide(0)
+        trial = self._engine.look_again(reader, candidates)
         self.evaluations = self._engine.evaluations
-        return values
+        return trial
 
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        """Forget what a second look undid; it will be decided again."""
-        self._engine.restore(reader, writers)
-        back = {(reader, writer) for writer in writers}
-        self.log.removals = [edge for edge in self.log.removals if edge not in back]
+    def accept(self, trial: Trial, k: int) -> None:
+        """Write down what a batch decided, or what a second look undid: that will be decided again."""
+        self._engine.accept(trial, k)
+        if self._tried is not None:
+            self._decide(k + 1)
+        self._write(trial.reader, trial.candidates[k])
+
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove edges untried."""
+        self._decide(0)
+        self._engine.cut(reader, writers)
+        self._write(reader, writers)
+
+    def metric_of(self, kept: BoolArray) -> float:
+        """The metric of any circuit."""
+        return self._engine.metric_of(kept)
+
+    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of a circuit alone adds."""
+        return self._engine.drop_each(kept)
 
     def finish(self) -> None:
-        """Release what `focus` took."""
+        """Release what the engine took."""
+        self._decide(0)
         self._engine.finish()
+
+    def _decide(self, removed: int) -> None:
+        """The last batch decided that its first edges go and that the one after them stays."""
+        trial, self._tried = self._tried, None
+        if trial is None:
+            return
+        gone = len(self.log.removals)
+        tried = [candidate[-1] for candidate in trial.candidates][: removed + 1]
+        for number, (writer, value) in enumerate(zip(tried, trial.values, strict=False)):
+            edge = trial.reader, writer
+            self.log.decided.pop(edge, None)  # it may have been undone by a second look
+            self.log.decided[edge] = Test(*edge, value, gone + number)
+
+    def _write(self, reader: int, writers: Sequence[int]) -> None:
+        """Exactly these edges into a reader are gone now."""
+        before = self._gone.get(reader, [])
+        back = {(reader, writer) for writer in before if writer not in set(writers)}
+        self.log.removals = [edge for edge in self.log.removals if edge not in back]
+        self.log.removals += [(reader, writer) for writer in writers if writer not in set(before)]
+        self._gone[reader] = list(writers)
 
 
 @dataclass(frozen=True)
@@ -165,7 +197,7 @@ _TOLERANCE = 1e-5
 def repeat_tests(engine: Engine, log: Log, count: int, *, warm: bool) -> Sample:
     """Make evenly spaced tests of a recorded run again, each exactly at its place in the run.
 
-    Only `try_removals` is timed: neither going to that place nor turning to the reader.
+    Only `try_` is timed: neither going to that place nor turning to the reader.
 
     Args:
         engine: The engine to time.
@@ -185,11 +217,12 @@ def repeat_tests(engine: Engine, log: Log, count: int, *, warm: bool) -> Sample:
         kept[test.reader, gone] = True
         engine.begin(kept)
         engine.focus(test.reader)
-        engine.remove(test.reader, gone)
+        engine.cut(test.reader, gone)
+        candidates = [[*gone, test.writer]]
         if warm:
-            engine.try_removals(test.reader, [[test.writer]])
+            engine.try_(test.reader, candidates)
         started = time.perf_counter()
-        ours.append(engine.try_removals(test.reader, [[test.writer]])[0])
+        ours.append(engine.try_(test.reader, candidates).values[0])
         seconds.append(time.perf_counter() - started)
         theirs.append(test.value)
         engine.finish()

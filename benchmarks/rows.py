@@ -10,9 +10,8 @@ from benchmarks.recording import Log, Recorder, Sample, repeat_tests
 from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, search
 from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig
 from pahq_hf.engine.build import make_engine
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
-from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.graph import BoolArray
 from pahq_hf.memory import PeakMemory, read_memory, trim
 from pahq_hf.patch import PatchedModel
@@ -116,7 +115,7 @@ class Regime:
         row.sample = sampled.sample
         return row
 
-    def make(self, engine: str) -> HooksEngine | SparseEngine:
+    def make(self, engine: str) -> Engine:
         """The engine of a row."""
         name: EngineName = "hooks" if engine == HOOKS else "sparse"
         config = EngineConfig(engine=name, memory_budget=self.memory_budget)
@@ -190,9 +189,9 @@ class Regime:
         )
 
 
-def _phases(engine: HooksEngine | SparseEngine, captured: float, seconds: float) -> dict[str, float]:
+def _phases(engine: Engine, captured: float, seconds: float) -> dict[str, float]:
     """A search's seconds by phase; what no phase counts is `other`."""
-    if isinstance(engine, HooksEngine):
+    if engine.name == "hooks":
         return {"capture": captured, "tests": seconds - captured}
     phases = dict(engine.phases.seconds)
     return phases | {"other": seconds - sum(phases.values())}

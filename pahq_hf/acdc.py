@@ -20,35 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.config import ACDCConfig
+from pahq_hf.engine.protocol import Engine
 from pahq_hf.graph import BoolArray, Graph
-
-
-class Engine(Protocol):
-    """Computes the metric of the current circuit with some edges of one reader removed."""
-
-    graph: Graph
-    evaluations: int
-
-    def begin(self, kept: BoolArray) -> float:
-        """Start from an edge set. Returns its metric."""
-
-    def focus(self, reader: int) -> float | None:
-        """Turn to a reader. Returns the metric measured again, if a weight's precision changed."""
-
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric of the current circuit without each candidate's edges into `reader`."""
-
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
-
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Remove edges into `reader`."""
-
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        """Put removed edges into the reader in focus back."""
-
-    def finish(self) -> None:
-        """Release what `focus` took."""
 
 
 @dataclass(frozen=True)
@@ -237,14 +210,14 @@ def _search_reader(
     graph = engine.graph
     edges = list(graph.in_edges(reader))
     if not graph.has_out_edge(state.kept, reader):
-        engine.remove(reader, edges)
+        engine.cut(reader, edges)
         return ReaderRecord(reader, True, (), {}, state.metric)
     screened = [] if survives is None else [writer for writer in edges if not survives[writer]]
     if screened:  # before the focus: where tests start from anchors, it makes them those without these edges
-        engine.remove(reader, screened)
+        engine.cut(reader, screened)
     cur = engine.focus(reader)
     if cur is None:
-        cur = engine.try_removals(reader, [[]])[0] if screened else state.metric
+        cur = engine.try_(reader, [screened]).values[0] if screened else state.metric
     decided = _ReaderSearch(engine, config, reader, screened, cur, batch, _keep_rate(state), on_batch)
     return decided.run()
 
@@ -311,15 +284,16 @@ class _ReaderSearch:
         rate = (self._prior * _PRIOR_WEIGHT + len(self._kept)) / (_PRIOR_WEIGHT + self._position)
         size = self._batch.next(len(self._edges) - self._position, rate)
         tried = self._edges[self._position : self._position + size]
-        candidates = [tried[: k + 1] for k in range(len(tried))]
-        values = self._engine.try_removals(self._reader, candidates)
+        candidates = [[*self._removed, *tried[: k + 1]] for k in range(len(tried))]
+        trial = self._engine.try_(self._reader, candidates)
         before, gone = self._position, len(self._removed)
-        for writer, new in zip(tried, values, strict=True):
+        for writer, new in zip(tried, trial.values, strict=True):
             stays = self._decide(writer, new)
             self._position += 1
             if stays:
                 break
-        self._engine.remove(self._reader, self._removed[gone:])
+        if len(self._removed) > gone:
+            self._engine.accept(trial, len(self._removed) - gone - 1)
         self._report(self._position - before)
 
     def _decide(self, writer: int, new: float) -> bool:
@@ -350,13 +324,15 @@ class _ReaderSearch:
         for look in looks:
             gone = self._removed[: look.removed]
             candidates += [gone, [*gone, self._edges[look.position]]]
-        values = self._engine.look_again(self._reader, candidates)
+        trial = self._engine.look_again(self._reader, candidates)
         self._looks += len(looks)
         for number, look in enumerate(looks):
-            score = values[2 * number + 1] - values[2 * number]
+            without, with_it = 2 * number + 1, 2 * number
+            score = trial.values[without] - trial.values[with_it]
             self._scores[self._edges[look.position]] = score
             if self._config.stays(score) is not look.stays:
                 self._changed += 1
+                self._engine.accept(trial, without if look.stays else with_it)
                 self._return_to(look)
                 return
 
@@ -364,17 +340,14 @@ class _ReaderSearch:
         """Reverse the decision about an edge and forget all later ones."""
         writer = self._edges[look.position]
         undone = set(self._edges[look.position : self._position])
-        back = self._removed[look.removed :]
         self._removed = self._removed[: look.removed]
         self._kept = [w for w in self._kept if w not in undone]
-        self._engine.restore(self._reader, back)
         for later in undone - {writer}:
             self._scores.pop(later, None)
         self._report(look.position + 1 - self._position)
         self._position = look.position + 1
         if look.stays:
             self._removed.append(writer)
-            self._engine.remove(self._reader, [writer])
             self._cur = look.new
         else:
             self._kept.append(writer)

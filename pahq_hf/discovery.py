@@ -19,7 +19,6 @@ from pahq_hf.ablation import APPLY
 from pahq_hf.acdc import (
     AdaptiveBatch,
     BatchSize,
-    Engine,
     FixedBatch,
     ReaderRecord,
     Search,
@@ -29,13 +28,12 @@ from pahq_hf.attribution.methods import check_gradient
 from pahq_hf.attribution.screen import Screen, make_screen
 from pahq_hf.circuit import Circuit
 from pahq_hf.clock import RunClock
-from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig, parse_screen
+from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
 from pahq_hf.confirmation import warn_unverified
 from pahq_hf.engine.build import make_engine
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.setting import Setting
-from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation import warn_near_chance
 from pahq_hf.expectation import search_progress
@@ -59,6 +57,7 @@ from pahq_hf.verdict import announce
 
 logger = logging.getLogger(__name__)
 _SAID = {"screen": "screening", "capture": "capturing", "evaluate": "verifying"}
+_SOURCES = {"sparse": "SparseEngine", "hooks": "HooksEngine"}  # in the keys of the answers that folders hold
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
@@ -241,13 +240,13 @@ class Discovery:
             refuse_overwrite(folder, "continue it with --resume or choose another folder")
         return None
 
-    def make_engine(self) -> HooksEngine | SparseEngine:
+    def make_engine(self) -> Engine:
         """An engine for this model, task, metric and precision, its runs captured."""
         return make_engine(self.setting, self.engine)
 
     def search(
         self,
-        engine: HooksEngine | SparseEngine,
+        engine: Engine,
         folder: Path | None,
         *,
         resume: bool,
@@ -346,9 +345,7 @@ class Discovery:
         with (folder / JOURNAL_NAME).open("rb") as file:
             return file.readline().endswith(b"\n")  # else it ends within its header
 
-    def _journal(
-        self, folder: Path | None, resume: bool, engine: HooksEngine | SparseEngine
-    ) -> Journal | None:
+    def _journal(self, folder: Path | None, resume: bool, engine: Engine) -> Journal | None:
         """The run's journal, and its screen: of an interrupted run the one that is kept with it."""
         if folder is None or not self._is_begun(folder, resume):
             self.screen = self.screen or self.make_screen()
@@ -371,11 +368,9 @@ class Discovery:
             self.screen.save(folder, self.header())
         return Journal.create(folder, self.told_header() | {"settings": self.settings(engine).to_dict()})
 
-    def settings(self, engine: HooksEngine | SparseEngine) -> RunSettings:
+    def settings(self, engine: Engine) -> RunSettings:
         """How this run computes."""
-        return RunSettings(
-            torch.get_num_threads(), _name_of(engine), str(self.model.device), self.pahq.compute
-        )
+        return RunSettings(torch.get_num_threads(), engine.name, str(self.model.device), self.pahq.compute)
 
     def _replay(self, journal: Journal, screen: Screen | None) -> Search:
         """The state of the search after a journal's records, which are checked."""
@@ -400,9 +395,9 @@ class Discovery:
         screen = None if text is None else Screen.load(text, self.model.graph, folder, self.header())
         check_result(self._replay(journal, screen), circuit, folder)
 
-    def _source(self, engine: HooksEngine | SparseEngine) -> str:
+    def _source(self, engine: Engine) -> str:
         """What answers depend on to the bit, beside the run's header."""
-        return f"{type(engine).__name__} {torch.__version__} {self.model.device} {torch.get_num_threads()}"
+        return f"{_SOURCES[engine.name]} {torch.__version__} {self.model.device} {torch.get_num_threads()}"
 
     def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
         done = [] if journal is None else list(journal.records)
@@ -429,11 +424,10 @@ class Discovery:
                 on_batch=lambda _, tested: shown.on_batch(tested),
             )
 
-    def _batch(self, engine: HooksEngine | SparseEngine) -> BatchSize:
+    def _batch(self, engine: Engine) -> BatchSize:
         if self.engine.batch is not None:
             return FixedBatch(self.engine.batch)
-        # The hooks engine gains nothing from trying candidates it may not need.
-        return AdaptiveBatch() if isinstance(engine, SparseEngine) else FixedBatch(1)
+        return AdaptiveBatch() if engine.gains_by_batches else FixedBatch(1)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -441,7 +435,7 @@ class Discovery:
         with self.clock.phase(name), said:
             yield
 
-    def _facts(self, state: Search, engine: HooksEngine | SparseEngine) -> dict[str, Any]:
+    def _facts(self, state: Search, engine: Engine) -> dict[str, Any]:
         graph = self.model.graph
         tested = int(state.tested.sum())
         weights = self.model.precision
@@ -450,7 +444,7 @@ class Discovery:
             "header": self.header(),
             "arguments": self.acdc.to_dict() | {"metric": self.metric},
             "precision": self.pahq.to_dict(),
-            "engine": _name_of(engine),
+            "engine": engine.name,
             "settings": self.settings(engine).to_dict(),
             "task": self.data(),
             "versions": versions() | {"device": str(self.model.device)},
@@ -467,17 +461,13 @@ class Discovery:
                 "tests": sum(record.looks for record in state.records),
                 "changed": sum(record.changed for record in state.records),
             },
-            "phases": engine.phases.take() if isinstance(engine, SparseEngine) else {},
+            "phases": engine.phases.take(),
             **({} if self.screen is None else {"screen": self.screen.facts()}),
             "peak_memory": {
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,
             },
         }
-
-
-def _name_of(engine: HooksEngine | SparseEngine) -> EngineName:
-    return "sparse" if isinstance(engine, SparseEngine) else "hooks"
 
 
 def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.confirmation import logit_rounding
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.build import make_referee
 from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation import Evaluator
 from pahq_hf.graph import BoolArray
@@ -30,7 +30,7 @@ class Judge:
         self._ablation = ablation
         # `pahq` ends in FP32; the other regimes end at their own precision.
         low = setting.precision.regime in ("rtn", "pahq-literal")
-        self._low = HooksEngine(model, task, metric, ablation=ablation) if low else None
+        self._low = make_referee(model, task, metric, ablation) if low else None
 
     @property
     def means(self) -> dict[str, NDArray[np.float32]]:

@@ -28,7 +28,6 @@ from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
 from pahq_hf.confirmation import warn_unverified
 from pahq_hf.discovery import Discovery, Found, versions
 from pahq_hf.engine.recall import Answers
-from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation import faithfulness
 from pahq_hf.extras import spared
@@ -401,8 +400,7 @@ class SweepRun:
         with self._any.reporter.phase("capturing"):
             engine = self._any.make_engine()
         capture = round(time.perf_counter() - started, 3)
-        if isinstance(engine, SparseEngine):
-            engine.phases.take()  # capturing is no search's own
+        engine.phases.take()  # capturing is no search's own
         # In any order all make the same tests together; the smallest circuits are found soonest.
         return {
             tau: self._runs[tau].search(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import ConfigError
 from pahq_hf.graph import BoolArray, Graph, GraphSpec
@@ -100,7 +101,9 @@ def test_search_leaves_the_engine_at_the_circuit_it_found() -> None:
     engine = HooksEngine(wrapped("llama", dtype=torch.float64).patched, TASK, "kl")
     found = search(engine, ACDCConfig(threshold=0.03), batch=FixedBatch(5))
     assert found.metric == pytest.approx(engine.metric_of(found.kept), abs=1e-12)
-    assert engine.try_removals(engine.graph.logits_reader, [[]]) == [engine.metric_of(found.kept)]
+    last = found.records[-1].reader
+    gone = np.flatnonzero(engine.graph.all_edges[last] & ~found.kept[last]).tolist()
+    assert engine.try_(last, [gone]).values == (engine.metric_of(found.kept),)
 
 
 # -- toy engines ----------------------------------------------------------------------------------------
@@ -136,17 +139,21 @@ class Toy:
         self.reader = reader
         return self.value(self.kept, reader)
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         values = []
         for writers in candidates:
-            assert self.kept[reader, list(writers)].all()
             self.evaluations += 1
             kept = self.kept.copy()
+            kept[reader] = self.graph.all_edges[reader]
             kept[reader, list(writers)] = False
             values.append(self.value(kept, self.reader))
-        return values
+        return Trial.of(reader, candidates, values)
 
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
+    def accept(self, trial: Trial, k: int) -> None:
+        self.cut(trial.reader, trial.candidates[k])
+
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        self.kept[reader] = self.graph.all_edges[reader]
         self.kept[reader, list(writers)] = False
 
     def finish(self) -> None:
@@ -272,13 +279,13 @@ def batch_calls(
 ) -> list[tuple[int, list[list[int]]]]:
     """Every batch an adaptive search tries: its reader and its candidates."""
     calls: list[tuple[int, list[list[int]]]] = []
-    original = toy.try_removals
+    original = toy.try_
 
-    def spy(reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def spy(reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         calls.append((reader, [list(candidate) for candidate in candidates]))
         return original(reader, candidates)
 
-    toy.try_removals = spy  # type: ignore[method-assign]
+    toy.try_ = spy  # type: ignore[method-assign]
     search(toy, config, batch=AdaptiveBatch(), done=done)
     return calls
 
@@ -316,10 +323,10 @@ class Counting(Toy):
 class Broken(Counting):
     """Fails after its tenth measurement."""
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         if self.evaluations >= 10:
             raise KeyboardInterrupt
-        return super().try_removals(reader, candidates)
+        return super().try_(reader, candidates)
 
 
 def test_an_interrupted_search_lets_go_of_the_engine() -> None:
@@ -348,14 +355,15 @@ def test_fixed_batch_takes_what_remains() -> None:
 
 
 def test_candidates_are_nested() -> None:
-    """The k-th has the first k edges removed, in the order of the sequential loop."""
+    """The k-th lacks the next k edges beside those that are gone, in the order of the sequential loop."""
     graph = Graph(GraphSpec(2, 2, 1))
     decided: dict[int, int] = {}
     for reader, candidates in batch_calls(Toy(graph, 3), ACDCConfig(threshold=0.05), []):
         order = list(graph.in_edges(reader))
-        start = order.index(candidates[0][0])
-        assert start >= decided.get(reader, 0)
-        assert candidates == [order[start : start + k] for k in range(1, len(candidates) + 1)]
+        *gone, first = candidates[0]
+        start = order.index(first)
+        assert start >= decided.get(reader, 0) and set(gone) <= set(order[:start])
+        assert candidates == [[*gone, *order[start : start + k]] for k in range(1, len(candidates) + 1)]
         decided[reader] = start + 1
     assert len(decided) > 2
 

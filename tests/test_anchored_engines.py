@@ -180,12 +180,13 @@ class Trio:
         left = [w for w in self.writers if w not in gone]
         candidates = [[], some(left, self.draw, 0.2), some(left, self.draw, 0.6)]
         exact = [self.judge.metric_of(without(self.kept, self.reader, gone + c)) for c in candidates]
-        hooks, sparse = (engine.try_removals(self.reader, candidates) for engine in self.engines)
+        sets = [gone + c for c in candidates]
+        hooks, sparse = (engine.try_(self.reader, sets).values for engine in self.engines)
         assert all(map(near, sparse, hooks)), (sparse, hooks)
         for engine in self.engines:
-            looked = engine.look_again(self.reader, [gone + c for c in candidates])
+            looked = engine.look_again(self.reader, sets).values
             assert all(map(near, looked, exact)), (looked, exact)
-            assert engine.try_removals(self.reader, candidates[1:2])[0] == pytest.approx(sparse[1], abs=1e-5)
+            assert engine.try_(self.reader, sets[1:2]).values[0] == pytest.approx(sparse[1], abs=1e-5)
         self.strayed = max(self.strayed, *(abs(t - e) for t, e in zip(sparse, exact, strict=True)))
 
     def finish(self, gone: list[int]) -> None:
@@ -211,12 +212,12 @@ def test_hooks_and_sparse_agree(name: str, kind: str) -> None:
         trio.check([])
         gone = some(trio.writers, draw, 0.5)
         for engine in trio.engines:
-            engine.remove(trio.reader, gone)
+            engine.cut(trio.reader, gone)
         trio.check(gone)
         back = some(gone, draw, 0.5)
-        for engine in trio.engines:
-            engine.restore(trio.reader, back)
         gone = [w for w in gone if w not in back]
+        for engine in trio.engines:
+            engine.cut(trio.reader, gone)
         trio.check(gone)
         trio.finish(gone)
         if not full_writers:
@@ -236,7 +237,7 @@ def test_exact_differences_of_writers_are_exact() -> None:
             engine.focus(reader)
             candidates = [[w] for w in graph.in_edges(reader)]
             exact = [judge.metric_of(without(graph.all_edges, reader, c)) for c in candidates]
-            pairs = zip(engine.try_removals(reader, candidates), exact, strict=True)
+            pairs = zip(engine.try_(reader, candidates).values, exact, strict=True)
             errors[full] = max(abs(ours - theirs) for ours, theirs in pairs)
             engine.finish()
         assert errors[True] < 2e-6 and errors[False] > 1e-4
@@ -269,22 +270,22 @@ def test_the_metric_depends_on_what_is_gone_not_on_how_it_went(name: str) -> Non
         gone = data.draw(st.lists(st.sampled_from(writers), min_size=1, unique=True))
         engine.begin(kept)
         engine.focus(reader)
-        at_once = engine.try_removals(reader, [sorted(gone)])[0]
+        at_once = engine.try_(reader, [sorted(gone)]).values[0]
         left = list(gone)  # in the drawn order, in increments, with detours
         while left:
             step = left[: data.draw(st.integers(1, len(left)))]
-            candidates = [step[: k + 1] for k in range(len(step))]
-            before = engine.try_removals(reader, candidates)[-1]
-            engine.remove(reader, step)
+            here = gone[: len(gone) - len(left)]
+            trial = engine.try_(reader, [[*here, *step[: k + 1]] for k in range(len(step))])
+            engine.accept(trial, len(step) - 1)
             if data.draw(st.booleans()):
                 engine.look_again(reader, [[], step])
             if data.draw(st.booleans()):
-                back = step[data.draw(st.integers(0, len(step) - 1)) :]
-                engine.restore(reader, back)
-                engine.remove(reader, back)
-            assert abs(engine.try_removals(reader, [[]])[0] - before) <= 1e-6
+                back = data.draw(st.integers(0, len(step) - 1))
+                engine.cut(reader, [*here, *step[:back]])
+                engine.accept(trial, len(step) - 1)
+            assert abs(engine.try_(reader, [[*here, *step]]).values[0] - trial.values[-1]) <= 1e-6
             left = left[len(step) :]
-        assert abs(engine.try_removals(reader, [[]])[0] - at_once) <= 1e-6
+        assert abs(engine.try_(reader, [gone]).values[0] - at_once) <= 1e-6
         engine.focus(reader)  # an edge set, whatever led there, is one state
         again = engine.begin(without(kept, reader, gone))
         assert engine.focus(reader) == again
@@ -306,7 +307,8 @@ def scores(engine: SparseEngine, share: float = 1.0, step: int = 1) -> NDArray[n
         begun = engine.begin(kept)
         focused = engine.focus(reader)
         cur = begun if focused is None else focused
-        found += [v - cur for v in engine.try_removals(reader, [[w] for w in graph.in_edges(reader)])]
+        tried = engine.try_(reader, [[w] for w in graph.in_edges(reader)]).values
+        found += [v - cur for v in tried]
     engine.finish()
     return np.array(found)
 

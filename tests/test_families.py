@@ -262,7 +262,7 @@ def effects(family: str, regime: Regime) -> Tensor:
         before = engine.focus(reader)
         edges = [[writer] for writer in model.graph.in_edges(reader)]
         base = start if before is None else before
-        found += [value - base for value in engine.try_removals(reader, edges)]
+        found += [value - base for value in engine.try_(reader, edges).values]
     engine.finish()
     return torch.tensor(found)
 

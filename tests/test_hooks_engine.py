@@ -158,7 +158,7 @@ def test_one_edge_into_a_group_reaches_all_its_heads_and_split_only_one() -> Non
 # -- the protocol of the search ----------------------------------------------------------------------
 
 
-def test_candidates_are_measured_on_top_of_what_is_gone_and_change_nothing() -> None:
+def test_candidates_say_exactly_what_is_gone_and_change_nothing() -> None:
     engine = engine_of(wrapped("llama", dtype=torch.float64), random_task(seed=5))
     graph = engine.graph
     start = random_edges(graph, 0.8, 0)
@@ -171,19 +171,22 @@ def test_candidates_are_measured_on_top_of_what_is_gone_and_change_nothing() -> 
         kept = start.copy()
         kept[reader, candidate] = False
         expected.append(engine.metric_of(kept))
-    assert engine.try_removals(reader, candidates) == expected
-    assert engine.try_removals(reader, candidates) == expected
-    assert engine.try_removals(reader, [[]]) == [engine.metric_of(start)]
+    gone = np.flatnonzero(graph.all_edges[reader] & ~start[reader]).tolist()
+    sets = [[*gone, *candidate] for candidate in candidates]
+    trial = engine.try_(reader, sets)
+    assert list(trial.values) == expected
+    assert engine.try_(reader, sets) == trial
+    assert engine.try_(reader, [gone]).values == (engine.metric_of(start),)
     assert len(set(expected)) == 4
-    engine.remove(reader, writers[:2])
-    assert engine.try_removals(reader, [[writers[2]]]) == [expected[2]]
+    engine.accept(trial, 1)
+    assert engine.try_(reader, [sets[2], sets[0]]).values == (expected[2], expected[0])
     assert engine.focus(reader) is None  # no precision to change
 
 
 def test_evaluations_count_what_the_search_asked_for() -> None:
     engine = engine_of(wrapped("gpt2"), random_task())
     engine.begin(engine.graph.all_edges)
-    engine.try_removals(engine.graph.logits_reader, [[0], [1], [2]])
+    engine.try_(engine.graph.logits_reader, [[0], [1], [2]])
     engine.metric_of(engine.graph.no_edges())
     assert engine.evaluations == 4
 

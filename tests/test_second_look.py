@@ -18,6 +18,7 @@ from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.sparse import SparseEngine
 from pahq_hf.journal import Journal
@@ -108,7 +109,6 @@ class Noisy(SparseEngine):
     def __init__(self, name: str, tau: float, seed: int) -> None:
         super().__init__(wrapped(name).patched, TASK, "kl")
         self.tau, self.seed = tau, seed
-        self.gone: set[int] = set()
         self.looks: dict[int, int] = {}
 
     def noise(self, reader: int, gone: set[int]) -> float:
@@ -118,25 +118,17 @@ class Noisy(SparseEngine):
 
     def focus(self, reader: int) -> float | None:
         super().focus(reader)
-        self.gone = set()
-        return super().try_removals(reader, [[]])[0]
+        return super().try_(reader, [self._gone_now(reader)]).values[0]
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        values = super().try_removals(reader, candidates)
-        noises = [self.noise(reader, self.gone | set(candidate)) for candidate in candidates]
-        return [value + noise for value, noise in zip(values, noises, strict=True)]
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        values = super().try_(reader, candidates).values
+        noises = [self.noise(reader, set(candidate)) for candidate in candidates]
+        strayed = [value + noise for value, noise in zip(values, noises, strict=True)]
+        return Trial.of(reader, candidates, strayed)
 
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         self.looks[reader] = self.looks.get(reader, 0) + len(candidates) // 2
         return super().look_again(reader, candidates)
-
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        super().remove(reader, writers)
-        self.gone |= set(writers)
-
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        super().restore(reader, writers)
-        self.gone -= set(writers)
 
 
 def first_scores(engine: Noisy, exact: ReaderRecord) -> dict[int, float]:

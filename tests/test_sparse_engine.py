@@ -281,7 +281,7 @@ def test_rows_out_of_order_are_refused() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_reader_that_lacked_edges_before_it_came_into_focus(family: str) -> None:
-    """`look_again` and `restore` count from the circuit itself, whatever was gone at the start."""
+    """Second looks and edges that come back count from the circuit itself."""
     model, task = wrapped(family).patched, random_task(seed=4)
     slow, fast = HooksEngine(model, task, "logit_diff"), SparseEngine(model, task, "logit_diff")
     graph = model.graph
@@ -292,13 +292,13 @@ def test_a_reader_that_lacked_edges_before_it_came_into_focus(family: str) -> No
     for engine in (slow, fast):
         engine.begin(kept)
         engine.focus(reader)
-        engine.remove(reader, edges[2:4])
-        engine.restore(reader, edges[1:3])
+        engine.cut(reader, edges[:4])
+        engine.cut(reader, [edges[0], edges[3]])
     candidates = [[], edges[1:2], edges[:4]]
     for ours, theirs in zip(
-        fast.look_again(reader, candidates), slow.look_again(reader, candidates), strict=True
+        fast.look_again(reader, candidates).values, slow.look_again(reader, candidates).values, strict=True
     ):
         assert close(ours, theirs)
-    tried = [[edges[4]], edges[4:6]]
-    for ours, theirs in zip(fast.try_removals(reader, tried), slow.try_removals(reader, tried), strict=True):
+    tried = [[edges[0], edges[3], edges[4]], edges[3:6], []]
+    for ours, theirs in zip(fast.try_(reader, tried).values, slow.try_(reader, tried).values, strict=True):
         assert close(ours, theirs)

@@ -32,6 +32,7 @@ class ReaderGradients:
     """Gradients of one backward pass.
 
     Attributes:
+        model: The patched model, at the precision that gradients run through whenever they are asked for.
         streams: Per layer, the stream its heads read. [batch, pos, d_model]
         heads: Per layer, gradients of queries, keys and values before norm and rotation, one entry for each
             reader. [batch, entry, pos, d_head]
@@ -39,22 +40,22 @@ class ReaderGradients:
         final: Of the stream `logits` reads. [batch, pos, d_model]
     """
 
+    model: PatchedModel
     streams: list[Tensor] = field(default_factory=list)
     heads: list[dict[ReaderKind, Tensor]] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
     final: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def walk(self, model: PatchedModel, tokens: Tensor) -> Iterator[tuple[range, Tensor]]:
+    def walk(self, tokens: Tensor) -> Iterator[tuple[range, Tensor]]:
         """Gradients reader by reader, from the output to the input.
 
         Args:
-            model: The patched model, at the precision that gradients are to run through.
             tokens: Which tokens, as indices into the flattened batch.
 
         Yields:
             Consecutive readers, and the gradients of what they read. [reader, tokens, d_model]
         """
-        graph = model.graph
+        model, graph = self.model, self.model.graph
         yield range(graph.logits_reader, graph.logits_reader + 1), self.final.flatten(0, 1)[tokens][None]
         for number in reversed(range(len(model.layers))):
             if self.mlps:
@@ -127,7 +128,7 @@ class _Taps:
     def __init__(self, model: PatchedModel, embedding: Tensor) -> None:
         self._model = model
         self._embedding = embedding.detach().clone().requires_grad_()
-        self._found = ReaderGradients()
+        self._found = ReaderGradients(model)
 
     def register(self) -> list[Any]:
         """Put all hooks in place; the caller removes them."""
@@ -149,6 +150,7 @@ class _Taps:
     def filled(self, gradients: Iterator[Tensor]) -> ReaderGradients:
         """Gradients, in that order, in the place of what was noted down."""
         return ReaderGradients(
+            self._model,
             streams=self._found.streams,
             heads=[{kind: next(gradients) for kind in HEAD_KINDS} for _ in self._found.heads],
             mlps=[next(gradients) for _ in self._found.mlps],

@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.acdc import Engine
-from pahq_hf.attribution.gradients import ReaderGradients
-from pahq_hf.attribution.runs import Part, Runs
+from pahq_hf.engine.protocol import Engine, GradientRuns, Gradients, Part
 from pahq_hf.errors import MetricError
 from pahq_hf.graph import Graph
 from pahq_hf.metrics import find_metric
@@ -54,7 +52,7 @@ def check_gradient(method: str, metric: str) -> None:
         )
 
 
-def eap(runs: Runs, on_done: Done = _nobody) -> Scores:
+def eap(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
     """Edge attribution patching (Syed et al. 2023): `Σ (c_u - a_u) · ∂L/∂input_v` at the clean run.
 
     Args:
@@ -75,7 +73,7 @@ def eap(runs: Runs, on_done: Done = _nobody) -> Scores:
     return total
 
 
-def eap_ig(runs: Runs, steps: int, on_done: Done = _nobody) -> Scores:
+def eap_ig(runs: GradientRuns, steps: int, on_done: Done = _nobody) -> Scores:
     """EAP with integrated gradients over the inputs (Hanna et al. 2024).
 
     The gradient is averaged over runs whose `input` writes `corr + (k/m)(clean - corr)`, k = 0 … m-1.
@@ -104,7 +102,7 @@ def eap_ig(runs: Runs, steps: int, on_done: Done = _nobody) -> Scores:
     return total / steps
 
 
-def hisp(runs: Runs, on_done: Done = _nobody) -> Scores:
+def hisp(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
     """Head importance (Michel et al. 2019), with corrupted activations as in the ACDC paper.
 
     A node's importance is `mean over examples of |Σ (c_u - a_u) · ∂L/∂a_u|`, MLPs and `input` included; it is
@@ -174,7 +172,7 @@ def exact(engine: Engine, on_done: Done = _nobody) -> Scores:
             full = full if again is None else again
             for start in range(0, len(edges), _CANDIDATES):
                 some = edges[start : start + _CANDIDATES]
-                values = engine.try_removals(reader, [[writer] for writer in some])
+                values = engine.try_(reader, [[writer] for writer in some]).values
                 scores[reader, some] = np.array(values) - full
                 on_done(len(some))
     finally:
@@ -200,17 +198,17 @@ def random_scores(graph: Graph, seed: int) -> Scores:
 # -- sums over tokens -------------------------------------------------------------------------------
 
 
-def _add_edge_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGradients) -> None:
+def _add_edge_scores(total: Scores, runs: GradientRuns, part: Part, gradients: Gradients) -> None:
     """Add a part's `Σ (c_w - a_w) · ∂L/∂input_r` to all edges. [readers, writers]"""
     for tokens, differences in runs.chunks(part):
         changes = differences.flatten(1)
-        for readers, gradient in gradients.walk(runs.model, tokens):
+        for readers, gradient in gradients.walk(tokens):
             seen = int(runs.graph.prefix[readers.start])
             scores = gradient.flatten(1) @ changes[:seen].T
             total[readers.start : readers.stop, :seen] += scores.double().cpu().numpy()
 
 
-def _add_node_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGradients) -> None:
+def _add_node_scores(total: Scores, runs: GradientRuns, part: Part, gradients: Gradients) -> None:
     """Add `Σ (c_w - a_w) · ∂L/∂a_w` of each example of a part to all writers. [writers, examples]
 
     The gradient of what a writer writes is the sum of those of its readers.
@@ -221,7 +219,7 @@ def _add_node_scores(total: Scores, runs: Runs, part: Part, gradients: ReaderGra
         reached = differences.new_zeros(differences.shape[1:])  # sum of the readers so far. [tokens, d_model]
         below = len(runs.graph.writers)
 
-        for readers, gradient in gradients.walk(runs.model, tokens):
+        for readers, gradient in gradients.walk(tokens):
             seen = int(runs.graph.prefix[readers.start])
             if seen < below:  # whoever is not seen from here downwards has met all its readers
                 total[seen:below] += _by_example(differences[seen:below] * reached, example, total.shape[1])

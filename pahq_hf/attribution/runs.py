@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from pahq_hf.attribution.gradients import ReaderGradients, reader_gradients
 from pahq_hf.capture import Activations, ablated, capture
 from pahq_hf.config import Ablation, MetricName
+from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.graph import Graph
 from pahq_hf.metrics import Metric
@@ -19,23 +19,6 @@ from pahq_hf.tasks.base import Task
 
 _BACKWARD_BYTES = 128 << 20  # of what one forward pass keeps for its backward pass
 _DIFFERENCE_BYTES = 64 << 20  # of what writers write at some tokens
-
-
-@dataclass(frozen=True)
-class Part:
-    """Examples that share a backward pass.
-
-    Attributes:
-        task: They as a task.
-        examples: Which they are.
-        metric: Their share of the metric, so that the shares of all parts add up to it.
-        real: Their real tokens, as indices into their flattened batch. [tokens]
-    """
-
-    task: Task
-    examples: slice
-    metric: Metric
-    real: Tensor
 
 
 class Runs:

@@ -16,9 +16,8 @@ from pahq_hf.attribution.methods import (
     hisp,
     random_scores,
 )
-from pahq_hf.attribution.runs import Runs
 from pahq_hf.config import EngineConfig, MethodName
-from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.build import make_engine, make_gradient_runs
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.timing import Phases
 from pahq_hf.memory import trim
@@ -100,7 +99,7 @@ def _scores(
         with phases("scores"), progress.count(method, "edge", model.graph.edge_count) as count:
             return exact(computes, count.advance)
     with phases("capture"), progress.phase("capturing"):
-        runs = Runs(model, task, setting.metric, setting.ablation, setting.rule)
+        runs = make_gradient_runs(setting)
     on_clean(runs.clean.logits)
     passes = steps if method == "eap-ig" else 1
     with phases("scores"), progress.count(method, "prompt", passes * len(task)) as count:

@@ -161,6 +161,19 @@ class Direct:
         return attention.o_proj.piece(attention.o_proj.region.rows, attention.head_rows(head))
 
 
+@dataclass(frozen=True)
+class _MLPAnchors:
+    """The state of an MLP's projections.
+
+    Attributes:
+        linears: An anchor for each.
+        ends: Whether the MLP adds what the last of them gives, so that its difference is the MLP's change.
+    """
+
+    linears: list[Anchor]
+    ends: bool
+
+
 class Anchored:
     """The state in FP32, streamed from the checkpoint; changes by low-precision weights.
 
@@ -171,7 +184,7 @@ class Anchored:
     def __init__(self, model: PatchedModel) -> None:
         self._model = model
         self._reads: dict[int, tuple[Tensor, Tensor]] = {}  # reader -> its normed input and its projection
-        self._mlps: dict[int, list[Anchor]] = {}  # layer -> one for each of its linears
+        self._mlps: dict[int, _MLPAnchors] = {}  # by layer
         # layer -> what its experts make of the state at the present precision, and whether that is raised
         self._routed: dict[int, tuple[Tensor, bool]] = {}
 
@@ -227,7 +240,10 @@ class Anchored:
         linears = self._model.mlp_linears(rooms)
         with streamed(self._model, rooms.mlp), self._model.precision.mode.recording(linears) as records:
             output: Tensor = rooms.mlp(rooms.mlp_norm(x))
-        self._mlps[number] = [records[linear][0] for linear in linears]
+        anchors = [records[linear][0] for linear in linears]
+        last = anchors[-1].y if anchors else None
+        ends = last is not None and last.data_ptr() == output.data_ptr()
+        self._mlps[number] = _MLPAnchors(anchors, ends)
         return output
 
     def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
@@ -236,18 +252,15 @@ class Anchored:
         if rooms.mlp.is_routed:
             self._routed_change(number, x, change, out)
             return
-        linears = self._model.mlp_linears(rooms)
-
-        # Where the MLP ends with a linear map, that map's difference is the change.
-        ends = self._mlps[number][-1].y is output
+        linears, state = self._model.mlp_linears(rooms), self._mlps[number]
 
         def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
-            anchors = _at(self._mlps[number], tokens)
-            if ends:
+            anchors = _at(state.linears, tokens)
+            if state.ends:
                 anchors[-1] = Anchor(anchors[-1].origin, None)
             with self._model.precision.mode.anchored(dict(zip(linears, anchors, strict=True))):
                 result: Tensor = rooms.mlp(rooms.mlp_norm(new))
-            if ends:
+            if state.ends:
                 room.copy_(result)
             else:
                 torch.sub(result, output[tokens], out=room)

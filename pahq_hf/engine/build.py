@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 
-from pahq_hf.config import EngineConfig
+from pahq_hf.attribution.runs import Runs
+from pahq_hf.config import Ablation, EngineConfig, MetricName
 from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.patch import PatchedModel
 from pahq_hf.store import make_store
+from pahq_hf.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 
-def make_engine(setting: Setting, config: EngineConfig) -> HooksEngine | SparseEngine:
+def make_engine(setting: Setting, config: EngineConfig) -> Engine:
     """Build an engine and let it capture its runs.
 
     Args:
@@ -42,3 +46,50 @@ def make_engine(setting: Setting, config: EngineConfig) -> HooksEngine | SparseE
         memory_budget=config.memory_budget,
         store=store,
     )
+
+
+def make_referee(model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation) -> Referee:
+    """Build the engine that runs whole models, at the precision the model has now.
+
+    Args:
+        model: The patched model.
+        task: The prompts.
+        metric: What to minimise.
+        ablation: What stands in for removed edges.
+
+    Raises:
+        TaskError: If the prompts do not fit the model.
+        MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
+    """
+    return HooksEngine(model, task, metric, ablation=ablation)
+
+
+def make_dropper(
+    referee: Referee, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation
+) -> Engine:
+    """The engine that drops single edges of a circuit fastest: it computes only what each removal changes.
+
+    Args:
+        referee: What does it for models and prompts that the sparse engine cannot cut.
+        model: The patched model.
+        task: The prompts.
+        metric: What to minimise.
+        ablation: What stands in for removed edges.
+    """
+    ordered = bool((task.answer_rows.diff() >= 0).all())
+    if not model.arch.sparse or not ordered:
+        return referee
+    return SparseEngine(model, task, metric, ablation=ablation)
+
+
+def make_gradient_runs(setting: Setting) -> GradientRuns:
+    """Capture the runs that attribution takes gradients at.
+
+    Args:
+        setting: Model, task, metric, ablation and precision.
+
+    Raises:
+        TaskError: If the prompts do not fit the model.
+        MetricError: If the task lacks what the metric needs, or the metric is NaN.
+    """
+    return Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)

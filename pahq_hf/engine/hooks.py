@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.capture import (
@@ -22,11 +24,13 @@ from pahq_hf.capture import (
     run_to_answers,
     with_streams,
 )
-from pahq_hf.config import Ablation, MetricName
+from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.budget import default_budget, out_of_memory
 from pahq_hf.engine.patched_run import PatchedRun, RunAnchors, record_linears
+from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.engine.timing import Phases
+from pahq_hf.graph import BoolArray, Graph, edge_list
 from pahq_hf.hooking import hooks
 from pahq_hf.metrics import Metric
 from pahq_hf.patch import PatchedModel
@@ -79,6 +83,9 @@ class HooksEngine:
         MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
     """
 
+    name: EngineName = "hooks"
+    gains_by_batches = False  # candidates run one by one
+
     def __init__(
         self,
         model: PatchedModel,
@@ -108,10 +115,12 @@ class HooksEngine:
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
         _, length, width = clean.embedding.shape
         example = len(self.graph.writers) * length * width * clean.embedding.element_size()
-        self._cut(min(len(task), max(1, buffer_bytes(model.device) // example)))
+        self._cut_task(min(len(task), max(1, buffer_bytes(model.device) // example)))
         self.evaluations = 0
+        self.phases = Phases()
+        self._reader: int | None = None  # in focus
 
-    def _cut(self, size: int) -> None:
+    def _cut_task(self, size: int) -> None:
         """Cut the task into runs of at most so many examples."""
         self._size = size
         self._parts = _parts(self.task, size, self.model.device)
@@ -136,15 +145,33 @@ class HooksEngine:
         """The minimised metric of a circuit."""
         return self.metric(self.logits(kept))
 
-    # -- the protocol of acdc.Engine --------------------------------------------------------------
+    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of a circuit alone adds to the metric, one whole run for each.
+
+        Args:
+            kept: The circuit. [readers, writers]
+
+        Returns:
+            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+        """
+        before, effects = self.metric_of(kept), np.zeros(kept.shape)
+        for edge in edge_list(kept):
+            without = kept.copy()
+            without[edge] = False
+            effects[edge] = self.metric_of(without) - before
+        return effects
+
+    # -- the current circuit ------------------------------------------------------------------------
 
     def begin(self, kept: BoolArray) -> float:
-        """Start from an edge set; its metric."""
+        """Make an edge set the current circuit; its metric."""
+        self._unraise()  # what is raised depends on the reader that comes into focus next
         self._removed = self.graph.all_edges & ~kept
         return self._measure_exactly() if self._rule.anchored else self._measure(self._removed)
 
     def focus(self, reader: int) -> float | None:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
+        self._reader = reader
         if not self._rule.raise_active:
             return None
         names = [self.graph.writers[node].name for node in self.graph.readers[reader].nodes]
@@ -156,39 +183,45 @@ class HooksEngine:
         self._recompute_substitute(reader)
         return self._measure(self._removed)
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric with each candidate's edges into `reader` removed besides those already gone."""
-        return [self._measure(self._without(reader, writers)) for writers in candidates]
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """Metric with exactly each candidate's edges into `reader` gone."""
+        if reader != self._reader:
+            self.focus(reader)
+        return Trial.of(reader, candidates, [self._measure(self._without(reader, c)) for c in candidates])
 
-    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
-        """Do all that `try_removals` does besides its answer, which is nothing."""
-
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
-        kept, self._removed = self._removed, self._removed.copy()
-        self._removed[reader] = False
-        try:
-            with self._without_anchors(), self.model.precision.full_precision():
-                return [self._measure(self._without(reader, writers)) for writers in candidates]
-        finally:
-            self._removed = kept
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """The same in FP32."""
+        if reader != self._reader:
+            self.focus(reader)
+        with self._without_anchors(), self.model.precision.full_precision():
+            values = [self._measure(self._without(reader, writers)) for writers in candidates]
+        return Trial.of(reader, candidates, values)
 
     def _without(self, reader: int, writers: Sequence[int]) -> BoolArray:
+        """What is removed when exactly these edges into a reader are. [readers, writers]"""
         removed = self._removed.copy()
+        removed[reader] = False
         removed[reader, list(writers)] = True
         return removed
 
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Remove edges into a reader for good."""
-        self._removed[reader, list(writers)] = True
+    def accept(self, trial: Trial, k: int) -> None:
+        """Make a trial's k-th circuit, as to its reader, the current one."""
+        self.cut(trial.reader, trial.candidates[k])
 
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        """Put removed edges into a reader back."""
-        self._removed[reader, list(writers)] = False
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove exactly these edges into a reader from the current circuit."""
+        self._removed = self._without(reader, writers)
+        if reader != self._reader:
+            self._reader = None  # tests start from another circuit now
 
     def finish(self) -> None:
         """Leave the model as it was."""
         self.model.precision.release()
+        self._unraise()
+
+    def _unraise(self) -> None:
+        """Go back to where no reader is in focus."""
+        self._reader = None
         self.model.precision.deactivate()
         self._undo_substitute()
         self._ablated = self.substitute
@@ -237,7 +270,7 @@ class HooksEngine:
             anchored = self._parts[0].anchors
             removed = None if anchored is None else anchored.removed
             anchored, self._parts, self._differences = None, [], self._differences.new_empty(0)
-            self._cut(self._size // 2)
+            self._cut_task(self._size // 2)
             if removed is not None:
                 self._anchor(removed)
 

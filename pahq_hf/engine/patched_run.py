@@ -230,13 +230,13 @@ class PatchedRun:
         return streams if self._anchors is None else self._with_tested_writers(readers, streams)
 
     def _with_tested_writers(self, readers: range, streams: Tensor) -> Tensor:
-        """Let edges removed since the anchor carry what low-precision weights make of `z - c`."""
+        """Let edges that went or came back since the anchor carry what low weights make of `z - c`."""
         anchors = self._anchors
         assert anchors is not None
         if anchors.full_writers:
             return streams
         for number, reader in enumerate(readers):
-            for writer in np.flatnonzero(self._removed[reader] & ~anchors.removed[reader]):
+            for writer in np.flatnonzero(self._removed[reader] != anchors.removed[reader]):
                 node = self._graph.writers[writer]
                 if node.head is None:
                     continue
@@ -244,5 +244,6 @@ class PatchedRun:
                 exact = anchors.heads[node.layer].written
                 z = (exact - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
                 low = layer.attention.stored_contribution(z, node.head)
-                streams[number] += anchors.differences[writer] - low
+                sign = 1 if self._removed[reader, writer] else -1
+                streams[number] += sign * (anchors.differences[writer] - low)
         return streams

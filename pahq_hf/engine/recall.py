@@ -1,8 +1,8 @@
 """Answers an engine gave, so that searches with a common beginning compute it once.
 
-An engine's answer depends on the edges kept when the search turned to a reader, and on the calls made
-since: nothing else (the state of an engine is a function of the edge set, which resumed searches rely on
-too). So two searches that make the same calls get the same answers, to the bit. Searches at two
+An engine's answer depends on the edges kept when the search turned to a reader, and on the trials made and
+accepted since: nothing else (the state of an engine is a function of the edge set, which resumed searches
+rely on too). So two searches that make the same calls get the same answers, to the bit. Searches at two
 thresholds do, up to and including the batch in which their decisions first differ: there is no rule about
 thresholds, margins or batches here that could be wrong, as each search runs whole and only its engine
 recalls.
@@ -20,11 +20,12 @@ import zlib
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pahq_hf.acdc import Engine
+from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.errors import RunError
 from pahq_hf.files import write_text
 from pahq_hf.graph import BoolArray
@@ -32,15 +33,7 @@ from pahq_hf.journal import Chain, check_header
 
 logger = logging.getLogger(__name__)
 Values = Sequence[float]
-Sets = tuple[tuple[int, ...], ...]
-_Kind = Literal["try", "look", "remove", "restore"]
-
-
-class Retraceable(Engine, Protocol):
-    """An engine that can be brought to where a search has got to without its answers."""
-
-    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
-        """Do all that `try_removals` does besides its answer."""
+_Kind = Literal["try", "look"]
 
 
 class Answers:
@@ -150,11 +143,15 @@ class RecallingEngine:
         recalled_readers: Readers about which nothing had to be computed.
     """
 
-    def __init__(self, engine: Retraceable, answers: Answers, source: str) -> None:
+    def __init__(self, engine: Engine, answers: Answers, source: str) -> None:
         self._engine = engine
         self._answers = answers
         self._source = source
+        self.name = engine.name
         self.graph = engine.graph
+        self.gains_by_batches = engine.gains_by_batches
+        self.phases = engine.phases
+        self.clean_logits = engine.clean_logits
         self.evaluations = engine.evaluations
         self.recalled = 0
         self.recalled_readers = 0
@@ -162,14 +159,16 @@ class RecallingEngine:
         self._in_step = False  # whether the engine is where the search is
         self._reader: int | None = None
         self._start = self._kept  # edges when the search turned to the reader
-        self._calls: list[tuple[_Kind, Sets]] = []  # since then
+        self._gone: list[int] = []  # the reader's, in the order in which they went
+        self._accepted: list[tuple[Trial, int]] = []  # since then
+        self._asked: _Kind | None = None  # the last question, if nothing was accepted since
         self._key = ""
         self._computed = False  # whether anything about the reader was
 
-    # -- the protocol of acdc.Engine ----------------------------------------------------------------
+    # -- the protocol of an engine ------------------------------------------------------------------
 
     def begin(self, kept: BoolArray) -> float:
-        """Start from an edge set; its metric."""
+        """Make an edge set the current circuit; its metric."""
         self._leave_reader()
         self._kept = kept.copy()
         self._in_step = False
@@ -183,8 +182,10 @@ class RecallingEngine:
     def focus(self, reader: int) -> float | None:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
         self._leave_reader()
-        self._reader, self._start, self._calls = reader, self._kept.copy(), []
+        self._reader, self._start, self._accepted = reader, self._kept.copy(), []
+        self._gone = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
         self._key = _digest(self._source, "focus", reader, _packed(self._kept))
+        self._asked = None
         known = self._recall(self._key)
         if known is not None:
             self._in_step = False
@@ -196,27 +197,45 @@ class RecallingEngine:
             known = self._learn(self._key, [] if measured is None else [measured])
         return known[0] if known else None
 
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric with each candidate's edges into `reader` removed besides those already gone."""
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """Metric with exactly each candidate's edges into `reader` gone."""
         return self._ask("try", reader, candidates)
 
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric in FP32 with exactly each candidate's edges into `reader` gone."""
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """The same in FP32."""
         return self._ask("look", reader, candidates)
 
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Remove edges into a reader for good."""
-        self._kept[reader, list(writers)] = False
-        self._note("remove", reader, writers)
+    def accept(self, trial: Trial, k: int) -> None:
+        """Make a trial's k-th circuit, as to its reader, the current one."""
+        gone = list(trial.candidates[k])
+        if trial.reader == self._reader:
+            back = [writer for writer in self._gone if writer not in set(gone)]
+            new = [writer for writer in gone if writer not in set(self._gone)]
+            if back or self._asked == "look":
+                self._note("restore", back)
+            if new:
+                self._note("remove", new)
+            self._gone = [writer for writer in self._gone if writer not in set(back)] + new
+            self._accepted.append((trial, k))
+            self._asked = None
+        self._kept[trial.reader] = self.graph.all_edges[trial.reader]
+        self._kept[trial.reader, gone] = False
         if self._in_step:
-            self._engine.remove(reader, writers)
+            self._engine.accept(trial, k)
+        if trial.reader != self._reader:
+            self._leave_reader()
 
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        """Put removed edges into the reader in focus back."""
-        self._kept[reader, list(writers)] = True
-        self._note("restore", reader, writers)
-        if self._in_step:
-            self._engine.restore(reader, writers)
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove exactly these edges into a reader from the current circuit."""
+        self.accept(Trial.of(reader, [writers], ()), 0)
+
+    def metric_of(self, kept: BoolArray) -> float:
+        """The metric of any circuit; it is computed."""
+        return self._engine.metric_of(kept)
+
+    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of any circuit alone adds to its metric; it is computed."""
+        return self._engine.drop_each(kept)
 
     def finish(self) -> None:
         """Release what the engine took."""
@@ -237,42 +256,36 @@ class RecallingEngine:
         self._answers.add(key, values)
         return values
 
-    def _ask(
-        self, kind: Literal["try", "look"], reader: int, candidates: Sequence[Sequence[int]]
-    ) -> list[float]:
-        sets = tuple(tuple(candidate) for candidate in candidates)
-        key = _digest(self._key, kind, sets)
+    def _ask(self, kind: Literal["try", "look"], reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        if reader != self._reader:
+            self.focus(reader)
+        if self._asked == "try":
+            self._note("remove", ())  # every try of a batch is followed by what went, be that nothing
+        gone = set(self._gone) if kind == "try" else set[int]()  # keys have what goes beside what is gone
+        sets = tuple(tuple(writer for writer in some if writer not in gone) for some in candidates)
+        back = [sorted(gone.difference(some)) for some in candidates]
+        key = _digest(self._key, kind, sets, *([back] if any(back) else []))
         known = self._recall(key)
-        if known is not None:
-            self._in_step = False
-        else:
+        if known is None:
             self._catch_up()
-            answer = self._engine.try_removals if kind == "try" else self._engine.look_again
-            known = self._learn(key, answer(reader, candidates))
+            answer = self._engine.try_ if kind == "try" else self._engine.look_again
+            known = self._learn(key, answer(reader, candidates).values)
         self._key = key
-        self._calls.append((kind, sets))
-        return list(known)
+        self._asked = None if sets == ((),) else kind  # the current circuit itself has nothing to lose
+        return Trial.of(reader, candidates, known)
 
-    def _note(self, kind: Literal["remove", "restore"], reader: int, writers: Sequence[int]) -> None:
-        if reader == self._reader:
-            sets = (tuple(writers),)
-            self._key = _digest(self._key, kind, sets)
-            self._calls.append((kind, sets))
+    def _note(self, kind: Literal["remove", "restore"], writers: Sequence[int]) -> None:
+        self._key = _digest(self._key, kind, (tuple(writers),))
 
     def _catch_up(self) -> None:
-        """Bring the engine to where the search is, by the very calls of a search that recalls nothing."""
+        """Bring the engine to where the search is; trials themselves change nothing."""
         reader = self._reader
         if self._in_step or reader is None:
             return
         self._engine.begin(self._start)
         self._engine.focus(reader)
-        for kind, sets in self._calls:
-            if kind == "try":
-                self._engine.retrace(reader, sets)
-            elif kind == "remove":
-                self._engine.remove(reader, sets[0])
-            elif kind == "restore":
-                self._engine.restore(reader, sets[0])
+        for trial, k in self._accepted:
+            self._engine.accept(trial, k)
         self._in_step = True
 
     def _leave_reader(self) -> None:

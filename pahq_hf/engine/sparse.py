@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.capture import Activations, ablated, capture, head_outputs
-from pahq_hf.config import Ablation, MetricName
+from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
 from pahq_hf.engine.heads import HeadMath
 from pahq_hf.engine.propagate import Propagation
+from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.readout import Readout
 from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.engine.state import CircuitState
@@ -52,6 +53,9 @@ class SparseEngine:
         store: Where captured activations go; memory by default.
         liveness: Compute nodes only at tokens that matter; False computes all tokens, for tests.
     """
+
+    name: EngineName = "sparse"
+    gains_by_batches = True
 
     def __init__(
         self,
@@ -99,9 +103,10 @@ class SparseEngine:
         self._kept = self.graph.all_edges.copy()
         self._reader: int | None = None
         self._missing: list[int] = []  # its edges that were gone when it came into focus
-        self._gone: Tensor | None = None  # what lost edges of the reader in focus took away
-        self._tried: tuple[list[int], Tensor] | None = None
+        self._gone: Tensor | None = None  # what those that went since then took away. [tokens, d_model]
+        self._tried: tuple[list[int], Tensor] | None = None  # what some of its edges carry, as last computed
         self._state = self._new_state()
+        self._is_current = False  # whether the state is that of the current circuit
 
     def _new_state(self) -> CircuitState:
         math = [
@@ -131,7 +136,7 @@ class SparseEngine:
 
     @torch.no_grad()
     def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
-        """What removing each edge of a circuit alone adds to the metric; `begin` again before a search.
+        """What removing each edge of a circuit alone adds to the metric.
 
         The whole circuit is computed once; of each removal only what it changes.
 
@@ -141,25 +146,23 @@ class SparseEngine:
         Returns:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
-        self._commit()
-        self._kept = kept.copy()
-        self._state = self._new_state()
-        self._state.update(kept, 1)  # of a finished circuit every node may differ from the clean run
-        before = self._read_state()
+        state = self._new_state()
+        state.update(kept, 1)  # of a finished circuit every node may differ from the clean run
+        before = self._read(state.inputs[self.graph.logits_reader][None])[0]
         effects = np.zeros(kept.shape)
         for reader in np.flatnonzero(kept.any(axis=1)).tolist():
-            if self._state.reader_liveness(reader) is Liveness.DEAD:
+            if state.reader_liveness(reader) is Liveness.DEAD:
                 continue  # nothing reads its node
-            writers, few = np.flatnonzero(kept[reader]), min(_WRITERS, self._together(reader))
+            writers, few = np.flatnonzero(kept[reader]), min(_WRITERS, self._together(reader, state))
             for start in range(0, len(writers), few):
                 some = writers[start : start + few].tolist()
-                finals = self._propagate(reader, -self._carried(reader, some), self._state.arithmetic)
+                carried = self._carried(state, reader, some)
+                finals = self._propagate(reader, -carried, state.arithmetic, state)
                 effects[reader, some] = np.array(self._read(finals)) - before
         return effects
 
-    def _carried(self, reader: int, writers: Sequence[int]) -> Tensor:
-        """`a_w - c_w` under the current circuit, at a reader's tokens. [writer, tokens, d_model]"""
-        state = self._state
+    def _carried(self, state: CircuitState, reader: int, writers: Sequence[int]) -> Tensor:
+        """`a_w - c_w` under a circuit, at a reader's tokens. [writer, tokens, d_model]"""
         liveness = state.reader_liveness(reader)
         carried = self._streams.differences(writers, liveness)
         for number, writer in enumerate(writers):
@@ -168,16 +171,23 @@ class SparseEngine:
                 carried[number] += self._plan.narrow(shift, state.liveness[writer], liveness)
         return carried
 
-    # -- the protocol of acdc.Engine --------------------------------------------------------------
+    # -- the current circuit ------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin(self, kept: BoolArray) -> float:
-        """Start from an edge set; its metric."""
-        self._memory.bound(self.model.precision)  # `finish` ended that
+        """Make an edge set the current circuit; its metric."""
         self._kept = kept.copy()
-        self._state = self._new_state()
-        self._state.update(kept, self._floor_of(kept))
+        self._restart()
         return self._read_state()
+
+    def _restart(self) -> None:
+        """Compute the current circuit from the captured runs."""
+        self._leave()
+        self.model.precision.deactivate()
+        self._memory.bound(self.model.precision)  # `finish` ended that
+        self._state = self._new_state()
+        self._state.update(self._kept, self._floor_of(self._kept))
+        self._is_current = True
 
     def _read_state(self) -> float:
         """The current circuit's metric, which is where tests start from."""
@@ -186,9 +196,10 @@ class SparseEngine:
     @torch.no_grad()
     def focus(self, reader: int) -> float | None:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
-        self._commit()
-        self._reader = reader
-        self._missing = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
+        self._leave()
+        if not self._is_current:
+            self._restart()
+        self._missing = self._gone_now(reader)
         nodes = self.graph.readers[reader].nodes
         changed = self._raise(reader) if self._rule.raise_active else set()
         floor = nodes[0] if nodes else len(self.graph.writers)
@@ -196,19 +207,24 @@ class SparseEngine:
             floor = self.graph.head_writer(self.graph.readers[reader].layer, 0)
         with self.phases("refresh"):
             self._state.update(self._kept, floor, changed)
+        self._reader = reader
         return self._read_state() if changed or self._rule.anchored else None
 
+    def _gone_now(self, reader: int) -> list[int]:
+        """Writers of a reader's removed edges, ascending."""
+        return np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
+
     @torch.no_grad()
-    def try_removals(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric with each candidate's edges into `reader` removed besides those already gone.
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """Metric with exactly each candidate's edges into `reader` gone.
 
         Candidates are computed side by side as far as memory allows; when it runs out, in halves.
         """
         if reader != self._reader:
-            raise ValueError("focus on a reader before trying its edges")
+            self.focus(reader)
         values: list[float] = []
         while len(values) < len(candidates):
-            some = candidates[len(values) :][: self._together(reader)]
+            some = candidates[len(values) :][: self._together(reader, self._state)]
             try:
                 values += self._try(reader, some)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -218,46 +234,40 @@ class SparseEngine:
             else:
                 continue
             self._workspace.clear()  # only here the failed attempt has let go of what it had made
-        return values
+        return Trial.of(reader, candidates, values)
 
     def _try(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         with self.phases("node"):
             delta = self._input_changes(reader, candidates)
-        finals = self._propagate(reader, delta, self._state.arithmetic)
+        finals = self._propagate(reader, delta, self._state.arithmetic, self._state)
         return self._read(finals)
 
-    def _together(self, reader: int) -> int:
+    def _together(self, reader: int, state: CircuitState) -> int:
         """Writers or candidates of a reader at once."""
-        return self._memory.together(len(self._plan.at(self._state.reader_liveness(reader))))
+        return self._memory.together(len(self._plan.at(state.reader_liveness(reader))))
 
     @torch.no_grad()
-    def retrace(self, reader: int, candidates: Sequence[Sequence[int]]) -> None:
-        """Do all that `try_removals` does besides its answer: `remove` uses what was tried."""
-        few = self._together(reader)
-        for start in range(0, len(candidates), few):
-            self._input_changes(reader, candidates[start : start + few])
-
-    @torch.no_grad()
-    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Metric in FP32 with exactly each candidate's edges into `reader` removed.
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """The same in FP32.
 
         Weights along the affected path are read from the checkpoint.
         """
         if reader != self._reader:
-            raise ValueError("focus on a reader before trying its edges")
+            self.focus(reader)
         with self.phases("second look"), self.model.precision.full_precision():
             liveness = self._state.reader_liveness(reader)
             delta = self._changes_to(candidates, liveness)
-            return self._read(self._propagate(reader, delta, Direct(self.model)))
+            values = self._read(self._propagate(reader, delta, Direct(self.model), self._state))
+        return Trial.of(reader, candidates, values)
 
-    def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
+    def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic, state: CircuitState) -> Tensor:
         """Final streams. [K, tokens, d_model] -> [K, rows, d_model]"""
         finals: list[Tensor] = []
         done, held = 0, delta.nbytes + (0 if self._tried is None else self._tried[1].nbytes)
         while done < delta.shape[0]:
-            size = self._memory.batch(self._state, reader, held)
+            size = self._memory.batch(state, reader, held)
             try:
-                finals.append(self._final(reader, delta[done : done + size], arithmetic))
+                finals.append(self._final(reader, delta[done : done + size], arithmetic, state))
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error) or not self._memory.halve(size):
                     raise
@@ -267,54 +277,71 @@ class SparseEngine:
             self._workspace.clear()  # only here the failed batch has let go of what it had made
         return torch.cat(finals)
 
-    def _final(self, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
+    def _final(self, reader: int, delta: Tensor, arithmetic: Arithmetic, state: CircuitState) -> Tensor:
         with self.phases("propagation"):
-            return Propagation(self._state, reader, delta, arithmetic, self._workspace).final()
+            return Propagation(state, reader, delta, arithmetic, self._workspace).final()
 
     @torch.no_grad()
-    def remove(self, reader: int, writers: Sequence[int]) -> None:
-        """Remove edges into a reader for good."""
-        self._kept[reader, list(writers)] = False
-        if reader != self._reader or not writers:
-            return
-        taken = self._taken(reader, writers)
-        self._gone = taken if self._gone is None else self._gone + taken
+    def accept(self, trial: Trial, k: int) -> None:
+        """Make a trial's k-th circuit, as to its reader, the current one."""
+        self._move(trial.reader, trial.candidates[k], trial.candidates)
 
     @torch.no_grad()
-    def restore(self, reader: int, writers: Sequence[int]) -> None:
-        """Put removed edges into the reader in focus back."""
-        self._kept[reader, list(writers)] = True
-        if reader != self._reader or not writers:
-            return
-        missing = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
-        with self._writer_precision():
-            self._gone = -self._changes_to([missing], self._state.reader_liveness(reader))[0]
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove exactly these edges into a reader from the current circuit."""
+        self._move(reader, writers, [writers])
 
-    def _taken(self, reader: int, writers: Sequence[int]) -> Tensor:
-        """What some writers' edges carried to the reader in focus. [tokens, d_model]"""
-        known, differences = self._tried or ([], torch.empty(0))
-        if set(writers) <= set(known):
-            return differences[[known.index(w) for w in writers]].sum(0)
-        liveness, few = self._state.reader_liveness(reader), self._together(reader)
+    def _move(self, reader: int, gone: Sequence[int], tried: Sequence[Sequence[int]]) -> None:
+        """Make exactly these edges into a reader those that are gone.
+
+        What they carried is taken from what the whole trial's edges carried: computed together, so that the
+        outcome is the same bits whether that is still at hand or not.
+        """
+        before = set(self._gone_now(reader))
+        stays = sorted(before.intersection(gone))
+        new = [writer for writer in gone if writer not in before]
+        self._kept[reader] = self.graph.all_edges[reader]
+        self._kept[reader, list(gone)] = False
+        if reader != self._reader:
+            self._leave()  # tests start from another circuit now
+            return
+        if len(stays) < len(before):
+            with self._writer_precision():
+                self._gone = -self._changes_to([stays], self._state.reader_liveness(reader))[0]
+        if new:
+            taken = self._taken(reader, new, sorted({w for c in tried for w in c} - set(stays)))
+            self._gone = taken if self._gone is None else self._gone + taken
+
+    def _taken(self, reader: int, writers: Sequence[int], tried: list[int]) -> Tensor:
+        """What some of the tried writers' edges carry to the reader in focus. [tokens, d_model]"""
+        liveness, few = self._state.reader_liveness(reader), self._together(reader, self._state)
+        if len(tried) <= few:
+            known = self._tried is not None and self._tried[0] == tried
+            differences = self._tried[1] if known and self._tried else self._differences(tried, liveness)
+            return differences[[tried.index(w) for w in writers]].sum(0)
         parts = [writers[start : start + few] for start in range(0, len(writers), few)]
         return reduce(torch.add, (self._differences(some, liveness).sum(0) for some in parts))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the model as it was."""
-        self._commit()
+        self._leave()
         self.model.precision.release()
         self._workspace.clear()
         self.model.precision.deactivate()
-        self._state.substitute_shifts.clear()
+        self._state = self._new_state()
+        self._is_current = False
 
-    def _commit(self) -> None:
+    def _leave(self) -> None:
         self._gone = self._tried = self._reader = None
 
     def _input_changes(self, reader: int, candidates: Sequence[Sequence[int]]) -> Tensor:
         """Change of the reader's input for every candidate. [K, tokens, d_model]"""
-        writers = sorted({w for candidate in candidates for w in candidate})
-        liveness, few = self._state.reader_liveness(reader), self._together(reader)
+        gone = set(self._gone_now(reader))
+        new = [[w for w in c if w not in gone] for c in candidates]
+        back = [sorted(gone.difference(c)) for c in candidates]
+        writers = sorted({w for some in (*new, *back) for w in some})
+        liveness, few = self._state.reader_liveness(reader), self._together(reader, self._state)
         shape = (len(candidates), len(self._plan.at(liveness)), self._streams.width)
         change = self._workspace.take("candidates", shape)
         flat = change.view(len(candidates), -1)
@@ -322,7 +349,7 @@ class SparseEngine:
         for start in range(0, max(1, len(writers)), few):
             some = writers[start : start + few]
             differences = self._differences(some, liveness, reuse=True)
-            choose = _choice(candidates, some).to(differences).neg_()
+            choose = (_choice(new, some) - _choice(back, some)).to(differences).neg_()
             if start == 0:
                 torch.mm(choose, differences.flatten(1), out=flat)
             else:

@@ -13,13 +13,12 @@ from pahq_hf.ablation import CORRUPTED, FULL, plain_ablation
 from pahq_hf.apply import plain_substitute
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, MetricName
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.build import make_dropper, make_referee
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.accuracy import accuracy
 from pahq_hf.evaluation.applied import applied_logits, partner_of
 from pahq_hf.evaluation.checks import check_shape
-from pahq_hf.graph import BoolArray, Graph, edge_list
+from pahq_hf.graph import BoolArray, Graph
 from pahq_hf.means import Means, kept_means
 from pahq_hf.metrics import Metric
 from pahq_hf.patch import PatchedModel
@@ -48,7 +47,7 @@ class Evaluator:
         self._task = task
         model.precision.deactivate()
         with model.precision.full_precision():
-            self._engine = HooksEngine(model, task, metric, ablation=ablation)
+            self._engine = make_referee(model, task, metric, ablation)
         self.metric: Metric = self._engine.metric
         self._ablation: Ablation = ablation
         self._kl = Metric("kl", task, self._engine.clean_logits, model.device)
@@ -87,22 +86,11 @@ class Evaluator:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
         with self._model.precision.full_precision():
-            ordered = bool((self._task.answer_rows.diff() >= 0).all())
-            if not self._model.arch.sparse or not ordered:
-                return self._drop_one_by_one(kept)
-            engine = SparseEngine(self._model, self._task, self.metric.name, ablation=self._ablation)
+            engine = make_dropper(self._engine, self._model, self._task, self.metric.name, self._ablation)
             try:
                 return engine.drop_each(kept)
             finally:
                 engine.finish()
-
-    def _drop_one_by_one(self, kept: BoolArray) -> NDArray[np.float64]:
-        before, effects = self._engine.metric_of(kept), np.zeros(kept.shape)
-        for edge in edge_list(kept):
-            without = kept.copy()
-            without[edge] = False
-            effects[edge] = self._engine.metric_of(without) - before
-        return effects
 
     @cached_property
     def means(self) -> dict[str, NDArray[np.float32]]:

@@ -231,14 +231,14 @@ def batches(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
 
     engine = focused()
     memory.peak = before = memory.now
-    values = engine.try_removals(reader, candidates)
+    values = engine.try_(reader, candidates).values
     if scenario.capacity is not None and model.patched.device == DEVICE:
         need = memory.peak - before
         engine.finish()
         del engine
         engine = focused()
         memory.capacity, memory.peak = int(memory.now + scenario.capacity * need), memory.now
-        values = engine.try_removals(reader, candidates)
+        values = engine.try_(reader, candidates).values
         assert memory.peak > memory.capacity, "it did not run out"
     return Answer(np.zeros(1), np.array(values), {"batches": len(candidates)})
 

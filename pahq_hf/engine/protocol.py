@@ -1,0 +1,241 @@
+"""What a search knows of engines: two small protocols, and what crosses the door.
+
+No order of calls is hidden in them. A removal set always says exactly which edges into a reader are gone,
+whatever went before; trying and measuring change nothing; only `begin`, `cut` and `accept` change the
+current circuit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.config import EngineName
+from pahq_hf.engine.timing import Phases
+from pahq_hf.graph import BoolArray, Graph
+
+if TYPE_CHECKING:  # whoever knows engines by these protocols alone loads no torch
+    from torch import Tensor
+
+    from pahq_hf.capture import Activations
+    from pahq_hf.metrics import Metric
+    from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Circuits that differ from the current one in the edges into one reader, and their metrics.
+
+    Attributes:
+        reader: The reader.
+        candidates: Writers of exactly the edges into it that are gone, for each circuit.
+        values: The metric of each circuit.
+    """
+
+    reader: int
+    candidates: tuple[tuple[int, ...], ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, reader: int, candidates: Sequence[Sequence[int]], values: Sequence[float]) -> Trial:
+        """A trial of candidates in any form."""
+        return cls(reader, tuple(tuple(candidate) for candidate in candidates), tuple(values))
+
+
+class Engine(Protocol):
+    """Computes metrics of circuits, and keeps a current one from which the next differ in few edges.
+
+    A new engine's current circuit is the full model.
+    """
+
+    @property
+    def name(self) -> EngineName:
+        """Which engine it is."""
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+
+    @property
+    def evaluations(self) -> int:
+        """Metric values computed so far."""
+
+    @property
+    def gains_by_batches(self) -> bool:
+        """Whether many candidates at once cost less than one by one."""
+
+    @property
+    def phases(self) -> Phases:
+        """Seconds by phase, as far as it counts them."""
+
+    @property
+    def clean_logits(self) -> Tensor:
+        """The full model's logits at the answer positions. [rows, vocab]"""
+
+    def begin(self, kept: BoolArray) -> float:
+        """Make an edge set the current circuit.
+
+        Args:
+            kept: Its edges. [readers, writers]
+
+        Returns:
+            Its metric.
+        """
+
+    def focus(self, reader: int) -> float | None:
+        """Turn to a reader; `try_` does so by itself.
+
+        Precision may depend on the reader in focus, and tests start from the circuit that is current now.
+
+        Args:
+            reader: The reader.
+
+        Returns:
+            The current circuit's metric measured again, where turning changed what tests start from.
+        """
+
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """Measure circuits that differ from the current one in a reader's edges.
+
+        Args:
+            reader: The reader.
+            candidates: Writers of exactly the edges into it that are gone, for each circuit.
+
+        Returns:
+            The circuits and their metrics.
+        """
+
+    def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        """The same in FP32, whatever the precision of the model."""
+
+    def accept(self, trial: Trial, k: int) -> None:
+        """Make a trial's k-th circuit, as to its reader, the current one.
+
+        It does not matter whether the trial is this engine's own or what was tried since.
+        """
+
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        """Remove exactly these edges into a reader from the current circuit, untried.
+
+        Args:
+            reader: The reader.
+            writers: Writers of all edges into it that are gone.
+        """
+
+    def metric_of(self, kept: BoolArray) -> float:
+        """The metric of any circuit; the current one stays what it is."""
+
+    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+        """What removing each edge of any circuit alone adds to its metric; the current one stays.
+
+        Args:
+            kept: The circuit. [readers, writers]
+
+        Returns:
+            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+        """
+
+    def finish(self) -> None:
+        """Leave the model as it was, and free what can be made again."""
+
+
+class Referee(Engine, Protocol):
+    """An engine that runs whole models, and so knows a circuit's logits."""
+
+    @property
+    def metric(self) -> Metric:
+        """The metric, bound to the task."""
+
+    @property
+    def corrupted(self) -> Activations:
+        """The run on corrupted prompts."""
+
+    @property
+    def substitute(self) -> Activations:
+        """What stands in for removed edges."""
+
+    def logits(self, kept: BoolArray) -> Tensor:
+        """Logits of a circuit at the answer positions.
+
+        Args:
+            kept: Its edges. [readers, writers]
+
+        Returns:
+            [rows, vocab] in float64
+        """
+
+
+# -- gradients ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples that share a backward pass.
+
+    Attributes:
+        task: They as a task.
+        examples: Which they are.
+        metric: Their share of the metric, so that the shares of all parts add up to it.
+        real: Their real tokens, as indices into their flattened batch. [tokens]
+    """
+
+    task: Task
+    examples: slice
+    metric: Metric
+    real: Tensor
+
+
+class Gradients(Protocol):
+    """Gradients of a metric with respect to what every reader reads, of one backward pass."""
+
+    def walk(self, tokens: Tensor) -> Iterator[tuple[range, Tensor]]:
+        """Gradients reader by reader, from the output to the input.
+
+        Args:
+            tokens: Which tokens, as indices into the flattened batch.
+
+        Yields:
+            Consecutive readers, and the gradients of what they read. [reader, tokens, d_model]
+        """
+
+
+class GradientRuns(Protocol):
+    """The clean, corrupted and substituted runs of a task, and gradients at runs near them."""
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+
+    @property
+    def metric(self) -> Metric:
+        """What is minimised."""
+
+    @property
+    def clean(self) -> Activations:
+        """The clean run."""
+
+    @property
+    def corrupted(self) -> Activations:
+        """The run on corrupted prompts."""
+
+    def parts(self, most: int | None = None) -> Iterator[Part]:
+        """The task in runs of as many examples as memory allows.
+
+        Args:
+            most: At most so many.
+        """
+
+    def gradients(self, part: Part, embedding: Tensor) -> Gradients:
+        """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
+
+    def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.
+
+        Yields:
+            Indices into the flattened batch [tokens], and `c_w - a_w` of every writer.
+            [writer, tokens, d_model]
+        """
