@@ -118,6 +118,12 @@ class PAHQConfig(_JsonConfig):
         """How weights are kept and computed, as JSON-ready values: what pins a run."""
         return {name: value for name, value in asdict(self).items() if name not in ("base_model", "revision")}
 
+    def with_fields(self, fields: Mapping[str, Any]) -> PAHQConfig:
+        """This configuration with some fields given anew; another regime starts from its own defaults."""
+        if fields.get("regime", self.regime) != self.regime:
+            return replace(PAHQConfig(fields["regime"], split_kv_groups=self.split_kv_groups), **fields)
+        return replace(self, **fields)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pahq_config.json` into a folder.
 

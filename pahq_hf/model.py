@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from pahq_hf import checkpoint
 from pahq_hf.ablation import notice
 from pahq_hf.accounting import MemoryReport, report
 from pahq_hf.apply import applied, substitute_of
@@ -23,23 +20,17 @@ from pahq_hf.attribution.run import Attribution
 from pahq_hf.circuit import Circuit
 from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
 from pahq_hf.discovery import Discovery
-from pahq_hf.engine.rule import PrecisionRule
 from pahq_hf.errors import (
     AblationWarning,
     ConfigError,
-    ModelLoadError,
-    UnsupportedModelError,
     check_place,
     describe,
 )
 from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
 from pahq_hf.files import output_path
-from pahq_hf.fingerprint import identity_of
 from pahq_hf.graph import Graph
-from pahq_hf.guard import WeightGuard, evaluating
-from pahq_hf.lowering import lower
+from pahq_hf.guard import evaluating
 from pahq_hf.means import Means
-from pahq_hf.memory import trim
 from pahq_hf.naming import with_base_model
 from pahq_hf.options import (
     AttributeOptions,
@@ -51,20 +42,17 @@ from pahq_hf.options import (
     check_task,
     check_work,
     read_load_options,
-    with_fields,
 )
-from pahq_hf.originals import OriginalCheckpoint
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource, WeightSource, exact_products, resolve_compute
-from pahq_hf.saved_config import find_saved_config
-from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
+from pahq_hf.precision import WeightSource, exact_products
+from pahq_hf.preparation import compute_dtype, prepare, resolved
+from pahq_hf.saved_config import load_by_name
 from pahq_hf.settings import RunSettings
 from pahq_hf.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
-from pahq_hf.untouched import check_supported, repair_empty_mlps, resident_device
+from pahq_hf.wrapped import WrappedModel
 
 
-class PAHQModel(nn.Module):
+class PAHQModel(WrappedModel):
     """A thin wrapper around a causal LM whose attention is cut into heads.
 
     Attribute access falls through to the wrapped model, as with PEFT: `generate`, `config`, `device`
@@ -100,36 +88,17 @@ class PAHQModel(nn.Module):
         base_model: str | None = None,
         source: WeightSource | None = None,
     ) -> None:
-        super().__init__()
         check_model(model)
-        empty = any(parameter.is_meta for parameter in model.parameters())
-        origin = source if empty and isinstance(source, CheckpointSource) else None
-        streamed = origin is not None
-        check_supported(model, streamed=streamed)
-        self._asked = config or PAHQConfig()
-        self.pahq_config = _resolved(config or PAHQConfig(), resident_device(model))
-        self.base_model = model
+        asked, name = config or PAHQConfig(), base_model or model.config.name_or_path or "unknown"
+        prepared = prepare(model, asked, name, source)
+        super().__init__(model, name, prepared.config, prepared.identity)
         self.tokenizer = tokenizer
-        model.eval()
-        self._loaded_from: str = base_model or model.config.name_or_path or "unknown"
-        self.identity = identity_of(model, self._loaded_from, origin)
-        repair_empty_mlps(model)
-        probe = probe_task(model)
-        reference = untouched_logits(model, probe, origin)
-        self.patched = PatchedModel(
-            model, split_kv_groups=self.pahq_config.split_kv_groups, streamed=streamed
-        )
-        OriginalCheckpoint(self.patched).install()
-        if streamed:  # in full precision every projection reads the checkpoint again
-            self._lower(source)
-            with self.patched.precision.full_precision():
-                check_patched(self.patched, probe, reference)
-        else:
-            check_patched(self.patched, probe, reference)
-            if self.pahq_config.is_low:
-                self._lower(source)
-        self._guard = WeightGuard(model)
-        trim()
+        self.patched, self._guard, self._asked = prepared.patched, prepared.guard, asked
+
+    @property
+    def graph(self) -> Graph:
+        """The residual-stream graph."""
+        return self.patched.graph
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -137,17 +106,6 @@ class PAHQModel(nn.Module):
         self._guard.check(self.base_model)
         with evaluating(self.base_model):
             yield
-
-    def _lower(self, source: WeightSource | None) -> None:
-        config = self.pahq_config
-        lower(
-            self.patched,
-            config.format,
-            source,
-            PrecisionRule.of(config, self.patched.device).compute,
-            policy=config.policy,
-            tables=config.format if config.quantize_embeddings else None,
-        )
 
     @classmethod
     def from_pretrained(
@@ -174,104 +132,16 @@ class PAHQModel(nn.Module):
         """
         check_place(model)
         arguments, fields = read_load_options(options, pahq_config)
-        return cls._load(str(model), pahq_config, fields, arguments)
-
-    @classmethod
-    def _load(
-        cls, name: str, given: PAHQConfig | None, fields: dict[str, Any], arguments: dict[str, Any]
-    ) -> PAHQModel:
-        config = given or PAHQConfig(**fields)
-        base_model = arguments.get("base_model")
+        base_model = arguments.pop("base_model", None)
         if base_model is not None:
             with_base_model({}, base_model)  # fails before anything is loaded
-        kwargs = {key: value for key, value in arguments.items() if key != "base_model"}
-        try:
-            hf, source = checkpoint.load(
-                name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **kwargs
-            )
-        except (ModelLoadError, UnsupportedModelError):
-            saved = find_saved_config(name, kwargs)
-            if saved is None or saved.base_model is None:
-                raise
-            rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
-            return cls._load(
-                saved.base_model,
-                given or with_fields(saved, fields),
-                {},
-                rest | {"revision": saved.revision},
-            )
-        tokenizer = checkpoint.load_tokenizer(name, **kwargs)
-        wrapped = cls(hf, config, tokenizer=tokenizer, base_model=name, source=source)
+        found = load_by_name(str(model), pahq_config, fields, arguments)
+        wrapped = cls(
+            found.model, found.config, tokenizer=found.tokenizer, base_model=found.name, source=found.source
+        )
         if base_model is not None:
             wrapped.identity = with_base_model(wrapped.identity, base_model)
         return wrapped
-
-    # -- the wrapped model ------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        """Fall through to the wrapped model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # not set yet: no wrapped model to ask
-                raise
-            return getattr(super().__getattr__("base_model"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward."""
-        return self._wrapped(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's generate."""
-        return self._wrapped.generate(*args, **kwargs)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `pahq_config.json`: the base model's name and how it is patched, no weights.
-
-        As with PEFT, `PAHQModel.from_pretrained` of that folder loads the base model again; where that is a
-        folder too, its path is in the file, so share it with `push_to_hub`, which writes none.
-
-        Args:
-            folder: Created if needed.
-
-        Raises:
-            RunError: If it cannot be written.
-        """
-        self._reloading().save_pretrained(folder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
-
-        Returns:
-            Where the commit can be seen.
-
-        Raises:
-            ConfigError: If the base model is a local folder, and nobody said what it is on the Hub.
-            HubError: If the Hub refuses.
-        """
-        if self.identity["local"] or self.identity["base_model"] == "unknown":
-            raise ConfigError(
-                f"nobody else has the base model's folder, {self.identity['base_model']}: say which model "
-                "it is on the Hub, base_model='owner/name'"
-            )
-        name, revision = self.identity["base_model"], self.identity["revision"]
-        return replace(self.pahq_config, base_model=name, revision=revision).push_to_hub(repo_id, **options)
-
-    def _reloading(self) -> PAHQConfig:
-        """The configuration that reloads this model on this machine."""
-        name, revision = self._loaded_from, self.identity["revision"]
-        if name != "demo" and os.path.exists(name):
-            name, revision = os.path.abspath(name), None
-        return replace(self.pahq_config, base_model=name, revision=revision)
-
-    @property
-    def _wrapped(self) -> Any:
-        return self.base_model
-
-    @property
-    def graph(self) -> Graph:
-        """The residual-stream graph."""
-        return self.patched.graph
 
     # -- precision --------------------------------------------------------------------------------
 
@@ -314,8 +184,8 @@ class PAHQModel(nn.Module):
         found = RunSettings.of_run(output_path(out))
         low = self.pahq_config.regime == "pahq" and self._asked.compute == "auto"
         if low and found.compute not in (None, self.pahq_config.compute):
-            self.pahq_config = _resolved(replace(self._asked, compute=found.compute), self.patched.device)
-            self.patched.compute_in(PrecisionRule.of(self.pahq_config, self.patched.device).compute)
+            self.pahq_config = resolved(replace(self._asked, compute=found.compute), self.patched.device)
+            self.patched.compute_in(compute_dtype(self.pahq_config, self.patched.device))
         return replace(engine, engine=engine.engine or found.engine)
 
     # -- circuits ---------------------------------------------------------------------------------
@@ -552,10 +422,3 @@ def _search_config(config: ACDCConfig | None, options: Mapping[str, Any]) -> ACD
     if config is not None and options:
         raise ConfigError("give either config or its fields as keywords, not both")
     return config or ACDCConfig.from_dict(dict(options))
-
-
-def _resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:
-    """The configuration with what `auto` means here, so that it pins a run."""
-    if config.regime != "pahq":
-        return replace(config, compute="fp32")
-    return replace(config, compute=resolve_compute(config.compute, config.format, device))

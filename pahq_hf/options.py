@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -210,13 +209,6 @@ def usable_device(device: str | int | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"device {str(device)!r} cannot be used: {reason}") from error
-
-
-def with_fields(config: PAHQConfig, fields: Mapping[str, Any]) -> PAHQConfig:
-    """A stored configuration with some fields given anew; another regime starts from its own defaults."""
-    if fields.get("regime", config.regime) != config.regime:
-        config = PAHQConfig(fields["regime"], split_kv_groups=config.split_kv_groups)
-    return replace(config, **fields)
 
 
 def check_work(options: Mapping[str, Any], known: type, method: str, **objects: tuple[object, type]) -> None:

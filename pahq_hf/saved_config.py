@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from pahq_hf import checkpoint
 from pahq_hf.config import CONFIG_NAME, PAHQConfig
-from pahq_hf.errors import HubError
+from pahq_hf.errors import HubError, ModelLoadError, UnsupportedModelError
+from pahq_hf.precision import WeightSource
 
 _PLACE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -32,3 +37,56 @@ def find_saved_config(name: str, arguments: dict[str, Any]) -> PAHQConfig | None
         return PAHQConfig.from_pretrained(name, **{key: arguments[key] for key in _PLACE if key in arguments})
     except HubError:
         return None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model by its name, before it is patched.
+
+    Attributes:
+        model: The model; its parameters may be empty still.
+        tokenizer: Its tokenizer.
+        source: Where its weights can be read again.
+        config: How it is to be patched.
+        name: What it was loaded by: the base model's name, if a saved configuration named one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    source: WeightSource | None
+    config: PAHQConfig
+    name: str
+
+
+def load_by_name(
+    name: str, given: PAHQConfig | None, fields: dict[str, Any], arguments: dict[str, Any]
+) -> LoadedModel:
+    """Load a model, or the base model of a saved configuration.
+
+    Args:
+        name: Hub id, folder, or `demo`; of a model, or of what `PAHQModel.save_pretrained` wrote.
+        given: How it is to be patched; by default as was saved with it.
+        fields: Fields of the configuration that are given anew.
+        arguments: As for `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model and how to patch it.
+
+    Raises:
+        ModelLoadError: If the checkpoint is missing or damaged.
+        UnsupportedModelError: If the family is unknown.
+        ConfigError: If a saved configuration is damaged.
+    """
+    config = given or PAHQConfig(**fields)
+    try:
+        model, source = checkpoint.load(
+            name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **arguments
+        )
+    except (ModelLoadError, UnsupportedModelError):
+        saved = find_saved_config(name, arguments)
+        if saved is None or saved.base_model is None:
+            raise
+        rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
+        rest["revision"] = saved.revision
+        return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest)
+    return LoadedModel(model, checkpoint.load_tokenizer(name, **arguments), source, config, name)
