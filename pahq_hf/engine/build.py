@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from pahq_hf.attribution.runs import Runs
 from pahq_hf.config import Ablation, EngineConfig, MetricName
 from pahq_hf.engine.hooks import HooksEngine
 from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
@@ -92,4 +91,6 @@ def make_gradient_runs(setting: Setting) -> GradientRuns:
         TaskError: If the prompts do not fit the model.
         MetricError: If the task lacks what the metric needs, or the metric is NaN.
     """
+    from pahq_hf.attribution.runs import Runs  # that room imports this one
+
     return Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)
