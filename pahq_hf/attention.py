@@ -17,7 +17,7 @@ from pahq_hf.architectures import Architecture
 from pahq_hf.architectures.positions import Tables
 from pahq_hf.graph import ReaderKind
 from pahq_hf.norms import BlockOutput, norm_heads, norm_jointly
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product
 
 
 class ReaderInputs(Protocol):
@@ -153,10 +153,6 @@ class PAHQAttention(nn.Module):
         bias = self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, (length, length))
         return bias, self.row.rotary.tables(self, kwargs)
 
-    def capped(self, scores: Tensor) -> Tensor:
-        """Bound scores where the family does so: `c tanh(s / c)`."""
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
-
     def weights(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """Attention probabilities, softmax in FP32 or better.
 
@@ -168,12 +164,25 @@ class PAHQAttention(nn.Module):
         Returns:
             [batch, head, query, key]
         """
-        scores = torch.matmul(q, self._per_head(k, q.shape[1]).transpose(-1, -2)) * self.scaling
-        scores = self.capped(scores)
+        return self.probabilities(torch.matmul(q, _per_head(k, q.shape[1]).transpose(-1, -2)), bias)
+
+    def probabilities(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention probabilities, softmax in FP32 or better.
+
+        Args:
+            products: Of finished queries and keys, q k^T. [..., query, key]
+            bias: What is added to scores, broadcastable to that, or None.
+
+        Returns:
+            [..., query, key]
+        """
+        scores = products * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
             scores = scores + bias
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        return torch.softmax(scores, dim=-1, dtype=dtype).to(q.dtype)
+        return torch.softmax(scores, dim=-1, dtype=dtype).to(products.dtype)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """What each head reads out: probabilities times values.
@@ -233,15 +242,27 @@ class PAHQAttention(nn.Module):
         """What each head adds to the stream. [..., head, d_head] -> [..., head, d_model]"""
         return self.output.weighted(self.head_outputs(written, heads))
 
-    def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
-        """The output projection head by head. [..., head, d_head] -> [..., head, d_model]"""
-        heads = range(self.n_heads) if heads is None else heads
-        weight = self.o_proj.dense().view(-1, self.n_heads, self.d_head)[:, list(heads)]
-        return torch.einsum("...hd,ohd->...ho", z, weight)
+    def stored_contributions(self, written: Tensor, heads: Sequence[int]) -> Tensor:
+        """The same with the weight as it is stored. [..., head, d_head] -> [..., head, d_model]"""
+        return self.output.weighted(_times_output(written, heads, self.o_proj.base()))
 
-    def stored_contribution(self, written: Tensor, head: int) -> Tensor:
-        """What one head would add with the weight as it is stored. [..., 1, d_head] -> [..., d_model]"""
-        return self.output.weighted(written.squeeze(-2) @ self.o_proj.base()[:, self.head_rows(head)].t())
+    def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """The output projection head by head, z W_O. [..., head, d_head] -> [..., head, d_model]"""
+        return _times_output(z, range(self.n_heads) if heads is None else heads, self.o_proj.dense())
+
+    # -- packed for many products -------------------------------------------------------------------
+
+    def packed_output(self, head: int) -> Product:
+        """One head's part of the output projection, without the bias: z to z W_O."""
+        return self.o_proj.piece(self.o_proj.region.rows, self.head_rows(head))
+
+    def packed_head_outputs(self, z: Tensor, heads: Sequence[int]) -> Tensor:
+        """As `head_outputs`, heads first. [head, tokens, d_head] -> [head, tokens, d_model]"""
+        return torch.stack([self.packed_output(head)(own) for head, own in zip(heads, z, strict=True)])
+
+    def packed_output_difference(self, head: int) -> DifferenceProduct:
+        """The same for differences of z."""
+        return self.o_proj.difference(self.o_proj.region.rows, self.head_rows(head))
 
     # -- the module -------------------------------------------------------------------------------
 
@@ -306,11 +327,17 @@ class PAHQAttention(nn.Module):
         # Readers of one weight block: one each, or several when groups are split per query head.
         return linear.blocks(each, self.d_head).transpose(0, 1)
 
-    @staticmethod
-    def _per_head(x: Tensor, heads: int) -> Tensor:
-        """Repeat keys or values that several heads share. [batch, group, ...] -> [batch, head, ...]"""
-        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
     def _read_out(self, weights: Tensor, v: Tensor) -> Tensor:
-        z = torch.matmul(weights, self._per_head(v, weights.shape[1]))
+        z = torch.matmul(weights, _per_head(v, weights.shape[1]))
         return z.transpose(1, 2)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Repeat keys or values that several heads share. [batch, group, ...] -> [batch, head, ...]"""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _times_output(z: Tensor, heads: Sequence[int], weight: Tensor) -> Tensor:
+    """Z W_O, of a whole weight [d_model, heads * d_head]. [..., head, d_head] -> [..., head, d_model]"""
+    by_head = weight.unflatten(1, (-1, z.shape[-1]))[:, list(heads)]
+    return torch.einsum("...hd,ohd->...ho", z, by_head)

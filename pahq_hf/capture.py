@@ -377,7 +377,7 @@ def with_streams(
     return replace(written, attention_in=attention_in, mlp_in=mlp_in, final_in=total)
 
 
-def head_outputs(layer: Layer, run: Activations, number: int) -> Tensor:
+def written_heads(layer: Layer, run: Activations, number: int) -> Tensor:
     """What a layer's heads read out of a recorded run, at the present precision.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf.architectures import find_architecture
-from pahq_hf.capture import Activations, capture, head_outputs, with_streams
+from pahq_hf.capture import Activations, capture, with_streams, written_heads
 from pahq_hf.errors import SelfCheckError, first_line
 from pahq_hf.layers import Layer
 from pahq_hf.patch import PatchedModel
@@ -131,7 +131,7 @@ def _check_layer(layer: Layer, number: int, run: Activations, *, has_mlp: bool) 
         together = together + attention.output.multiplier * attention.o_proj.bias
     what = f"the sum of what the heads of layer {number} add and its attention output"
     _compare(what, together, attention.added(written))
-    heads = head_outputs(layer, run, number)
+    heads = written_heads(layer, run, number)
     _compare(f"the heads of layer {number} by themselves and in the forward pass", heads, written)
     if has_mlp:
         ours = layer.mlp(layer.mlp_norm(run.mlp_in[number]))

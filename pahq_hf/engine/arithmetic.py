@@ -157,8 +157,7 @@ class Direct:
 
     def contribution(self, number: int, head: int) -> DifferenceProduct:
         """What makes a change of a head's contribution of a change of its z."""
-        attention = self._model.layers[number].attention
-        return attention.o_proj.piece(attention.o_proj.region.rows, attention.head_rows(head))
+        return self._model.layers[number].attention.packed_output(head)
 
 
 @dataclass(frozen=True)
@@ -283,8 +282,7 @@ class Anchored:
 
     def contribution(self, number: int, head: int) -> DifferenceProduct:
         """What makes a change of a head's contribution of a change of its z."""
-        attention = self._model.layers[number].attention
-        return attention.o_proj.difference(attention.o_proj.region.rows, attention.head_rows(head))
+        return self._model.layers[number].attention.packed_output_difference(head)
 
 
 def _empty(math: HeadMath, changes: Sequence[Tensor]) -> Tensor:

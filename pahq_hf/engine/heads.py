@@ -117,11 +117,8 @@ class HeadMath:
             [n, K, batch, width, pos]
         """
         grid = tokens.to_grid(q)  # [n, K, batch, width, d_head]
-        scores = _per_example(grid, k.transpose(-1, -2)) * self.attention.scaling
-        scores = self.attention.capped(scores)
-        if self._mask is not None:
-            scores = scores + self._bias(self._mask, heads, tokens)
-        return torch.softmax(scores, dim=-1)
+        bias = None if self._mask is None else self._bias(self._mask, heads, tokens)
+        return self.attention.probabilities(_per_example(grid, k.transpose(-1, -2)), bias)
 
     def _bias(self, mask: Tensor, heads: Sequence[int], tokens: TokenSet) -> Tensor:
         """What is added to scores. [batch, width, pos] or [n, 1, batch, width, pos]"""

@@ -20,9 +20,9 @@ from pahq_hf.capture import (
     ablated,
     capture,
     exact_logits,
-    head_outputs,
     run_to_answers,
     with_streams,
+    written_heads,
 )
 from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.budget import default_budget, out_of_memory
@@ -340,7 +340,7 @@ class HooksEngine:
                 values = layer.mlp(layer.mlp_norm(corrupted.mlp_in[number]))
                 store = self.substitute.mlp
             else:
-                values = head_outputs(layer, corrupted, number)
+                values = written_heads(layer, corrupted, number)
                 store = self.substitute.z
         self._restore.append((store, number, store[number]))
         store[number] = values

@@ -243,7 +243,7 @@ class PatchedRun:
                 layer = self._model.layers[node.layer]
                 exact = anchors.heads[node.layer].written
                 z = (exact - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
-                low = layer.attention.stored_contribution(z, node.head)
+                low = layer.attention.stored_contributions(z, [node.head]).squeeze(-2)
                 sign = 1 if self._removed[reader, writer] else -1
                 streams[number] += sign * (anchors.differences[writer] - low)
         return streams

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture import Activations, ablated, capture, head_outputs
+from pahq_hf.capture import Activations, ablated, capture, written_heads
 from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.budget import MemoryBudget, out_of_memory
@@ -442,7 +442,7 @@ class SparseEngine:
             shifts[self.graph.mlp_writer(number)] = new - window.pick(self._substitute.mlp[number])
             return
         heads = sorted(self.graph.writers[node].head or 0 for node in nodes)
-        new = window.pick(head_outputs(layer, self._corrupted, number))[:, heads].transpose(0, 1)
+        new = window.pick(written_heads(layer, self._corrupted, number))[:, heads].transpose(0, 1)
         old = window.pick(self._substitute.z[number])[:, heads].transpose(0, 1)
         change = self._streams.change(number, heads, new, old)
         for head, value in zip(heads, change, strict=True):

@@ -272,7 +272,7 @@ class CircuitState:
         output, z = self.math[layer].attention.output, state.z[liveness]
         if output.norm is None:
             return z if output.multiplier == 1.0 else z * output.multiplier
-        each = self.streams.head_outputs(layer, state.heads[liveness], z)
+        each = self.math[layer].attention.packed_head_outputs(z, state.heads[liveness])
         total = each.sum(0)
         scale = output.scale(total)
         assert isinstance(scale, Tensor)

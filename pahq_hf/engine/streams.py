@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pahq_hf.capture import Activations
@@ -82,9 +81,8 @@ class Streams:
                     heads.append(graph.writers[writers[stop]].head or 0)
                     stop += 1
                 dz = self._dz[writer.layer][:, heads].transpose(0, 1)
-                weight = self._model.layers[writer.layer].attention.o_proj.base()
                 narrow = plan.narrow(dz, Liveness.WINDOW, liveness)
-                values = self._contribute(weight, writer.layer, heads, narrow)
+                values = self._stored(writer.layer, heads, narrow)
             out[start:stop] = values
             start = stop
         return out
@@ -93,8 +91,8 @@ class Streams:
         writer = self._graph.writers[index]
         return writer.layer == layer and writer.head is not None
 
-    def head_outputs(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
-        """The output projection head by head, at the present precision.
+    def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+        """What heads add to the stream at the present precision.
 
         Args:
             layer: The layer.
@@ -105,14 +103,7 @@ class Streams:
             [head, tokens, d_model]
         """
         attention = self._model.layers[layer].attention
-        linear = attention.o_proj
-        pieces = [linear.piece(linear.region.rows, attention.head_rows(head)) for head in heads]
-        return torch.stack([piece(values) for piece, values in zip(pieces, z, strict=True)])
-
-    def contribute(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
-        """What heads add to the stream at the present precision. Shapes as of `head_outputs`."""
-        output = self._model.layers[layer].attention.output
-        return output.weighted(self.head_outputs(layer, heads, z))
+        return attention.output.weighted(attention.packed_head_outputs(z, heads))
 
     def change(self, layer: int, heads: Sequence[int], new: Tensor, captured: Tensor) -> Tensor:
         """What heads add now against what they added at capture; a raised weight may be another one.
@@ -129,13 +120,12 @@ class Streams:
         linear = self._model.layers[layer].attention.o_proj
         if self._model.precision.mode.is_full or not linear.is_raised:
             return self.contribute(layer, heads, new - captured)
-        before = self._contribute(linear.base(), layer, heads, captured)
-        return self.contribute(layer, heads, new) - before
+        return self.contribute(layer, heads, new) - self._stored(layer, heads, captured)
 
-    def _contribute(self, weight: Tensor, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+    def _stored(self, layer: int, heads: Sequence[int], z: Tensor) -> Tensor:
+        """What heads would add with the weight as it is stored. [head, tokens, d_head or d_model]"""
         attention = self._model.layers[layer].attention
-        by_head = weight.view(-1, attention.n_heads, attention.d_head)
-        return attention.output.weighted(torch.bmm(z, by_head[:, list(heads)].permute(1, 2, 0)))
+        return attention.stored_contributions(z.transpose(0, 1), heads).transpose(0, 1)
 
     def base_input(self, reader: int, kept: np.ndarray, liveness: Liveness) -> Tensor:
         """A reader's input as far as the clean run decides it.
