@@ -128,6 +128,43 @@ def test_one_heads_contribution_is_what_zeroing_the_others_leaves(family: str) -
         assert relative_error(contributions[..., head, :], expected) < 1e-5
 
 
+@pytest.mark.parametrize("config", [FP32, PAHQConfig("rtn")], ids=lambda config: config.regime)
+@families
+def test_packed_output_projections_are_the_output_projection(family: str, config: PAHQConfig) -> None:
+    """Head by head, at the precision of the time; and as stored, whatever is raised."""
+    model, heads = wrap(family, config), [2, 0, 3]
+    attention, z = attention_of(model), normed(1).view(2, LENGTH, HEADS, D_HEAD)
+    first = z[..., heads, :].flatten(0, 1).transpose(0, 1)  # heads first
+
+    def packed() -> Tensor:
+        found = attention.packed_head_outputs(first, heads).transpose(0, 1).unflatten(0, (2, LENGTH))
+        return attention.output.weighted(found)
+
+    stored = attention.contributions(z)[..., heads, :]
+    torch.testing.assert_close(packed(), stored)
+    model.activate("a1.h0")
+    torch.testing.assert_close(packed(), attention.contributions(z)[..., heads, :])
+    if config is not FP32:
+        assert not torch.allclose(packed(), stored, rtol=1e-4)  # the raised head's part is another
+    torch.testing.assert_close(attention.stored_contributions(z[..., heads, :], heads), stored)
+    with model.patched.precision.full_precision():
+        exact = attention_of(wrap(family)).contributions(z)[..., heads, :]
+        torch.testing.assert_close(packed(), exact)
+        torch.testing.assert_close(attention.stored_contributions(z[..., heads, :], heads), exact)
+    model.patched.precision.release()
+
+
+def test_probabilities_are_taken_in_fp32() -> None:
+    """Also of half precision: in it, a sum over many keys stops growing."""
+    attention = attention_of(wrap("llama"))
+    products = torch.zeros(1, 1, 1, 5000, dtype=torch.bfloat16)
+    bias = torch.zeros(1, 5000, dtype=torch.bfloat16)
+    bias[:, 1000:] = -3.0
+    found = attention.probabilities(products, bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[0, 0], bias.float().softmax(-1).bfloat16(), rtol=0, atol=0)
+
+
 @families
 def test_pieces_of_some_heads_are_those_of_all(family: str) -> None:
     attention, x = attention_of(wrap(family)), normed()
