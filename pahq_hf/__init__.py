@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pahq_hf.errors import PAHQError
     from pahq_hf.metrics import MetricSpec, register_metric
     from pahq_hf.model import PAHQModel
+    from pahq_hf.precision.low import LowFormat, register_format
     from pahq_hf.sweep import Sweep
     from pahq_hf.tasks import load_task
     from pahq_hf.tasks.base import Task
@@ -27,6 +28,7 @@ __all__ = [
     "AttributionConfig",
     "Circuit",
     "EngineConfig",
+    "LowFormat",
     "MetricSpec",
     "PAHQConfig",
     "PAHQError",
@@ -35,6 +37,7 @@ __all__ = [
     "Task",
     "load_task",
     "register_architecture",
+    "register_format",
     "register_metric",
 ]
 
@@ -44,6 +47,7 @@ _ROOMS = {
     "AttributionConfig": "config",
     "Circuit": "circuit",
     "EngineConfig": "config",
+    "LowFormat": "precision.low",
     "MetricSpec": "metrics",
     "PAHQConfig": "config",
     "PAHQError": "errors",
@@ -52,6 +56,7 @@ _ROOMS = {
     "Task": "tasks.base",
     "load_task": "tasks",
     "register_architecture": "architectures",
+    "register_format": "precision.low",
     "register_metric": "metrics",
 }
 

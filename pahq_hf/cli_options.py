@@ -12,7 +12,6 @@ from pahq_hf.config import (
     Active,
     Compute,
     EngineName,
-    Format,
     Order,
     Regime,
     StoreName,
@@ -50,7 +49,27 @@ SplitOption = Annotated[
     bool, typer.Option("--split-kv-groups", help="Give each query head its own key and value readers.")
 ]
 PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
-FormatOption = Annotated[Format, typer.Option("--format", help="Low-precision format.")]
+
+
+def _known_format(name: str) -> str:
+    """A format's name, checked as soon as it is read."""
+    from pahq_hf.precision.low import find_format
+
+    try:
+        return find_format(name).name
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        callback=_known_format,
+        help="Low-precision format: fp8, fp8-e5m2, int8, bf16, mx, or a registered one.",
+    ),
+]
 BudgetOption = Annotated[
     str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
 ]

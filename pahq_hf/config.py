@@ -15,7 +15,7 @@ from pahq_hf.files import make_folder, read_json, write_text
 from pahq_hf.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
-Format = Literal["fp8", "fp8-e5m2", "int8", "bf16", "mx"]
+Format = str  # the name of a registered one: `pahq_hf.precision.low` knows them
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
@@ -66,6 +66,13 @@ def _metric(name: object) -> None:
 
     if name not in known_metrics():
         raise ConfigError(f"metric must be one of {', '.join(known_metrics())}; got {name!r}")
+
+
+def _format(name: str, value: object) -> None:
+    from pahq_hf.precision.low import known_formats
+
+    if value not in known_formats():
+        raise ConfigError(f"{name} must be one of {', '.join(known_formats())}; got {value!r}")
 
 
 def _choice(name: str, value: object, choices: object) -> None:
@@ -189,14 +196,14 @@ class PAHQConfig(_JsonConfig):
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""
         _choice("precision", self.regime, Regime)
-        _choice("format", self.format, Format)
+        _format("format", self.format)
         _choice("active", self.active, Active)
         _choice("compute", self.compute, Compute)
         given: object = self.policy
         if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
             raise ConfigError(f"policy must map patterns to formats; got {self.policy!r}")
         for pattern, fmt in self.policy.items():
-            _choice(f"the policy's format for {pattern!r}", fmt, Format)
+            _format(f"the policy's format for {pattern!r}", fmt)
         if self.regime == "fp32" and (self.policy or self.quantize_embeddings):
             raise ConfigError("a policy and quantize_embeddings need a low-precision regime, not fp32")
         if self.regime != "pahq" and self.active == "both":

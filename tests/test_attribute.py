@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
-from pahq_hf.config import AttributionConfig, Format, MethodName
+from pahq_hf.config import AttributionConfig, MethodName
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.lowering import spill_blocks
 from pahq_hf.precision import PAHQLinear, PAHQTable
+from pahq_hf.precision.low import known_formats
 from tests.helpers import id_rows, run_main, save_tiny, weight_of, wrapped, write_rows
 from tests.models import FAMILIES, random_task
 
@@ -166,7 +167,7 @@ def lowered(kind: Any, fmt: Any) -> tuple[Any, torch.Tensor]:
     return linear, weight
 
 
-@pytest.mark.parametrize("fmt", get_args(Format))
+@pytest.mark.parametrize("fmt", known_formats())
 @pytest.mark.parametrize("kind", [PAHQLinear, PAHQTable])
 def test_gradients_of_a_low_projection(kind: Any, fmt: Any) -> None:
     linear, _ = lowered(kind, fmt)

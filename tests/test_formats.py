@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,12 +18,13 @@ from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.precision import LowWeight, Region, quantize, rows, stored_bytes
 from pahq_hf.precision.float8_wide import decode_e5m2
+from pahq_hf.precision.low import known_formats
 from pahq_hf.precision.pieces import lowered
 from tests.helpers import ranges, weight_of
 
 pytestmark = pytest.mark.crossing
 
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS: tuple[Format, ...] = tuple(known_formats())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLS, GROUP = 9, 70, 32  # two whole groups of MX and a part of one
 ALL = slice(None)

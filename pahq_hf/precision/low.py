@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from pahq_hf.errors import ConfigError, ModelLoadError, describe
 
-from pahq_hf.errors import ConfigError, ModelLoadError
-from pahq_hf.precision.rows import all_finite
+if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
+    from torch import Tensor
 
 
 class LowWeight(Protocol):
@@ -35,7 +36,7 @@ class LowFormat:
     """A low-precision format.
 
     Attributes:
-        name: What it is called.
+        name: What it is called, in lower case.
         make: Rounds a weight, [out, in], row by row; imports what that takes, which naming a format does not.
         stored_bytes: Bytes that a matrix of so many rows and columns takes, scales included.
         error: Of a score, relative: below it are 99 % of them, in BF16 or FP32 products.
@@ -105,6 +106,43 @@ _FORMATS = {
 }
 
 
+_BUILT_IN = frozenset(_FORMATS)
+
+
+def register_format(fmt: LowFormat) -> None:
+    """Add a format of one's own, or replace one: `format=`, `policy=` and `--format` know its name then.
+
+    Args:
+        fmt: The format.
+
+    Raises:
+        ConfigError: If the name is no name, or that of a built-in format.
+
+    Example:
+        ```python
+        register_format(LowFormat("int4", Int4Weight, lambda rows, cols: rows * (cols // 2 + 4), 0.2, 0))
+        model = PAHQModel.from_pretrained("gpt2", format="int4")
+        ```
+    """
+    if not isinstance(fmt, LowFormat):
+        raise ConfigError(f"register_format takes a LowFormat; got {describe(fmt)}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(fmt.name)):
+        raise ConfigError(f"a format's name is of lower case letters, digits, _ and -; got {fmt.name!r}")
+    if fmt.name in _BUILT_IN or fmt.name == "fp32":
+        raise ConfigError(f"format {fmt.name!r} is built in: give yours another name")
+    for name in ("make", "stored_bytes"):
+        if not callable(getattr(fmt, name)):
+            raise ConfigError(f"format {fmt.name!r} needs a function as {name}")
+    if not fmt.error > 0:
+        raise ConfigError(f"format {fmt.name!r} needs its scores' error, above 0; got {fmt.error!r}")
+    _FORMATS[fmt.name] = fmt
+
+
+def known_formats() -> list[str]:
+    """Names of formats, the built-in ones first."""
+    return list(_FORMATS)
+
+
 def find_format(name: str) -> LowFormat:
     """The format of a name.
 
@@ -114,9 +152,10 @@ def find_format(name: str) -> LowFormat:
     Raises:
         ConfigError: If there is none.
     """
-    if name not in _FORMATS:
+    found = next((fmt for fmt in _FORMATS.values() if fmt.name == name), None)
+    if found is None:
         raise ConfigError(f"format must be one of {', '.join(_FORMATS)}; got {name!r}")
-    return _FORMATS[name]
+    return found
 
 
 def stored_bytes(rows: int, cols: int, fmt: str) -> int:
@@ -144,6 +183,8 @@ def quantize(weight: Tensor, fmt: str) -> LowWeight:
         ConfigError: If there is no such format.
         ModelLoadError: If the weight holds NaN or infinity, which no scale can represent.
     """
+    from pahq_hf.precision.rows import all_finite
+
     make = find_format(fmt).make
     if not all_finite(weight):
         raise ModelLoadError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
