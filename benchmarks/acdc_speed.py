@@ -20,11 +20,11 @@ from transformers.utils import logging as hf_logging
 from benchmarks.rows import ENGINES, HOOKS, SEQUENTIAL, SPECULATIVE, Regime, Row, compare, settled_memory
 from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, PAHQModel, load_task
-from pahq_hf.checkpoint import load_model, load_tokenizer
-from pahq_hf.discovery import versions, with_margin
+from pahq_hf.checkpoint.load import load_model, load_tokenizer
 from pahq_hf.errors import ConfigError, PAHQError
-from pahq_hf.metrics import known_metrics
+from pahq_hf.search.pipeline import versions, with_margin
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import known_metrics
 
 _FORWARDS = 7
 _DESCRIPTION = """\

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, load_task
-from pahq_hf.discovery import Discovery
-from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Reads
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.protocol import Engine
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.engine.tokens import Liveness
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Reads
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.errors import PAHQError
-from pahq_hf.graph import BoolArray
+from pahq_hf.search.pipeline import Discovery
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\

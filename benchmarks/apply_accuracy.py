@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pahq_hf import Circuit, PAHQModel, Task, load_task
-from pahq_hf.ablation import is_poor
+from pahq_hf.circuit.ablation import is_poor
+from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.config import Ablation, MethodName, MetricName, PAHQConfig
 from pahq_hf.errors import AblationWarning, PAHQError
-from pahq_hf.evaluation import Evaluator, faithfulness
+from pahq_hf.evaluation.evaluator import Evaluator
 
 _DESCRIPTION = """\
 Find a task's circuits, let the model speak as each of them on prompts of another seed, and count right

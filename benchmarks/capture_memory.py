@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.rows import settled_memory
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.capture import capture
+from pahq_hf.capture.recording import capture
 from pahq_hf.config import Regime
-from pahq_hf.memory import PeakMemory
+from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.tasks.base import Task
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pahq_hf.architectures import describe_families
-from pahq_hf.families import TABLE_PATH
-from pahq_hf.files import write_text
-from pahq_hf.render.table import families_markdown
+from pahq_hf.circuit.files import write_text
+from pahq_hf.cli.tables import families_markdown
+from pahq_hf.modeling.architectures.describe import describe_families
+from pahq_hf.modeling.architectures.shipped import TABLE_PATH
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- families: made by python -m benchmarks.family_tables -->", "<!-- end of families -->"

@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.capture import answer_logits
+from pahq_hf.capture.recording import answer_logits
 from pahq_hf.errors import PAHQError
-from pahq_hf.precision import PAHQLinear, quantize
+from pahq_hf.precision.formats.registry import quantize
+from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.tasks.base import Task
 
 _E4M3_MAX = 448.0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision import Product, resolve_compute
-from pahq_hf.precision.float8 import Float8Weight
+from pahq_hf.precision.formats.float8 import Float8Weight
+from pahq_hf.precision.products import Product, resolve_compute
 
 _WIDTH, _HIDDEN = 4096, 14336  # of an 8B Llama
 

@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_products import settle
 from benchmarks.random_checkpoint import write
 from pahq_hf import PAHQModel
-from pahq_hf.attribution.scoring import edge_scores
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.setting import Setting
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.tasks.base import Task
 
 

@@ -20,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.acdc_speed import output_file, positive
 from benchmarks.recording import Recorder, repeat_tests
 from pahq_hf import ACDCConfig, PAHQConfig, PAHQModel
-from pahq_hf.acdc import AdaptiveBatch, search
-from pahq_hf.discovery import versions
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Engine, Trial
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import PAHQError
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.search.acdc import AdaptiveBatch, search
+from pahq_hf.search.pipeline import versions
 from pahq_hf.tasks.base import Pair, Task, collate
 
 _HEAD = 16  # width of a head

@@ -18,11 +18,11 @@ from rich.table import Table
 from pahq_hf import PAHQConfig, PAHQModel
 from pahq_hf.config import Regime
 from pahq_hf.errors import ConfigError, PAHQError
+from pahq_hf.evaluation.ground_truth.hand_built import KNOWN_MODELS, load_known_model
 from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
-from pahq_hf.known import KNOWN_MODELS, load_known_model
 
 _DESCRIPTION = """\
-Score methods against models whose circuit is known by construction (pahq_hf.known): how well do they tell
+Score methods against models whose circuit is known by construction: how well do they tell
 edges and nodes of the truth from the others? One row for each method and precision, model by model."""
 
 _EPILOG = """\

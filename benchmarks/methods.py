@@ -17,13 +17,14 @@ from rich.table import Table
 
 from benchmarks.variants import Variant
 from pahq_hf import Circuit, PAHQModel, load_task
+from pahq_hf.circuit.files import CIRCUIT_NAME
+from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
 from pahq_hf.errors import PAHQError
-from pahq_hf.evaluation import Evaluator, faithfulness
 from pahq_hf.evaluation.curves import rank_edges
-from pahq_hf.evaluation.report import EvaluationOptions, evaluate, kept_first
-from pahq_hf.files import CIRCUIT_NAME
-from pahq_hf.memory import trim
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.report import EvaluationOptions, evaluate
+from pahq_hf.precision.memory import trim
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\
@@ -170,7 +171,7 @@ class Comparison:
     def _judge(self, choice: TaskChoice, method: Method, evaluator: Evaluator, size: int) -> Row:
         circuit = self._read(choice, method)
         report = evaluate(evaluator, circuit, EvaluationOptions(curve=True))
-        first = circuit.kept if kept_first(circuit) else None
+        first = circuit.kept if circuit.record.ranks_kept_first else None
         best = circuit.graph.no_edges()
         best[tuple(rank_edges(circuit.graph, circuit.scores, first=first)[:size].T)] = True
         seconds = circuit.discovery["seconds"]

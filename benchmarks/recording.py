@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.protocol import Engine, Trial
-from pahq_hf.graph import BoolArray, Graph
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,22 @@ PAHQ (arXiv 2510.23264) and ACDC (Conmy et al. 2023) on the models people really
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pahq_hf.quiet import quiet_imports
+from pahq_hf.precision.quiet import quiet_imports
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pahq_hf.architectures import Architecture, register_architecture
-    from pahq_hf.circuit import Circuit
+    from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
-    from pahq_hf.metrics import MetricSpec, register_metric
     from pahq_hf.model import PAHQModel
-    from pahq_hf.precision.low import LowFormat, register_format
-    from pahq_hf.sweep import Sweep
-    from pahq_hf.tasks import load_task
+    from pahq_hf.modeling.architectures.architecture import Architecture
+    from pahq_hf.modeling.architectures.lookup import register_architecture
+    from pahq_hf.precision.formats.registry import LowFormat, register_format
+    from pahq_hf.search.sweep import Sweep
     from pahq_hf.tasks.base import Task
+    from pahq_hf.tasks.loading import load_task
+    from pahq_hf.tasks.metrics import MetricSpec, register_metric
 
 __all__ = [
     "ACDCConfig",
@@ -43,21 +44,21 @@ __all__ = [
 
 _ROOMS = {
     "ACDCConfig": "config",
-    "Architecture": "architectures",
+    "Architecture": "modeling.architectures.architecture",
     "AttributionConfig": "config",
-    "Circuit": "circuit",
+    "Circuit": "circuit.circuit",
     "EngineConfig": "config",
-    "LowFormat": "precision.low",
-    "MetricSpec": "metrics",
+    "LowFormat": "precision.formats.registry",
+    "MetricSpec": "tasks.metrics",
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",
-    "Sweep": "sweep",
+    "Sweep": "search.sweep",
     "Task": "tasks.base",
-    "load_task": "tasks",
-    "register_architecture": "architectures",
-    "register_format": "precision.low",
-    "register_metric": "metrics",
+    "load_task": "tasks.loading",
+    "register_architecture": "modeling.architectures.lookup",
+    "register_format": "precision.formats.registry",
+    "register_metric": "tasks.metrics",
 }
 
 

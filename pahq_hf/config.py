@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from pahq_hf.circuit.files import make_folder, read_json, write_text
 from pahq_hf.errors import CircuitError, ConfigError, check_names, check_place
-from pahq_hf.files import make_folder, read_json, write_text
-from pahq_hf.threads import check_threads
+from pahq_hf.precision.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
-Format = str  # the name of a registered one: `pahq_hf.precision.low` knows them
+Format = str  # the name of a registered one: `pahq_hf.precision.formats.registry` knows them
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
-MetricName = str  # of a registered metric: `pahq_hf.metrics` knows them
+MetricName = str  # of a registered metric: `pahq_hf.tasks.metrics` knows them
 Order = Literal["acdc", "head"]
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
@@ -62,14 +62,14 @@ class _JsonConfig:
 
 
 def _metric(name: object) -> None:
-    from pahq_hf.metrics import known_metrics
+    from pahq_hf.tasks.metrics import known_metrics
 
     if name not in known_metrics():
         raise ConfigError(f"metric must be one of {', '.join(known_metrics())}; got {name!r}")
 
 
 def _format(name: str, value: object) -> None:
-    from pahq_hf.precision.low import known_formats
+    from pahq_hf.precision.formats.registry import known_formats
 
     if value not in known_formats():
         raise ConfigError(f"{name} must be one of {', '.join(known_formats())}; got {value!r}")
@@ -154,7 +154,7 @@ class PAHQConfig(_JsonConfig):
         Raises:
             HubError: If the Hub refuses.
         """
-        from pahq_hf.hub import push
+        from pahq_hf.circuit.hub import push
 
         options.setdefault("commit_message", "Configuration of a patched model (pahq_hf)")
         return push(self.save_pretrained, repo_id, **options)
@@ -174,7 +174,7 @@ class PAHQConfig(_JsonConfig):
         check_place(name)
         if Path(name).is_dir():
             return cls._read(Path(name) / (options.get("subfolder") or ""))
-        from pahq_hf.hub import HubPlace, pull
+        from pahq_hf.circuit.hub import HubPlace, pull
 
         return cls._read(pull(HubPlace(str(name), **options), (CONFIG_NAME,)))
 

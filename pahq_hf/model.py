@@ -13,26 +13,31 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from pahq_hf.ablation import notice
-from pahq_hf.accounting import MemoryReport, report
-from pahq_hf.apply import applied, substitute_of
-from pahq_hf.attribution.run import Attribution
-from pahq_hf.circuit import Circuit
+from pahq_hf.capture.mean_activations import Means
+from pahq_hf.capture.preparation import compute_dtype, prepare, resolved
+from pahq_hf.checkpoint.saved_config import load_by_name
+from pahq_hf.checkpoint.wrapped import WrappedModel
+from pahq_hf.circuit.ablation import notice
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.files import output_path
+from pahq_hf.circuit.graph import Graph
+from pahq_hf.circuit.naming import with_base_model
 from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
-from pahq_hf.discovery import Discovery
+from pahq_hf.engine.hooks.apply import applied, substitute_of
+from pahq_hf.engine.memory_plan import MemoryReport, report
 from pahq_hf.errors import (
     AblationWarning,
     ConfigError,
     check_place,
     describe,
 )
-from pahq_hf.evaluation import EvaluationOptions, Evaluator, check_fits, evaluate
-from pahq_hf.files import output_path
-from pahq_hf.graph import Graph
-from pahq_hf.guard import evaluating
-from pahq_hf.means import Means
-from pahq_hf.naming import with_base_model
-from pahq_hf.options import (
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.fits import check_fits
+from pahq_hf.evaluation.report import EvaluationOptions, evaluate
+from pahq_hf.modeling.guard import evaluating
+from pahq_hf.precision.flags import exact_products
+from pahq_hf.precision.fp32.source import WeightSource
+from pahq_hf.search.arguments import (
     AttributeOptions,
     DiscoverOptions,
     EvaluateOptions,
@@ -43,13 +48,11 @@ from pahq_hf.options import (
     check_work,
     read_load_options,
 )
-from pahq_hf.precision import WeightSource, exact_products
-from pahq_hf.preparation import compute_dtype, prepare, resolved
-from pahq_hf.saved_config import load_by_name
-from pahq_hf.settings import RunSettings
-from pahq_hf.sweep import Sweep, SweepRun
+from pahq_hf.search.attribution.run import Attribution
+from pahq_hf.search.pipeline import Discovery
+from pahq_hf.search.settings import RunSettings
+from pahq_hf.search.sweep import Sweep, SweepRun
 from pahq_hf.tasks.base import Task
-from pahq_hf.wrapped import WrappedModel
 
 
 class PAHQModel(WrappedModel):
@@ -377,7 +380,7 @@ class PAHQModel(WrappedModel):
             corrupted: Token ids of corrupted prompts, laid out as the prompts are, or what a tokenizer
                 returns for them (`tokenizer(prompts, return_tensors="pt")`), with its mask. [batch, pos]
             corrupted_mask: Which of them are real; the prompts' own mask by default. [batch, pos]
-            means: Other mean activations (`pahq_hf.means.means_of`).
+            means: Other mean activations (`pahq_hf.capture.mean_activations.means_of`).
             exact: Compute in FP32; False computes at the model's precision, faster.
             any_weights: Accept a circuit that was found on other weights of the same shape.
 

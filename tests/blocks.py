@@ -127,7 +127,7 @@ def _run_command(command: str) -> int:
     try:
         if words[0] == "pahq":
             sys.argv = words
-            from pahq_hf.cli import main
+            from pahq_hf.cli.app import main
 
             main()
         elif words[1] == "-m":

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from pahq_hf.circuit import Circuit
-from pahq_hf.graph import Graph, GraphSpec
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import Graph, GraphSpec
 
 SMALL = GraphSpec(layers=3, heads=4, kv_groups=2)
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pahq_hf import Architecture, register_architecture
-from pahq_hf.architectures.positions import NO_ROTARY
+from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY
 
 
 class TwinConfig(PretrainedConfig):

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
-from pahq_hf.acdc import ReaderRecord, Search
-from pahq_hf.cli import main
-from pahq_hf.graph import BoolArray, Graph, edge_list
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
+from pahq_hf.cli.app import main
+from pahq_hf.search.acdc import ReaderRecord, Search
 from tests.families import ALL_FAMILIES
 from tests.models import FAMILIES
 from tests.referee import Edge, Referee, Result

@@ -1,6 +1,6 @@
 """Train the demo checkpoint: a 4-layer GPT-2 that does every generated task but `docstring`.
 
-    python tools/train_demo.py                       # rewrites pahq_hf/checkpoints/demo
+    python tools/train_demo.py                       # rewrites pahq_hf/checkpoint/demo
     python tools/train_demo.py --out /tmp/demo --steps 500
 
 One tenth of all pairs of names never occurs in training; the IOI figures are on those pairs. The bundled
@@ -32,9 +32,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from pahq_hf.checkpoints import demo_path
-from pahq_hf.tasks import gendered_pronoun, greater_than, induction, ioi, load_task, sva, words
+from pahq_hf.checkpoint.demo_path import demo_path
+from pahq_hf.tasks import gendered_pronoun, greater_than, induction, ioi, sva, words
 from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.loading import load_task
 
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 EVALUATION_SEED = 987_654

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.ablation import BY_POSITION
-from pahq_hf.capture import Activations, answer_logits, capture, with_streams
+from pahq_hf.capture.live_substitute import Call
+from pahq_hf.capture.recording import Activations, answer_logits, capture, with_streams
+from pahq_hf.circuit.ablation import BY_POSITION
 from pahq_hf.errors import CircuitError
-from pahq_hf.patch import PatchedModel
-from pahq_hf.substitute import Call
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 
 Means = Mapping[str, NDArray[np.float32]]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from pahq_hf.capture import Activations, recording
+from pahq_hf.capture.live_substitute import Call, body_of, positions_of
+from pahq_hf.capture.recording import Activations, recording
 from pahq_hf.errors import ConfigError, TaskError, describe
-from pahq_hf.patch import PatchedModel
-from pahq_hf.substitute import Call, body_of, positions_of
+from pahq_hf.modeling.patched_model import PatchedModel
 
 
 def read_prompts(given: object, mask: object = None) -> tuple[Tensor, Tensor | None]:

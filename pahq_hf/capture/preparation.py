@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pahq_hf.capture.self_check import check_patched, probe_task, untouched_logits
+from pahq_hf.checkpoint.fingerprint import identity_of
 from pahq_hf.config import PAHQConfig
-from pahq_hf.fingerprint import identity_of
-from pahq_hf.guard import WeightGuard
-from pahq_hf.lowering import lower
-from pahq_hf.memory import trim
-from pahq_hf.originals import OriginalCheckpoint
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import COMPUTE_DTYPES, CheckpointSource, WeightSource, resolve_compute
-from pahq_hf.selfcheck import check_patched, probe_task, untouched_logits
-from pahq_hf.untouched import check_supported, repair_empty_mlps, resident_device
+from pahq_hf.modeling.guard import WeightGuard
+from pahq_hf.modeling.lowering import lower
+from pahq_hf.modeling.originals import OriginalCheckpoint
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.modeling.untouched import check_supported, repair_empty_mlps, resident_device
+from pahq_hf.precision.fp32.source import CheckpointSource, WeightSource
+from pahq_hf.precision.memory import trim
+from pahq_hf.precision.products import COMPUTE_DTYPES, resolve_compute
 
 
 @dataclass(frozen=True)

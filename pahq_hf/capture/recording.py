@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.architectures.positions import Tables
+from pahq_hf.capture.store import ActivationStore, MemoryStore, kept
 from pahq_hf.errors import ConfigError, TaskError
-from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
-from pahq_hf.layers import Layer
-from pahq_hf.patch import PatchedModel
-from pahq_hf.store import ActivationStore, MemoryStore, kept
-from pahq_hf.sums import add_rows
+from pahq_hf.modeling.architectures.position_embeddings import Tables
+from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
+from pahq_hf.modeling.layers import Layer
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.sums import add_rows
 from pahq_hf.tasks.base import Task
 
 _TOKENS = 4096  # that run at once while activations are captured

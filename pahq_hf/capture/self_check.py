@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf.architectures import find_architecture
-from pahq_hf.capture import Activations, capture, with_streams, written_heads
+from pahq_hf.capture.recording import Activations, capture, with_streams, written_heads
+from pahq_hf.checkpoint.streaming import borrowed
 from pahq_hf.errors import SelfCheckError, first_line
-from pahq_hf.layers import Layer
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource
-from pahq_hf.skeleton import borrowed
+from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.modeling.layers import Layer
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.modeling.untouched import resident_device, token_embedding
+from pahq_hf.precision.fp32.source import CheckpointSource
 from pahq_hf.tasks.base import Task
-from pahq_hf.untouched import resident_device, token_embedding
 
 _TOLERANCE = 1e-5
 _LENGTH = 8

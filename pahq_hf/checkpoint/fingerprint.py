@@ -10,9 +10,9 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf.naming import shared_name
-from pahq_hf.precision import CheckpointSource
-from pahq_hf.skeleton import stored_tensor
+from pahq_hf.checkpoint.streaming import stored_tensor
+from pahq_hf.circuit.naming import shared_name
+from pahq_hf.precision.fp32.source import CheckpointSource
 
 _ROWS = 4096  # of a weight that are converted at once
 _MARK = "xxh3-"

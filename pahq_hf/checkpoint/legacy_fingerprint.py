@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pahq_hf.originals import original_tensors
-from pahq_hf.patch import PatchedModel
+from pahq_hf.modeling.originals import original_tensors
+from pahq_hf.modeling.patched_model import PatchedModel
 
 logger = logging.getLogger(__name__)
 LEGACY_NOTE = (

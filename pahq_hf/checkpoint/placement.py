@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.options import usable_device
+from pahq_hf.search.arguments import usable_device
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pahq_hf import checkpoint
+from pahq_hf.checkpoint.load import load, load_tokenizer
 from pahq_hf.config import CONFIG_NAME, PAHQConfig
 from pahq_hf.errors import HubError, ModelLoadError, UnsupportedModelError
-from pahq_hf.precision import WeightSource
+from pahq_hf.precision.fp32.source import WeightSource
 
 _PLACE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -79,7 +79,7 @@ def load_by_name(
     """
     config = given or PAHQConfig(**fields)
     try:
-        model, source = checkpoint.load(
+        model, source = load(
             name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **arguments
         )
     except (ModelLoadError, UnsupportedModelError):
@@ -89,4 +89,4 @@ def load_by_name(
         rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
         rest["revision"] = saved.revision
         return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest)
-    return LoadedModel(model, checkpoint.load_tokenizer(name, **arguments), source, config, name)
+    return LoadedModel(model, load_tokenizer(name, **arguments), source, config, name)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from pahq_hf.architectures import find_architecture
 from pahq_hf.errors import ModelLoadError
-from pahq_hf.memory import trim
-from pahq_hf.precision import CheckpointSource, stored_name
+from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.precision.fp32.source import CheckpointSource, stored_name
+from pahq_hf.precision.memory import trim
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pahq_hf.run_record import RunRecord
-from pahq_hf.verdict import ACCURACY_FROM
+from pahq_hf.circuit.run_record import RunRecord
+from pahq_hf.circuit.verdict import ACCURACY_FROM
 
 BY_POSITION = "position."  # prefix of means by position in means.safetensors
 APPLY = "apply"  # the section of discovery.json: {"ablation": of plain `apply`, "accuracy": {name: share}}

@@ -8,14 +8,14 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCardData
 
-from pahq_hf.ablation import accuracies, carried_under, works_under
-from pahq_hf.files import PICTURE_NAME
-from pahq_hf.identity import ModelIdentity
-from pahq_hf.render.facts import Described
-from pahq_hf.render.layout import DRAWN_EDGES
-from pahq_hf.run_record import PrecisionFacts, SearchArguments, TaskFacts
+from pahq_hf.circuit.ablation import accuracies, carried_under, works_under
+from pahq_hf.circuit.files import PICTURE_NAME
+from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.render.facts import Described
+from pahq_hf.circuit.render.layout import DRAWN_EDGES
+from pahq_hf.circuit.run_record import PrecisionFacts, SearchArguments, TaskFacts
+from pahq_hf.circuit.terminal import printable
 from pahq_hf.tasks.catalog import DESCRIPTIONS
-from pahq_hf.terminal import printable
 
 _MARKUP = "\\`*<>[]|"
 _LONGEST = 200  # characters of a text that comes from files

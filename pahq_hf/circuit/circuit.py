@@ -12,12 +12,11 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from pahq_hf import hub
-from pahq_hf.ablation import plain_ablation
-from pahq_hf.confirmation import Confirmation
-from pahq_hf.errors import HubError, check_place
-from pahq_hf.extras import spared
-from pahq_hf.files import (
+from pahq_hf.circuit import hub
+from pahq_hf.circuit.ablation import plain_ablation
+from pahq_hf.circuit.confirmation import Confirmation
+from pahq_hf.circuit.extras import spared
+from pahq_hf.circuit.files import (
     CIRCUIT_NAME,
     DISCOVERY_NAME,
     MEANS_NAME,
@@ -27,13 +26,14 @@ from pahq_hf.files import (
     write_atomically,
     write_text,
 )
-from pahq_hf.graph import BoolArray, Graph
-from pahq_hf.identity import ModelIdentity
-from pahq_hf.naming import without_place
-from pahq_hf.run_record import RunRecord
-from pahq_hf.scored_edges import ScoredEdges
-from pahq_hf.storage import StoredCircuit, read_circuit, write_circuit
-from pahq_hf.verdict import Verdict
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.naming import without_place
+from pahq_hf.circuit.run_record import RunRecord
+from pahq_hf.circuit.scored_edges import ScoredEdges
+from pahq_hf.circuit.storage import StoredCircuit, read_circuit, write_circuit
+from pahq_hf.circuit.verdict import Verdict
+from pahq_hf.errors import HubError, check_place
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -50,7 +50,7 @@ class Circuit:
         model: What identifies the base model: id, revision, family, width, fingerprint; where it is `local`,
             the id is the name of a folder. A path is cut to that.
         discovery: What ran and what came out (`discovery.json`).
-        means: Mean activations, for `PAHQModel.apply` without corrupted prompts (`pahq_hf.means`).
+        means: Mean activations, for `PAHQModel.apply` without corrupted prompts (`mean_activations`).
     """
 
     graph: Graph
@@ -137,7 +137,7 @@ class Circuit:
 
     def _repr_html_(self) -> str:
         """The circuit in a notebook: its picture and the facts of its run."""
-        from pahq_hf.render.notebook import circuit_html
+        from pahq_hf.circuit.render.notebook import circuit_html
 
         return circuit_html(self)
 
@@ -161,12 +161,12 @@ class Circuit:
     def _illustrate(self, folder: Path, *, card: bool = True, **where: Any) -> None:
         """The picture, and the card that shows it; neither can lose the results."""
         with spared(folder / PICTURE_NAME):
-            from pahq_hf.render.picture import draw
+            from pahq_hf.circuit.render.picture import draw
 
             write_atomically(folder / PICTURE_NAME, lambda path: draw(self.scored, path, "png"))
         if card:
             with spared(folder / hub.CARD_NAME):
-                from pahq_hf.card import render_card
+                from pahq_hf.circuit.card import render_card
 
                 text = render_card(self, has_picture=(folder / PICTURE_NAME).is_file(), **where)
                 write_text(folder / hub.CARD_NAME, hub.signed(text))

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from pahq_hf.circuit.graph import READER_KINDS, BoolArray
+from pahq_hf.circuit.scored_edges import ScoredEdges
 from pahq_hf.errors import CircuitError
-from pahq_hf.graph import READER_KINDS, BoolArray
-from pahq_hf.scored_edges import ScoredEdges
 
 
 def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pahq_hf.naming import hub_id_of, with_base_model, without_place
-from pahq_hf.sections import Section
+from pahq_hf.circuit.naming import hub_id_of, with_base_model, without_place
+from pahq_hf.circuit.sections import Section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.files import output_path, read_json, write_text
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.render.palette import LIGHT
+from pahq_hf.circuit.terminal import printable
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.files import output_path, read_json, write_text
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.render.palette import LIGHT
-from pahq_hf.terminal import printable
 
 _CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
 

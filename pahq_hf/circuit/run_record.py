@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pahq_hf.confirmation import Confirmation
+from pahq_hf.circuit.confirmation import Confirmation
+from pahq_hf.circuit.sections import Section
+from pahq_hf.circuit.verdict import Verdict
 from pahq_hf.errors import CircuitError
-from pahq_hf.sections import Section
-from pahq_hf.verdict import Verdict
 
 GREEDY = "acdc"  # the method of files that name none
 # Titles of the methods there were before a record carried its own.

@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from pahq_hf.graph import BoolArray, Graph, edge_list
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 
 
 @dataclass(frozen=True, eq=False)

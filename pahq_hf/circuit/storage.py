@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from pahq_hf.errors import CircuitError, ConfigError, RunError
-from pahq_hf.files import (
+from pahq_hf.circuit.files import (
     CIRCUIT_NAME,
     DISCOVERY_NAME,
     JOURNAL_NAME,
@@ -29,10 +28,11 @@ from pahq_hf.files import (
     text_writer,
     write_together,
 )
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.identity import ModelIdentity
-from pahq_hf.run_record import RunRecord
-from pahq_hf.scored_edges import ScoredEdges
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.run_record import RunRecord
+from pahq_hf.circuit.scored_edges import ScoredEdges
+from pahq_hf.errors import CircuitError, ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1

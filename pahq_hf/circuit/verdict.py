@@ -34,7 +34,7 @@ class Verdict:
         value: The circuit's.
         full: The full model's.
         empty: That of no edges.
-        accuracy: Top-1 accuracy of the circuit (`pahq_hf.evaluation.accuracy`).
+        accuracy: Top-1 accuracy of the circuit (`pahq_hf.evaluation.greedy_accuracy`).
         accuracy_full: Of the full model.
         has_answers: Whether accuracy counts right answers; else it is agreement with the full model.
         kept: Edges of the circuit.

@@ -15,9 +15,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pahq_hf.cli_attribute import attribute
-from pahq_hf.cli_evaluate import evaluate
-from pahq_hf.cli_options import (
+from pahq_hf.circuit.files import CIRCUIT_NAME, output_path
+from pahq_hf.circuit.terminal import Terminated, printable, printable_notes, terminable
+from pahq_hf.cli.attribute import attribute
+from pahq_hf.cli.ending import after, again, beside, evaluation, print_end, shifted
+from pahq_hf.cli.evaluate import evaluate
+from pahq_hf.cli.extensions import load_extensions
+from pahq_hf.cli.options import (
     AblationOption,
     AbsoluteOption,
     ActiveOption,
@@ -56,7 +60,7 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import (
+from pahq_hf.cli.output import (
     ClosedPipe,
     JsonOption,
     exit_unverified,
@@ -66,18 +70,14 @@ from pahq_hf.cli_output import (
     say_resumed,
     written_output,
 )
-from pahq_hf.cli_share import compare, export, import_, pull, push, show
-from pahq_hf.cli_sweep import sweep
-from pahq_hf.cli_tasks import tasks
-from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
+from pahq_hf.cli.share import compare, export, import_, pull, push, show
+from pahq_hf.cli.sweep import sweep
+from pahq_hf.cli.tasks import tasks
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
-from pahq_hf.extensions import load_extensions
-from pahq_hf.files import CIRCUIT_NAME, output_path
-from pahq_hf.progress import make_progress
-from pahq_hf.quiet import quiet_imports
-from pahq_hf.settings import RunSettings
-from pahq_hf.terminal import Terminated, printable, printable_notes, terminable
-from pahq_hf.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
+from pahq_hf.precision.quiet import quiet_imports
+from pahq_hf.precision.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
+from pahq_hf.search.progress import make_progress
+from pahq_hf.search.settings import RunSettings
 
 app = typer.Typer(
     name="pahq",
@@ -111,11 +111,11 @@ def info(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Size of a model's graph and of a run on it, from its config and the headers of its files."""
-    from pahq_hf.architectures import graph_spec
-    from pahq_hf.checkpoint import load_config, local_files
+    from pahq_hf.checkpoint.load import load_config, local_files
+    from pahq_hf.circuit.graph import Graph
+    from pahq_hf.cli.tables import facts_table, memory_table
     from pahq_hf.config import PAHQConfig
-    from pahq_hf.graph import Graph
-    from pahq_hf.render.table import facts_table, memory_table
+    from pahq_hf.modeling.architectures.lookup import graph_spec
 
     arguments = load_arguments(gguf_file, revision, token, trust_remote_code)
     pahq = PAHQConfig(
@@ -139,8 +139,8 @@ def info(
     }
     if not as_json:
         print_rich(facts_table(facts))  # known at once; the plan takes longer
-    from pahq_hf.accounting import empty_model, report
-    from pahq_hf.precision import CheckpointSource
+    from pahq_hf.engine.memory_plan import empty_model, report
+    from pahq_hf.precision.fp32.source import CheckpointSource
 
     files = local_files(model, **arguments)
     needs = report(
@@ -164,8 +164,8 @@ def families(
     as_json: JsonOption = False,
 ) -> None:
     """Supported model families, and how their blocks are read."""
-    from pahq_hf.families import stored_families
-    from pahq_hf.render.table import facts_table, families_table
+    from pahq_hf.cli.tables import facts_table, families_table
+    from pahq_hf.modeling.architectures.shipped import stored_families
 
     facts = [row for row in stored_families() if family in (None, row.family)]
     if not facts:
@@ -228,10 +228,10 @@ def discover(
 ) -> None:
     """Find the circuit of a task with ACDC and write it to a folder."""
     from pahq_hf import PAHQModel, load_task
+    from pahq_hf.cli.tables import run_table
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
-    from pahq_hf.lock import check_free
-    from pahq_hf.render.table import run_table
-    from pahq_hf.tasks import check_choice
+    from pahq_hf.search.lock import check_free
+    from pahq_hf.tasks.loading import check_choice
 
     check_choice(
         task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle

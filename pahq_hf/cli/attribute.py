@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pahq_hf.cli_options import (
+from pahq_hf.circuit.files import output_path
+from pahq_hf.cli.ending import after, again, beside, evaluation, print_end, shifted
+from pahq_hf.cli.options import (
     AblationOption,
     BaseModelOption,
     BudgetOption,
@@ -35,12 +37,10 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, print_json, print_rich
-from pahq_hf.cli_verdict import after, again, beside, evaluation, print_end, shifted
+from pahq_hf.cli.output import JsonOption, print_json, print_rich
 from pahq_hf.config import EngineName, MethodName
-from pahq_hf.files import output_path
-from pahq_hf.progress import make_progress
-from pahq_hf.threads import take_threads
+from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.progress import make_progress
 
 
 def attribute(
@@ -82,11 +82,11 @@ def attribute(
 ) -> None:
     """Score every edge by attribution, and write the best as a circuit to a folder."""
     from pahq_hf import PAHQModel, load_task
+    from pahq_hf.circuit.files import refuse_overwrite
+    from pahq_hf.cli.tables import run_table
     from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
-    from pahq_hf.files import refuse_overwrite
-    from pahq_hf.lock import check_free
-    from pahq_hf.render.table import run_table
-    from pahq_hf.tasks import check_choice
+    from pahq_hf.search.lock import check_free
+    from pahq_hf.tasks.loading import check_choice
 
     check_choice(
         task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pahq_hf.terminal import printable
+from pahq_hf.circuit.terminal import printable
 
 if TYPE_CHECKING:
-    from pahq_hf.circuit import Circuit
-    from pahq_hf.verdict import Verdict
+    from pahq_hf.circuit.circuit import Circuit
+    from pahq_hf.circuit.verdict import Verdict
 
 _NEVER = ("token", "as_json", "resume", "take_over")  # a secret, and what is of one call
 _EVALUATES = ("task", "n", "split", "shuffle", "gguf_file", "revision", "trust_remote_code", "device")
@@ -51,7 +51,7 @@ def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
     Returns:
         It, quoted for a shell; where the data has no more prompts, the command that shows the circuit.
     """
-    from pahq_hf.tasks import is_generated
+    from pahq_hf.tasks.loading import is_generated
 
     total, seed = circuit.record.task.total or 0, context.params["seed"]
     if is_generated(str(context.params["task"])):

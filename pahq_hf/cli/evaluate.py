@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pahq_hf.cli_options import (
+from pahq_hf.circuit.files import output_path
+from pahq_hf.cli.options import (
     CountOption,
     DataSplitOption,
     DeviceOption,
@@ -23,14 +24,13 @@ from pahq_hf.cli_options import (
     TrustOption,
     load_arguments,
 )
-from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli.output import JsonOption, print_json, print_rich
 from pahq_hf.errors import ConfigError
-from pahq_hf.files import output_path
-from pahq_hf.progress import make_progress
-from pahq_hf.threads import take_threads
+from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.progress import make_progress
 
 if TYPE_CHECKING:
-    from pahq_hf.circuit import Circuit
+    from pahq_hf.circuit.circuit import Circuit
 
 
 def evaluate(
@@ -78,9 +78,9 @@ def evaluate(
 ) -> None:
     """Judge a circuit on a task, in FP32."""
     from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
+    from pahq_hf.circuit.files import make_folder
     from pahq_hf.evaluation.report import reference_facts
-    from pahq_hf.files import make_folder
-    from pahq_hf.tasks import check_choice, is_generated
+    from pahq_hf.tasks.loading import check_choice, is_generated
 
     # The seed of --completeness has a use of its own, whatever the prompts.
     drawn = None if completeness and not shuffle and not is_generated(task) else seed
@@ -117,14 +117,14 @@ def evaluate(
     if as_json:
         print_json(facts)
     else:
-        from pahq_hf.render.judged import evaluation_tables
+        from pahq_hf.cli.evaluation_tables import evaluation_tables
 
         print_rich(*evaluation_tables(facts))
     if plots is not None:
-        from pahq_hf.extras import spared
+        from pahq_hf.circuit.extras import spared
 
         with spared(plots):  # what was measured is printed by now
-            from pahq_hf.render.plots import write_plots
+            from pahq_hf.circuit.render.plots import write_plots
 
             write_plots(facts, plots)
 
@@ -132,6 +132,6 @@ def evaluate(
 def _read_reference(path: Path) -> Circuit:
     """A circuit's folder, or a file in EAP-IG's format."""
     from pahq_hf import Circuit
-    from pahq_hf.interchange import from_mib
+    from pahq_hf.circuit.interchange import from_mib
 
     return from_mib(path) if path.is_file() else Circuit.from_pretrained(path)

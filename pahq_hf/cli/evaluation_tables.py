@@ -7,14 +7,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pahq_hf.render.table import facts_table
+from pahq_hf.cli.tables import facts_table
 
 _ENDS = 5  # edges shown at each end of the drop-one effects
 _OWN_TABLE = ("curve", "minimality", "completeness", "reference")
 
 
 def evaluation_tables(facts: dict[str, Any]) -> list[Table]:
-    """Tables of what `pahq_hf.evaluation.evaluate` found.
+    """Tables of what `pahq_hf.evaluation.report.evaluate` found.
 
     Args:
         facts: Its result.

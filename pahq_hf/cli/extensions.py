@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from importlib.metadata import entry_points
 
+from pahq_hf.circuit.terminal import printable
 from pahq_hf.errors import first_line
-from pahq_hf.terminal import printable
 
 GROUP = "pahq_hf"
 

@@ -17,7 +17,7 @@ from pahq_hf.config import (
     StoreName,
 )
 from pahq_hf.errors import ConfigError, MetricError, first_line
-from pahq_hf.settings import RunSettings
+from pahq_hf.search.settings import RunSettings
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -53,7 +53,7 @@ PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
 
 def _known_format(name: str) -> str:
     """A format's name, checked as soon as it is read."""
-    from pahq_hf.precision.low import find_format
+    from pahq_hf.precision.formats.registry import find_format
 
     try:
         return find_format(name).name
@@ -88,7 +88,7 @@ TablesOption = Annotated[
 # Of a search.
 def _known(metric: str | None) -> str | None:
     """A metric's name, checked as soon as it is read."""
-    from pahq_hf.metrics import find_metric
+    from pahq_hf.tasks.metrics import find_metric
 
     if metric is not None:
         try:

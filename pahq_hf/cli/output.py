@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from pahq_hf.circuit.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
+from pahq_hf.circuit.terminal import Terminated, ending, printable
 from pahq_hf.errors import PAHQError
-from pahq_hf.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
-from pahq_hf.terminal import Terminated, ending, printable
 
 if TYPE_CHECKING:
-    from pahq_hf.circuit import Circuit
+    from pahq_hf.circuit.circuit import Circuit
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
@@ -37,7 +37,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    from pahq_hf.render.table import facts_table
+    from pahq_hf.cli.tables import facts_table
 
     print_rich(facts_table(facts))
 

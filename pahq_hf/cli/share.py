@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pahq_hf.cli_output import JsonOption, print_facts, print_json, print_rich
-from pahq_hf.files import output_path
+from pahq_hf.circuit.files import output_path
+from pahq_hf.cli.output import JsonOption, print_facts, print_json, print_rich
 
 CircuitArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -36,16 +36,16 @@ def show(
 ) -> None:
     """Show a circuit: what ran, kept edges per layer, the strongest edges; or a page or picture of it."""
     from pahq_hf import Circuit
-    from pahq_hf.files import write_atomically, write_text
-    from pahq_hf.render.table import edge_table, layer_table, run_table
+    from pahq_hf.circuit.files import write_atomically, write_text
+    from pahq_hf.cli.tables import edge_table, layer_table, run_table
 
     circuit = Circuit.from_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
     if html is not None:
-        from pahq_hf.render.page import circuit_page
+        from pahq_hf.circuit.render.page import circuit_page
 
         write_text(html, circuit_page(circuit))
     if svg is not None or png is not None:
-        from pahq_hf.render.picture import draw
+        from pahq_hf.circuit.render.picture import draw
 
         if svg is not None:
             write_atomically(svg, lambda path: draw(circuit.scored, path, "svg"))
@@ -97,7 +97,7 @@ def pull(
 ) -> None:
     """Fetch a circuit from the Hugging Face Hub, checked, into a folder."""
     from pahq_hf import Circuit
-    from pahq_hf.files import refuse_overwrite
+    from pahq_hf.circuit.files import refuse_overwrite
 
     refuse_overwrite(out)
     circuit = Circuit.from_pretrained(repo_id, revision=revision, subfolder=subfolder, token=token)
@@ -112,7 +112,7 @@ def export(
 ) -> None:
     """Write a circuit for other tools: EAP-IG / MIB JSON, CSV, GraphML or Graphviz DOT."""
     from pahq_hf import Circuit
-    from pahq_hf.interchange import export as write
+    from pahq_hf.circuit.interchange import export as write
 
     write(Circuit.from_pretrained(folder), out, fmt)
 
@@ -122,8 +122,8 @@ def import_(
     out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="Folder for the circuit.")],
 ) -> None:
     """Make a circuit folder of an EAP-IG or MIB graph."""
-    from pahq_hf.files import refuse_overwrite
-    from pahq_hf.interchange import from_mib
+    from pahq_hf.circuit.files import refuse_overwrite
+    from pahq_hf.circuit.interchange import from_mib
 
     refuse_overwrite(out)
     from_mib(file).save_pretrained(out)
@@ -140,13 +140,13 @@ def compare(
 ) -> None:
     """Compare two circuits of one graph: overlap by kind of edge, correlation of scores."""
     from pahq_hf import Circuit
-    from pahq_hf.comparison import compare_circuits
-    from pahq_hf.files import write_text
+    from pahq_hf.circuit.comparison import compare_circuits
+    from pahq_hf.circuit.files import write_text
 
     a, b = Circuit.from_pretrained(first), Circuit.from_pretrained(second)
     facts = compare_circuits(a.scored, b.scored)
     if html is not None:
-        from pahq_hf.render.page import compare_page
+        from pahq_hf.circuit.render.page import compare_page
 
         write_text(html, compare_page(a, b))
     print_facts(facts, as_json)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pahq_hf.cli_options import (
+from pahq_hf.circuit.files import output_path
+from pahq_hf.cli.ending import again, evaluation, print_end, shifted
+from pahq_hf.cli.options import (
     AblationOption,
     AbsoluteOption,
     ActiveOption,
@@ -46,16 +48,14 @@ from pahq_hf.cli_options import (
     read_bytes,
     read_policy,
 )
-from pahq_hf.cli_output import JsonOption, exit_unverified, keeps_journal, print_json, print_rich
-from pahq_hf.cli_verdict import again, evaluation, print_end, shifted
+from pahq_hf.cli.output import JsonOption, exit_unverified, keeps_journal, print_json, print_rich
 from pahq_hf.errors import ConfigError
-from pahq_hf.files import output_path
-from pahq_hf.progress import make_progress
-from pahq_hf.settings import RunSettings
-from pahq_hf.threads import take_threads
+from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.progress import make_progress
+from pahq_hf.search.settings import RunSettings
 
 if TYPE_CHECKING:
-    from pahq_hf.sweep import Sweep
+    from pahq_hf.search.sweep import Sweep
 
 
 @keeps_journal
@@ -109,11 +109,11 @@ def sweep(
 ) -> None:
     """Find a task's circuits at several thresholds, computing once what the searches share."""
     from pahq_hf import PAHQModel, load_task
+    from pahq_hf.cli.tables import sweep_table
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
-    from pahq_hf.lock import check_free
-    from pahq_hf.render.table import sweep_table
-    from pahq_hf.sweep import check_thresholds
-    from pahq_hf.tasks import check_choice
+    from pahq_hf.search.lock import check_free
+    from pahq_hf.search.sweep import check_thresholds
+    from pahq_hf.tasks.loading import check_choice
 
     check_choice(
         task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle
@@ -162,7 +162,7 @@ def sweep(
 
 def _next(context: typer.Context, found: Sweep, out: Path) -> str:
     """Judge the smallest circuit that does what the model does; without one, more thresholds."""
-    from pahq_hf.sweep import threshold_folder
+    from pahq_hf.search.sweep import threshold_folder
 
     rows = [row for row in found.rows if row.verdict is None or row.verdict.kind != "whole"]
     good = [row.threshold for row in rows if row.verdict is None or not row.verdict.poor]

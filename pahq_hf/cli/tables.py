@@ -9,15 +9,15 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from pahq_hf.circuit import Circuit
-from pahq_hf.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
-from pahq_hf.render.facts import run_facts
-from pahq_hf.verdict import Verdict
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
+from pahq_hf.circuit.render.facts import run_facts
+from pahq_hf.circuit.verdict import Verdict
 
 if TYPE_CHECKING:  # these rooms need torch, which takes longer to import than most tables to print
-    from pahq_hf.accounting import MemoryReport
-    from pahq_hf.families import FamilyFacts
-    from pahq_hf.sweep import SweepRow
+    from pahq_hf.engine.memory_plan import MemoryReport
+    from pahq_hf.modeling.architectures.shipped import FamilyFacts
+    from pahq_hf.search.sweep import SweepRow
 
 _TOP = 15
 

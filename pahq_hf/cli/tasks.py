@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pahq_hf.cli_options import RevisionOption, TokenOption, TrustOption, load_arguments
-from pahq_hf.cli_output import JsonOption, print_json, print_rich
+from pahq_hf.cli.options import RevisionOption, TokenOption, TrustOption, load_arguments
+from pahq_hf.cli.output import JsonOption, print_json, print_rich
 from pahq_hf.errors import ModelLoadError, TaskError
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def tasks(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generated tasks, with an example of each."""
-    from pahq_hf.render.table import facts_table
-    from pahq_hf.tasks import DESCRIPTIONS
+    from pahq_hf.cli.tables import facts_table
+    from pahq_hf.tasks.catalog import DESCRIPTIONS
 
     rows: list[dict[str, Any]] = [asdict(facts) for facts in DESCRIPTIONS]
     if model is not None:
-        from pahq_hf.checkpoint import load_config, load_tokenizer
+        from pahq_hf.checkpoint.load import load_config, load_tokenizer
 
         arguments = load_arguments(None, revision, token, trust_remote_code)
         load_config(model, **arguments)  # says what is wrong with a model that is not there
@@ -49,7 +49,7 @@ def tasks(
 
 def _under(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
     """One real pair of a task, or why there is none."""
-    from pahq_hf.tasks import load_task
+    from pahq_hf.tasks.loading import load_task
 
     try:
         task = load_task(name, tokenizer, n=1)

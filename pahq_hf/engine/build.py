@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from pahq_hf.capture.store import make_store
 from pahq_hf.config import Ablation, EngineConfig, MetricName
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
 from pahq_hf.engine.setting import Setting
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.patch import PatchedModel
-from pahq_hf.store import make_store
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,6 @@ def make_gradient_runs(setting: Setting) -> GradientRuns:
         TaskError: If the prompts do not fit the model.
         MetricError: If the task lacks what the metric needs, or the metric is NaN.
     """
-    from pahq_hf.attribution.runs import Runs  # that room imports this one
+    from pahq_hf.engine.hooks.gradient_runs import Runs
 
     return Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)

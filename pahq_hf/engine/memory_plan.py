@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pahq_hf.config import PAHQConfig
-from pahq_hf.engine.budget import BATCH_TOKENS, default_budget
-from pahq_hf.engine.hooks import buffer_bytes
-from pahq_hf.memory import read_memory
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource, Layout, PAHQLinear, Region, layouts, stored_bytes, stored_name
+from pahq_hf.engine.hooks.engine import buffer_bytes
+from pahq_hf.engine.sparse.budget import BATCH_TOKENS, default_budget
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.formats.registry import stored_bytes
+from pahq_hf.precision.fp32.source import CheckpointSource, stored_name
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.memory import read_memory
+from pahq_hf.precision.policy import layouts
+from pahq_hf.precision.weight_block import Layout, Region
 
 _FP32 = 4  # bytes
 _STORED = "in the checkpoint"

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineName
-from pahq_hf.engine.timing import Phases
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.engine.phases import Phases
 
 if TYPE_CHECKING:  # whoever knows engines by these protocols alone loads no torch
     from torch import Tensor
 
-    from pahq_hf.capture import Activations
-    from pahq_hf.metrics import Metric
+    from pahq_hf.capture.recording import Activations
     from pahq_hf.tasks.base import Task
+    from pahq_hf.tasks.metrics import Metric
 
 
 @dataclass(frozen=True)

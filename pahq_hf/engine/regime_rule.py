@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pahq_hf.config import PAHQConfig
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import COMPUTE_DTYPES, resolve_compute
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.products import COMPUTE_DTYPES, resolve_compute
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName, PAHQConfig
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.graph import Graph
-from pahq_hf.patch import PatchedModel
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 
 

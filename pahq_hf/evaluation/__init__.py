@@ -1,33 +1,34 @@
 """Judge a circuit, wholly in FP32 (docs/semantics.md, section 6)."""
 
-from pahq_hf.evaluation.accuracy import accuracy, chance, warn_near_chance
-from pahq_hf.evaluation.checks import check_fits, check_shape
-from pahq_hf.evaluation.curves import MIB_FRACTIONS, Curve, faithfulness_curve, rank_edges
-from pahq_hf.evaluation.evaluator import Evaluator
-from pahq_hf.evaluation.necessity import Completeness, Minimality, completeness, minimality
-from pahq_hf.evaluation.report import EvaluationOptions, evaluate
-from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
-from pahq_hf.verdict import faithfulness
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "MIB_FRACTIONS",
-    "Completeness",
-    "Curve",
-    "EvaluationOptions",
-    "Evaluator",
-    "Minimality",
-    "Roc",
-    "accuracy",
-    "chance",
-    "check_fits",
-    "check_shape",
-    "completeness",
-    "edge_roc",
-    "evaluate",
-    "faithfulness",
-    "faithfulness_curve",
-    "minimality",
-    "node_roc",
-    "rank_edges",
-    "warn_near_chance",
-]
+_FILES = {
+    "Completeness": "pahq_hf.evaluation.necessity",
+    "Curve": "pahq_hf.evaluation.curves",
+    "EvaluationOptions": "pahq_hf.evaluation.report",
+    "Evaluator": "pahq_hf.evaluation.evaluator",
+    "MIB_FRACTIONS": "pahq_hf.evaluation.curves",
+    "Minimality": "pahq_hf.evaluation.necessity",
+    "Roc": "pahq_hf.evaluation.roc",
+    "accuracy": "pahq_hf.evaluation.greedy_accuracy",
+    "chance": "pahq_hf.evaluation.greedy_accuracy",
+    "check_fits": "pahq_hf.evaluation.fits",
+    "check_shape": "pahq_hf.evaluation.fits",
+    "completeness": "pahq_hf.evaluation.necessity",
+    "edge_roc": "pahq_hf.evaluation.roc",
+    "evaluate": "pahq_hf.evaluation.report",
+    "faithfulness": "pahq_hf.circuit.verdict",
+    "faithfulness_curve": "pahq_hf.evaluation.curves",
+    "minimality": "pahq_hf.evaluation.necessity",
+    "node_roc": "pahq_hf.evaluation.roc",
+    "rank_edges": "pahq_hf.evaluation.curves",
+    "warn_near_chance": "pahq_hf.evaluation.greedy_accuracy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_FILES[name]), name)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pahq_hf.apply import applied
-from pahq_hf.capture import answer_logits
-from pahq_hf.engine.hooks import BUFFER_BYTES
-from pahq_hf.graph import BoolArray
-from pahq_hf.partner import Partner
-from pahq_hf.patch import PatchedModel
-from pahq_hf.substitute import Substitute
+from pahq_hf.capture.live_substitute import Substitute
+from pahq_hf.capture.partner import Partner
+from pahq_hf.capture.recording import answer_logits
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.engine.hooks.apply import applied
+from pahq_hf.engine.hooks.engine import BUFFER_BYTES
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 
 

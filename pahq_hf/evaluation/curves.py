@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.errors import ConfigError, MetricError
-from pahq_hf.graph import BoolArray, Graph
 
 # Shares of edges that are kept: MIB's grid.
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -9,21 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.ablation import CORRUPTED, FULL, plain_ablation
-from pahq_hf.apply import plain_substitute
-from pahq_hf.circuit import Circuit
+from pahq_hf.capture.mean_activations import Means, kept_means
+from pahq_hf.circuit.ablation import CORRUPTED, FULL, plain_ablation
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.build import make_dropper, make_referee
+from pahq_hf.engine.hooks.apply import plain_substitute
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation.accuracy import accuracy
 from pahq_hf.evaluation.applied import applied_logits, partner_of
-from pahq_hf.evaluation.checks import check_shape
-from pahq_hf.graph import BoolArray, Graph
-from pahq_hf.means import Means, kept_means
-from pahq_hf.metrics import Metric
-from pahq_hf.patch import PatchedModel
+from pahq_hf.evaluation.fits import check_shape
+from pahq_hf.evaluation.greedy_accuracy import accuracy
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
-from pahq_hf.verdict import Verdict, faithfulness
+from pahq_hf.tasks.metrics import Metric
 
 
 class Evaluator:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.checkpoint.legacy_fingerprint import LEGACY_NOTE, is_legacy, legacy_fingerprint_of
+from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.errors import CircuitError
-from pahq_hf.legacy import LEGACY_NOTE, is_legacy, legacy_fingerprint_of
-from pahq_hf.patch import PatchedModel
+from pahq_hf.modeling.patched_model import PatchedModel
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.evaluator import Evaluator, faithfulness
-from pahq_hf.graph import BoolArray, Graph, edge_list
 
 
 @dataclass(frozen=True)

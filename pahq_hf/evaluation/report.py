@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pahq_hf.ablation import APPLY
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.ablation import APPLY
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError, check_names
 from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.necessity import completeness, minimality
 from pahq_hf.evaluation.roc import edge_roc, node_roc, nodes_of, precision_recall
-from pahq_hf.graph import BoolArray, Graph, edge_list
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.errors import ConfigError
-from pahq_hf.graph import BoolArray, Graph
 
 AucRule = Literal["step", "trapezoid"]
 

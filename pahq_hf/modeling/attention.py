@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.architectures import Architecture
-from pahq_hf.architectures.positions import Tables
-from pahq_hf.graph import ReaderKind
-from pahq_hf.norms import BlockOutput, norm_heads, norm_jointly
-from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.modeling.architectures.architecture import Architecture
+from pahq_hf.modeling.architectures.position_embeddings import Tables
+from pahq_hf.modeling.norms import BlockOutput, norm_heads, norm_jointly
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.products import DifferenceProduct, Product
 
 
 class ReaderInputs(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.errors import UnsupportedModelError
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.precision.linear import PAHQLinear
 
 
 class PAHQExperts(nn.Module):

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision import WeightMatrix
+from pahq_hf.precision.weights import WeightMatrix
 
 _CHUNK = 1 << 22  # values that are summed at once on a GPU
 _SPREAD = (-7046029254386353131, -4417276706812531889)  # odd, with about half their bits set

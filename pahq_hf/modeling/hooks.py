@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pahq_hf.layers import Layer
+from pahq_hf.modeling.layers import Layer
 
 Hook = Callable[..., Any]
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pahq_hf.architectures import Architecture
-from pahq_hf.attention import PAHQAttention
+from pahq_hf.circuit.graph import GraphSpec
 from pahq_hf.errors import UnsupportedModelError
-from pahq_hf.experts import patch_experts
-from pahq_hf.graph import GraphSpec
-from pahq_hf.norms import BlockOutput
-from pahq_hf.precision import PAHQLinear
-from pahq_hf.projections import linear_from, patch_attention
+from pahq_hf.modeling.architectures.architecture import Architecture
+from pahq_hf.modeling.attention import PAHQAttention
+from pahq_hf.modeling.experts import patch_experts
+from pahq_hf.modeling.norms import BlockOutput
+from pahq_hf.modeling.projections import linear_from, patch_attention
+from pahq_hf.precision.linear import PAHQLinear
 
 
 @dataclass(frozen=True)

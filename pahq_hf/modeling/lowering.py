@@ -7,19 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from pahq_hf.errors import ConfigError, ModelLoadError
-from pahq_hf.memory import trim
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import (
-    Layout,
-    PAHQLinear,
-    SourceBlock,
-    SpillSource,
-    WeightMatrix,
-    WeightSource,
-    layouts,
-    stored_name,
-)
-from pahq_hf.projections import qkv_ranges
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.modeling.projections import qkv_ranges
+from pahq_hf.precision.fp32.source import SourceBlock, SpillSource, WeightSource, stored_name
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.memory import trim
+from pahq_hf.precision.policy import layouts
+from pahq_hf.precision.weight_block import Layout
+from pahq_hf.precision.weights import WeightMatrix
 
 Segments = tuple[tuple[int, int], ...]
 

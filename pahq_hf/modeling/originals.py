@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import ConfigError, UnsupportedModelError
-from pahq_hf.experts import PAHQExperts
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import CheckpointSource, PAHQLinear, PAHQTable, WeightMatrix
-from pahq_hf.projections import qkv_ranges
+from pahq_hf.modeling.attention import PAHQAttention
+from pahq_hf.modeling.experts import PAHQExperts
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.modeling.projections import qkv_ranges
+from pahq_hf.precision.embeddings import PAHQTable
+from pahq_hf.precision.fp32.source import CheckpointSource
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.weights import WeightMatrix
 
 Read = Callable[[], Tensor]
 

@@ -10,21 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pahq_hf.architectures import Architecture, find_architecture, graph_spec
-from pahq_hf.graph import Graph
-from pahq_hf.layers import Layer, patch_layer
-from pahq_hf.norms import widen_norms
-from pahq_hf.precision import (
-    Component,
-    PAHQLinear,
-    PAHQTable,
-    PrecisionControl,
-    Region,
-    patch_embedding,
-)
-from pahq_hf.precision.control import Part
+from pahq_hf.circuit.graph import Graph
+from pahq_hf.modeling.architectures.architecture import Architecture
+from pahq_hf.modeling.architectures.lookup import find_architecture, graph_spec
+from pahq_hf.modeling.layers import Layer, patch_layer
+from pahq_hf.modeling.norms import widen_norms
+from pahq_hf.modeling.untouched import check_supported, resident_device, token_embedding
+from pahq_hf.precision.active_components import Component, Part, PrecisionControl
+from pahq_hf.precision.embeddings import PAHQTable, patch_embedding
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.weight_block import Region
 from pahq_hf.precision.weights import Shared
-from pahq_hf.untouched import check_supported, resident_device, token_embedding
 
 
 class PatchedModel:

@@ -7,11 +7,11 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.architectures import Architecture
-from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import ConfigError
-from pahq_hf.norms import BlockOutput
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.modeling.architectures.architecture import Architecture
+from pahq_hf.modeling.attention import PAHQAttention
+from pahq_hf.modeling.norms import BlockOutput
+from pahq_hf.precision.linear import PAHQLinear
 
 
 def patch_attention(

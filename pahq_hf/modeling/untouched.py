@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pahq_hf.architectures import find_architecture
-from pahq_hf.attention import PAHQAttention
 from pahq_hf.errors import ConfigError
-from pahq_hf.projections import linear_from
+from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.modeling.attention import PAHQAttention
+from pahq_hf.modeling.projections import linear_from
 
 
 def check_supported(hf: PreTrainedModel, *, streamed: bool = False) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.mode import Mode
-from pahq_hf.precision.region import Region
+from pahq_hf.precision.weight_block import Region
 from pahq_hf.precision.weights import Shared
 
 Component = str

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pahq_hf.precision.gradient import differentiable, is_differentiated
+from pahq_hf.precision.backward import differentiable, is_differentiated
 from pahq_hf.precision.weights import WeightMatrix
 
 _BLOCK = 2048  # rows at once

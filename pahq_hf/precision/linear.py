@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pahq_hf.precision.anchor import Anchor, Origin
-from pahq_hf.precision.float8 import Float8Weight
-from pahq_hf.precision.gradient import differentiable, is_differentiated
-from pahq_hf.precision.product import DifferenceProduct, Product, can_pack
-from pahq_hf.precision.region import Region
+from pahq_hf.precision.anchors import Anchor, Origin
+from pahq_hf.precision.backward import differentiable, is_differentiated
+from pahq_hf.precision.formats.float8 import Float8Weight
+from pahq_hf.precision.products import DifferenceProduct, Product, can_pack
+from pahq_hf.precision.weight_block import Region
 from pahq_hf.precision.weights import WeightMatrix
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pahq_hf.precision.low import find_format
+from pahq_hf.precision.formats.registry import find_format
 
 _ERROR_IN_FP8 = 0.25  # of a score where FP8 weights multiply differences in FP8: SmolLM2, simulated
 _TIMES = 2.0  # the error: what can flip is caught with room to spare

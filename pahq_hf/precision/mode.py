@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from pahq_hf.precision.anchor import Anchor
-from pahq_hf.precision.product import Product
+from pahq_hf.precision.anchors import Anchor
+from pahq_hf.precision.products import Product
 
 Projection = TypeVar("Projection", bound=Hashable)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.control import Component, Part
+from pahq_hf.precision.active_components import Component, Part
+from pahq_hf.precision.formats.registry import find_format
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.low import find_format
-from pahq_hf.precision.region import Layout, Region
+from pahq_hf.precision.weight_block import Layout, Region
 
 
 def formats_of(components: Sequence[Component], policy: Mapping[str, str], default: str) -> list[str]:

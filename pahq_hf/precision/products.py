@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.gradient import is_differentiated
+from pahq_hf.precision.backward import is_differentiated
 
 ComputeName = Literal["fp32", "bf16", "fp8"]
 COMPUTE_DTYPES: dict[ComputeName, torch.dtype] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
-from pahq_hf.memory import trim
+from pahq_hf.precision.memory import trim
 
 _TRIM = 64 << 20  # freed bytes that are given back to the system
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.low import LowWeight
+from pahq_hf.precision.formats.in_checkpoint import StoredWeight
+from pahq_hf.precision.formats.mixed import lowered
+from pahq_hf.precision.formats.registry import LowWeight
+from pahq_hf.precision.fp32.source import SourceBlock
+from pahq_hf.precision.fp32.staging import Staging
 from pahq_hf.precision.mode import Mode
-from pahq_hf.precision.pieces import lowered
-from pahq_hf.precision.region import Layout, Region
-from pahq_hf.precision.source import SourceBlock
-from pahq_hf.precision.staging import Staging
-from pahq_hf.precision.stored import StoredWeight
+from pahq_hf.precision.weight_block import Layout, Region
 from pahq_hf.precision.weight_cache import Key, WeightCache
 
 

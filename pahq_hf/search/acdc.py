@@ -19,9 +19,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.protocol import Engine
-from pahq_hf.graph import BoolArray, Graph
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import nn
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.config import (
     Ablation,
     Active,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pahq_hf.circuit.files import SECONDS_NAME, write_text
 from pahq_hf.errors import RunError
-from pahq_hf.files import SECONDS_NAME, write_text
 
 _INTERVAL = 1.0  # seconds a killed run may forget
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pahq_hf.precision import product_flags
+from pahq_hf.precision.flags import product_flags
 
 
 def hardware_facts(device: torch.device) -> dict[str, Any]:

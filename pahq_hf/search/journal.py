@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from pahq_hf.acdc import ReaderRecord, Search
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, write_text
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import ACDCConfig
 from pahq_hf.errors import RunError
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, write_text
-from pahq_hf.graph import BoolArray, Graph
+from pahq_hf.search.acdc import ReaderRecord, Search
 
 logger = logging.getLogger(__name__)
 _CHECK = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"\}$')

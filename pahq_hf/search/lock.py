@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+from pahq_hf.circuit.files import is_running, remove_leftovers, write_text
 from pahq_hf.errors import RunError
-from pahq_hf.files import is_running, remove_leftovers, write_text
 
 logger = logging.getLogger(__name__)
 LOCK_NAME = "run.lock"

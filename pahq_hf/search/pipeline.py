@@ -15,45 +15,45 @@ from typing import Any
 import torch
 
 import pahq_hf
-from pahq_hf.ablation import APPLY
-from pahq_hf.acdc import (
-    AdaptiveBatch,
-    BatchSize,
-    FixedBatch,
-    ReaderRecord,
-    Search,
-    search,
+from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
+from pahq_hf.circuit.ablation import APPLY
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.confirmation import warn_unverified
+from pahq_hf.circuit.files import (
+    CIRCUIT_NAME,
+    JOURNAL_NAME,
+    SCREEN_NAME,
+    make_folder,
+    output_path,
+    refuse_overwrite,
 )
-from pahq_hf.attribution.methods import check_gradient
-from pahq_hf.attribution.screen import Screen, make_screen
-from pahq_hf.circuit import Circuit
-from pahq_hf.clock import RunClock
+from pahq_hf.circuit.run_record import MetricFacts
+from pahq_hf.circuit.verdict import announce
 from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
-from pahq_hf.confirmation import warn_unverified
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.protocol import Engine
-from pahq_hf.engine.recall import Answers, RecallingEngine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import warn_near_chance
-from pahq_hf.expectation import search_progress
-from pahq_hf.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME, make_folder, output_path, refuse_overwrite
-from pahq_hf.hardware import hardware_facts
-from pahq_hf.journal import DATA, Journal, check_header, check_result
-from pahq_hf.judge import Judge
-from pahq_hf.legacy import known_fingerprint
-from pahq_hf.lock import LOCK_NAME, RunLock, check_free
-from pahq_hf.memory import PeakMemory
-from pahq_hf.metrics import check_metric
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import exact_products
+from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.margin import default_margin
-from pahq_hf.progress import make_progress
-from pahq_hf.run_record import MetricFacts
-from pahq_hf.settings import RunSettings
+from pahq_hf.precision.memory import PeakMemory
+from pahq_hf.precision.threads import threads
+from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.clock import RunClock
+from pahq_hf.search.expectation import search_progress
+from pahq_hf.search.hardware import hardware_facts
+from pahq_hf.search.journal import DATA, Journal, check_header, check_result
+from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.progress import make_progress
+from pahq_hf.search.screen import Screen, make_screen
+from pahq_hf.search.settings import RunSettings
+from pahq_hf.search.shared_answers import Answers, RecallingEngine
+from pahq_hf.search.verification import Judge
 from pahq_hf.tasks.base import Task
-from pahq_hf.threads import threads
-from pahq_hf.verdict import announce
+from pahq_hf.tasks.metrics import check_metric
 
 logger = logging.getLogger(__name__)
 _SAID = {"screen": "screening", "capture": "capturing", "evaluate": "verifying"}

@@ -14,16 +14,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pahq_hf.attribution.methods import Scores
-from pahq_hf.attribution.scoring import edge_scores
-from pahq_hf.attribution.selection import top_edges
+from pahq_hf.circuit.files import SCREEN_NAME, write_atomically
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineConfig, MethodName, parse_screen
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
-from pahq_hf.files import SCREEN_NAME, write_atomically
-from pahq_hf.graph import BoolArray, Graph
-from pahq_hf.journal import check_header
-from pahq_hf.progress import Progress
+from pahq_hf.search.attribution.methods import Scores
+from pahq_hf.search.attribution.scoring import edge_scores
+from pahq_hf.search.attribution.selection import top_edges
+from pahq_hf.search.journal import check_header
+from pahq_hf.search.progress import Progress
 
 
 @dataclass(frozen=True)

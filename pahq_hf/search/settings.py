@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from pahq_hf.circuit.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
 from pahq_hf.config import Compute, EngineName
-from pahq_hf.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
 
 
 @dataclass(frozen=True)

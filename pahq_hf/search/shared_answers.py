@@ -25,11 +25,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.files import write_text
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.errors import RunError
-from pahq_hf.files import write_text
-from pahq_hf.graph import BoolArray
-from pahq_hf.journal import Chain, check_header
+from pahq_hf.search.journal import Chain, check_header
 
 logger = logging.getLogger(__name__)
 Values = Sequence[float]

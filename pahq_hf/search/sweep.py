@@ -23,15 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pahq_hf.circuit import Circuit
-from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
-from pahq_hf.confirmation import warn_unverified
-from pahq_hf.discovery import Discovery, Found, versions
-from pahq_hf.engine.recall import Answers
-from pahq_hf.errors import CircuitError, ConfigError, RunError
-from pahq_hf.evaluation import faithfulness
-from pahq_hf.extras import spared
-from pahq_hf.files import (
+from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.confirmation import warn_unverified
+from pahq_hf.circuit.extras import spared
+from pahq_hf.circuit.files import (
     ANSWERS_NAME,
     SWEEP_PREFIX,
     make_folder,
@@ -40,18 +36,21 @@ from pahq_hf.files import (
     write_atomically,
     write_text,
 )
-from pahq_hf.graph import BoolArray
-from pahq_hf.hardware import hardware_facts
-from pahq_hf.journal import DATA, check_header
-from pahq_hf.judge import Judge
-from pahq_hf.legacy import known_fingerprint
-from pahq_hf.lock import LOCK_NAME, RunLock, check_free
-from pahq_hf.memory import PeakMemory
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import exact_products
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.verdict import Verdict, faithfulness
+from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+from pahq_hf.errors import CircuitError, ConfigError, RunError
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.flags import exact_products
+from pahq_hf.precision.memory import PeakMemory
+from pahq_hf.precision.threads import threads
+from pahq_hf.search.hardware import hardware_facts
+from pahq_hf.search.journal import DATA, check_header
+from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.pipeline import Discovery, Found, versions
+from pahq_hf.search.shared_answers import Answers
+from pahq_hf.search.verification import Judge
 from pahq_hf.tasks.base import Task
-from pahq_hf.threads import threads
-from pahq_hf.verdict import Verdict
 
 SWEEP_NAME = "sweep.json"
 _PLOT_NAME = "pareto"
@@ -194,7 +193,7 @@ class Sweep(Mapping[float, Circuit]):
             ConfigError: If the ending is another one.
             RunError: If it cannot be written.
         """
-        from pahq_hf.render.pareto import ParetoPoint, draw_pareto, pareto_page
+        from pahq_hf.circuit.render.pareto import ParetoPoint, draw_pareto, pareto_page
 
         path = output_path(path)
         names = [entry.name for entry in fields(ParetoPoint)]

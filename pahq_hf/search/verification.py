@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.confirmation import logit_rounding
+from pahq_hf.circuit.confirmation import logit_rounding
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.verdict import Verdict
 from pahq_hf.engine.build import make_referee
 from pahq_hf.engine.setting import Setting
-from pahq_hf.evaluation import Evaluator
-from pahq_hf.graph import BoolArray
-from pahq_hf.verdict import Verdict
+from pahq_hf.evaluation.evaluator import Evaluator
 
 
 class Judge:

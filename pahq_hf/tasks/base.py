@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import find_metric
+from pahq_hf.tasks.metrics import find_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `pahq tasks` lists tasks without it
     from torch import Tensor

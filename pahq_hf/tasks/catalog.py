@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pahq_hf.metrics import default_metric
 from pahq_hf.tasks import docstring, gendered_pronoun, greater_than, induction, ioi, sva
+from pahq_hf.tasks.metrics import default_metric
 
 
 @dataclass(frozen=True)

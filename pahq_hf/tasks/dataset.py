@@ -11,7 +11,7 @@ from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.columns import Columns
 from pahq_hf.tasks.reading import Choice, Row, read_rows
-from pahq_hf.tasks.tokens import continuation, encode, encode_prompt, pad_id, show
+from pahq_hf.tasks.tokenization import continuation, encode, encode_prompt, pad_id, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

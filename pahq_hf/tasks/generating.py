@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import default_metric
 from pahq_hf.tasks.base import Pair, Task, collate
-from pahq_hf.tasks.tokens import continuation, encode_prompt, has_unknown, pad_id, single_token_words
+from pahq_hf.tasks.metrics import default_metric
+from pahq_hf.tasks.tokenization import continuation, encode_prompt, has_unknown, pad_id, single_token_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

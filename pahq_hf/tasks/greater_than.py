@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import default_metric
 from pahq_hf.tasks import words
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.generating import check_corruption, draw_pairs
-from pahq_hf.tasks.tokens import (
+from pahq_hf.tasks.metrics import default_metric
+from pahq_hf.tasks.tokenization import (
     continuation,
     encode,
     encode_prompt,

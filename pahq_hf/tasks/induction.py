@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import default_metric
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.generating import check_corruption
-from pahq_hf.tasks.tokens import encode, encode_prompt, pad_id
+from pahq_hf.tasks.metrics import default_metric
+from pahq_hf.tasks.tokenization import encode, encode_prompt, pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Never
 
 from pahq_hf.errors import TaskError, check_names, describe
-from pahq_hf.metrics import find_metric
 from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
@@ -21,6 +20,7 @@ from pahq_hf.tasks.gendered_pronoun import make_gendered_pronoun
 from pahq_hf.tasks.greater_than import make_greater_than
 from pahq_hf.tasks.induction import make_induction
 from pahq_hf.tasks.ioi import make_ioi
+from pahq_hf.tasks.metrics import find_metric
 from pahq_hf.tasks.reading import FILE_TYPES
 from pahq_hf.tasks.sva import make_sva
 

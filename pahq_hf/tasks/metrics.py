@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pahq_hf.errors import ConfigError, MetricError, describe
-from pahq_hf.targets import FinalStream, Targets, TokenSets
+from pahq_hf.tasks.targets import FinalStream, Targets, TokenSets
 
 if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
     import torch
@@ -56,7 +56,7 @@ class MetricSpec:
 
 
 def _kl(logits: Tensor, targets: Targets) -> Tensor:
-    from pahq_hf.divergence import divergence
+    from pahq_hf.tasks.divergence import divergence
 
     return divergence(targets.reference_log_probs(), logits - targets.reference.double())
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.random_checkpoint import write
-from pahq_hf.memory import read_memory
-from pahq_hf.precision.float8 import Float8Weight
-from pahq_hf.precision.product import native_fp8
+from pahq_hf.precision.formats.float8 import Float8Weight
+from pahq_hf.precision.memory import read_memory
+from pahq_hf.precision.products import native_fp8
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(not read_memory(), reason="needs Linux's /proc")

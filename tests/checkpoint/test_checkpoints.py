@@ -18,7 +18,8 @@ from transformers import (
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.model import PAHQModel
-from pahq_hf.precision import CheckpointSource, PAHQLinear, SpillSource
+from pahq_hf.precision.fp32.source import CheckpointSource, SpillSource
+from pahq_hf.precision.linear import PAHQLinear
 from tests.helpers import FP32
 from tests.models import (
     FAMILIES,

@@ -13,10 +13,11 @@ import train_demo
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from pahq_hf.checkpoints import demo_path
+from pahq_hf.checkpoint.demo_path import demo_path
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import Metric
-from pahq_hf.tasks import induction, load_task, words
+from pahq_hf.tasks import induction, words
+from pahq_hf.tasks.loading import load_task
+from pahq_hf.tasks.metrics import Metric
 
 UNSEEN_SEEDS = (101, 202, 303)
 

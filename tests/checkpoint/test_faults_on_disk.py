@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import pahq_hf
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError, SelfCheckError
-from pahq_hf.journal import Journal
 from pahq_hf.model import PAHQModel
+from pahq_hf.search.journal import Journal
 from tests.helpers import FP32, id_rows, run_main, write_rows
 from tests.models import padded_prompts, random_task, tiny_llama
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
+from pahq_hf.checkpoint.fingerprint import fingerprint
+from pahq_hf.checkpoint.legacy_fingerprint import legacy_fingerprint_of
 from pahq_hf.errors import CircuitError, RunError
-from pahq_hf.fingerprint import fingerprint
-from pahq_hf.legacy import legacy_fingerprint_of
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, assert_same_circuit, journal_lines
 from tests.models import FAMILIES, random_task, tiny_gpt2, tiny_llama

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import pahq_hf.checkpoint
+import pahq_hf.checkpoint.load
+from pahq_hf.checkpoint.placement import one_device
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.model import PAHQModel
-from pahq_hf.placement import one_device
-from pahq_hf.precision import PAHQTable
+from pahq_hf.precision.embeddings import PAHQTable
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
 from tests.models import FAMILIES, VOCAB, WIDTH, padded_prompts, tiny_attention_only, tiny_llama
@@ -44,7 +44,7 @@ def only_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("the checkpoint was loaded as a whole")
 
-    monkeypatch.setattr(pahq_hf.checkpoint.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(pahq_hf.checkpoint.load.AutoModelForCausalLM, "from_pretrained", refuse)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def whole_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return load(name, *args, **kwargs)
 
-    monkeypatch.setattr(pahq_hf.checkpoint.AutoModelForCausalLM, "from_pretrained", noted)
+    monkeypatch.setattr(pahq_hf.checkpoint.load.AutoModelForCausalLM, "from_pretrained", noted)
     return names
 
 
@@ -361,7 +361,9 @@ def test_several_devices_and_none_are_refused_in_one_line(
 def test_memory_bounds_say_which_gpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
-    monkeypatch.setattr("pahq_hf.placement.usable_device", torch.device)  # a meta tensor forgets its number
+    monkeypatch.setattr(
+        "pahq_hf.checkpoint.placement.usable_device", torch.device
+    )  # a meta tensor forgets its number
     assert one_device("auto", {0: 0, 1: "20GiB"}) == torch.device("meta", 1)
     assert one_device("auto", {"cpu": "20GiB"}) == torch.device("cpu")
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import pahq_hf.checkpoint
+import pahq_hf.checkpoint.load
+from pahq_hf.checkpoint.gguf import write_header
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError
-from pahq_hf.gguf import write_header
-from pahq_hf.memory import read_memory
 from pahq_hf.model import PAHQModel
+from pahq_hf.precision.memory import read_memory
 from tests.helpers import FP32, files_of
 from tests.models import padded_prompts, tiny_llama
 
@@ -38,7 +38,7 @@ TABLES = 2 * 4 * VOCAB * WIDTH  # bytes of embedding and unembedding in FP32
 LOAD = """
 import json, sys
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.memory import PeakMemory, read_memory, trim
+from pahq_hf.precision.memory import PeakMemory, read_memory, trim
 config = PAHQConfig("pahq", quantize_embeddings=sys.argv[2] == "tables")
 PAHQModel.from_pretrained("demo", config)  # libraries take their memory
 trim()
@@ -179,7 +179,7 @@ def test_gguf_is_converted_once(
         raise AssertionError("converted again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pahq_hf.checkpoint, "_convert", refuse)
+        patch.setattr(pahq_hf.checkpoint.load, "_convert", refuse)
         others = [load(path, config) for config in (PAHQConfig("pahq"), RTN, FP32)]
         ids = padded_prompts()["input_ids"]
         assert torch.equal(others[-1](ids).logits, first(ids).logits)
@@ -189,16 +189,16 @@ def test_gguf_is_converted_once(
 
 
 def test_two_at_once_convert_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converts, real = [], pahq_hf.checkpoint._convert
+    converts, real = [], pahq_hf.checkpoint.load._convert
 
     def slow(*args: Any, **kwargs: Any) -> None:
         converts.append(args)
         time.sleep(0.2)
         real(*args, **kwargs)
 
-    monkeypatch.setattr(pahq_hf.checkpoint, "_convert", slow)
+    monkeypatch.setattr(pahq_hf.checkpoint.load, "_convert", slow)
     with ThreadPoolExecutor(2) as pool:
-        convert = partial(pahq_hf.checkpoint.converted, gguf_file=path.name)
+        convert = partial(pahq_hf.checkpoint.load.converted, gguf_file=path.name)
         first, second = pool.map(convert, [str(path.parent)] * 2)
     assert first == second and len(converts) == 1
 
@@ -206,7 +206,7 @@ def test_two_at_once_convert_once(path: Path, cache: Path, monkeypatch: pytest.M
 def test_the_config_needs_the_header_only(path: Path, cache: Path) -> None:
     """Neither weights nor vocabulary are needed: of a file without them it is the same."""
     name, whole = str(path.parent), AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    ours = pahq_hf.checkpoint.load_config(name, gguf_file=path.name)
+    ours = pahq_hf.checkpoint.load.load_config(name, gguf_file=path.name)
     assert ours.to_dict() == whole.to_dict() and ours.name_or_path == name
     header = path.with_name("header.gguf")
     write_header(path, header)
@@ -234,7 +234,7 @@ def test_the_size_of_the_vocabulary_is_that_of_its_tokens(tmp_path: Path) -> Non
         step()
     writer.close()
     whole = AutoConfig.from_pretrained(tmp_path, gguf_file="tokens.gguf")
-    ours = pahq_hf.checkpoint.load_config(str(tmp_path), gguf_file="tokens.gguf")
+    ours = pahq_hf.checkpoint.load.load_config(str(tmp_path), gguf_file="tokens.gguf")
     assert ours.vocab_size == 3000 and ours.eos_token_id == 7 and ours.to_dict() == whole.to_dict()
     write_header(tmp_path / "tokens.gguf", tmp_path / "header.gguf")
     assert b"token 17" not in (tmp_path / "header.gguf").read_bytes()

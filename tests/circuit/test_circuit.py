@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from pahq_hf.card import render_card
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.files import write_atomically, write_text
+from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.errors import CircuitError, RunError
-from pahq_hf.files import write_atomically, write_text
-from pahq_hf.graph import Graph, GraphSpec
 from tests.helpers import files_of, small_disk
 
 FILES = {"circuit.json", "scores.safetensors", "discovery.json", "circuit.png", "README.md"}
@@ -376,7 +376,7 @@ def test_card_survives_any_name(text: str) -> None:
     ],
 )  # fmt: skip
 def test_card_links_hub_models_only(name: str, hub: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)  # there `tests` is a folder
+    monkeypatch.chdir(Path(__file__).parents[2])  # there `tests` is a folder
     circuit = small()
     circuit.model = {"base_model": name}
     assert card_parts(render_card(circuit))[0].get("base_model") == (name if hub else None)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pahq_hf.circuit.files import remove_leftovers, text_writer, write_atomically, write_text, write_together
 from pahq_hf.errors import RunError
-from pahq_hf.files import remove_leftovers, text_writer, write_atomically, write_text, write_together
+from tests.circuit.test_circuit import small
 from tests.helpers import files_of, run_main
-from tests.test_circuit import small
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_stdout_is_written_into(name: str, tmp_path: Path) -> None:
     """Also where it is a file: what the shell appended before and appends later stays."""
     code = f"""
 from pathlib import Path
-from pahq_hf.files import write_text
+from pahq_hf.circuit.files import write_text
 print("before")
 write_text(Path({name!r}), "text\\n")
 print("after")
@@ -163,7 +163,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     code = """
 import os, signal, sys
 from pathlib import Path
-from pahq_hf.files import write_atomically
+from pahq_hf.circuit.files import write_atomically
 def write(path):
     path.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -194,7 +194,9 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
 
 def test_one_process_leaves_anothers_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    code = "import sys, pathlib, pahq_hf.files as f; f.write_text(pathlib.Path(sys.argv[1]), 'theirs')"
+    code = (
+        "import sys, pathlib, pahq_hf.circuit.files as f; f.write_text(pathlib.Path(sys.argv[1]), 'theirs')"
+    )
 
     def write(temporary: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(path)], check=True)

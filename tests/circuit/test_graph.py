@@ -20,9 +20,9 @@ from transformers import (
     T5Config,
 )
 
-from pahq_hf.architectures import graph_spec
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec, ReaderOrder, edge_list
 from pahq_hf.errors import CircuitError, ConfigError, UnsupportedModelError
-from pahq_hf.graph import BoolArray, Graph, GraphSpec, ReaderOrder, edge_list
+from pahq_hf.modeling.architectures.lookup import graph_spec
 
 GPT2_SMALL = GPT2Config()
 ATTENTION_ONLY = GPT2Config(n_layer=4, n_head=8, n_embd=512, n_inner=0)

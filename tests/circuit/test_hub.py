@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
-from pahq_hf.hub import signed
+from pahq_hf.circuit.hub import signed
 from tests.helpers import FP32, run_main
 from tests.hub_server import ClientProcess, HubServer, client_environment, run_client
 from tests.models import random_task, tiny_llama
@@ -244,7 +244,7 @@ def test_files_larger_than_any_circuit_are_not_downloaded(
 ) -> None:
     client = Client(hub, tmp_path / "home")
     client.push(folder, "me/circuit")
-    small = f"import pahq_hf.hub; pahq_hf.hub._MAX_BYTES = 100\n{textwrap.dedent(PULL)}"
+    small = f"import pahq_hf.circuit.hub; pahq_hf.circuit.hub._MAX_BYTES = 100\n{textwrap.dedent(PULL)}"
     said = client.fails(small.format(repo="me/circuit", out="x", options={}))
     assert "more than any circuit" in said
     asked = [request for request in hub.requests if request.method == "GET" and "resolve" in request.path]
@@ -299,7 +299,7 @@ def test_a_pull_overwrites_nothing(hub: HubServer, folder: Path, tmp_path: Path)
 
 def test_the_command_line(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     client = Client(hub, tmp_path / "home")
-    command = "import sys; from pahq_hf.cli import main; sys.argv = {argv!r}; main()"
+    command = "import sys; from pahq_hf.cli.app import main; sys.argv = {argv!r}; main()"
 
     def pahq(*argv: str) -> Any:
         return run_client(command.format(argv=["pahq", *argv]), client.env)

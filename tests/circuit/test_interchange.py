@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from pahq_hf import Circuit
-from pahq_hf.comparison import compare_circuits
+from pahq_hf.circuit.comparison import compare_circuits
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.interchange import export, from_mib, to_mib
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.interchange import export, from_mib, to_mib
 from tests.helpers import random_edges, run_main
 
 SPECS = {
@@ -239,7 +239,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pictures_of_one_circuit_are_the_same_and_of_any_circuit_possible(tmp_path: Path) -> None:
-    from pahq_hf.render.picture import draw
+    from pahq_hf.circuit.render.picture import draw
 
     circuit = random_circuit(SPECS["groups"])
     for name in ("one", "two"):
@@ -256,7 +256,7 @@ def test_pictures_of_one_circuit_are_the_same_and_of_any_circuit_possible(tmp_pa
 def test_no_edge_of_a_picture_is_cut_off(spec: GraphSpec, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    from pahq_hf.render.picture import draw
+    from pahq_hf.circuit.render.picture import draw
 
     draw(random_circuit(spec, share=0.02 if spec.layers > 4 else 0.3).scored, tmp_path / "picture.png")
     pixels = imread(tmp_path / "picture.png")[..., :3]

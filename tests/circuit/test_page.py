@@ -12,11 +12,11 @@ import pytest
 from playwright.sync_api import Browser
 
 from pahq_hf import Circuit
+from pahq_hf.circuit.graph import GraphSpec
+from pahq_hf.circuit.render.layout import layout
+from pahq_hf.circuit.render.page import circuit_page, compare_page
+from pahq_hf.circuit.render.picture import draw
 from pahq_hf.errors import CircuitError
-from pahq_hf.graph import GraphSpec
-from pahq_hf.render.layout import layout
-from pahq_hf.render.page import circuit_page, compare_page
-from pahq_hf.render.picture import draw
 from tests.browser import SMALL, Opened, chromium, opened, random_circuit
 
 

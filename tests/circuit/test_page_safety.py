@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
-from pahq_hf.graph import GraphSpec
-from pahq_hf.render import palette
-from pahq_hf.render.page import circuit_page, compare_page
+from pahq_hf.circuit.graph import GraphSpec
+from pahq_hf.circuit.render import palette
+from pahq_hf.circuit.render.page import circuit_page, compare_page
 from tests.browser import SMALL, chromium, opened, random_circuit
 
 SMOLLM2 = GraphSpec(layers=30, heads=9, kv_groups=3)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from pahq_hf import AttributionConfig, Circuit, PAHQModel, load_task
-from pahq_hf.errors import CircuitError
-from pahq_hf.identity import ModelIdentity
-from pahq_hf.run_record import (
+from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
     MetricFacts,
@@ -19,6 +18,7 @@ from pahq_hf.run_record import (
     SearchArguments,
     TaskFacts,
 )
+from pahq_hf.errors import CircuitError
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from pahq_hf import Circuit, load_task
-from pahq_hf.precision import resolve_compute
+from pahq_hf.precision.products import resolve_compute
 from tests.helpers import files_of, id_rows, named, referee, run_main, save_tiny, write_rows
 from tests.models import VOCAB, random_task
 
 DRIVER = """
 import json, os, sys, tempfile, traceback
-from pahq_hf.cli import main
+from pahq_hf.cli.app import main
 cases, target, results = json.load(open(sys.argv[1])), sys.argv[2], {}
 for name, arguments in cases.items():
     sys.argv = ["pahq", *arguments]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pahq_hf import Circuit
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.interchange import export
-from pahq_hf.render.plots import Line, Plot, draw_plot, page_of
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.interchange import export
+from pahq_hf.circuit.render.plots import Line, Plot, draw_plot, page_of
 from tests.browser import chromium
 from tests.helpers import id_rows, random_edges, run_main, save_tiny, write_rows
 from tests.models import HEADS, random_task

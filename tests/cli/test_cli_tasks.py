@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pahq_hf.cli import app
+from pahq_hf.cli.app import app
 from pahq_hf.errors import ModelLoadError
-from pahq_hf.tasks import available_tasks
+from pahq_hf.tasks.loading import available_tasks
 from tests.models import FAMILIES
 
 

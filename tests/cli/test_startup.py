@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from pahq_hf import Circuit
-from pahq_hf.graph import Graph, GraphSpec
+from pahq_hf.circuit.graph import Graph, GraphSpec
 
 DRIVER = """
 import sys
-from pahq_hf.cli import main
+from pahq_hf.cli.app import main
 sys.argv = ["pahq", *sys.argv[1:]]
 try:
     main()
@@ -84,12 +84,12 @@ def test_import_brings_a_mib_graph_without_torch(circuit: Path, tmp_path: Path) 
 INFO = """
 import os, sys
 from pahq_hf import PAHQModel
-import pahq_hf.accounting
+import pahq_hf.engine.memory_plan
 def fail(*args, **kwargs):
     os.write(2, b"planning")
     os._exit(3)  # nothing that is still in a buffer gets out
-pahq_hf.accounting.report = fail
-from pahq_hf.cli import main
+pahq_hf.engine.memory_plan.report = fail
+from pahq_hf.cli.app import main
 sys.argv = ["pahq", "info", "demo", *sys.argv[1:]]
 main()
 """

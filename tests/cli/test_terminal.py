@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 
 from pahq_hf import Circuit
-from pahq_hf.card import render_card
-from pahq_hf.cli_output import keeps_journal, print_rich
-from pahq_hf.render.notebook import circuit_html
-from pahq_hf.render.page import circuit_page, compare_page
-from pahq_hf.render.plots_page import Figure, PageTable, plots_page
-from pahq_hf.render.table import facts_table
-from pahq_hf.terminal import Terminated, ending, printable, printable_notes, terminable
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.render.notebook import circuit_html
+from pahq_hf.circuit.render.page import circuit_page, compare_page
+from pahq_hf.circuit.render.plots_page import Figure, PageTable, plots_page
+from pahq_hf.circuit.terminal import Terminated, ending, printable, printable_notes, terminable
+from pahq_hf.cli.output import keeps_journal, print_rich
+from pahq_hf.cli.tables import facts_table
+from tests.circuit.test_circuit import small
 from tests.helpers import id_rows, run_main, write_rows
 from tests.models import random_task
-from tests.test_circuit import small
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1m\u202egnp.exe\r\x00\x08"
 SEEN = r"\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1m\u202egnp.exe"
@@ -181,7 +181,7 @@ def test_a_signal_to_end_runs_what_cleans_up(tmp_path: Path) -> None:
 def test_a_second_signal_ends_it_at_once_and_what_is_ignored_stays_so() -> None:
     code = """
 import os, signal, sys
-from pahq_hf.terminal import terminable
+from pahq_hf.circuit.terminal import terminable
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with terminable():
     os.kill(os.getpid(), signal.SIGHUP)

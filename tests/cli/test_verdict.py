@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pahq_hf import Circuit, Sweep
+from pahq_hf.circuit.verdict import Verdict
 from pahq_hf.errors import CircuitError
-from pahq_hf.verdict import Verdict
 from tests.helpers import id_rows, named, referee, run_main, save_tiny, wrapped, write_rows
 from tests.models import VOCAB, random_task
 

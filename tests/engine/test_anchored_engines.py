@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.graph import BoolArray, Graph
-from pahq_hf.patch import PatchedModel
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, random_edges, wrapped
 from tests.models import FAMILIES, random_task

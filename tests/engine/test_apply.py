@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, pipeline
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.capture.mean_activations import means_of
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.errors import CircuitError, ConfigError, TaskError
-from pahq_hf.graph import BoolArray
-from pahq_hf.means import means_of
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, random_edges, wrapped
 from tests.models import padded_prompts, random_task, relative_error, word_tokenizer

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pahq_hf import Circuit, EngineConfig, PAHQConfig, PAHQModel, load_task
-from pahq_hf.precision.float8 import Float8Weight
-from pahq_hf.precision.product import native_fp8
+from pahq_hf.precision.formats.float8 import Float8Weight
+from pahq_hf.precision.products import native_fp8
 
 pytestmark = pytest.mark.cuda
 CONFIGS: dict[str, dict[str, Any]] = {

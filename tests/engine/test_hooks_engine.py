@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf import PAHQModel
-from pahq_hf.capture import answer_logits, capture
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.capture.recording import answer_logits, capture
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.regime_rule import PrecisionRule
 from pahq_hf.errors import MetricError, TaskError
-from pahq_hf.metrics import Metric
+from pahq_hf.tasks.metrics import Metric
 from tests.helpers import FP32, GRAPHS, named, random_edges, referee, wrapped
 from tests.models import FAMILIES, HEADS, VOCAB, random_task
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.accounting import empty_model, report
-from pahq_hf.capture import Activations, capture
-from pahq_hf.checkpoint import load_config
+from pahq_hf.capture.recording import Activations, capture
+from pahq_hf.capture.store import DiskStore, MemoryStore, kept
+from pahq_hf.checkpoint.load import load_config
 from pahq_hf.config import EngineConfig
-from pahq_hf.engine import hooks
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.hooks import engine as hooks
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.memory_plan import empty_model, report
 from pahq_hf.errors import ConfigError, RunError
-from pahq_hf.precision import Product
+from pahq_hf.precision.products import Product
 from pahq_hf.precision.weight_cache import WeightCache
-from pahq_hf.store import DiskStore, MemoryStore, kept
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, assert_same_circuit, random_edges, save_tiny, small_disk, wrapped
 from tests.models import PADDINGS, random_task, relative_error
@@ -105,7 +105,7 @@ def test_captured_in_parts_is_captured_at_once(
 ) -> None:
     model, task = wrapped(name).patched, random_task(batch=5, seed=4, padding=padding)
     whole = capture(model, task, task.clean_ids)
-    monkeypatch.setattr("pahq_hf.capture._TOKENS", 2 * task.length)
+    monkeypatch.setattr("pahq_hf.capture.recording._TOKENS", 2 * task.length)
     parts = capture(model, task, task.clean_ids, store())
     for ours, theirs in zip(tensors(parts), tensors(whole), strict=True):
         assert relative_error(ours, theirs) < 1e-5
@@ -152,7 +152,7 @@ def test_rows_in_any_order_come_back_in_it(monkeypatch: pytest.MonkeyPatch) -> N
         distractors=tuple(TASK.distractors[i] for i in order.tolist()),
     )  # fmt: skip
     model = wrapped("llama").patched
-    monkeypatch.setattr("pahq_hf.capture._TOKENS", 2 * TASK.length)
+    monkeypatch.setattr("pahq_hf.capture.recording._TOKENS", 2 * TASK.length)
     ours = capture(model, mixed, mixed.clean_ids).logits
     assert torch.equal(ours, capture(model, TASK, TASK.clean_ids).logits[order])
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pahq_hf.engine.budget import free_memory, out_of_memory
-from pahq_hf.engine.hooks import BUFFER_BYTES, buffer_bytes
+from pahq_hf.engine.hooks.engine import BUFFER_BYTES, buffer_bytes
+from pahq_hf.engine.sparse.budget import free_memory, out_of_memory
 from tests.pretend.process import BEST, rehearsed
 
 LOW = {"regime": "pahq", "compute": "bf16"}

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.config import ACDCConfig
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.propagate import Propagation
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.engine.state import CircuitState
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.engine.sparse.propagation import Propagation
+from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.errors import TaskError
-from pahq_hf.patch import PatchedModel
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
 from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 
@@ -206,7 +206,7 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch)
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
             super().__init__(state, reader, delta, *more)
 
-    monkeypatch.setattr("pahq_hf.engine.sparse.Propagation", Scarce)
+    monkeypatch.setattr("pahq_hf.engine.sparse.engine.Propagation", Scarce)
     found = search(engine, config, batch=FixedBatch(16))
     np.testing.assert_array_equal(expected.kept, found.kept)
     np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
@@ -223,7 +223,7 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.
         def final(self) -> torch.Tensor:
             raise RuntimeError("something else")
 
-    monkeypatch.setattr("pahq_hf.engine.sparse.Propagation", Broken)
+    monkeypatch.setattr("pahq_hf.engine.sparse.engine.Propagation", Broken)
     with pytest.raises(RuntimeError, match="something else"):
         search(engine, ACDCConfig(), batch=FixedBatch(4))
 

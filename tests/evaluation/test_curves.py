@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.errors import ConfigError, MetricError
-from pahq_hf.evaluation import MIB_FRACTIONS, Curve, faithfulness_curve, rank_edges
-from pahq_hf.graph import BoolArray, Graph, GraphSpec
+from pahq_hf.evaluation.curves import MIB_FRACTIONS, Curve, faithfulness_curve, rank_edges
 
 GRAPH = Graph(GraphSpec(layers=2, heads=2, kv_groups=2))  # 7 writers, 15 readers
 

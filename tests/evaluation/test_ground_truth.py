@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.ground_truth import CANONICAL_CIRCUITS, canonical_circuit, canonical_edges, canonical_graph
+from pahq_hf.evaluation.ground_truth.published import (
+    CANONICAL_CIRCUITS,
+    canonical_circuit,
+    canonical_edges,
+    canonical_graph,
+)
 
 # The lists of docs/semantics.md, section 8, typed again.
 IOI = (

@@ -12,10 +12,10 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks import known_circuits
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.capture import capture
+from pahq_hf.capture.recording import capture
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import Evaluator
-from pahq_hf.known import KNOWN_MODELS, KnownModel, load_known_model
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.ground_truth.hand_built import KNOWN_MODELS, KnownModel, load_known_model
 
 EVERY = pytest.mark.parametrize("name", KNOWN_MODELS)
 FP32 = PAHQConfig(regime="fp32")

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pahq_hf import Circuit, PAHQModel, load_task
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.circuit.graph import BoolArray, edge_list
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import Evaluator, Minimality, completeness, minimality
-from pahq_hf.graph import BoolArray, edge_list
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.necessity import Minimality, completeness, minimality
 from tests.helpers import FP32, random_edges, wrapped
 from tests.models import random_task
 

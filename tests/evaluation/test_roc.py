@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf import Circuit
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import Roc, edge_roc, node_roc
-from pahq_hf.evaluation.roc import node_scores, nodes_of, precision_recall
-from pahq_hf.graph import BoolArray, Graph, GraphSpec
+from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc, node_scores, nodes_of, precision_recall
 
 GRAPH = Graph(GraphSpec(layers=2, heads=2, kv_groups=1))
 EDGES = [tuple(pair) for pair in np.argwhere(GRAPH.all_edges)]

@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from pahq_hf import Circuit, PAHQModel, Task, load_task
-from pahq_hf.card import render_card
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.render.facts import run_facts
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.errors import AblationWarning
-from pahq_hf.render.facts import run_facts
 from tests.helpers import FP32, wrapped
 from tests.models import random_task, relative_error
 

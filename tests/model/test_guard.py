@@ -13,7 +13,7 @@ from torch import nn
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.errors import ConfigError
-from pahq_hf.guard import WeightGuard
+from pahq_hf.modeling.guard import WeightGuard
 from tests.helpers import FP32, save_tiny
 from tests.models import padded_prompts, random_task, tiny_gpt2, tiny_llama
 
@@ -167,10 +167,10 @@ def test_undone_changes_are_none() -> None:
 
 def test_the_sum_of_a_gpu_sees_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is other arithmetic; here on the CPU, in chunks."""
-    import pahq_hf.guard
+    import pahq_hf.modeling.guard
 
-    monkeypatch.setattr(pahq_hf.guard, "_CHUNK", 100)
-    summed = pahq_hf.guard._sum
+    monkeypatch.setattr(pahq_hf.modeling.guard, "_CHUNK", 100)
+    summed = pahq_hf.modeling.guard._sum
     base = torch.randn(40, 9)
     sums = {summed(base, False)}
     for one, two in ((3, 4), (0, 359), (99, 100)):

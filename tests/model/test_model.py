@@ -27,14 +27,14 @@ from transformers import (
     pipeline,
 )
 
-from pahq_hf.architectures import find_architecture
-from pahq_hf.architectures.positions import NO_ROTARY
-from pahq_hf.architectures.table import TABLE
+from pahq_hf.checkpoint.fingerprint import fingerprint
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError, SelfCheckError, UnsupportedModelError
-from pahq_hf.fingerprint import fingerprint
 from pahq_hf.model import PAHQModel
-from pahq_hf.precision import resolve_compute
+from pahq_hf.modeling.architectures.families import TABLE
+from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY
+from pahq_hf.precision.products import resolve_compute
 from tests.helpers import FP32
 from tests.models import (
     COMMON,
@@ -309,7 +309,7 @@ def test_self_check_finds_a_wrong_row_of_the_table(
 
 def test_self_check_finds_wrong_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that forgets the attention mask."""
-    from pahq_hf.attention import PAHQAttention
+    from pahq_hf.modeling.attention import PAHQAttention
 
     weights = PAHQAttention.weights
     monkeypatch.setattr(PAHQAttention, "weights", lambda self, q, k, mask: weights(self, q, k, None))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pahq_hf import Circuit, PAHQModel
-from pahq_hf.card import render_card
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.naming import shared_name
 from pahq_hf.errors import ConfigError
-from pahq_hf.naming import shared_name
 from tests.helpers import FP32, files_of, id_rows, run_main, save_tiny, write_rows
 from tests.models import padded_prompts, random_task
 

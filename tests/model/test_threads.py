@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import pahq_hf.threads
+import pahq_hf.precision.threads
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
 from pahq_hf.config import EngineConfig
 from pahq_hf.errors import ConfigError
-from pahq_hf.settings import RunSettings
-from pahq_hf.threads import Cores, cpu_quota, find_cores, sleep_while_waiting, take_threads, threads
+from pahq_hf.precision.threads import Cores, cpu_quota, find_cores, sleep_while_waiting, take_threads, threads
+from pahq_hf.search.settings import RunSettings
 from tests.helpers import id_rows, journal_lines, run_main, save_tiny, wrapped, write_rows
 from tests.models import random_task
 
@@ -50,7 +50,7 @@ def test_cores_that_others_use_are_not_free(cores: Cores, free: int) -> None:
 
 def test_a_load_that_is_over_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([(100, 1000), (100, 1020)])
-    monkeypatch.setattr(pahq_hf.threads, "_worked", lambda: next(ticks))
+    monkeypatch.setattr(pahq_hf.precision.threads, "_worked", lambda: next(ticks))
     monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 7.0, 7.0))
     assert find_cores().busy == 0.0
 
@@ -83,7 +83,7 @@ def test_the_quota_of_control_groups(
 
 def test_who_decides_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked for, then the environment, then the run, then what is free."""
-    monkeypatch.setattr(pahq_hf.threads, "find_cores", lambda: Cores(usable=2, total=8, busy=7.0))
+    monkeypatch.setattr(pahq_hf.precision.threads, "find_cores", lambda: Cores(usable=2, total=8, busy=7.0))
     torch.set_num_threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert (take_threads(4, 2), torch.get_num_threads()) == (4, 4)
@@ -178,7 +178,7 @@ def begun(folder: Path, records: int, **changes: Any) -> Path:
 
 def test_a_resumed_run_computes_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pahq_hf.threads, "find_cores", lambda: Cores(usable=4, total=4, busy=0.0))
+    monkeypatch.setattr(pahq_hf.precision.threads, "find_cores", lambda: Cores(usable=4, total=4, busy=0.0))
     model, rows, out = save_tiny(tmp_path / "model"), tmp_path / "ids.jsonl", tmp_path / "out"
     write_rows(rows, id_rows(TASK))
     command = ["discover", str(model), "--task", str(rows), "--threshold", "0.05", "--out", str(out)]

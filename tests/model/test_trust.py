@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.architectures.table import TABLE
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from pahq_hf.modeling.architectures.families import TABLE
 from tests.helpers import FP32, run_main, save_tiny
 
 CODE = """

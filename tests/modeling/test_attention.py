@@ -10,11 +10,11 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 from transformers import PreTrainedModel
 
-from pahq_hf.attention import PAHQAttention
-from pahq_hf.capture import Activations, capture, with_streams
+from pahq_hf.capture.recording import Activations, capture, with_streams
 from pahq_hf.config import Format, PAHQConfig
 from pahq_hf.model import PAHQModel
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.modeling.attention import PAHQAttention
+from pahq_hf.precision.linear import PAHQLinear
 from tests.helpers import FP32
 from tests.models import (
     FAMILIES,

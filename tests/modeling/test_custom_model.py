@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pahq_hf import EngineConfig, PAHQConfig, PAHQModel, register_architecture
-from pahq_hf.architectures import describe_families
-from pahq_hf.architectures.table import TABLE
 from pahq_hf.errors import ConfigError, SelfCheckError, UnsupportedModelError
+from pahq_hf.modeling.architectures.describe import describe_families
+from pahq_hf.modeling.architectures.families import TABLE
 from tests.custom_model import ROW, TwinConfig, TwinForCausalLM, register
 from tests.helpers import FP32, named, random_edges
 from tests.models import padded_prompts, random_task, randomize_parameters, relative_error
@@ -118,8 +118,8 @@ def test_it_is_listed() -> None:
 
 
 def test_random_edge_sets_agree() -> None:
-    from pahq_hf.engine.hooks import HooksEngine
-    from pahq_hf.engine.sparse import SparseEngine
+    from pahq_hf.engine.hooks.engine import HooksEngine
+    from pahq_hf.engine.sparse.engine import SparseEngine
 
     register()
     model, task = PAHQModel(twin(), FP32), random_task(padding="right")

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf import EngineConfig, PAHQConfig, PAHQModel
-from pahq_hf import capture as capturing
-from pahq_hf.architectures import graph_spec
-from pahq_hf.capture import Activations, capture, with_streams
+from pahq_hf.capture import recording as capturing
+from pahq_hf.capture.recording import Activations, capture, with_streams
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName, Regime
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.graph import Graph
-from pahq_hf.precision import PAHQLinear
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.modeling.architectures.lookup import graph_spec
+from pahq_hf.precision.linear import PAHQLinear
 from tests.families import ALL_FAMILIES
 from tests.helpers import GRAPHS, OTHER_GRAPHS, assert_same_circuit, random_edges
 from tests.models import PADDINGS, padded_prompts, random_task, relative_error

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from pahq_hf import PAHQModel
-from pahq_hf.architectures import find_architecture
-from pahq_hf.architectures.positions import NO_ROTARY, ROTARY_TABLES, plain_bias
-from pahq_hf.architectures.row import call
-from pahq_hf.architectures.table import TABLE
 from pahq_hf.errors import SelfCheckError, UnsupportedModelError
+from pahq_hf.modeling.architectures.architecture import call
+from pahq_hf.modeling.architectures.families import TABLE
+from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY, ROTARY_TABLES, plain_bias
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
 

@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pahq_hf.config import Format
-from pahq_hf.engine.vocabulary import Vocabulary
-from pahq_hf.precision import Anchor, Origin, PAHQLinear, Region, SourceBlock, quantize
+from pahq_hf.engine.sparse.vocabulary import Vocabulary
+from pahq_hf.precision.anchors import Anchor, Origin
+from pahq_hf.precision.formats.registry import quantize
+from pahq_hf.precision.fp32.source import SourceBlock
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.weight_block import Region
 from tests.helpers import MemorySource, ranges, weight_of
 
 pytestmark = pytest.mark.crossing

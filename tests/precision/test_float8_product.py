@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from pahq_hf import ACDCConfig, PAHQConfig
-from pahq_hf.discovery import with_margin
-from pahq_hf.precision import PAHQLinear, SourceBlock, resolve_compute
-from pahq_hf.precision import product as products
-from pahq_hf.precision.float8 import DynamicFloat8Product, Float8Weight
+from pahq_hf.precision import products
+from pahq_hf.precision.formats.float8 import DynamicFloat8Product, Float8Weight
+from pahq_hf.precision.fp32.source import SourceBlock
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.products import resolve_compute
+from pahq_hf.search.pipeline import with_margin
 from tests.helpers import MemorySource
 
 

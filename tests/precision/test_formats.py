@@ -16,10 +16,11 @@ from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
-from pahq_hf.precision import LowWeight, Region, quantize, rows, stored_bytes
-from pahq_hf.precision.float8_wide import decode_e5m2
-from pahq_hf.precision.low import known_formats
-from pahq_hf.precision.pieces import lowered
+from pahq_hf.precision.formats import by_rows
+from pahq_hf.precision.formats.float8_e5m2 import decode_e5m2
+from pahq_hf.precision.formats.mixed import lowered
+from pahq_hf.precision.formats.registry import LowWeight, known_formats, quantize, stored_bytes
+from pahq_hf.precision.weight_block import Region
 from tests.helpers import ranges, weight_of
 
 pytestmark = pytest.mark.crossing
@@ -212,7 +213,7 @@ def test_a_few_rows_at_once_are_all_rows_at_once(
     weight = weight_of(*shape, seed, spread=2.0).to(dtype)
     expected = quantize(weight, fmt)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_ELEMENTS", elements)
+        patch.setattr(by_rows, "_ELEMENTS", elements)
         assert_same_weight(quantize(weight, fmt), expected)
 
 
@@ -220,14 +221,14 @@ def test_a_few_rows_at_once_are_all_rows_at_once(
 def test_no_more_rows_at_once_than_allowed(
     elements: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(by_rows, "_ELEMENTS", elements)
     seen: list[tuple[int, torch.dtype]] = []
 
     def make(some: Tensor) -> Any:
         seen.append((some.shape[0], some.dtype))
         return Int8Tensor.from_hp(some, granularity=PerRow())
 
-    rows.by_rows(make, weight_of(ROWS, COLS, seed=0).to(torch.bfloat16))
+    by_rows.by_rows(make, weight_of(ROWS, COLS, seed=0).to(torch.bfloat16))
     assert sum(count for count, _ in seen) == ROWS and max(seen)[0] == largest
     assert {dtype for _, dtype in seen} == {torch.float32}
 
@@ -239,7 +240,7 @@ def test_no_more_rows_at_once_than_allowed(
 def test_no_number_is_found_wherever_it_is(
     fmt: Format, bad: float, place: tuple[int, int], elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(by_rows, "_ELEMENTS", elements)
     weight = weight_of(ROWS, COLS, seed=0)
     quantize(weight, fmt)
     weight[place] = bad
@@ -291,7 +292,7 @@ BYTES: dict[Format, Callable[[int, int], int]] = {
 def test_nbytes_are_the_bytes_held(
     fmt: Format, dtype: torch.dtype, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_ELEMENTS", elements)
+    monkeypatch.setattr(by_rows, "_ELEMENTS", elements)
     low = quantize(weight_of(40, COLS, seed=0).to(dtype), fmt)
     # torchao keeps a byte of zero for each row of INT8: its zero point, which a symmetric format has not.
     held = [tensor for name, tensor in inner(low).items() if not name.endswith("zero_point")]

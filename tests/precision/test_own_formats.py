@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pahq_hf import LowFormat, PAHQConfig, PAHQModel, load_task, register_format
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.low import find_format, known_formats
+from pahq_hf.precision.formats.registry import find_format, known_formats
 from tests.helpers import FP32, run_main
 
 BUILT_IN = ["fp8", "fp8-e5m2", "int8", "bf16", "mx"]
@@ -59,7 +59,7 @@ INT4 = LowFormat("int4", Int4Weight, lambda rows, cols: rows * (-(-cols // 2) + 
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers ends with it."""
     known = {name: find_format(name) for name in known_formats()}
-    monkeypatch.setattr("pahq_hf.precision.low._FORMATS", known)
+    monkeypatch.setattr("pahq_hf.precision.formats.registry._FORMATS", known)
     yield
 
 

@@ -15,16 +15,13 @@ from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
-from pahq_hf.precision import (
-    PAHQLinear,
-    PrecisionControl,
-    Region,
-    SourceBlock,
-    WeightSource,
-    quantize,
-    resolve_compute,
-)
-from pahq_hf.precision.float8 import decode_e4m3
+from pahq_hf.precision.active_components import PrecisionControl
+from pahq_hf.precision.formats.float8 import decode_e4m3
+from pahq_hf.precision.formats.registry import quantize
+from pahq_hf.precision.fp32.source import SourceBlock, WeightSource
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.products import resolve_compute
+from pahq_hf.precision.weight_block import Region
 from tests.helpers import MemorySource, ranges, weight_of
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")

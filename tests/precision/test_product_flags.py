@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.precision import exact_products, product_flags
-from pahq_hf.sums import add_rows
+from pahq_hf.precision.flags import exact_products, product_flags
+from pahq_hf.precision.sums import add_rows
 from tests.models import FAMILIES, random_task
 
 CUDA: Any = torch.backends.cuda.matmul

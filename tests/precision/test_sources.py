@@ -20,13 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pahq_hf.errors import ModelLoadError
-from pahq_hf.precision import (
-    CheckpointSource,
-    SourceBlock,
-    SpillSource,
-    WeightSource,
-)
-from pahq_hf.precision.source import byte_spans
+from pahq_hf.precision.fp32.source import CheckpointSource, SourceBlock, SpillSource, WeightSource, byte_spans
 from tests.helpers import MemorySource, ranges, small_disk, weight_of
 
 ROWS, COLS = 12, 10

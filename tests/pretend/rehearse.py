@@ -133,10 +133,10 @@ def load(scenario: Scenario, *, on_device: bool) -> PAHQModel:
     if scenario.load == "to":
         return PAHQModel.from_pretrained(name, pahq).to(DEVICE)
     if scenario.load == "wrap":
-        from pahq_hf import checkpoint
+        from pahq_hf.checkpoint.load import load, load_tokenizer
 
-        hf, source = checkpoint.load(name, streamed=False)
-        return PAHQModel(hf.to(DEVICE), pahq, tokenizer=checkpoint.load_tokenizer(name), source=source)
+        hf, source = load(name, streamed=False)
+        return PAHQModel(hf.to(DEVICE), pahq, tokenizer=load_tokenizer(name), source=source)
     places: dict[str, Any] = {"direct": {"": DEVICE}, "zero": {"": 0}, "auto": "auto"}
     return PAHQModel.from_pretrained(name, pahq, device_map=places[scenario.load])
 
@@ -258,7 +258,7 @@ def command_line(scenario: Scenario, *, on_device: bool) -> tuple[Answer, str]:
     """`pahq discover --device`."""
     from typer.testing import CliRunner
 
-    from pahq_hf.cli import app
+    from pahq_hf.cli.app import app
 
     with tempfile.TemporaryDirectory() as out:
         path = str(Path(out) / "run")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pahq_hf.checkpoints import demo_path
+from pahq_hf.checkpoint.demo_path import demo_path
 from tests.blocks import ROOT, blocks_of, documents, mentioned_programs, run_file, unfenced_code
 from tests.helpers import run_main
 from tests.hub_server import ClientProcess, HubServer, client_environment

@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pahq_hf import Circuit
-from pahq_hf.checkpoints import demo_path
+from pahq_hf.checkpoint.demo_path import demo_path
 from pahq_hf.errors import AblationWarning
 from tests.hub_server import HubServer, client_environment, run_client
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str) -> ModuleType:

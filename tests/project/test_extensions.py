@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pahq_hf.metrics import find_metric, known_metrics
+from pahq_hf.tasks.metrics import find_metric, known_metrics
 from tests.helpers import run_main
 
 MODULE = """
@@ -30,7 +30,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in known_metrics()})
+    monkeypatch.setattr(
+        "pahq_hf.tasks.metrics._METRICS", {name: find_metric(name) for name in known_metrics()}
+    )
     yield folder
     sys.modules.pop("own_extension", None)
 

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from benchmarks.family_tables import documents
-from pahq_hf.architectures import describe_families, supported_families
-from pahq_hf.families import stored_families
+from pahq_hf.modeling.architectures.describe import describe_families
+from pahq_hf.modeling.architectures.lookup import supported_families
+from pahq_hf.modeling.architectures.shipped import stored_families
 from tests.families import ALL_FAMILIES
 from tests.helpers import run_main
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.tiers import covering
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def command_of(target: str) -> str:

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.config import ACDCConfig
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.rule import PrecisionRule
+from pahq_hf.engine.regime_rule import PrecisionRule
 from pahq_hf.errors import ConfigError
-from pahq_hf.graph import BoolArray, Graph, GraphSpec
+from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from tests.helpers import assert_same_search, referee, wrapped
 from tests.models import random_task
 

@@ -13,20 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pahq_hf import PAHQConfig, PAHQModel, Task
-from pahq_hf.attribution import methods, runs
-from pahq_hf.attribution.methods import eap, eap_ig, edges_from_nodes, exact, hisp, random_scores
-from pahq_hf.attribution.runs import Runs
-from pahq_hf.attribution.selection import edges_from, top_edges
-from pahq_hf.capture import answer_logits
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.patched_run import PatchedRun
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.capture.recording import answer_logits
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.engine.hooks import gradient_runs as runs
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.hooks.gradient_runs import Runs
+from pahq_hf.engine.hooks.patched_run import PatchedRun
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.hooking import hooks
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import Product
+from pahq_hf.modeling.hooks import hooks
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.products import Product
+from pahq_hf.search.attribution import methods
+from pahq_hf.search.attribution.methods import eap, eap_ig, edges_from_nodes, exact, hisp, random_scores
+from pahq_hf.search.attribution.selection import edges_from, top_edges
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, wrapped
 from tests.models import FAMILIES, random_task, tiny_gpt2

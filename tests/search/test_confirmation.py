@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pahq_hf import Circuit, PAHQModel, Sweep, load_task
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import UnverifiedWarning
-from pahq_hf.metrics import Metric, known_metrics
+from pahq_hf.tasks.metrics import Metric, known_metrics
 from tests.helpers import FP32, run_main
-from tests.test_metrics import make_task
+from tests.tasks.test_metrics import make_task
 
 DISCOVER = ("discover", "demo", "--task", "ioi", "--n", "2", "--precision", "fp32", "--readers", "logits")
 SWEEP = ("sweep", *DISCOVER[1:])

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-import pahq_hf.discovery
+import pahq_hf.search.pipeline
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, Task
-from pahq_hf.acdc import ReaderRecord
-from pahq_hf.capture import answer_logits
+from pahq_hf.capture.recording import answer_logits
+from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.config import EngineConfig
 from pahq_hf.errors import CircuitError, ConfigError, MetricError, RunError
-from pahq_hf.evaluation import faithfulness
-from pahq_hf.journal import Journal
+from pahq_hf.search.acdc import ReaderRecord
+from pahq_hf.search.journal import Journal
 from tests.helpers import (
     FILES,
     FP32,
@@ -184,7 +184,7 @@ def test_a_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped("llama")
-    monkeypatch.setattr(pahq_hf.discovery, "make_engine", None)
+    monkeypatch.setattr(pahq_hf.search.pipeline, "make_engine", None)
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="threshold must be a finite number >= 0"):
         discover(model, out, threshold=-1)

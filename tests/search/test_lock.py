@@ -17,8 +17,8 @@ import pytest
 
 from pahq_hf import Circuit
 from pahq_hf.errors import RunError
-from pahq_hf.journal import Journal
-from pahq_hf.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.journal import Journal
+from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from tests.helpers import assert_same_circuit, files_of, journal_lines, run_main, wrapped
 from tests.models import random_task
 
@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {"threshold": 0.05, "readers": "logits,m*"}
 HOLD = """
 import sys, time
 from pathlib import Path
-from pahq_hf.lock import RunLock
+from pahq_hf.search.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

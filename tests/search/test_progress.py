@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from pahq_hf import Circuit, PAHQModel, load_task
-from pahq_hf.acdc import ReaderRecord, Search
-from pahq_hf.attribution.scoring import edge_scores
-from pahq_hf.clock import RunClock
+from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.engine.setting import Setting
-from pahq_hf.expectation import ExpectedTests
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.journal import Journal
-from pahq_hf.progress import Bars, Lines, Silence, is_watched, make_progress
+from pahq_hf.search.acdc import ReaderRecord, Search
+from pahq_hf.search.attribution.scoring import edge_scores
+from pahq_hf.search.clock import RunClock
+from pahq_hf.search.expectation import ExpectedTests
+from pahq_hf.search.journal import Journal
+from pahq_hf.search.progress import Bars, Lines, Silence, is_watched, make_progress
 from tests.helpers import FP32, files_of, wrapped
 from tests.models import random_task
 
@@ -218,7 +218,7 @@ def test_a_killed_run_forgets_a_second(tmp_path: Path, monkeypatch: pytest.Monke
     with clock.phase("search"):
         clock.keep(tmp_path)
         assert not (tmp_path / "seconds.json").exists(), "a second is not over"
-        monkeypatch.setattr("pahq_hf.clock._INTERVAL", 0.0)
+        monkeypatch.setattr("pahq_hf.search.clock._INTERVAL", 0.0)
         clock.keep(tmp_path)
     assert 0 < json.loads((tmp_path / "seconds.json").read_text())["search"] <= clock.seconds["search"]
 

@@ -11,14 +11,14 @@ import matplotlib
 import numpy as np
 import pytest
 
-import pahq_hf.render.picture
+import pahq_hf.circuit.render.picture
 from pahq_hf import Circuit, Sweep
-from pahq_hf.card import render_card
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.files import refuse_overwrite
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.render.layout import DRAWN_EDGES, layout
+from pahq_hf.circuit.render.picture import draw
 from pahq_hf.errors import CircuitError, RunError
-from pahq_hf.files import refuse_overwrite
-from pahq_hf.graph import Graph, GraphSpec
-from pahq_hf.render.layout import DRAWN_EDGES, layout
-from pahq_hf.render.picture import draw
 from tests.helpers import (
     assert_same_circuit,
     files_of,
@@ -93,7 +93,7 @@ def test_whatever_drawing_raises_is_a_warning(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pahq_hf.render.picture, "draw", fail)
+    monkeypatch.setattr(pahq_hf.circuit.render.picture, "draw", fail)
     circuit.save_pretrained(tmp_path)
     assert_same_circuit(Circuit.from_pretrained(tmp_path), circuit)
     assert set(files_of(tmp_path)) == RESULTS | {"README.md"}

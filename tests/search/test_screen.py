@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
-from pahq_hf.acdc import AdaptiveBatch, FixedBatch, Search, search
-from pahq_hf.attribution.selection import top_edges
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import parse_screen
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError, RunError
-from pahq_hf.graph import BoolArray
+from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, Search, search
+from pahq_hf.search.attribution.selection import top_edges
 from tests.families import ALL_FAMILIES
 from tests.helpers import (
     assert_same_circuit,
@@ -179,7 +179,7 @@ def test_a_resumed_run_has_the_same_survivors(
     whole: Path, tmp_path: Path, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = cut(whole, tmp_path / "cut", lines)
-    monkeypatch.setattr("pahq_hf.discovery.make_screen", None)  # it must not be made again
+    monkeypatch.setattr("pahq_hf.search.pipeline.make_screen", None)  # it must not be made again
     resumed = run(low("llama", "pahq"), "eap-ig:0.5", out=folder, resume=True)
     first = Circuit.from_pretrained(whole)
     assert_same_circuit(resumed, first)

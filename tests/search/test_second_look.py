@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from pahq_hf.config import ACDCConfig
-from pahq_hf.engine.hooks import HooksEngine
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.journal import Journal
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.journal import Journal
 from tests.helpers import wrapped
 from tests.models import FAMILIES, random_task
 

@@ -10,15 +10,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pahq_hf.divergence import SERIES, divergence, excess, excess_by_series
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.kl import KLReadout
-from pahq_hf.engine.sparse import SparseEngine
-from pahq_hf.graph import edge_list
-from pahq_hf.metrics import Metric
+from pahq_hf.circuit.graph import edge_list
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.engine.sparse.kl import KLReadout
+from pahq_hf.tasks.divergence import SERIES, divergence, excess, excess_by_series
+from pahq_hf.tasks.metrics import Metric
 from tests.helpers import wrapped
 from tests.models import random_task
-from tests.test_metrics import make_task
+from tests.tasks.test_metrics import make_task
 
 ROWS, VOCAB, WIDTH = 3, 5000, 24  # more tokens than two blocks of the vocabulary
 TASK = make_task([0, 1, 2], ((),) * ROWS, ((),) * ROWS)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pahq_hf import Task
 from pahq_hf.errors import MetricError
-from pahq_hf.evaluation import accuracy, chance
-from pahq_hf.metrics import Metric, check_metric, known_metrics
+from pahq_hf.evaluation.greedy_accuracy import accuracy, chance
+from pahq_hf.tasks.metrics import Metric, check_metric, known_metrics
 
 Sets = tuple[tuple[int, ...], ...]
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from pahq_hf.errors import TaskError
-from pahq_hf.tasks import load_task
+from pahq_hf.tasks.loading import load_task
 from tests.task_tokenizers import byte_level_bpe, one_line, text
 
 

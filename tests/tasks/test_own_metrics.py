@@ -23,17 +23,17 @@ from pahq_hf import (
     load_task,
     register_metric,
 )
-from pahq_hf.engine.hooks import HooksEngine
-from pahq_hf.engine.sparse import SparseEngine
+from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError
-from pahq_hf.metrics import Metric, default_metric, find_metric, known_metrics
-from pahq_hf.patch import PatchedModel
-from pahq_hf.targets import FinalStream, Targets
-from pahq_hf.tasks import TASKS
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.tasks.loading import TASKS
+from pahq_hf.tasks.metrics import Metric, default_metric, find_metric, known_metrics
+from pahq_hf.tasks.targets import FinalStream, Targets
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, run_main
 from tests.models import random_task, tiny_llama
-from tests.test_metrics import make_task
+from tests.tasks.test_metrics import make_task
 
 BUILT_IN = ["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 
@@ -41,7 +41,9 @@ BUILT_IN = ["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers ends with it."""
-    monkeypatch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in known_metrics()})
+    monkeypatch.setattr(
+        "pahq_hf.tasks.metrics._METRICS", {name: find_metric(name) for name in known_metrics()}
+    )
     yield
 
 
@@ -130,7 +132,7 @@ def test_a_circuit_of_an_unknown_metric_is_shown_and_not_measured(
 ) -> None:
     """In a process where nobody registered it."""
     with monkeypatch.context() as patch:
-        patch.setattr("pahq_hf.metrics._METRICS", {name: find_metric(name) for name in BUILT_IN})
+        patch.setattr("pahq_hf.tasks.metrics._METRICS", {name: find_metric(name) for name in BUILT_IN})
         register_metric(MISS)
         run = ("demo", "--task", "ioi", "--n", "2", "--metric", "miss", "--precision", "fp32")
         assert run_main("discover", *run, "--readers", "logits", "--out", str(tmp_path / "run")) == 0

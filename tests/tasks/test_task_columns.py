@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pahq_hf import Task
 from pahq_hf.errors import MetricError, TaskError
-from pahq_hf.metrics import check_metric
-from pahq_hf.tasks import load_task
+from pahq_hf.tasks.loading import load_task
+from pahq_hf.tasks.metrics import check_metric
 from tests.helpers import id_rows, run_main, save_tiny, write_rows
 from tests.models import random_task
 from tests.task_tokenizers import byte_level_bpe

@@ -13,18 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pahq_hf.errors import TaskError
-from pahq_hf.metrics import Metric
-from pahq_hf.tasks import (
-    DESCRIPTIONS,
-    TASKS,
-    Task,
-    docstring,
-    gendered_pronoun,
-    induction,
-    load_task,
-    sva,
-    words,
-)
+from pahq_hf.tasks import docstring, gendered_pronoun, induction, sva, words
+from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.catalog import DESCRIPTIONS
+from pahq_hf.tasks.loading import TASKS, load_task
+from pahq_hf.tasks.metrics import Metric
 from tests.task_tokenizers import (
     NAMES,
     byte_level_bpe,

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from pahq_hf.errors import ConfigError, MetricError, TaskError
-from pahq_hf.tasks import DESCRIPTIONS, TASKS, available_tasks, greater_than, ioi, load_task, words
+from pahq_hf.tasks import greater_than, ioi, words
 from pahq_hf.tasks.base import Pair, collate
+from pahq_hf.tasks.catalog import DESCRIPTIONS
 from pahq_hf.tasks.generating import draw_pairs
+from pahq_hf.tasks.loading import TASKS, available_tasks, load_task
 from tests.task_tokenizers import (
     NAMES,
     OBJECTS,

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pahq_hf.terminal import printable
+from pahq_hf.circuit.terminal import printable
 
 _LONGEST = 120
 # JSON inside HTML: nothing may look like markup, and the two separators end lines in old scripts.
@@ -45,7 +45,10 @@ def script_hashes(scripts: Sequence[str]) -> str:
 def templates() -> Environment:
     """The package's page templates; what goes into them is escaped."""
     return Environment(
-        loader=PackageLoader("pahq_hf.render"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("pahq_hf.circuit.render"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
 
 

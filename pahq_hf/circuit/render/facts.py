@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pahq_hf.ablation import accuracy_under
-from pahq_hf.confirmation import Confirmation
-from pahq_hf.identity import ModelIdentity
-from pahq_hf.run_record import RunRecord
-from pahq_hf.scored_edges import ScoredEdges
-from pahq_hf.verdict import Verdict
+from pahq_hf.circuit.ablation import accuracy_under
+from pahq_hf.circuit.confirmation import Confirmation
+from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.run_record import RunRecord
+from pahq_hf.circuit.scored_edges import ScoredEdges
+from pahq_hf.circuit.verdict import Verdict
 
 
 class Described(Protocol):

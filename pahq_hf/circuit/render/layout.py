@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pahq_hf.graph import BoolArray, Graph, ReaderKind, Writer, edge_list
-from pahq_hf.scored_edges import ScoredEdges
+from pahq_hf.circuit.graph import BoolArray, Graph, ReaderKind, Writer, edge_list
+from pahq_hf.circuit.scored_edges import ScoredEdges
 
 NodeKind = Literal["input", "head", "mlp", "logits"]
 

@@ -6,10 +6,10 @@ import html
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pahq_hf.render.embed import readable
-from pahq_hf.render.facts import Described, run_facts
-from pahq_hf.render.palette import LIGHT
-from pahq_hf.render.picture import draw
+from pahq_hf.circuit.render.embed import readable
+from pahq_hf.circuit.render.facts import Described, run_facts
+from pahq_hf.circuit.render.palette import LIGHT
+from pahq_hf.circuit.render.picture import draw
 
 
 def circuit_html(circuit: Described) -> str:

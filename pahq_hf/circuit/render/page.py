@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pahq_hf.comparison import check_same_graph
-from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
-from pahq_hf.render.facts import Described, run_facts
-from pahq_hf.render.layout import layout
-from pahq_hf.render.palette import DARK, LIGHT
-from pahq_hf.scored_edges import ScoredEdges
+from pahq_hf.circuit.comparison import check_same_graph
+from pahq_hf.circuit.render.embed import (
+    embedded_json,
+    one_line_ends,
+    readable,
+    script_hashes,
+    source,
+    templates,
+)
+from pahq_hf.circuit.render.facts import Described, run_facts
+from pahq_hf.circuit.render.layout import layout
+from pahq_hf.circuit.render.palette import DARK, LIGHT
+from pahq_hf.circuit.scored_edges import ScoredEdges
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
 _COLOURS = f':root{{{LIGHT.for_styles()}}}\n:root[data-theme="dark"]{{{DARK.for_styles()}}}\n'

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pahq_hf.graph import ReaderKind
+from pahq_hf.circuit.graph import ReaderKind
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from pahq_hf.render.embed import readable
-from pahq_hf.render.palette import LIGHT
-from pahq_hf.render.picture import NO_DATE, PictureFormat
-from pahq_hf.render.plots_page import Figure as Plotted
-from pahq_hf.render.plots_page import PageTable, plots_page
+from pahq_hf.circuit.render.embed import readable
+from pahq_hf.circuit.render.palette import LIGHT
+from pahq_hf.circuit.render.picture import NO_DATE, PictureFormat
+from pahq_hf.circuit.render.plots_page import Figure as Plotted
+from pahq_hf.circuit.render.plots_page import PageTable, plots_page
 
 _NO_EDGES = 0.5  # where an empty circuit stands on the logarithmic axis
 

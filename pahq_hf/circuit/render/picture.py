@@ -14,10 +14,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pahq_hf.graph import ReaderKind
-from pahq_hf.render.layout import DRAWN_EDGES, Layout, LayoutEdge, layout
-from pahq_hf.render.palette import LIGHT
-from pahq_hf.scored_edges import ScoredEdges
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.circuit.render.layout import DRAWN_EDGES, Layout, LayoutEdge, layout
+from pahq_hf.circuit.render.palette import LIGHT
+from pahq_hf.circuit.scored_edges import ScoredEdges
 
 PictureFormat = Literal["png", "svg"]
 _LABELLED = 150  # nodes; more names than this cannot be read

@@ -14,11 +14,11 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pahq_hf.files import make_folder, write_atomically, write_text
-from pahq_hf.render.palette import LIGHT
-from pahq_hf.render.picture import NO_DATE, PictureFormat
-from pahq_hf.render.plots_page import Figure as Plotted
-from pahq_hf.render.plots_page import plots_page
+from pahq_hf.circuit.files import make_folder, write_atomically, write_text
+from pahq_hf.circuit.render.palette import LIGHT
+from pahq_hf.circuit.render.picture import NO_DATE, PictureFormat
+from pahq_hf.circuit.render.plots_page import Figure as Plotted
+from pahq_hf.circuit.render.plots_page import plots_page
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plots_of(facts: dict[str, Any]) -> dict[str, Plot]:
     """The plots an evaluation gives, by file name.
 
     Args:
-        facts: What `pahq_hf.evaluation.evaluate` found.
+        facts: What `pahq_hf.evaluation.report.evaluate` found.
 
     Returns:
         `faithfulness` if it has a curve, `roc` if it has a reference.
@@ -80,7 +80,7 @@ def write_plots(facts: dict[str, Any], folder: Path) -> list[Path]:
     """Write `NAME.png`, `NAME.svg` and `NAME.html` of every plot.
 
     Args:
-        facts: What `pahq_hf.evaluation.evaluate` found.
+        facts: What `pahq_hf.evaluation.report.evaluate` found.
         folder: Created if needed.
 
     Returns:

@@ -8,8 +8,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pahq_hf.render.embed import embedded_json, one_line_ends, readable, script_hashes, source, templates
-from pahq_hf.render.palette import LIGHT
+from pahq_hf.circuit.render.embed import (
+    embedded_json,
+    one_line_ends,
+    readable,
+    script_hashes,
+    source,
+    templates,
+)
+from pahq_hf.circuit.render.palette import LIGHT
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pahq_hf.ablation import CORRUPTED, GIVEN, plain_ablation
-from pahq_hf.capture import Activations
-from pahq_hf.circuit import Circuit
-from pahq_hf.engine.patched_run import PatchedRun
+from pahq_hf.capture.live_substitute import Call, Substitute, body_of
+from pahq_hf.capture.mean_activations import MeanActivations, Means, zero_means
+from pahq_hf.capture.partner import Partner, read_prompts
+from pahq_hf.capture.recording import Activations
+from pahq_hf.circuit.ablation import CORRUPTED, GIVEN, plain_ablation
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.engine.hooks.patched_run import PatchedRun
 from pahq_hf.errors import ConfigError, describe
-from pahq_hf.graph import BoolArray
-from pahq_hf.hooking import first_input, hooks
-from pahq_hf.means import MeanActivations, Means, zero_means
-from pahq_hf.partner import Partner, read_prompts
-from pahq_hf.patch import PatchedModel
-from pahq_hf.substitute import Call, Substitute, body_of
+from pahq_hf.modeling.hooks import first_input, hooks
+from pahq_hf.modeling.patched_model import PatchedModel
 
 
 @contextmanager
@@ -156,7 +156,9 @@ def substitute_of(
     if model.is_applied:
         raise ConfigError("a circuit is applied already: leave that block first")
     if means is not None and not isinstance(means, Mapping):
-        raise ConfigError(f"means are mean activations (pahq_hf.means.means_of); got {describe(means)}")
+        raise ConfigError(
+            f"means are mean activations (pahq_hf.capture.mean_activations.means_of); got {describe(means)}"
+        )
     if corrupted is not None and means is not None:
         raise ConfigError("give either corrupted prompts or mean activations, not both")
     if corrupted is not None:

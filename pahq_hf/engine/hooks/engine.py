@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture import (
+from pahq_hf.capture.recording import (
     Activations,
     ablated,
     capture,
@@ -24,18 +24,18 @@ from pahq_hf.capture import (
     with_streams,
     written_heads,
 )
+from pahq_hf.capture.store import ActivationStore
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import Ablation, EngineName, MetricName
-from pahq_hf.engine.budget import default_budget, out_of_memory
-from pahq_hf.engine.patched_run import PatchedRun, RunAnchors, record_linears
+from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_linears
+from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.timing import Phases
-from pahq_hf.graph import BoolArray, Graph, edge_list
-from pahq_hf.hooking import hooks
-from pahq_hf.metrics import Metric
-from pahq_hf.patch import PatchedModel
-from pahq_hf.store import ActivationStore
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.budget import default_budget, out_of_memory
+from pahq_hf.modeling.hooks import hooks
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import Metric
 
 BUFFER_BYTES = 256 << 20  # on a CPU, where more examples at once are no faster
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pahq_hf.attribution.gradients import ReaderGradients, reader_gradients
-from pahq_hf.capture import Activations, ablated, capture
+from pahq_hf.capture.recording import Activations, ablated, capture
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName
+from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.graph import Graph
-from pahq_hf.metrics import Metric
-from pahq_hf.patch import PatchedModel
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import Metric
 
 _BACKWARD_BYTES = 128 << 20  # of what one forward pass keeps for its backward pass
 _DIFFERENCE_BYTES = 64 << 20  # of what writers write at some tokens

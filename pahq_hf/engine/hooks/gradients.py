@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture import forward_to_answers
-from pahq_hf.graph import ReaderKind
-from pahq_hf.hooking import LayerHooks, first_input, hook_layer, hooks
-from pahq_hf.layers import Layer
-from pahq_hf.metrics import Metric
-from pahq_hf.patch import PatchedModel
+from pahq_hf.capture.recording import forward_to_answers
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
+from pahq_hf.modeling.layers import Layer
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import Metric
 
 HEAD_KINDS: tuple[ReaderKind, ...] = ("v", "k", "q")
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture import Activations
-from pahq_hf.graph import BoolArray, ReaderKind
-from pahq_hf.hooking import LayerHooks, first_input, hook_layer
-from pahq_hf.layers import Layer
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import Anchor, PAHQLinear
+from pahq_hf.capture.recording import Activations
+from pahq_hf.circuit.graph import BoolArray, ReaderKind
+from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer
+from pahq_hf.modeling.layers import Layer
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.anchors import Anchor
+from pahq_hf.precision.linear import PAHQLinear
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pahq_hf.engine.heads import HeadMath
-from pahq_hf.graph import ReaderKind
-from pahq_hf.layers import MLP
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import Anchor, DifferenceProduct, Origin, Product, in_chunks
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.engine.sparse.heads import HeadMath
+from pahq_hf.modeling.layers import MLP
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.anchors import Anchor, Origin
+from pahq_hf.precision.products import DifferenceProduct, Product, in_chunks
 
 _CHUNK = 448  # tokens at once: measured
 

@@ -6,10 +6,10 @@ import os
 
 import torch
 
-from pahq_hf.engine.state import CircuitState
-from pahq_hf.engine.tokens import Liveness
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import PrecisionControl
+from pahq_hf.engine.sparse.positions import Liveness
+from pahq_hf.engine.sparse.state import CircuitState
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.active_components import PrecisionControl
 
 _SHARE = 0.25  # of the memory that is free
 BATCH_TOKENS = 3328  # at once

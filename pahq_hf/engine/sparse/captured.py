@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pahq_hf.capture import Activations
-from pahq_hf.engine.tokens import Liveness, TokenPlan
-from pahq_hf.graph import Graph
-from pahq_hf.patch import PatchedModel
-from pahq_hf.store import ActivationStore, kept
+from pahq_hf.capture.recording import Activations
+from pahq_hf.capture.store import ActivationStore, kept
+from pahq_hf.circuit.graph import Graph
+from pahq_hf.engine.sparse.positions import Liveness, TokenPlan
+from pahq_hf.modeling.patched_model import PatchedModel
 
 
 class Streams:

@@ -16,25 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture import Activations, ablated, capture, written_heads
+from pahq_hf.capture.recording import Activations, ablated, capture, written_heads
+from pahq_hf.capture.store import ActivationStore, MemoryStore
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName, MetricName
-from pahq_hf.engine.arithmetic import Anchored, Arithmetic, Direct
-from pahq_hf.engine.budget import MemoryBudget, out_of_memory
-from pahq_hf.engine.heads import HeadMath
-from pahq_hf.engine.propagate import Propagation
+from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.readout import Readout
-from pahq_hf.engine.rule import PrecisionRule
-from pahq_hf.engine.state import CircuitState
-from pahq_hf.engine.streams import Streams
-from pahq_hf.engine.timing import Phases
-from pahq_hf.engine.tokens import Liveness, TokenPlan
-from pahq_hf.engine.workspace import Workspace
-from pahq_hf.graph import BoolArray, Graph
-from pahq_hf.metrics import Metric, checked
-from pahq_hf.patch import PatchedModel
-from pahq_hf.store import ActivationStore, MemoryStore
+from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
+from pahq_hf.engine.sparse.budget import MemoryBudget, out_of_memory
+from pahq_hf.engine.sparse.buffers import Workspace
+from pahq_hf.engine.sparse.captured import Streams
+from pahq_hf.engine.sparse.heads import HeadMath
+from pahq_hf.engine.sparse.positions import Liveness, TokenPlan
+from pahq_hf.engine.sparse.propagation import Propagation
+from pahq_hf.engine.sparse.readout import Readout
+from pahq_hf.engine.sparse.state import CircuitState
+from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import Metric, checked
 
 _WRITERS = 64  # whose differences are computed at once
 

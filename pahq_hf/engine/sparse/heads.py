@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pahq_hf.capture import Activations
-from pahq_hf.engine.tokens import TokenPlan, TokenSet
-from pahq_hf.graph import ReaderKind
-from pahq_hf.layers import Layer
-from pahq_hf.precision import DifferenceProduct, PAHQLinear, Product, in_chunks
+from pahq_hf.capture.recording import Activations
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.engine.sparse.positions import TokenPlan, TokenSet
+from pahq_hf.modeling.layers import Layer
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.products import DifferenceProduct, Product, in_chunks
 
 
 class HeadMath:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
-from pahq_hf.engine.vocabulary import BLOCK, Blocks, in_batches
-from pahq_hf.precision import PAHQTable, exact_block
+from pahq_hf.engine.sparse.vocabulary import BLOCK, Blocks, in_batches
+from pahq_hf.precision.embeddings import PAHQTable, exact_block
+from pahq_hf.tasks.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 
 _FAR = 16  # rows at once whose logits are all held
 

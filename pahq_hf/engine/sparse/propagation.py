@@ -12,11 +12,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from pahq_hf.engine.arithmetic import Arithmetic, Reads, contribute
-from pahq_hf.engine.state import HEAD_KINDS, CircuitState
-from pahq_hf.engine.tokens import Liveness
-from pahq_hf.engine.workspace import Workspace
-from pahq_hf.graph import ReaderKind
+from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads, contribute
+from pahq_hf.engine.sparse.buffers import Workspace
+from pahq_hf.engine.sparse.positions import Liveness
+from pahq_hf.engine.sparse.state import HEAD_KINDS, CircuitState
 
 
 class Propagation:

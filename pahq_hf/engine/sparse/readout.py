@@ -11,13 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pahq_hf.capture import Activations, exact_logits
-from pahq_hf.engine.kl import KLReadout
-from pahq_hf.engine.vocabulary import Vocabulary
-from pahq_hf.metrics import Metric
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import exact_rows
-from pahq_hf.targets import FinalStream, TokenSets
+from pahq_hf.capture.recording import Activations, exact_logits
+from pahq_hf.engine.sparse.kl import KLReadout
+from pahq_hf.engine.sparse.vocabulary import Vocabulary
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.embeddings import exact_rows
+from pahq_hf.tasks.metrics import Metric
+from pahq_hf.tasks.targets import FinalStream, TokenSets
 
 _LOGITS = 1 << 23  # at once, where all are needed
 

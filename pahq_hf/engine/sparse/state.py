@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahq_hf.engine.arithmetic import Arithmetic, Reads
-from pahq_hf.engine.heads import HeadMath
-from pahq_hf.engine.streams import Streams
-from pahq_hf.engine.tokens import Liveness
-from pahq_hf.graph import BoolArray, Graph, ReaderKind
-from pahq_hf.precision import WeightCache
+from pahq_hf.circuit.graph import BoolArray, Graph, ReaderKind
+from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads
+from pahq_hf.engine.sparse.captured import Streams
+from pahq_hf.engine.sparse.heads import HeadMath
+from pahq_hf.engine.sparse.positions import Liveness
+from pahq_hf.precision.weight_cache import WeightCache
 
 HEAD_KINDS: tuple[ReaderKind, ...] = ("q", "k", "v")
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.precision import PAHQTable, Product, exact_block
+from pahq_hf.precision.embeddings import PAHQTable, exact_block
+from pahq_hf.precision.products import Product
 
 BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured

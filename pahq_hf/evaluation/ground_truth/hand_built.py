@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.errors import ConfigError
-from pahq_hf.graph import BoolArray, Graph, GraphSpec
-from pahq_hf.known.builder import HandBuilder
+from pahq_hf.evaluation.ground_truth.hand_builder import HandBuilder
 from pahq_hf.tasks.base import Pair, Task, collate
 
 _TOKENS = 12

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.errors import CircuitError, ConfigError
-from pahq_hf.graph import BoolArray, Graph, GraphSpec
 
 Head = tuple[int, int]
 

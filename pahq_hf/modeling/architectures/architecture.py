@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pahq_hf.architectures.positions import NO_ROTARY, ROTARY_TABLES, Rotary, plain_bias
 from pahq_hf.errors import UnsupportedModelError
+from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY, ROTARY_TABLES, Rotary, plain_bias
 
 MLPRun = Callable[[nn.Module, Tensor], Tensor]
 ScoreBias = Callable[[nn.Module, Tensor | None, dict[str, Any], tuple[int, int]], Tensor | None]

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from pahq_hf.architectures.positions import alibi_bias, local_bias
-from pahq_hf.architectures.row import Architecture
-from pahq_hf.architectures.table import TABLE, VARIANTS
-from pahq_hf.families import FamilyFacts
+from pahq_hf.modeling.architectures.architecture import Architecture
+from pahq_hf.modeling.architectures.families import TABLE, VARIANTS
+from pahq_hf.modeling.architectures.position_embeddings import alibi_bias, local_bias
+from pahq_hf.modeling.architectures.shipped import FamilyFacts
 
 
 def describe_families() -> list[FamilyFacts]:

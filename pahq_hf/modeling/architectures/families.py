@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pahq_hf.architectures.positions import GPTJ_ROTARY, NO_ROTARY, alibi_bias, local_bias
-from pahq_hf.architectures.row import Architecture, RowOf
 from pahq_hf.errors import UnsupportedModelError
+from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
+from pahq_hf.modeling.architectures.position_embeddings import GPTJ_ROTARY, NO_ROTARY, alibi_bias, local_bias
 
 _BLOCKS, _FINAL_NORM = "transformer.h", "transformer.ln_f"  # of all that follow GPT-2's layout
 _GATED = ("gate_proj", "up_proj", "down_proj")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from pahq_hf.architectures.describe import FamilyFacts, describe_families
-from pahq_hf.architectures.positions import NO_ROTARY
-from pahq_hf.architectures.refusals import check_is_not_quantised, check_is_transformer
-from pahq_hf.architectures.row import Architecture, RowOf
-from pahq_hf.architectures.table import TABLE
+from pahq_hf.circuit.graph import GraphSpec
 from pahq_hf.errors import ConfigError, UnsupportedModelError
-from pahq_hf.graph import GraphSpec
+from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
+from pahq_hf.modeling.architectures.describe import FamilyFacts, describe_families
+from pahq_hf.modeling.architectures.families import TABLE
+from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY
+from pahq_hf.modeling.architectures.refusals import check_is_not_quantised, check_is_transformer
 
 __all__ = [
     "NO_ROTARY",

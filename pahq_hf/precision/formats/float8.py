@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
-from pahq_hf.precision.rows import by_rows
-from pahq_hf.precision.scaled import SMALLEST, ScaledWeight
+from pahq_hf.precision.formats.by_rows import by_rows
+from pahq_hf.precision.formats.per_row import SMALLEST, ScaledWeight
 
 # E4M3's exponent bias is 7, float16's is 15: the same bits mean 2**-8 of the value.
 _BIAS_SHIFT = 256.0

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
-from pahq_hf.precision.rows import by_rows
-from pahq_hf.precision.scaled import SMALLEST, ScaledWeight
+from pahq_hf.precision.formats.by_rows import by_rows
+from pahq_hf.precision.formats.per_row import SMALLEST, ScaledWeight
 
 
 class WideFloat8Weight(ScaledWeight):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.precision.source import SourceBlock
+from pahq_hf.precision.fp32.source import SourceBlock
 
 
 class StoredWeight(nn.Module):

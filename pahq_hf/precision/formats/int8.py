@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchao.quantization import Int8Tensor, PerRow
 
-from pahq_hf.precision.rows import by_rows
-from pahq_hf.precision.scaled import ScaledWeight
+from pahq_hf.precision.formats.by_rows import by_rows
+from pahq_hf.precision.formats.per_row import ScaledWeight
 
 
 class Int8Weight(ScaledWeight):

@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from pahq_hf.precision.low import LowWeight, quantize
-from pahq_hf.precision.region import Layout, Region
+from pahq_hf.precision.formats.registry import LowWeight, quantize
+from pahq_hf.precision.weight_block import Layout, Region
 
 
 class PiecewiseWeight(nn.Module):

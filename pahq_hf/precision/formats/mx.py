@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
-from pahq_hf.precision.float8 import decode_e4m3
-from pahq_hf.precision.rows import by_rows
+from pahq_hf.precision.formats.by_rows import by_rows
+from pahq_hf.precision.formats.float8 import decode_e4m3
 
 GROUP = 32
 

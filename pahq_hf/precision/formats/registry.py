@@ -51,31 +51,31 @@ class LowFormat:
 
 
 def _float8(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.float8 import Float8Weight
+    from pahq_hf.precision.formats.float8 import Float8Weight
 
     return Float8Weight(weight)
 
 
 def _wide_float8(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.float8_wide import WideFloat8Weight
+    from pahq_hf.precision.formats.float8_e5m2 import WideFloat8Weight
 
     return WideFloat8Weight(weight)
 
 
 def _int8(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.int8 import Int8Weight
+    from pahq_hf.precision.formats.int8 import Int8Weight
 
     return Int8Weight(weight)
 
 
 def _bfloat16(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.bfloat16 import BFloat16Weight
+    from pahq_hf.precision.formats.bfloat16 import BFloat16Weight
 
     return BFloat16Weight(weight)
 
 
 def _mx(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.mx import MXWeight
+    from pahq_hf.precision.formats.mx import MXWeight
 
     return MXWeight(weight)
 
@@ -183,7 +183,7 @@ def quantize(weight: Tensor, fmt: str) -> LowWeight:
         ConfigError: If there is no such format.
         ModelLoadError: If the weight holds NaN or infinity, which no scale can represent.
     """
-    from pahq_hf.precision.rows import all_finite
+    from pahq_hf.precision.formats.by_rows import all_finite
 
     make = find_format(fmt).make
     if not all_finite(weight):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pahq_hf.precision.source import SourceBlock
-from pahq_hf.precision.transfer import Transfer
+from pahq_hf.precision.fp32.source import SourceBlock
+from pahq_hf.precision.fp32.transfer import Transfer
 
 
 class Staging:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns, Gradients, Part
 from pahq_hf.errors import MetricError
-from pahq_hf.graph import Graph
-from pahq_hf.metrics import find_metric
-from pahq_hf.sums import add_rows
+from pahq_hf.precision.sums import add_rows
+from pahq_hf.tasks.metrics import find_metric
 
 Scores = NDArray[np.float64]
 

@@ -9,29 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pahq_hf.ablation import APPLY
-from pahq_hf.attribution.methods import check_gradient
-from pahq_hf.attribution.scoring import edge_scores
-from pahq_hf.attribution.selection import edges_from, top_edges
-from pahq_hf.circuit import Circuit
+from pahq_hf.circuit.ablation import APPLY
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.files import output_path, refuse_overwrite
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.verdict import Verdict, announce
 from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
-from pahq_hf.discovery import versions
+from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.setting import Setting
-from pahq_hf.engine.timing import Phases
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation import Evaluator, warn_near_chance
-from pahq_hf.files import output_path, refuse_overwrite
-from pahq_hf.graph import BoolArray
-from pahq_hf.hardware import hardware_facts
-from pahq_hf.lock import RunLock
-from pahq_hf.memory import PeakMemory
-from pahq_hf.metrics import check_metric
-from pahq_hf.patch import PatchedModel
-from pahq_hf.precision import exact_products
-from pahq_hf.progress import make_progress
+from pahq_hf.evaluation.evaluator import Evaluator
+from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.flags import exact_products
+from pahq_hf.precision.memory import PeakMemory
+from pahq_hf.precision.threads import threads
+from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.attribution.scoring import edge_scores
+from pahq_hf.search.attribution.selection import edges_from, top_edges
+from pahq_hf.search.hardware import hardware_facts
+from pahq_hf.search.lock import RunLock
+from pahq_hf.search.pipeline import versions
+from pahq_hf.search.progress import make_progress
 from pahq_hf.tasks.base import Task
-from pahq_hf.threads import threads
-from pahq_hf.verdict import Verdict, announce
+from pahq_hf.tasks.metrics import check_metric
 
 
 class Attribution:

@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pahq_hf.attribution.methods import (
+from pahq_hf.config import EngineConfig, MethodName
+from pahq_hf.engine.build import make_engine, make_gradient_runs
+from pahq_hf.engine.phases import Phases
+from pahq_hf.engine.setting import Setting
+from pahq_hf.precision.memory import trim
+from pahq_hf.search.attribution.methods import (
     Scores,
     check_finite,
     check_gradient,
@@ -16,12 +21,7 @@ from pahq_hf.attribution.methods import (
     hisp,
     random_scores,
 )
-from pahq_hf.config import EngineConfig, MethodName
-from pahq_hf.engine.build import make_engine, make_gradient_runs
-from pahq_hf.engine.setting import Setting
-from pahq_hf.engine.timing import Phases
-from pahq_hf.memory import trim
-from pahq_hf.progress import Progress, Silence
+from pahq_hf.search.progress import Progress, Silence
 
 
 def edge_scores(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.errors import ConfigError
-from pahq_hf.graph import BoolArray, Graph
 
 
 def top_edges(graph: Graph, scores: NDArray[np.float64], count: int, *, absolute: bool) -> BoolArray:

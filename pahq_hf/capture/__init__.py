@@ -1,0 +1,1 @@
+"""Clean and corrupted runs of a model, and what stands in for removed edges."""

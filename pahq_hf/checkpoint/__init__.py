@@ -1,0 +1,1 @@
+"""Checkpoints: finding, loading, streaming and telling them apart; the demo that comes with the package."""

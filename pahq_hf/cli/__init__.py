@@ -1,0 +1,1 @@
+"""The `pahq` command: one file a command."""

@@ -1,0 +1,1 @@
+"""The hooks engine: the whole model with forward hooks, for any edge set."""

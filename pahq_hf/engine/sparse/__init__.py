@@ -1,0 +1,1 @@
+"""The sparse engine: only what an edge can change is computed."""

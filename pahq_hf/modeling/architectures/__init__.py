@@ -1,0 +1,1 @@
+"""Where each family keeps its layers, norms and projections: one row a family."""

@@ -1,0 +1,1 @@
+"""Low-precision formats of weights, one file each, registered in one place."""

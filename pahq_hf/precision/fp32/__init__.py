@@ -1,0 +1,1 @@
+"""Full-precision weights: where they come from and how they reach the device."""
