@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from playwright.sync_api import Browser
 from pahq_hf.circuit.graph import GraphSpec
 from pahq_hf.circuit.render import palette
 from pahq_hf.circuit.render.page import circuit_page, compare_page
+from pahq_hf.circuit.render.palette import DARK, LIGHT
+from pahq_hf.errors import ConfigError
 from tests.browser import SMALL, chromium, opened, random_circuit
 
 SMOLLM2 = GraphSpec(layers=30, heads=9, kv_groups=3)
@@ -137,3 +140,21 @@ def test_colours_are_in_one_place() -> None:
     colour = re.compile(r"#[0-9a-fA-F]{6}\b|(?<!&)#[0-9a-fA-F]{3}\b|rgba?\([^)]*[1-9]")
     stray = {path.name for path in files if colour.search(path.read_text(encoding="utf-8"))}
     assert stray == {"palette.py"}
+
+
+def test_a_page_in_other_colours() -> None:
+    light, dark = replace(LIGHT, mlp="#117733"), replace(DARK, ground="#0a0b0c")
+    for html in (
+        circuit_page(random_circuit(SMALL, 5), light, dark),
+        compare_page(random_circuit(SMALL, 5), random_circuit(SMALL, 7), light, dark),
+    ):
+        assert '"#117733"' in html and LIGHT.mlp not in html
+        assert "--ground:#0a0b0c;" in html and DARK.ground not in html
+
+
+@pytest.mark.parametrize(
+    "colours", [{"ink": "red"}, {"head": "#12345;}</style>"}, {"edges": {"q": ""}}, {"sets": ("#000000", 7)}]
+)
+def test_what_is_no_colour_is_refused(colours: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"a colour is written as #rrggbb; {next(iter(colours))} has"):
+        replace(LIGHT, **colours)

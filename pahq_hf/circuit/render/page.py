@@ -20,36 +20,39 @@ from pahq_hf.circuit.render.embed import (
 )
 from pahq_hf.circuit.render.facts import Described, run_facts
 from pahq_hf.circuit.render.layout import layout
-from pahq_hf.circuit.render.palette import DARK, LIGHT
+from pahq_hf.circuit.render.palette import DARK, LIGHT, Palette
 from pahq_hf.circuit.scored_edges import ScoredEdges
 
 _SCRIPTS = ("data.js", "drawing.js", "controls.js")
-_COLOURS = f':root{{{LIGHT.for_styles()}}}\n:root[data-theme="dark"]{{{DARK.for_styles()}}}\n'
 _TITLE = (("of", "model"), ("on", "task"))
 
 _Facts = dict[str, str]
 
 
-def circuit_page(circuit: Described) -> str:
+def circuit_page(circuit: Described, light: Palette = LIGHT, dark: Palette = DARK) -> str:
     """A page that shows a circuit.
 
     Args:
         circuit: The circuit.
+        light: Its colours on a light ground.
+        dark: Its colours on a dark one.
 
     Returns:
         An HTML document.
     """
     facts = _facts(circuit)
     title = " ".join(["Circuit", *(f"{word} {facts[key]}" for word, key in _TITLE if key in facts)])
-    return _render(title, [""], [facts], _drawing(circuit.scored, [circuit.scored]))
+    return _render(title, [""], [facts], _drawing(circuit.scored, [circuit.scored]), light, dark)
 
 
-def compare_page(a: Described, b: Described) -> str:
+def compare_page(a: Described, b: Described, light: Palette = LIGHT, dark: Palette = DARK) -> str:
     """A page that shows which edges two circuits share.
 
     Args:
         a: One circuit.
         b: Another one of a model of the same shape.
+        light: Its colours on a light ground.
+        dark: Its colours on a dark one.
 
     Returns:
         An HTML document.
@@ -66,7 +69,8 @@ def compare_page(a: Described, b: Described) -> str:
         tested=np.where(one.kept, one.tested, other.tested),
     )
     facts = [_facts(a), _facts(b)]
-    return _render("Comparison of two circuits", ["A", "B"], facts, _drawing(both, [one, other]))
+    title = "Comparison of two circuits"
+    return _render(title, ["A", "B"], facts, _drawing(both, [one, other]), light, dark)
 
 
 def _facts(circuit: Described) -> _Facts:
@@ -106,7 +110,6 @@ def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
         "readers": list(readers.values()),
         "edges": {**edges, "scores": scores, "tested": tested},
         "rows": places.rows,
-        "palettes": {"light": LIGHT.for_scripts(), "dark": DARK.for_scripts()},
     }
 
 
@@ -115,7 +118,14 @@ def _finite(score: float) -> float:
     return score if math.isfinite(score) else 0.0
 
 
-def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[str, Any]) -> str:
+def _render(
+    title: str,
+    columns: list[str],
+    facts: list[_Facts],
+    drawing: dict[str, Any],
+    light: Palette,
+    dark: Palette,
+) -> str:
     # Only a page needs them, and `pahq show` alone should start fast.
     from plotly.offline import get_plotlyjs
 
@@ -123,6 +133,8 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
     own = "\n".join(source(pages, name) for name in _SCRIPTS)
     scripts = [one_line_ends(get_plotlyjs()), f'(() => {{\n"use strict";\n{own}}})();\n']
     names = list(dict.fromkeys(name for column in facts for name in column))
+    colours = f':root{{{light.for_styles()}}}\n:root[data-theme="dark"]{{{dark.for_styles()}}}\n'
+    palettes = {"light": light.for_scripts(), "dark": dark.for_scripts()}
     return pages.get_template("page.html.jinja").render(
         title=title,
         columns=columns,
@@ -130,6 +142,6 @@ def _render(title: str, columns: list[str], facts: list[_Facts], drawing: dict[s
         # Only these very scripts run: the browser refuses whatever else got into the page.
         hashes=script_hashes(scripts),
         scripts=[Markup(script) for script in scripts],
-        style=Markup(_COLOURS + source(pages, "page.css")),
-        data=embedded_json(drawing),
+        style=Markup(colours + source(pages, "page.css")),
+        data=embedded_json({**drawing, "palettes": palettes}),
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours on one ground.
+    """Colours on one ground, each as `#rrggbb`.
 
     Attributes:
         ground: The ground.
@@ -42,6 +44,13 @@ class Palette:
     mlp: str
     edges: Mapping[ReaderKind, str]
     sets: tuple[str, str, str]
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            several = value.values() if isinstance(value, dict) else value
+            for colour in [value] if isinstance(value, str) else several:
+                if not re.fullmatch(r"#[0-9a-fA-F]{6}", str(colour)):
+                    raise ConfigError(f"a colour is written as #rrggbb; {name} has {colour!r}")
 
     @property
     def nodes(self) -> dict[str, str]:
