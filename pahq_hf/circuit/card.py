@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from pahq_hf.circuit.render.facts import Described
 from pahq_hf.circuit.render.layout import DRAWN_EDGES
 from pahq_hf.circuit.run_record import PrecisionFacts, SearchArguments, TaskFacts
 from pahq_hf.circuit.terminal import printable
-from pahq_hf.tasks.catalog import DESCRIPTIONS
 
+_GENERATED = re.compile(r"\w+:\w+", re.ASCII)  # what goes into a code block
 _MARKUP = "\\`*<>[]|"
 _LONGEST = 200  # characters of a text that comes from files
 _TEMPLATE = Path(__file__).parent / "render" / "templates" / "card.md.jinja"
@@ -108,11 +109,9 @@ def _model_argument(model: ModelIdentity, *, split: bool) -> str:
 
 def _prompts(task: TaskFacts) -> str | None:
     """The name by which `load_task` gives the task's prompts; None for data of one's own."""
-    for known in DESCRIPTIONS:
-        if task.generator == known.name and task.corruption in known.corruptions:
-            first = task.corruption == known.corruptions[0]
-            return repr(known.name if first else f"{known.name}:{task.corruption}")
-    return None
+    name = f"{task.generator}:{task.corruption}"
+    made = task.generator is not None and task.corruption is not None
+    return repr(name) if made and _GENERATED.fullmatch(name) else None
 
 
 def _cell(value: object) -> str:

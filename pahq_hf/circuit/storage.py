@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,8 @@ def _refuse_sweep(folder: Path) -> None:
 
 
 def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
-    unknown = sorted(set(ModelIdentity.from_json(cfg).more) - set(_SPEC_KEYS))
+    known = {*_SPEC_KEYS, *(entry.name for entry in fields(ModelIdentity))}
+    unknown = sorted(set(cfg) - known)
     if unknown:
         logger.warning("%s: unknown keys in cfg are ignored: %s", folder, ", ".join(k[:40] for k in unknown))
     version = cfg.get("format_version", FORMAT_VERSION)

@@ -77,6 +77,7 @@ def load_dataset_task(
     origin = Path(source).name if Path(source).exists() else where
     provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split, "offset": offset}
     provenance |= {"shuffle": shuffle, "total": data.total, "columns": found.names[:_COLUMNS]}
+    made = {"name": Path(source).stem, "metric": metric, "padding_side": padding_side}
     read: Callable[[Row, str], Pair]
     if {"clean_ids", "corrupted_ids"} <= columns:
 
@@ -96,14 +97,8 @@ def load_dataset_task(
         pairs, skipped = _mib_pairs(rows, column, needed, where)
         found.used |= {"prompt", column, *_MIB_ANSWERS}
         found.report(where, answered=True)
-        return collate(
-            pairs,
-            name=Path(source).stem,
-            metric=metric,
-            pad_id=pad_id(tokenizer),
-            padding_side=padding_side,
-            source={**provenance, "corruption": column.removesuffix(_COUNTERFACTUAL), "skipped": skipped},
-        )
+        provenance |= {"corruption": column.removesuffix(_COUNTERFACTUAL), "skipped": skipped}
+        return collate(pairs, pad_id=pad_id(tokenizer), source=provenance, **made)
     if corruption is not None:
         raise TaskError(
             f"{where}: its corrupted prompts are given, so corruption {corruption!r} cannot be chosen"
@@ -113,14 +108,7 @@ def load_dataset_task(
         raise TaskError(f"{where}: every corrupted prompt equals its clean one, so patching changes nothing")
     found.report(where, answered=any(pair.answers for pair in pairs))
     found.report_unanswered(where, [index for index, pair in enumerate(pairs) if not pair.answers])
-    return collate(
-        pairs,
-        name=Path(source).stem,
-        metric=metric,
-        pad_id=pad_id(tokenizer),
-        padding_side=padding_side,
-        source=provenance,
-    )
+    return collate(pairs, pad_id=pad_id(tokenizer), source=provenance, **made)
 
 
 def _need_tokenizer(tokenizer: PreTrainedTokenizerBase | None, where: str) -> PreTrainedTokenizerBase:

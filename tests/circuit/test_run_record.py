@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pahq_hf import AttributionConfig, Circuit, PAHQModel, load_task
+from pahq_hf.circuit.card import render_card
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
@@ -19,6 +22,11 @@ from pahq_hf.circuit.run_record import (
     TaskFacts,
 )
 from pahq_hf.errors import CircuitError
+
+
+@cache
+def _tokenizer() -> Any:
+    return PAHQModel.from_pretrained("demo", precision="fp32").tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,13 @@ def test_a_record_is_the_file_it_was_read_from(runs: dict[str, Path], method: st
     record = RunRecord.from_json(document)
     assert record.to_json() == document
     assert record.method == method and set(record.more) == {"checksums"}
+
+
+def test_a_circuit_of_this_version_is_read_without_a_word(
+    runs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    Circuit.from_pretrained(runs["acdc"])
+    assert caplog.records == []
 
 
 def test_a_circuit_tells_its_run_by_fields(runs: dict[str, Path]) -> None:
@@ -153,3 +168,16 @@ def test_a_model_on_the_hub_keeps_its_revision() -> None:
     assert (other.hub_id, other.revision) == ("you/gpt2", None)
     folder = ModelIdentity.from_json({"base_model": "/home/me/secret/gpt2"})
     assert (folder.base_model, folder.local, folder.hub_id) == ("gpt2", True, None)
+
+
+@pytest.mark.parametrize("name", ["ioi", "greater_than", "induction", "sva"])
+def test_the_card_names_prompts_that_can_be_made_again(name: str, runs: dict[str, Path]) -> None:
+    circuit = Circuit.from_pretrained(runs["acdc"])
+    task = load_task(name, _tokenizer(), n=2)
+    circuit.discovery = circuit.discovery | {"task": {"name": task.name, "examples": 2, **task.source}}
+    found = re.search(r"load_task\('([^']*)', model.tokenizer", render_card(circuit))
+    assert found is not None
+    assert load_task(found[1], _tokenizer(), n=2).fingerprint() == task.fingerprint()
+    for hostile in ("ioi\n```", "ioi'), exit(1", 3):
+        circuit.discovery["task"]["generator"] = hostile
+        assert "load_task" not in render_card(circuit)

@@ -98,6 +98,16 @@ def _pick(generator: torch.Generator, count: int) -> list[int]:
     return [int(token) for token in torch.randperm(_TOKENS, generator=generator)[:count]]
 
 
+def _pairs(prompt: Callable[[], tuple[list[int], int]], n: int) -> list[Pair]:
+    """Pairs of prompts that end differently and have different answers."""
+    pairs: list[Pair] = []
+    while len(pairs) < n:
+        (clean, answer), (corrupted, other) = prompt(), prompt()
+        if answer != other and clean[-1] != corrupted[-1]:
+            pairs.append(Pair(clean, corrupted, (answer,), (other,)))
+    return pairs
+
+
 # -- the models -----------------------------------------------------------------------------------
 
 
@@ -118,16 +128,11 @@ def _induction(n: int, seed: int) -> KnownModel:
         at = int(torch.randint(1, length - 2, (), generator=generator))
         return [*tokens, tokens[at]], tokens[at + 1]
 
-    pairs: list[Pair] = []
-    while len(pairs) < n:
-        (clean, answer), (corrupted, other) = prompt(), prompt()
-        if answer != other and clean[-1] != corrupted[-1]:
-            pairs.append(Pair(clean, corrupted, (answer,), (other,)))
     return KnownModel(
         name="induction",
         says="[a b ... a] -> b: a previous-token head and an induction head (K-composition), 3 layers",
         model=b.model,
-        task=_task("induction", pairs, seed),
+        task=_task("induction", _pairs(prompt, n), seed),
         edges=(
             "input->a0.h1<v>",
             "a0.h1->a1.h2<k>",
@@ -166,16 +171,11 @@ def _chain(n: int, seed: int) -> KnownModel:
                 order = torch.randperm(3, generator=generator).tolist()
                 return [rest[2], *(token for i in order for token in blocks[i]), one[0]], two[1]
 
-    pairs: list[Pair] = []
-    while len(pairs) < n:
-        (clean, answer), (corrupted, other) = prompt(), prompt()
-        if answer != other and clean[-1] != corrupted[-1]:
-            pairs.append(Pair(clean, corrupted, (answer,), (other,)))
     return KnownModel(
         name="chain",
         says="two lookups, x -> y and y + 5 -> z, an MLP adding 5 between them (K-, Q-composition), 4 layers",
         model=b.model,
-        task=_task("chain", pairs, seed),
+        task=_task("chain", _pairs(prompt, n), seed),
         edges=(
             "input->a0.h3<v>",
             "a0.h3->a1.h0<k>",
