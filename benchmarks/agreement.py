@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks.variants import Variant
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, load_task
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.engine.protocol import Engine
-from pahq_hf.engine.regime_rule import PrecisionRule
 from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Reads
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.errors import PAHQError
-from pahq_hf.search.pipeline import Discovery
+from pahq_hf.search.bench import Bench
+from pahq_hf.search.pipeline import Run
+from pahq_hf.search.registry import find_search
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\
@@ -129,14 +129,12 @@ class OnceEngine(SparseEngine):
         return super().metric_of(kept)
 
 
-class _Run(Discovery):
-    once = False
-
-    def make_engine(self) -> Engine:
-        if not self.once:
-            return super().make_engine()
-        rule = PrecisionRule.of(self.pahq, self.model.device)
-        return OnceEngine(self.model, self.task, self.metric, ablation=self.acdc.ablation, rule=rule)
+class _OnceBench(Bench):
+    def _make_engine(self) -> SparseEngine:
+        setting = self.setting
+        return OnceEngine(
+            setting.model, setting.task, setting.metric, ablation=setting.ablation, rule=setting.rule
+        )
 
 
 # -- comparing ------------------------------------------------------------------------------------
@@ -190,8 +188,10 @@ def _discover(options: argparse.Namespace, variant: Variant) -> Circuit:
     model = PAHQModel.from_pretrained(options.model, variant.pahq)
     task: Task = load_task(options.task, model.tokenizer, n=options.n)
     acdc = ACDCConfig(threshold=options.threshold, metric=options.metric, margin=variant.margin)
-    run = _Run(model.patched, model.identity, task, model.pahq_config, acdc, progress=False)
-    run.once = variant.once
+    where = model.patched, model.identity, task, model.pahq_config
+    run = Run(find_search("acdc"), acdc, *where, progress=False)
+    if variant.once:
+        run.bench = _OnceBench(run.setting, clock=run.clock)
     circuit = run.run(folder, resume=True)
     del model, run
     gc.collect()

@@ -23,6 +23,7 @@ from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.search.attribution.scoring import edge_scores
+from pahq_hf.search.bench import Bench
 from pahq_hf.tasks.base import Task
 
 
@@ -239,7 +240,9 @@ class _Pieces:
         few, _ = self.task.part(0, _PAIRS)
         model, pahq = self.model.patched, self.model.pahq_config
         seconds = self._seconds(
-            lambda: edge_scores("eap-ig", Setting(model, few, "logit_diff", "corrupted", pahq), steps=_STEPS)
+            lambda: edge_scores(
+                "eap-ig", Bench(Setting(model, few, "logit_diff", "corrupted", pahq)), steps=_STEPS
+            )
         )
         return {"what": "EAP-IG, a pair and a step", "ms": 1000 * seconds / (_PAIRS * _STEPS)}
 

@@ -23,7 +23,8 @@ from pahq_hf.config import ACDCConfig, EngineConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.precision.memory import PeakMemory, read_memory
 from pahq_hf.search.acdc import AdaptiveBatch, search
-from pahq_hf.search.pipeline import Discovery
+from pahq_hf.search.pipeline import Run
+from pahq_hf.search.registry import find_search
 from pahq_hf.tasks.base import Task
 
 _EPILOG = """\
@@ -77,7 +78,8 @@ def measure(options: argparse.Namespace, variant: Variant) -> MemoryRow:
         )
         budget = None if options.memory_budget is None else int(options.memory_budget * 1e6)
         engine = EngineConfig(memory_budget=budget, activation_store=options.activation_store)
-        run = Discovery(model.patched, model.identity, task, model.pahq_config, acdc, engine, progress=False)
+        where = model.patched, model.identity, task, model.pahq_config, engine
+        run = Run(find_search("acdc"), acdc, *where, progress=False)
         tests, kept, seconds = _search(run, options.stop_after)
     weights = model.patched.precision
     return MemoryRow(
@@ -100,13 +102,13 @@ class _Enough(Exception):
     """The search has tested as many edges as were asked for."""
 
 
-def _search(run: Discovery, stop_after: int | None) -> tuple[int, int, float]:
+def _search(run: Run[ACDCConfig], stop_after: int | None) -> tuple[int, int, float]:
     """Tests, kept edges and seconds of a whole run, or of a search from the top up to some tests."""
     if stop_after is None:
         circuit = run.run()
         seconds: float = circuit.discovery["seconds"]["search"]
         return int(circuit.tested.sum()), circuit.edge_count, seconds
-    engine = run.make_engine()
+    engine = run.bench.engine
     decided: list[int] = []
 
     def on_batch(_: int, count: int) -> None:
@@ -116,7 +118,7 @@ def _search(run: Discovery, stop_after: int | None) -> tuple[int, int, float]:
 
     started = time.perf_counter()
     try:
-        search(engine, run.acdc, batch=AdaptiveBatch(), on_batch=on_batch)
+        search(engine, run.options, batch=AdaptiveBatch(), on_batch=on_batch)
     except _Enough:
         engine.finish()
     return sum(decided), 0, time.perf_counter() - started

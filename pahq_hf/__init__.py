@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pahq_hf.modeling.architectures.architecture import Architecture
     from pahq_hf.modeling.architectures.lookup import register_architecture
     from pahq_hf.precision.formats.registry import LowFormat, register_format
-    from pahq_hf.search.sweep import Sweep
+    from pahq_hf.search.registry import register_search
+    from pahq_hf.search.sweep_result import Sweep
     from pahq_hf.tasks.base import Task
     from pahq_hf.tasks.loading import load_task
     from pahq_hf.tasks.metrics import MetricSpec, register_metric
@@ -40,6 +41,7 @@ __all__ = [
     "register_architecture",
     "register_format",
     "register_metric",
+    "register_search",
 ]
 
 _ROOMS = {
@@ -53,12 +55,13 @@ _ROOMS = {
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",
-    "Sweep": "search.sweep",
+    "Sweep": "search.sweep_result",
     "Task": "tasks.base",
     "load_task": "tasks.loading",
     "register_architecture": "modeling.architectures.lookup",
     "register_format": "precision.formats.registry",
     "register_metric": "tasks.metrics",
+    "register_search": "search.registry",
 }
 
 

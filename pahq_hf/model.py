@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -42,16 +42,18 @@ from pahq_hf.search.arguments import (
     DiscoverOptions,
     EvaluateOptions,
     LoadOptions,
-    SearchOptions,
+    SweepOptions,
     check_model,
     check_task,
     check_work,
     read_load_options,
 )
-from pahq_hf.search.attribution.run import Attribution
-from pahq_hf.search.pipeline import Discovery
+from pahq_hf.search.kind import Options, OptionsT, SearchKind
+from pahq_hf.search.pipeline import Run
+from pahq_hf.search.registry import find_search
 from pahq_hf.search.settings import RunSettings
-from pahq_hf.search.sweep import Sweep, SweepRun
+from pahq_hf.search.sweep import SweepRun
+from pahq_hf.search.sweep_result import Sweep
 from pahq_hf.tasks.base import Task
 
 
@@ -193,10 +195,12 @@ class PAHQModel(WrappedModel):
 
     # -- circuits ---------------------------------------------------------------------------------
 
+    @overload
     def discover(
         self,
         task: Task,
         *,
+        search: Literal["acdc"] = "acdc",
         config: ACDCConfig | None = None,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
@@ -204,36 +208,62 @@ class PAHQModel(WrappedModel):
         take_over: bool = False,
         progress: bool = True,
         **options: Unpack[DiscoverOptions],
+    ) -> Circuit: ...
+
+    @overload
+    def discover(
+        self,
+        task: Task,
+        *,
+        search: str,
+        config: Options | None = None,
+        engine: EngineConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        take_over: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> Circuit: ...
+
+    def discover(
+        self,
+        task: Task,
+        *,
+        search: str = "acdc",
+        config: Options | None = None,
+        engine: EngineConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        take_over: bool = False,
+        progress: bool = True,
+        **options: Any,
     ) -> Circuit:
-        """Find the circuit of a task with ACDC.
+        """Find the circuit of a task, with ACDC or another search.
 
         Args:
             task: The prompts.
-            config: The search; alternatively give its fields as keywords (`threshold=0.01`).
+            search: Name of the search: `acdc`, a method of attribution, or one of your own
+                (`register_search`).
+            config: Its options, for ACDC an `ACDCConfig`; or give its fields as keywords (`threshold=0.01`).
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.
             out: Folder for the journal and the result; nothing is written without it.
             resume: Continue the run in `out`.
             take_over: Take the place of another machine's process that works in `out`.
             progress: Say on stderr how far it is.
-            **options: Fields of `ACDCConfig`.
+            **options: Fields of the search's options.
 
         Returns:
             The circuit.
 
         Raises:
-            ConfigError: If `task` is no task, or an option is unknown or out of range.
+            ConfigError: If `task` is no task, there is no such search, or an option is unknown or out of
+                range.
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
-        check_work(
-            options, DiscoverOptions, "discover", config=(config, ACDCConfig), engine=(engine, EngineConfig)
-        )
-        check_task(task, "discover")
-        acdc = _search_config(config, options)
-        engine = self._resumed(out, engine) if resume else engine
-        run = Discovery(self.patched, self.identity, task, self.pahq_config, acdc, engine, progress=progress)
-        with self._at_work():
-            return run.run(out, resume=resume, take_over=take_over)
+        kind = find_search(search)
+        wanted = self._wanted(kind, task, config, engine, options, "discover")
+        return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
 
     def sweep(
         self,
@@ -246,7 +276,7 @@ class PAHQModel(WrappedModel):
         resume: bool = False,
         take_over: bool = False,
         progress: bool = True,
-        **options: Unpack[SearchOptions],
+        **options: Unpack[SweepOptions],
     ) -> Sweep:
         """Find a task's circuits at several thresholds, in one run that computes what they share once.
 
@@ -271,14 +301,11 @@ class PAHQModel(WrappedModel):
         """
         if "threshold" in options:
             raise ConfigError("a sweep takes thresholds, not a threshold")
-        check_work(
-            options, SearchOptions, "sweep", config=(config, ACDCConfig), engine=(engine, EngineConfig)
-        )
-        check_task(task, "sweep")
-        acdc = _search_config(config, options)
+        kind = find_search("acdc")
+        wanted = self._wanted(kind, task, config, engine, options, "sweep")
         engine = self._resumed(out, engine) if resume else engine
-        where = self.patched, self.identity, task, self.pahq_config
-        sweep = SweepRun(*where, acdc, thresholds, engine, progress=progress)
+        where = self.patched, self.identity, task, self.pahq_config, engine
+        sweep = SweepRun(kind, wanted, thresholds, *where, progress=progress)
         with self._at_work():
             return sweep.run(out, resume=resume, take_over=take_over)
 
@@ -288,6 +315,7 @@ class PAHQModel(WrappedModel):
         *,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
+        resume: bool = False,
         take_over: bool = False,
         progress: bool = True,
         **options: Unpack[AttributeOptions],
@@ -298,6 +326,7 @@ class PAHQModel(WrappedModel):
             task: The prompts.
             engine: Which engine method `exact` uses, and its limits.
             out: Folder for the result; nothing is written without it.
+            resume: Continue the run in `out`; only method `exact` has steps to go on from.
             take_over: Take the place of another machine's process that works in `out`.
             progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
@@ -311,13 +340,44 @@ class PAHQModel(WrappedModel):
             MetricError: If the method means nothing for the metric, or the metric came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
-        check_work(options, AttributeOptions, "attribute", engine=(engine, EngineConfig))
+        check_work(options, AttributeOptions.__annotations__, "attribute", engine=(engine, EngineConfig))
         check_task(task, "attribute")
-        config = AttributionConfig.from_dict(dict(options))
-        where = self.patched, self.identity, task, self.pahq_config
-        run = Attribution(*where, config, engine, progress=progress)
+        wanted = AttributionConfig.from_dict(dict(options))
+        kind = find_search(wanted.method)
+        return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
+
+    def _wanted(
+        self,
+        kind: SearchKind[OptionsT],
+        task: Task,
+        config: Options | None,
+        engine: EngineConfig | None,
+        given: Mapping[str, Any],
+        method: str,
+    ) -> OptionsT:
+        """The options of a search, from either form of them; all that was given is checked."""
+        check_work(given, kind.fields, method, config=(config, kind.options), engine=(engine, EngineConfig))
+        check_task(task, method)
+        if config is not None and given:
+            raise ConfigError("give either config or its fields as keywords, not both")
+        return config if isinstance(config, kind.options) else kind.make_options(given)
+
+    def _run(
+        self,
+        kind: SearchKind[OptionsT],
+        wanted: OptionsT,
+        task: Task,
+        engine: EngineConfig | None,
+        out: str | Path | None,
+        resume: bool,
+        take_over: bool,
+        progress: bool,
+    ) -> Circuit:
+        engine = self._resumed(out, engine) if resume else engine
+        where = self.patched, self.identity, task, self.pahq_config, engine
+        run = Run(kind, wanted, *where, progress=progress)
         with self._at_work():
-            return run.run(out, take_over=take_over)
+            return run.run(out, resume=resume, take_over=take_over)
 
     @exact_products()
     def evaluate(
@@ -344,7 +404,7 @@ class PAHQModel(WrappedModel):
         Raises:
             CircuitError: If the circuit is of another model.
         """
-        check_work(options, EvaluateOptions, "evaluate", circuit=(circuit, Circuit))
+        check_work(options, EvaluateOptions.__annotations__, "evaluate", circuit=(circuit, Circuit))
         check_task(task, "evaluate")
         wanted = EvaluationOptions.from_dict(dict(options))
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
@@ -419,9 +479,3 @@ class PAHQModel(WrappedModel):
                 warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
             with applied(self.patched, circuit.kept, substitute, exact=exact):
                 yield self
-
-
-def _search_config(config: ACDCConfig | None, options: Mapping[str, Any]) -> ACDCConfig:
-    if config is not None and options:
-        raise ConfigError("give either config or its fields as keywords, not both")
-    return config or ACDCConfig.from_dict(dict(options))

@@ -55,7 +55,7 @@ from pahq_hf.search.progress import make_progress
 from pahq_hf.search.settings import RunSettings
 
 if TYPE_CHECKING:
-    from pahq_hf.search.sweep import Sweep
+    from pahq_hf.search.sweep_result import Sweep
 
 
 @keeps_journal
@@ -112,7 +112,7 @@ def sweep(
     from pahq_hf.cli.tables import sweep_table
     from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
     from pahq_hf.search.lock import check_free
-    from pahq_hf.search.sweep import check_thresholds
+    from pahq_hf.search.sweep_result import check_thresholds
     from pahq_hf.tasks.loading import check_choice
 
     check_choice(
@@ -162,7 +162,7 @@ def sweep(
 
 def _next(context: typer.Context, found: Sweep, out: Path) -> str:
     """Judge the smallest circuit that does what the model does; without one, more thresholds."""
-    from pahq_hf.search.sweep import threshold_folder
+    from pahq_hf.search.sweep_result import threshold_folder
 
     rows = [row for row in found.rows if row.verdict is None or row.verdict.kind != "whole"]
     good = [row.threshold for row in rows if row.verdict is None or not row.verdict.poor]

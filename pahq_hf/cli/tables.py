@@ -17,7 +17,7 @@ from pahq_hf.circuit.verdict import Verdict
 if TYPE_CHECKING:  # these rooms need torch, which takes longer to import than most tables to print
     from pahq_hf.engine.memory_plan import MemoryReport
     from pahq_hf.modeling.architectures.shipped import FamilyFacts
-    from pahq_hf.search.sweep import SweepRow
+    from pahq_hf.search.sweep_result import SweepRow
 
 _TOP = 15
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -81,7 +81,7 @@ class LoadOptions(TypedDict, total=False):
     attn_implementation: Literal["eager"]
 
 
-class SearchOptions(TypedDict, total=False):
+class SweepOptions(TypedDict, total=False):
     """Fields of `ACDCConfig` but for the threshold."""
 
     metric: MetricName | None
@@ -93,7 +93,7 @@ class SearchOptions(TypedDict, total=False):
     screen: str | None
 
 
-class DiscoverOptions(SearchOptions, total=False):
+class DiscoverOptions(SweepOptions, total=False):
     """Fields of `ACDCConfig`."""
 
     threshold: float
@@ -211,19 +211,21 @@ def usable_device(device: str | int | torch.device) -> torch.device:
         raise ConfigError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
-def check_work(options: Mapping[str, Any], known: type, method: str, **objects: tuple[object, type]) -> None:
+def check_work(
+    options: Mapping[str, Any], known: Iterable[str], method: str, **objects: tuple[object, type]
+) -> None:
     """Check what a method of `PAHQModel` was given.
 
     Args:
         options: Its keyword arguments.
-        known: The typed dictionary that names them.
+        known: The names there are.
         method: Its name.
         **objects: Configurations by the names of their arguments, and the classes they must have.
 
     Raises:
         ConfigError: If a name is unknown, or a configuration is something else.
     """
-    check_names(options, list(known.__annotations__), method, _WORK_HINTS)
+    check_names(options, list(known), method, _WORK_HINTS)
     for name, (value, kind) in objects.items():
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be an instance of {kind.__name__}; got {value!r}")

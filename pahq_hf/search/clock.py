@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from pahq_hf.circuit.files import SECONDS_NAME, write_text
+from pahq_hf.engine.phases import Phases
 from pahq_hf.errors import RunError
 
 _INTERVAL = 1.0  # seconds a killed run may forget
@@ -17,31 +18,72 @@ _INTERVAL = 1.0  # seconds a killed run may forget
 class RunClock:
     """Counts a run's seconds, and keeps them beside its journal until it is finished.
 
-    They are no part of the journal itself, in which the same run is the same to the byte.
+    They are no part of the journal itself, in which the same run is the same to the byte. Phases may lie
+    within each other: a second counts for the innermost one.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._running: dict[str, float] = {}
+        self._parts: dict[str, Phases] = {}
+        self._running: list[str | None] = []
+        self._since = 0.0  # when the innermost one began to count
         self._kept = time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside under `name`."""
-        self._running[name] = time.perf_counter()
+    def phase(self, name: str | None) -> Iterator[None]:
+        """Count the time inside under `name`, or not at all."""
+        self._turn()
+        self._running.append(name)
         try:
             yield
         finally:
-            started = self._running.pop(name)
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+            self._turn()
+            self._running.pop()
+
+    def elsewhere(self) -> AbstractContextManager[None]:
+        """Do not count the time inside: another clock does."""
+        return self.phase(None)
+
+    def _turn(self) -> None:
+        """Let what has run so far count for the innermost phase."""
+        now = time.perf_counter()
+        self._count(self._seconds, now)
+        self._since = now
+
+    def _count(self, seconds: dict[str, float], now: float) -> None:
+        name = self._running[-1] if self._running else None
+        if name is not None:
+            seconds[name] = seconds.get(name, 0.0) + now - self._since
+
+    def watch(self, name: str, parts: Phases) -> None:
+        """Take what goes on inside a phase from somebody who counts it: it is under `name.part`."""
+        self._parts[name] = parts
+
+    def release(self) -> None:
+        """Take over what the watched have counted; they count anew, for others."""
+        for name, parts in self._parts.items():
+            for part, value in parts.take().items():
+                key = f"{name}.{part}"
+                self._seconds[key] = self._seconds.get(key, 0.0) + value
+        self._parts.clear()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds so far by phase."""
-        now, found = time.perf_counter(), dict(self._seconds)
-        for name, started in self._running.items():
-            found[name] = found.get(name, 0.0) + now - started
+        """Seconds so far by phase, and by part of a phase."""
+        found = dict(self._seconds)
+        self._count(found, time.perf_counter())
+        for name, parts in self._parts.items():
+            for part, value in parts.seconds.items():
+                found[f"{name}.{part}"] = found.get(f"{name}.{part}", 0.0) + value
         return found
+
+    def report(self) -> dict[str, float]:
+        """The seconds of a run at its end, rounded: its phases, their `total`, and their parts."""
+        found = self.seconds
+        phases = {name: value for name, value in found.items() if "." not in name}
+        parts = {name: value for name, value in found.items() if "." in name}
+        listed = phases | {"total": sum(phases.values())} | parts
+        return {name: round(value, 3) for name, value in listed.items()}
 
     def take_over(self, folder: Path) -> None:
         """Add what the run in a folder has taken so far, where that is known."""
@@ -63,20 +105,21 @@ class RunClock:
             self._write(folder)
 
     @contextmanager
-    def kept(self, folder: Path | None, check: Callable[[], None]) -> Iterator[None]:
+    def kept(self, folder: Callable[[], Path | None], check: Callable[[], None]) -> Iterator[None]:
         """Keep the seconds in a folder when what is inside ends, however it does.
 
         Args:
-            folder: The run's; None keeps none.
+            folder: Says at the end where the run's journal is; None keeps none.
             check: Raises `RunError` where the folder has become another process's: nothing is written then.
         """
         try:
             yield
         finally:
-            if folder is not None:
+            where = folder()
+            if where is not None:
                 with suppress(RunError):  # what is inside may have failed of the same: that says more
                     check()
-                    self._write(folder)
+                    self._write(where)
 
     def _write(self, folder: Path) -> None:
         write_text(folder / SECONDS_NAME, json.dumps(self.seconds) + "\n")

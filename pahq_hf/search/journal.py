@@ -1,4 +1,4 @@
-"""A crash-safe journal of a run: one JSON line per finished reader, after a header that pins the run.
+"""A crash-safe journal of a run: one JSON line per step of its search, after a header that pins the run.
 
 Every line ends with a checksum of the file up to and with itself, so that one that was altered, lost or
 moved is found, and what is wrong is never taken for what was measured. Journals of earlier versions have
@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, write_text
-from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.config import ACDCConfig
+from pahq_hf.circuit.files import JOURNAL_NAME, write_text
 from pahq_hf.errors import RunError
-from pahq_hf.search.acdc import ReaderRecord, Search
 
-logger = logging.getLogger(__name__)
 _CHECK = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"\}$')
 DATA = "data"  # where a header says what the prompts are, for people
+_EVERY_SEARCH = ("model", "task", "dtype", "precision", "policy_order", DATA, "settings", "check")
 _TOLD = 3  # differences
-_ROUNDING = 1e-9  # of sums of metrics in double precision
+Step = Mapping[str, Any]
 
 
 class Journal:
@@ -40,7 +31,7 @@ class Journal:
     Args:
         folder: The run's folder.
         header: What pins the run: model, data and arguments.
-        records: Finished readers in order.
+        steps: Those of the search so far, in order.
         chain: Checksum of the lines on disk.
         size: Bytes of the lines on disk; what follows was not finished, and is overwritten.
 
@@ -52,7 +43,7 @@ class Journal:
         self,
         folder: Path,
         header: Mapping[str, Any],
-        records: list[ReaderRecord],
+        steps: list[Step],
         chain: Chain,
         size: int,
         *,
@@ -60,7 +51,7 @@ class Journal:
     ) -> None:
         self.path = folder / JOURNAL_NAME
         self.header = dict(header)
-        self.records = records
+        self.steps = steps
         self.is_sealed = is_sealed
         self._chain = chain
         self._size = size
@@ -89,7 +80,7 @@ class Journal:
             header: What the present call would write; must match.
 
         Returns:
-            The journal with its finished readers.
+            The journal with its steps so far.
 
         Raises:
             RunError: If the journal is of another run, damaged or unreadable.
@@ -121,69 +112,30 @@ class Journal:
             return None
         chain, sealed = Chain(), True
         header: dict[str, Any] = {}
-        records = []
+        steps: list[Step] = []
         for number, line in enumerate(lines):
             what = f"record {number} on line {number + 1}" if number else "line 1, its header"
             try:
                 sealed &= chain.verify(line)
                 entry = json.loads(line)
                 if number:
-                    records.append(_record(entry))
+                    steps.append(_step(entry))
                 else:
                     header = dict(entry)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise _damaged(path, f"{what}: {error}") from error
+                raise damaged(path, f"{what}: {error}") from error
         header.pop("check", None)
         size = sum(len(line) + 1 for line in lines)
-        return cls(folder, header, records, chain, size, is_sealed=sealed)
+        return cls(folder, header, steps, chain, size, is_sealed=sealed)
 
-    def check(
-        self,
-        graph: Graph,
-        config: ACDCConfig,
-        survivors: BoolArray | None = None,
-        *,
-        telescopes: bool = False,
-    ) -> Search:
-        """Check that the records are the first steps of this search.
-
-        Each must be about the reader whose turn it is, with scores of just the edges that are tested there;
-        an edge is kept where its score reaches the threshold and nowhere else.
-
-        Args:
-            graph: The graph.
-            config: The search.
-            survivors: Edges that are tested; all by default. [readers, writers]
-            telescopes: Whether a reader's tests begin at the metric where the last one's ended, as in FP32.
-
-        Returns:
-            The state of the search after them.
-
-        Raises:
-            RunError: If not, naming the record.
-        """
-        state, order = Search.start(graph), graph.reader_order(config.order)
-        chosen = graph.match_readers(config.readers)
-        for number, record in enumerate(self.records, start=1):
-            if number > len(order) or record.reader != order[number - 1]:
-                raise _damaged(self.path, f"record {number}: its readers are not in the order of a search")
-            reader = record.reader
-            wrong = _inconsistency(record, state, config, bool(chosen[reader]), survivors)
-            wrong = wrong or _jump(record, state, survivors, telescopes)
-            if wrong is not None:
-                name = graph.readers[reader].name
-                raise _damaged(self.path, f"record {number} on line {number + 1}, reader {name}: {wrong}")
-            state.apply(record)
-        return state
-
-    def append(self, record: ReaderRecord) -> None:
-        """Add a finished reader; it is on disk when this returns.
+    def append(self, step: Mapping[str, Any]) -> None:
+        """Add a step; it is on disk when this returns.
 
         Raises:
             RunError: If the file cannot be written, for instance on a full disk.
         """
         chain = self._chain.copy()
-        line = chain.seal(asdict(record) | {"scores": {str(w): s for w, s in record.scores.items()}})
+        line = chain.seal(step)
         try:
             with self.path.open("r+b") as file:
                 file.truncate(self._size)  # a torn last line
@@ -194,7 +146,7 @@ class Journal:
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {error.strerror}") from error
         self._chain, self._size = chain, self._size + len(line)
-        self.records.append(record)
+        self.steps.append(step)
 
 
 class Chain:
@@ -238,6 +190,21 @@ class Chain:
         return digest.hexdigest()
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder has a journal with a whole header."""
+    path = folder / JOURNAL_NAME
+    if not os.path.exists(path):
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")  # else it ends within its header
+
+
+def _step(entry: Any) -> Step:
+    step = dict(entry)
+    step.pop("check", None)
+    return step
+
+
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Check that a folder's run is the one now asked for.
 
@@ -251,6 +218,10 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
         RunError: Saying how they differ.
     """
     for key, value in wanted.items():
+        others = [name for name in found if name not in (*_EVERY_SEARCH, *wanted)]
+        if key not in found and key not in _EVERY_SEARCH and others:
+            what = f"its search is {_short(others[0])} there, {key} now"
+            raise RunError(f"{folder} holds another run: {what}; choose another folder")
         theirs, ours = found.get(key), json.loads(json.dumps(value))
         if key != DATA and ours != theirs:
             if key == "task":
@@ -286,63 +257,8 @@ def _other_prompts(theirs: object, ours: object) -> str:
     return "its prompts are others: another task, --n, --seed or data"
 
 
-def check_result(state: Search, circuit: Circuit, folder: Path) -> None:
-    """Check that a circuit is what a finished search found; of an unfinished one nothing can be said.
-
-    Raises:
-        RunError: If it is not.
-    """
-    if len(state.records) < len(state.graph.readers):
-        return
-    ours, theirs = (circuit.kept, circuit.scores, circuit.tested), (state.kept, state.scores, state.tested)
-    if not all(map(np.array_equal, ours, theirs)):
-        raise RunError(
-            f"the circuit in {folder} is not the one its {JOURNAL_NAME} tells of: one of them was changed; "
-            f"remove {CIRCUIT_NAME} and --resume to make it again from the journal"
-        )
-
-
-def _inconsistency(
-    record: ReaderRecord, before: Search, config: ACDCConfig, chosen: bool, survivors: BoolArray | None
-) -> str | None:
-    """What is wrong with a record; None if it can be the next step of a search."""
-    graph, reader = before.graph, record.reader
-    edges = set(graph.in_edges(reader))
-    if not edges.issuperset((*record.kept, *record.scores)):
-        return f"reader {reader} has edges that do not exist"
-    if record.searched is not chosen:
-        return "it was searched, and is outside the search" if record.searched else "it was not searched"
-    if not all(map(math.isfinite, (record.metric, *record.scores.values()))):
-        return "a number in it is not finite"
-    if not chosen:
-        whole = record.kept == tuple(sorted(edges)) and not record.scores
-        return None if whole else "it is outside the search, and does not keep all its edges untested"
-    tested: set[int] = set()
-    if graph.has_out_edge(before.kept, reader):
-        tested = edges if survivors is None else {writer for writer in edges if survivors[reader, writer]}
-    if tested != record.scores.keys():
-        return f"it has scores of {len(record.scores)} edges; {len(tested)} are tested there"
-    kept = {writer for writer, score in record.scores.items() if config.stays(score)}
-    if tuple(sorted(kept)) != record.kept:
-        return f"the edges it keeps are not those whose scores reach the threshold {config.threshold:g}"
-    if not 0 <= record.changed <= record.looks or (record.looks and not config.margin):
-        return f"{record.changed} of {record.looks} second looks changed a decision"
-    return None
-
-
-def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, telescopes: bool) -> str | None:
-    """What is wrong with a record's metric; None if nothing, or if it was measured afresh."""
-    edges = list(before.graph.in_edges(record.reader))
-    screened = survivors is not None and not survivors[record.reader, edges].all()
-    if not before.records or (record.scores and (screened or record.looks or not telescopes)):
-        return None
-    expected = before.metric + sum(s for w, s in record.scores.items() if w not in record.kept)
-    if abs(record.metric - expected) <= _ROUNDING * max(1.0, abs(expected)):
-        return None
-    return f"its metric is {record.metric!r}; the record before and its scores make it {expected!r}"
-
-
-def _damaged(path: Path, reason: object) -> RunError:
+def damaged(path: Path, reason: object) -> RunError:
+    """The error that a journal cannot be believed."""
     return RunError(
         f"{path} is damaged ({reason}); remove the folder and start anew, or cut the file before that line "
         "and --resume"
@@ -352,23 +268,3 @@ def _damaged(path: Path, reason: object) -> RunError:
 def _short(value: object) -> str:
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _record(entry: dict[str, Any]) -> ReaderRecord:
-    kept, scores = entry["kept"], entry["scores"]
-    counts = [entry["reader"], entry.get("looks", 0), entry.get("changed", 0), *kept]
-    numbers = [entry["metric"], *scores.values()]
-    # Python takes true for 1 and 3.7 for 3: an entry has to be what it says.
-    if not isinstance(entry["searched"], bool) or any(type(count) is not int for count in counts):
-        raise TypeError("a value is of another type")
-    if any(type(number) not in (int, float) for number in numbers):
-        raise TypeError("a number is none")
-    return ReaderRecord(
-        reader=entry["reader"],
-        searched=entry["searched"],
-        kept=tuple(kept),
-        scores={int(w): float(s) for w, s in scores.items()},
-        metric=float(entry["metric"]),
-        looks=entry.get("looks", 0),
-        changed=entry.get("changed", 0),
-    )

@@ -1,137 +1,143 @@
-"""One discovery from model and task to circuit: engine, search, journal, evaluation, facts."""
+"""The run of a search, from a setting to a circuit and its files, whatever the search.
+
+Its phases:
+
+1. Prepare: check what is asked for, make the folder this process's own, and find a journal to continue.
+2. Search: the algorithm decides edges; it captures the runs it needs, and keeps its steps.
+3. Verify: the hooks engine, which is another one, measures the circuit in FP32 and at the search's precision.
+4. Record: what ran, what it took, and the verdict.
+5. Save: the circuit's files.
+
+The runs of a sweep take the same phases, and share what they capture (`Bench`).
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
 import pahq_hf
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
-from pahq_hf.circuit.ablation import APPLY
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
-from pahq_hf.circuit.files import (
-    CIRCUIT_NAME,
-    JOURNAL_NAME,
-    SCREEN_NAME,
-    make_folder,
-    output_path,
-    refuse_overwrite,
+from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite
+from pahq_hf.circuit.run_record import (
+    AppliedFacts,
+    EdgeCounts,
+    PrecisionFacts,
+    RunRecord,
+    SearchArguments,
+    TaskFacts,
 )
-from pahq_hf.circuit.run_record import MetricFacts
 from pahq_hf.circuit.verdict import announce
-from pahq_hf.config import ACDCConfig, EngineConfig, MetricName, PAHQConfig, parse_screen
-from pahq_hf.engine.build import make_engine
-from pahq_hf.engine.protocol import Engine
+from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.flags import exact_products
-from pahq_hf.precision.margin import default_margin
 from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.precision.threads import threads
-from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
-from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
-from pahq_hf.search.expectation import search_progress
 from pahq_hf.search.hardware import hardware_facts
-from pahq_hf.search.journal import DATA, Journal, check_header, check_result
+from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
+from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
-from pahq_hf.search.progress import make_progress
-from pahq_hf.search.screen import Screen, make_screen
-from pahq_hf.search.settings import RunSettings
-from pahq_hf.search.shared_answers import Answers, RecallingEngine
+from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.verification import Judge
+from pahq_hf.search.work import RunFolder, Work
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import check_metric
 
 logger = logging.getLogger(__name__)
-_SAID = {"screen": "screening", "capture": "capturing", "evaluate": "verifying"}
-_SOURCES = {"sparse": "SparseEngine", "hooks": "HooksEngine"}  # in the keys of the answers that folders hold
 _LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found, before it is measured.
+class Searched:
+    """A search that is done, before its circuit is measured.
 
     Attributes:
-        state: The finished search.
-        final: The metric of its circuit, by its engine.
-        facts: What ran.
+        found: What it found.
+        engine: What its record says of the engine.
     """
 
-    state: Search
-    final: float
-    facts: dict[str, Any]
+    found: Found
+    engine: dict[str, Any]
 
 
-class Discovery:
-    """A discovery of one circuit.
+class Run(Generic[OptionsT]):
+    """A run of one search.
 
     Args:
+        kind: The search.
+        options: What is asked of it.
         model: The patched model.
         identity: What identifies the base model, stored with the circuit.
         task: The prompts.
-        pahq: The model's precision.
-        acdc: The search.
-        engine: How metrics are computed.
+        precision: The model's.
+        limits: Which engine computes metrics, and what it may take.
         progress: Say on stderr how far it is.
+
+    Attributes:
+        bench: Its captured runs; runs of one setting may be given the same.
+
+    Raises:
+        MetricError: If the task lacks what the metric needs.
+        ConfigError: If an option means nothing for this model, task or precision.
     """
 
     def __init__(
         self,
+        kind: SearchKind[OptionsT],
+        options: OptionsT,
         model: PatchedModel,
         identity: dict[str, Any],
         task: Task,
-        pahq: PAHQConfig,
-        acdc: ACDCConfig,
-        engine: EngineConfig | None = None,
+        precision: PAHQConfig,
+        limits: EngineConfig | None = None,
         *,
         progress: bool = True,
     ) -> None:
-        self.model = model
+        metric = options.metric or task.metric
+        check_metric(metric, task)
+        self.kind = kind
+        self.setting = Setting(model, task, metric, options.ablation, precision)
+        self.options = options if kind.resolve is None else kind.resolve(options, self.setting)
         self.identity = identity
         self.fingerprint = identity.get("fingerprint")
-        self.task = task
-        self.pahq = pahq
-        self.acdc = with_margin(acdc, pahq)
-        self.engine = engine or EngineConfig()
-        self.metric: MetricName = acdc.metric or task.metric
-        check_metric(self.metric, task)
-        self.setting = Setting(model, task, self.metric, acdc.ablation, pahq)
-        model.graph.match_readers(acdc.readers)  # a wrong glob fails before any work
-        if acdc.screen is not None:
-            check_gradient(parse_screen(acdc.screen)[0], self.metric)
-        self.screen: Screen | None = None
-        self.lock: RunLock | None = None  # while it has a folder
-        self.reporter = make_progress(progress)
         self.clock = RunClock()
+        self.limits = limits or EngineConfig()
+        self.lock: RunLock | None = None  # while it has a folder
+        self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
+
+    @property
+    def reporter(self) -> Progress:
+        """Who is told how far it is."""
+        return self.bench.progress
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
+        setting = self.setting
         return {
             "model": self.fingerprint,
-            "task": self.task.fingerprint(),
-            "dtype": str(self.model.hf.dtype).removeprefix("torch."),
-            "precision": self.pahq.to_dict(),
-            "policy_order": list(self.pahq.policy),  # the first match counts; objects have no order
-            "acdc": self.acdc.to_dict() | {"metric": self.metric},
+            "task": setting.task.fingerprint(),
+            "dtype": str(setting.model.hf.dtype).removeprefix("torch."),
+            "precision": setting.precision.to_dict(),
+            "policy_order": list(setting.precision.policy),  # the first match counts; objects have no order
+            self.kind.name: self.options.to_dict() | {"metric": setting.metric},
         }
 
     def data(self) -> dict[str, Any]:
         """What the prompts are, in words; `header` pins them themselves."""
-        return {"name": self.task.name, "examples": len(self.task), **self.task.source}
+        task = self.setting.task
+        return {"name": task.name, "examples": len(task), **task.source}
 
     def told_header(self) -> dict[str, Any]:
         """The header, and beside it what is said of the prompts when those of two runs differ."""
@@ -139,7 +145,7 @@ class Discovery:
 
     @exact_products()
     def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
-        """Search, evaluate, and (given `out`) save.
+        """Take all phases.
 
         Args:
             out: Folder for the journal and the finished circuit; None keeps everything in memory.
@@ -156,7 +162,7 @@ class Discovery:
         Warns:
             UnverifiedWarning: If the engine's final metric is not the hooks engine's.
         """
-        with threads(self.engine.threads):
+        with threads(self.limits.threads):
             circuit = (
                 self._run(None, resume) if out is None else self._run_in(output_path(out), resume, take_over)
             )
@@ -167,7 +173,7 @@ class Discovery:
         """Run in a folder that no other process works in."""
         check_free(folder, take_over=take_over)
         if resume:
-            self.fingerprint = known_fingerprint(folder, self.model, str(self.fingerprint))
+            self.fingerprint = known_fingerprint(folder, self.setting.model, str(self.fingerprint))
         # A finished one is only read, unless it died over its picture: that is tidied up.
         if not os.path.exists(folder / LOCK_NAME):
             finished = self.finished(folder, resume=resume)
@@ -178,42 +184,14 @@ class Discovery:
             return self.finished(folder, resume=resume) or self._run(folder, resume)
 
     def _run(self, folder: Path | None, resume: bool) -> Circuit:
-        with PeakMemory(self.model.device) as peak:
-            if not self._is_begun(folder, resume):
-                self.screen = self.make_screen()
-            with self._phase("capture"):
-                engine = self.make_engine()
-            found = self.search(engine, folder, resume=resume)
-            del engine  # its captured runs make room for the evaluation's
-            with self._phase("evaluate"):
-                judge = self.judge()
-            circuit = self.conclude(found, judge)
-        circuit.discovery["peak_memory"] |= peak.report()
+        with PeakMemory(self.setting.model.device) as peak:
+            searched = self.search(folder, resume=resume)
+            circuit = self.conclude(searched, self.bench.judge(), peak)
         if folder is not None:
             self.save(circuit, folder)
         return circuit
 
-    def save(self, circuit: Circuit, folder: Path) -> None:
-        """Write a run's circuit into its folder.
-
-        Raises:
-            RunError: If it cannot be written, or another process took it over.
-        """
-        self.check_lock()
-        with self.reporter.phase("saving and drawing"):
-            circuit.save_pretrained(folder)
-        self.clock.forget(folder)
-
-    def check_lock(self) -> None:
-        """Check that the run's folder is still this process's.
-
-        Raises:
-            RunError: If another process took it over.
-        """
-        if self.lock is not None:
-            self.lock.check()
-
-    # -- steps, which runs on one model and task may share what they need for -------------------------
+    # -- 1. prepare -----------------------------------------------------------------------------------
 
     def finished(self, folder: Path | None, *, resume: bool) -> Circuit | None:
         """The circuit of a run that is finished already.
@@ -232,151 +210,12 @@ class Discovery:
             return None
         if resume and os.path.exists(folder / CIRCUIT_NAME):
             circuit = Circuit.from_pretrained(folder)
-            found = {**circuit.discovery.get("header", {}), DATA: circuit.discovery.get("task")}
-            check_header(found, self.told_header(), folder)
+            check_header(_header_of(circuit), self.told_header(), folder)
             self._check_finished(circuit, folder)
             return circuit
         if not resume:
             refuse_overwrite(folder, "continue it with --resume or choose another folder")
         return None
-
-    def make_engine(self) -> Engine:
-        """An engine for this model, task, metric and precision, its runs captured."""
-        return make_engine(self.setting, self.engine)
-
-    def search(
-        self,
-        engine: Engine,
-        folder: Path | None,
-        *,
-        resume: bool,
-        answers: Answers | None = None,
-        first: bool = True,
-    ) -> Found:
-        """Search with an engine, which can begin another search afterwards.
-
-        Args:
-            engine: Made for this model, task, metric and precision.
-            folder: Folder of the journal; None keeps none.
-            resume: Continue the run whose journal is there.
-            answers: What the engine answered to other searches; what it did is not computed again.
-            first: Whether it is the first search with this engine: what holds for all is said once.
-
-        Returns:
-            What was found.
-
-        Raises:
-            RunError: If the folder cannot be written or holds another run.
-        """
-        journal = self._journal(folder, resume, engine)
-        resumed = 0 if journal is None else len(journal.records)
-        if first:
-            warn_near_chance(engine.clean_logits, self.task)
-        before = engine.evaluations
-        recalling = None if answers is None else RecallingEngine(engine, answers, self._source(engine))
-        with self._phase("search"):
-            state = self._search(recalling or engine, self._batch(engine), journal)
-        final = state.metric
-        with self._phase("evaluate"):
-            if self.pahq.regime in ("pahq", "pahq-literal"):  # state.metric is of the last component's tests
-                try:
-                    final = engine.metric_of(state.kept)
-                finally:
-                    engine.finish()
-        facts = self._facts(state, engine) | {"resumed_readers": resumed}
-        facts["evaluations"] = engine.evaluations - before
-        if recalling is not None:
-            facts["reused"] = {
-                "evaluations": recalling.recalled,
-                "readers": recalling.recalled_readers,
-            }
-        return Found(state, final, facts)
-
-    def judge(self) -> Judge:
-        """What measures the circuits of this model, task, metric and precision."""
-        return Judge(self.setting)
-
-    def conclude(self, found: Found, judge: Judge) -> Circuit:
-        """Measure what a search found.
-
-        Args:
-            found: What it found.
-            judge: What measures it.
-
-        Returns:
-            The circuit.
-        """
-        state = found.state
-        with self._phase("evaluate"):
-            metric, verdict = judge.measure(state.kept, found.final)
-            if self.acdc.readers is not None:
-                chosen, graph = self.model.graph.match_readers(self.acdc.readers), self.model.graph
-                searched, kept = (int(edges[chosen].sum()) for edges in (graph.all_edges, state.kept))
-                verdict = replace(verdict, searched=searched, searched_kept=kept)
-            means, applied = judge.means, judge.applied(state.kept, verdict)
-        facts = found.facts | {APPLY: applied}
-        seconds = self.clock.seconds | {"total": sum(self.clock.seconds.values())}
-        seconds |= {f"search.{name}": value for name, value in facts.pop("phases").items()}
-        facts["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-        facts["metric"] = metric
-        facts["verified"] = MetricFacts.from_json(metric).verified
-        facts["verdict"] = verdict.to_dict()
-        announce(verdict, f"tau {self.acdc.threshold:g}")
-        return Circuit(
-            self.model.graph, state.kept, state.scores, state.tested, dict(self.identity), facts, means
-        )
-
-    # -- parts of them ----------------------------------------------------------------------------
-
-    def make_screen(self) -> Screen | None:
-        """Score the edges that the search may pass over; None if it tests all.
-
-        Its captured runs are gone afterwards: before an engine is made they make room for the engine's.
-        """
-        text = self.acdc.screen
-        if text is None:
-            return None
-        with self._phase("screen"):
-            return make_screen(text, self.setting, self.engine, self.reporter)
-
-    def _is_begun(self, folder: Path | None, resume: bool) -> bool:
-        if folder is None or not resume or not os.path.exists(folder / JOURNAL_NAME):
-            return False
-        with (folder / JOURNAL_NAME).open("rb") as file:
-            return file.readline().endswith(b"\n")  # else it ends within its header
-
-    def _journal(self, folder: Path | None, resume: bool, engine: Engine) -> Journal | None:
-        """The run's journal, and its screen: of an interrupted run the one that is kept with it."""
-        if folder is None or not self._is_begun(folder, resume):
-            self.screen = self.screen or self.make_screen()
-        if folder is None:
-            return None
-        make_folder(folder)
-        if self._is_begun(folder, resume):
-            journal = Journal.resume(folder, self.told_header())
-            self.clock.take_over(folder)
-            if self.acdc.screen is not None:
-                self.screen = Screen.load(self.acdc.screen, self.model.graph, folder, self.header())
-            self._replay(journal, self.screen)
-            if not journal.is_sealed:
-                logger.warning(
-                    "%s has no checksums, an earlier version wrote it; its records are consistent",
-                    journal.path,
-                )
-            return journal
-        if self.screen is not None:
-            self.screen.save(folder, self.header())
-        return Journal.create(folder, self.told_header() | {"settings": self.settings(engine).to_dict()})
-
-    def settings(self, engine: Engine) -> RunSettings:
-        """How this run computes."""
-        return RunSettings(torch.get_num_threads(), engine.name, str(self.model.device), self.pahq.compute)
-
-    def _replay(self, journal: Journal, screen: Screen | None) -> Search:
-        """The state of the search after a journal's records, which are checked."""
-        survivors = None if screen is None else screen.survivors
-        exact = self.pahq.regime == "fp32"
-        return journal.check(self.model.graph, self.acdc, survivors, telescopes=exact)
 
     def _check_finished(self, circuit: Circuit, folder: Path) -> None:
         """Check that a finished run's circuit is what its journal says, where that is still there.
@@ -384,102 +223,149 @@ class Discovery:
         Raises:
             RunError: If it is not, or if the journal is damaged.
         """
-        lost = self.acdc.screen is not None and not os.path.exists(folder / SCREEN_NAME)
-        if lost or not os.path.exists(folder / JOURNAL_NAME):
+        if self.kind.check is None or not is_begun(folder):
             return
         journal = Journal.read(folder)
-        if journal is None:
-            return
-        check_header(journal.header, self.told_header(), folder)
-        text = self.acdc.screen
-        screen = None if text is None else Screen.load(text, self.model.graph, folder, self.header())
-        check_result(self._replay(journal, screen), circuit, folder)
+        if journal is not None:
+            check_header(journal.header, self.told_header(), folder)
+            found = Found(circuit.kept, circuit.scores, circuit.tested)
+            self.kind.check(self._work(folder, journal), found)
 
-    def _source(self, engine: Engine) -> str:
-        """What answers depend on to the bit, beside the run's header."""
-        return f"{_SOURCES[engine.name]} {torch.__version__} {self.model.device} {torch.get_num_threads()}"
-
-    def _search(self, engine: Engine, batch: BatchSize, journal: Journal | None) -> Search:
-        done = [] if journal is None else list(journal.records)
-        survivors = None if self.screen is None else self.screen.survivors
-        name = f"ACDC, tau {self.acdc.threshold:g}"
-        graph, folder = self.model.graph, None if journal is None else journal.path.parent
-        said = search_progress(self.reporter, name, graph, self.acdc, survivors, done)
-        with said as shown, self.clock.kept(folder, self.check_lock):
-
-            def on_reader(state: Search, record: ReaderRecord) -> None:
-                if journal is not None:
-                    self.check_lock()
-                    journal.append(record)
-                    self.clock.keep(journal.path.parent)
-                shown.on_reader(state)
-
-            return search(
-                engine,
-                self.acdc,
-                batch=batch,
-                done=done,
-                survivors=survivors,
-                on_reader=on_reader,
-                on_batch=lambda _, tested: shown.on_batch(tested),
+    def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
+        """The journal of the run that is continued; None if there is none, or it did not get that far."""
+        if folder is None or not resume or not is_begun(folder):
+            return None
+        journal = Journal.resume(folder, self.told_header())
+        self.clock.take_over(folder)
+        if not journal.is_sealed:
+            logger.warning(
+                "%s has no checksums, an earlier version wrote it; its records are consistent", journal.path
             )
+        return journal
 
-    def _batch(self, engine: Engine) -> BatchSize:
-        if self.engine.batch is not None:
-            return FixedBatch(self.engine.batch)
-        return AdaptiveBatch() if engine.gains_by_batches else FixedBatch(1)
+    def check_lock(self) -> None:
+        """Check that the run's folder is still this process's.
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        said = nullcontext() if name == "search" else self.reporter.phase(_SAID[name])
-        with self.clock.phase(name), said:
-            yield
+        Raises:
+            RunError: If another process took it over.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
-    def _facts(self, state: Search, engine: Engine) -> dict[str, Any]:
-        graph = self.model.graph
-        tested = int(state.tested.sum())
-        weights = self.model.precision
-        return {
-            "method": "acdc",
-            "header": self.header(),
-            "arguments": self.acdc.to_dict() | {"metric": self.metric},
-            "precision": self.pahq.to_dict(),
-            "engine": engine.name,
-            "settings": self.settings(engine).to_dict(),
-            "task": self.data(),
-            "versions": versions() | {"device": str(self.model.device)},
-            **hardware_facts(self.model.device),
-            "edges": {
-                "total": graph.edge_count,
-                "tested": tested,
-                "untested": graph.edge_count - tested,
-                "kept": int(state.kept.sum()),
-                "live": int(graph.live_edges(state.kept).sum()),
-            },
-            "second_looks": {
-                "margin": self.acdc.to_dict()["margin"],
-                "tests": sum(record.looks for record in state.records),
-                "changed": sum(record.changed for record in state.records),
-            },
-            "phases": engine.phases.take(),
-            **({} if self.screen is None else {"screen": self.screen.facts()}),
-            "peak_memory": {
+    # -- 2. search ------------------------------------------------------------------------------------
+
+    def search(self, folder: Path | None, *, resume: bool) -> Searched:
+        """Let the algorithm decide.
+
+        Args:
+            folder: Folder of the journal; None keeps none.
+            resume: Continue the search whose journal is there.
+
+        Returns:
+            What it found.
+
+        Raises:
+            RunError: If the folder cannot be written or holds another run.
+        """
+        work = self._work(folder, self._journal(folder, resume))
+        with self.clock.kept(lambda: work.journal_folder, self.check_lock), self.clock.phase(self.kind.phase):
+            found = self.kind.function(work)
+            if found.final is None:
+                with self.clock.phase("evaluate"):
+                    found = replace(found, final=work.metric_of(found.kept))
+        return Searched(found, work.close())
+
+    def _work(self, folder: Path | None, journal: Journal | None) -> Work[OptionsT]:
+        place = None
+        if folder is not None:
+            place = RunFolder(folder, self.header(), self.told_header(), self.check_lock)
+        return Work(self.options, self.bench, self.clock, place, journal)
+
+    # -- 3. verify, 4. record -------------------------------------------------------------------------
+
+    def conclude(self, searched: Searched, judge: Judge, peak: PeakMemory) -> Circuit:
+        """Measure what a search found, and say what ran.
+
+        Args:
+            searched: What it found.
+            judge: What measures it.
+            peak: Memory so far.
+
+        Returns:
+            The circuit.
+        """
+        found, graph = searched.found, self.setting.graph
+        with self.clock.phase("evaluate"), self.reporter.phase("verifying"):
+            metric, verdict = judge.measure(found.kept, found.final)
+            if found.searched is not None:
+                edges, kept = graph.all_edges[found.searched], found.kept[found.searched]
+                verdict = replace(verdict, searched=int(edges.sum()), searched_kept=int(kept.sum()))
+            means, applied = judge.means, judge.applied(found.kept, verdict)
+        if found.label is not None:
+            announce(verdict, found.label or self.kind.name)
+        weights, tested = self.setting.model.precision, int(found.tested.sum())
+        own = {entry.name for entry in fields(RunRecord)}
+        record = RunRecord(
+            method=self.kind.name,
+            title=self.kind.title,
+            ranks_kept_first=self.kind.ranks_kept_first,
+            header=self.header(),
+            arguments=SearchArguments.from_json(self.options.to_dict() | {"metric": self.setting.metric}),
+            precision=PrecisionFacts.from_json(self.setting.precision.to_dict()),
+            task=TaskFacts.from_json(self.data()),
+            versions=versions() | {"device": str(self.setting.model.device)},
+            edges=EdgeCounts(
+                total=graph.edge_count,
+                tested=tested,
+                untested=graph.edge_count - tested,
+                kept=verdict.kept,
+                live=verdict.live,
+            ),
+            apply=AppliedFacts.from_json(applied),
+            seconds=self.clock.report(),
+            peak_memory={
                 "linear_weights": weights.nbytes,
                 "linear_weights_fp32": weights.nbytes_fp32,
+                **peak.report(),
             },
+            metric=metric,
+            verified=None if metric.tolerance is None else metric.verified,
+            verdict=verdict,
+            **hardware_facts(self.setting.model.device),
+            **searched.engine,
+            **{name: value for name, value in found.facts.items() if name in own},
+            more={name: value for name, value in found.facts.items() if name not in own},
+        )
+        return Circuit(
+            graph, found.kept, found.scores, found.tested, dict(self.identity), record.to_json(), means
+        )
+
+    # -- 5. save --------------------------------------------------------------------------------------
+
+    def save(self, circuit: Circuit, folder: Path) -> None:
+        """Write a run's circuit into its folder.
+
+        Raises:
+            RunError: If it cannot be written, or another process took it over.
+        """
+        self.check_lock()
+        with self.reporter.phase("saving and drawing"):
+            circuit.save_pretrained(folder)
+        self.clock.forget(folder)
+
+
+def _header_of(circuit: Circuit) -> dict[str, Any]:
+    """The header of a finished run, with what is said of its prompts."""
+    record = circuit.record
+    header = dict(record.header)
+    if record.method is not None and record.method not in header:  # an attribution of an earlier version
+        precision = record.precision.to_json()
+        header |= {
+            "precision": precision,
+            "policy_order": list(precision.get("policy", {})),
+            record.method: record.arguments.to_json(),
         }
-
-
-def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
-    """The search with the margin of its regime."""
-    if pahq.regime == "pahq":
-        if acdc.margin is not None:
-            return acdc
-        formats = {pahq.format, *pahq.policy.values()}
-        return replace(acdc, margin=default_margin(formats, pahq.compute))
-    if acdc.margin:
-        raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
-    return acdc
+    return header | {DATA: record.task.to_json()}
 
 
 def versions() -> dict[str, str]:

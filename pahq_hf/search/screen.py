@@ -22,6 +22,7 @@ from pahq_hf.errors import RunError
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import top_edges
+from pahq_hf.search.bench import Bench
 from pahq_hf.search.journal import check_header
 from pahq_hf.search.progress import Progress
 
@@ -124,14 +125,14 @@ def _check(scores: Scores) -> str:
 
 
 def make_screen(
-    text: str, setting: Setting, engine: EngineConfig, progress: Progress | None = None
+    text: str, setting: Setting, limits: EngineConfig, progress: Progress | None = None
 ) -> Screen:
     """Score all edges and let the best survive.
 
     Args:
         text: As `ACDCConfig.screen`.
         setting: Model, task, metric, ablation and precision.
-        engine: Limits of the engine that method `exact` uses.
+        limits: Of the engine that method `exact` uses.
         progress: Who is told how far it is.
 
     Raises:
@@ -139,5 +140,7 @@ def make_screen(
     """
     started = time.perf_counter()
     method, _ = parse_screen(text)
-    scores = edge_scores(method, setting, engine=engine, progress=progress)
+    bench = Bench(setting, limits, progress)
+    scores = edge_scores(method, bench)
+    bench.clear()
     return Screen.of(text, setting.graph, scores, time.perf_counter() - started)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from pahq_hf.circuit.confirmation import logit_rounding
 from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.run_record import MetricFacts
 from pahq_hf.circuit.verdict import Verdict
 from pahq_hf.engine.build import make_referee
+from pahq_hf.engine.protocol import Referee
 from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation.evaluator import Evaluator
 
@@ -24,13 +28,16 @@ class Judge:
     """
 
     def __init__(self, setting: Setting) -> None:
-        model, task, metric, ablation = setting.model, setting.task, setting.metric, setting.ablation
-        self.evaluator = Evaluator(model, task, metric, ablation)
-        self._metric = metric
-        self._ablation = ablation
-        # `pahq` ends in FP32; the other regimes end at their own precision.
-        low = setting.precision.regime in ("rtn", "pahq-literal")
-        self._low = make_referee(model, task, metric, ablation) if low else None
+        self.evaluator = Evaluator(setting.model, setting.task, setting.metric, setting.ablation)
+        self._setting = setting
+
+    @cached_property
+    def _low(self) -> Referee | None:
+        """What measures at the searches' precision, where that is not FP32: `pahq` ends in FP32."""
+        setting = self._setting
+        if setting.precision.regime not in ("rtn", "pahq-literal"):
+            return None
+        return make_referee(setting.model, setting.task, setting.metric, setting.ablation)
 
     @property
     def means(self) -> dict[str, NDArray[np.float32]]:
@@ -39,39 +46,40 @@ class Judge:
 
     def applied(self, kept: BoolArray, verdict: Verdict) -> dict[str, Any]:
         """How well a circuit answers inside `PAHQModel.apply` (`Evaluator.applied`)."""
-        return self.evaluator.applied(kept, self._ablation, self.means, verdict.accuracy)
+        return self.evaluator.applied(kept, self._setting.ablation, self.means, verdict.accuracy)
 
-    def measure(self, kept: BoolArray, final: float) -> tuple[dict[str, Any], Verdict]:
+    def measure(self, kept: BoolArray, final: float | None) -> tuple[MetricFacts, Verdict]:
         """A circuit's metric again by the hooks engine, at the search's precision and in FP32.
 
         Args:
             kept: The circuit. [readers, writers]
-            final: Its metric as the search has it.
+            final: Its metric as the search has it; None if no engine of the search measured it.
 
         Returns:
-            `name`, `full`, `empty`, `final`, `final_recomputed`, how far rounding may bring these two apart
-            (`tolerance`) and `fp32`; and the verdict on the circuit.
+            The metric, with `final_recomputed` and how far rounding may bring that from `final` (`tolerance`)
+            where there is one to compare; and the verdict on the circuit.
         """
         logits = self.evaluator.logits(kept)
         verdict = self.evaluator.verdict(kept, logits)
-        recomputed = verdict.value
+        value = verdict.value
+        found = MetricFacts(
+            name=self._setting.metric,
+            full=self.evaluator.full,
+            empty=self.evaluator.empty,
+            final=value,
+            fp32=value,
+        )
+        if final is None:
+            return found, verdict
         if self._low is not None:
             logits = self._low.logits(kept)
-            recomputed = self._low.metric(logits)
-        facts = {
-            "name": self._metric,
-            "full": self.evaluator.full,
-            "empty": self.evaluator.empty,
-            "final": final,
-            "final_recomputed": recomputed,
-            "tolerance": self._tolerance(recomputed, logits),
-            "fp32": verdict.value,
-        }
-        return facts, verdict
+            value = self._low.metric(logits)
+        tolerance = self._tolerance(value, logits)
+        return replace(found, final=final, final_recomputed=value, tolerance=tolerance), verdict
 
     def _tolerance(self, value: float, logits: Tensor) -> float:
         """How far the search's value may be from the hooks engine's."""
         largest = max(float(run.abs().max()) for run in (logits, self.evaluator.clean_logits))
-        error = logit_rounding(self.evaluator.graph.spec.layers, largest, self._ablation)
+        error = logit_rounding(self.evaluator.graph.spec.layers, largest, self._setting.ablation)
         metric = self.evaluator.metric if self._low is None else self._low.metric
         return metric.rounding(logits, value, error)

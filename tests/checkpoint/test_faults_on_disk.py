@@ -278,7 +278,7 @@ def test_a_change_in_the_middle_of_a_run(
 
     def append_and_change(self: Journal, record: Any) -> None:
         append(self, record)
-        if len(self.records) == 3:
+        if len(self.steps) == 3:
             change(folder)
 
     model = PAHQModel.from_pretrained(folder, config)

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser
 
 from pahq_hf.circuit.render.pareto import draw_pareto, pareto_front, pareto_page
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.sweep import Sweep, SweepRow
+from pahq_hf.search.sweep_result import Sweep, SweepRow
 from tests.browser import SMALL, chromium, random_circuit
 
 HOSTILE = [

@@ -12,7 +12,7 @@ from pahq_hf.precision.formats.float8 import DynamicFloat8Product, Float8Weight
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.products import resolve_compute
-from pahq_hf.search.pipeline import with_margin
+from pahq_hf.search.acdc_run import with_margin
 from tests.helpers import MemorySource
 
 

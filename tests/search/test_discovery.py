@@ -15,14 +15,19 @@ import pytest
 import torch
 from torch import nn
 
-import pahq_hf.search.pipeline
+import pahq_hf.search.bench
 from pahq_hf import ACDCConfig, Circuit, PAHQModel, Task
 from pahq_hf.capture.recording import answer_logits
 from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.config import EngineConfig
+from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import CircuitError, ConfigError, MetricError, RunError
 from pahq_hf.search.acdc import ReaderRecord
+from pahq_hf.search.bench import Bench
+from pahq_hf.search.clock import RunClock
 from pahq_hf.search.journal import Journal
+from pahq_hf.search.replay import record_of, replay, step_of
+from pahq_hf.search.work import Work
 from tests.helpers import (
     FILES,
     FP32,
@@ -184,7 +189,7 @@ def test_a_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped("llama")
-    monkeypatch.setattr(pahq_hf.search.pipeline, "make_engine", None)
+    monkeypatch.setattr(pahq_hf.search.bench, "make_engine", None)
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="threshold must be a finite number >= 0"):
         discover(model, out, threshold=-1)
@@ -492,13 +497,15 @@ def test_an_altered_record_is_named(finished: Path, tmp_path: Path, case: str, o
 def test_any_bit_of_a_journal_counts(finished: Path, tmp_path: Path) -> None:
     """Whatever is flipped, an error names it, or what was flipped was the end of the last line."""
     header = json.loads(unsealed(journal_lines(finished)[:1])[0])
+    bench = Bench(Setting(wrapped("llama").patched, TASK, "logit_diff", "corrupted", FP32))
     raw = b"".join(journal_lines(finished)[:4])
     for place in range(0, len(raw) - 1, 17):
         changed = bytearray(raw)
         changed[place] ^= 1 << place % 7
         (tmp_path / "journal.jsonl").write_bytes(bytes(changed))
         with pytest.raises(RunError, match=r"is damaged|holds another run"):
-            Journal.resume(tmp_path, header).check(wrapped("llama").graph, ACDCConfig(TAU))
+            journal = Journal.resume(tmp_path, header)
+            replay(Work(ACDCConfig(TAU), bench, RunClock(), journal=journal), None)
 
 
 @pytest.mark.parametrize("records", [0, 5])
@@ -567,10 +574,10 @@ def test_a_journal_gives_back_its_records(tmp_path: Path) -> None:
     ]
     journal = Journal.create(tmp_path, header)
     for record in records:
-        journal.append(record)
+        journal.append(step_of(record))
     again = Journal.resume(tmp_path, header)
-    assert again.records == records
-    assert list(again.records[0].scores) == [7, 3, 0]
+    assert [record_of(step) for step in again.steps] == records
+    assert list(record_of(again.steps[0]).scores) == [7, 3, 0]
     with pytest.raises(RunError, match="its n is 1 there, 2 now; choose another folder"):
         Journal.resume(tmp_path, header | {"n": 2})
 
@@ -583,7 +590,7 @@ def test_a_record_is_on_disk_before_the_search_goes_on(
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
     for reader in range(3):
-        journal.append(ReaderRecord(reader, True, (), {0: 0.5}, 1.0))
+        journal.append(step_of(ReaderRecord(reader, True, (), {0: 0.5}, 1.0)))
         assert synced[reader:] == [journal.path.stat().st_size]
 
 

@@ -164,7 +164,7 @@ def test_a_run_whose_place_was_taken_stops(tmp_path: Path, monkeypatch: pytest.M
 
     def append_and_lose(self: Journal, record: Any) -> None:
         append(self, record)
-        if len(self.records) == 2:
+        if len(self.steps) == 2:
             change(tmp_path, token="another's", host="elsewhere")
 
     with monkeypatch.context() as patch:

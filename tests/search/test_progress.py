@@ -17,10 +17,12 @@ from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.engine.setting import Setting
 from pahq_hf.search.acdc import ReaderRecord, Search
 from pahq_hf.search.attribution.scoring import edge_scores
+from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.expectation import ExpectedTests
-from pahq_hf.search.journal import Journal
+from pahq_hf.search.journal import Journal, Step
 from pahq_hf.search.progress import Bars, Lines, Silence, is_watched, make_progress
+from pahq_hf.search.replay import record_of
 from tests.helpers import FP32, files_of, wrapped
 from tests.models import random_task
 
@@ -105,10 +107,11 @@ def test_expected_tests_come_true(run: Path) -> None:
     journal = Journal.read(run)
     assert journal is not None
     expected = ExpectedTests(graph, "acdc", graph.match_readers(None))
-    total = sum(len(record.scores) for record in journal.records)
+    records = [record_of(step) for step in journal.steps]
+    total = sum(len(record.scores) for record in records)
     assert total < graph.edge_count / 1.8
     state, tests = Search.start(graph), 0
-    for record in journal.records:
+    for record in records:
         state.apply(record)
         tests += len(record.scores)
         guess = tests + expected.remaining(state)
@@ -176,9 +179,8 @@ class Recorder(Silence):
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "hisp", "exact"])
 def test_attribution_counts_to_its_end(method: Any) -> None:
     model, recorder = wrapped("llama"), Recorder()
-    edge_scores(
-        method, Setting(model.patched, TASK, "logit_diff", "corrupted", FP32), steps=4, progress=recorder
-    )
+    setting = Setting(model.patched, TASK, "logit_diff", "corrupted", FP32)
+    edge_scores(method, Bench(setting, progress=recorder), steps=4)
     expected = {"eap-ig": 4 * len(TASK), "exact": model.graph.edge_count}.get(method, len(TASK))
     assert recorder.done == recorder.total == expected and recorder.phases == ["capturing"]
 
@@ -192,12 +194,12 @@ def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(
     model, append = wrapped("llama"), Journal.append
     options: dict[str, Any] = {"threshold": 0.05, "progress": False, "out": tmp_path}
 
-    def slow(journal: Journal, record: ReaderRecord) -> None:
-        if len(journal.records) % 4 == 3:
+    def slow(journal: Journal, step: Step) -> None:
+        if len(journal.steps) % 4 == 3:
             time.sleep(0.3)
-            append(journal, record)
+            append(journal, step)
             raise KeyboardInterrupt
-        append(journal, record)
+        append(journal, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", slow)

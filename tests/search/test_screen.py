@@ -179,7 +179,7 @@ def test_a_resumed_run_has_the_same_survivors(
     whole: Path, tmp_path: Path, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = cut(whole, tmp_path / "cut", lines)
-    monkeypatch.setattr("pahq_hf.search.pipeline.make_screen", None)  # it must not be made again
+    monkeypatch.setattr("pahq_hf.search.acdc_run.make_screen", None)  # it must not be made again
     resumed = run(low("llama", "pahq"), "eap-ig:0.5", out=folder, resume=True)
     first = Circuit.from_pretrained(whole)
     assert_same_circuit(resumed, first)

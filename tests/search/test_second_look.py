@@ -22,6 +22,7 @@ from pahq_hf.engine.regime_rule import PrecisionRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from pahq_hf.search.journal import Journal
+from pahq_hf.search.replay import record_of, step_of
 from tests.helpers import wrapped
 from tests.models import FAMILIES, random_task
 
@@ -253,9 +254,9 @@ def test_a_run_with_second_looks_resumes(
         Noisy(name, tau, seed),
         config,
         batch=AdaptiveBatch(),
-        on_reader=lambda _, record: journal.append(record),
+        on_reader=lambda _, record: journal.append(step_of(record)),
     )
-    done = Journal.resume(tmp_path, header).records
+    done = [record_of(step) for step in Journal.resume(tmp_path, header).steps]
     assert [asdict(record) for record in done] == [asdict(record) for record in whole.records]
     assert sum(record.changed for record in done) > 0
     for cut in range(0, len(done) + 1, 4):

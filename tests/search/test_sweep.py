@@ -13,11 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import benchmarks.sweep
-import pahq_hf.search.pipeline
+import pahq_hf.search.acdc_run
+import pahq_hf.search.bench
 from pahq_hf import ACDCConfig, Circuit, PAHQConfig, PAHQModel, Sweep, load_task
 from pahq_hf.config import EngineConfig
 from pahq_hf.errors import CircuitError, ConfigError, MetricError, RunError
-from pahq_hf.search.sweep import check_thresholds
+from pahq_hf.search.sweep_result import check_thresholds
 from tests.helpers import (
     FILES,
     FP32,
@@ -99,13 +100,13 @@ def test_a_screen_is_made_once_and_kept_with_every_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    make = pahq_hf.search.pipeline.make_screen
+    make = pahq_hf.search.acdc_run.make_screen
 
     def count(*arguments: Any) -> Any:
         made.append(arguments)
         return make(*arguments)
 
-    monkeypatch.setattr(pahq_hf.search.pipeline, "make_screen", count)
+    monkeypatch.setattr(pahq_hf.search.acdc_run, "make_screen", count)
     found = sweep(wrapped("llama"), tmp_path / "out", screen="eap:0.3")
     assert len(made) == 1
     for tau, circuit in found.items():
@@ -179,7 +180,7 @@ def test_files_of_a_sweep(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_sweep_is_only_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pahq_hf.search.pipeline, "make_engine", None)
+    monkeypatch.setattr(pahq_hf.search.bench, "make_engine", None)
     before = files_of(copied)
     again = sweep(wrapped("llama"), copied, resume=True)
     assert files_of(copied) == before
@@ -248,7 +249,7 @@ def test_thresholds_are_checked() -> None:
 
 def test_options_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped("llama")
-    monkeypatch.setattr(pahq_hf.search.pipeline, "make_engine", None)
+    monkeypatch.setattr(pahq_hf.search.bench, "make_engine", None)
     out = tmp_path / "out"
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ConfigError, "given twice", {"thresholds": [0.1, 0.2, 0.1]}),

@@ -6,7 +6,7 @@ raises the minimised metric: the edge matters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -147,7 +147,13 @@ def edges_from_nodes(graph: Graph, importance: Scores) -> Scores:
     return scores
 
 
-def exact(engine: Engine, on_done: Done = _nobody) -> Scores:
+def exact(
+    engine: Engine,
+    on_done: Done = _nobody,
+    *,
+    known: Mapping[int, Mapping[int, float]] | None = None,
+    on_reader: Callable[[int, Mapping[int, float]], None] | None = None,
+) -> Scores:
     """What removing each edge alone from the full model does to the metric: `m(full without e) - m(full)`.
 
     Everything upstream of an edge is the clean run, so the sparse engine computes no more than what the edge
@@ -156,17 +162,22 @@ def exact(engine: Engine, on_done: Done = _nobody) -> Scores:
     Args:
         engine: Computes metrics.
         on_done: Called with the number of edges that were removed, each time.
+        known: Scores of readers that need not be computed again, by reader and writer.
+        on_reader: Called with the scores of every other reader when it is finished.
 
     Returns:
         [readers, writers]
     """
-    graph = engine.graph
+    graph, known = engine.graph, known or {}
     scores = np.zeros(graph.all_edges.shape)
     try:
         full = engine.begin(graph.all_edges.copy())
         for reader in graph.reader_order("head"):  # changes the active component least often
             edges = list(graph.in_edges(reader))
             if not edges:
+                continue
+            if reader in known:
+                scores[reader, edges] = [known[reader][writer] for writer in edges]
                 continue
             again = engine.focus(reader)
             full = full if again is None else again
@@ -175,6 +186,8 @@ def exact(engine: Engine, on_done: Done = _nobody) -> Scores:
                 values = engine.try_(reader, [[writer] for writer in some]).values
                 scores[reader, some] = np.array(values) - full
                 on_done(len(some))
+            if on_reader is not None:
+                on_reader(reader, {writer: float(scores[reader, writer]) for writer in edges})
     finally:
         engine.finish()
     return scores

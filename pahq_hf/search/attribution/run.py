@@ -1,187 +1,86 @@
-"""One attribution from model and task to circuit: scores, edges, evaluation, facts."""
+"""Attribution as a search of the run pipeline: score all edges, and keep the best."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pahq_hf.circuit.ablation import APPLY
-from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.circuit.files import output_path, refuse_overwrite
-from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.circuit.verdict import Verdict, announce
-from pahq_hf.config import AttributionConfig, EngineConfig, MetricName, PAHQConfig
-from pahq_hf.engine.phases import Phases
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.config import AttributionConfig
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError
-from pahq_hf.evaluation.evaluator import Evaluator
-from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
-from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.precision.flags import exact_products
-from pahq_hf.precision.memory import PeakMemory
-from pahq_hf.precision.threads import threads
-from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.attribution.methods import Scores, check_gradient
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import edges_from, top_edges
-from pahq_hf.search.hardware import hardware_facts
-from pahq_hf.search.lock import RunLock
-from pahq_hf.search.pipeline import versions
-from pahq_hf.search.progress import make_progress
-from pahq_hf.tasks.base import Task
-from pahq_hf.tasks.metrics import check_metric
+from pahq_hf.search.kind import Found
+from pahq_hf.search.work import Work
 
 
-class Attribution:
-    """Scores all edges of a model on a task and keeps the best.
+def attribute(work: Work[AttributionConfig]) -> Found:
+    """Score all edges of a model on a task, and choose the best.
+
+    Its steps are readers that method `exact` has finished. The other methods take a few passes over the
+    prompts, and begin again where they were interrupted.
 
     Args:
-        model: The patched model.
-        identity: What identifies the base model, stored with the circuit.
-        task: The prompts.
-        pahq: The model's precision.
-        config: Method and choice of edges.
-        engine: How `exact` computes metrics.
-        progress: Say on stderr how far it is.
+        work: The search.
+
+    Returns:
+        What it found.
 
     Raises:
-        MetricError: If the task lacks what the metric needs, or the method means nothing for it.
+        MetricError: If the method means nothing for the metric, or numbers come out as NaN.
+        RunError: If what an interrupted run kept is damaged, or a step cannot be written.
+    """
+    options = work.options
+    scores = edge_scores(
+        options.method,
+        work,
+        steps=options.steps,
+        seed=options.seed,
+        known=_finished(work),
+        on_reader=lambda reader, found: work.keep(
+            {"reader": reader, "scores": {str(writer): score for writer, score in found.items()}}
+        ),
+    )
+    asked = options.topn is not None or options.threshold is not None  # else all edges were asked for
+    kept = chosen(work.graph, scores, options)
+    return Found(kept, scores, work.graph.all_edges.copy(), label=options.method if asked else None)
+
+
+def resolve(options: AttributionConfig, setting: Setting) -> AttributionConfig:
+    """The options, checked against a setting.
+
+    Raises:
+        MetricError: If the method means nothing for the metric.
         ConfigError: If more edges are asked for than there are.
     """
+    check_gradient(options.method, setting.metric)
+    total = setting.graph.edge_count
+    if options.topn is not None and options.topn > total:
+        raise ConfigError(f"this model has {total:,} edges; cannot keep {options.topn:,} of them")
+    return options
 
-    def __init__(
-        self,
-        model: PatchedModel,
-        identity: dict[str, Any],
-        task: Task,
-        pahq: PAHQConfig,
-        config: AttributionConfig,
-        engine: EngineConfig | None = None,
-        *,
-        progress: bool = True,
-    ) -> None:
-        self.model = model
-        self.identity = identity
-        self.task = task
-        self.pahq = pahq
-        self.config = config
-        self.engine = engine or EngineConfig()
-        self.reporter = make_progress(progress)
-        self.metric: MetricName = config.metric or task.metric
-        check_metric(self.metric, task)
-        check_gradient(config.method, self.metric)
-        if config.topn is not None and config.topn > model.graph.edge_count:
-            raise ConfigError(
-                f"this model has {model.graph.edge_count:,} edges; cannot keep {config.topn:,} of them"
-            )
 
-    @exact_products()
-    def run(self, out: str | Path | None = None, *, take_over: bool = False) -> Circuit:
-        """Score, choose, evaluate, and (given `out`) save.
+def chosen(graph: Graph, scores: Scores, options: AttributionConfig) -> BoolArray:
+    """The edges that scores choose. [readers, writers]"""
+    if options.threshold is not None:
+        return edges_from(graph, scores, options.threshold, absolute=options.absolute)
+    count = graph.edge_count if options.topn is None else options.topn
+    return top_edges(graph, scores, count, absolute=options.absolute)
 
-        Args:
-            out: Folder for the circuit; None keeps everything in memory.
-            take_over: Take the place of another machine's process that works in `out`.
 
-        Returns:
-            The circuit.
-
-        Raises:
-            RunError: If `out` cannot be written, holds another run, or is in use by another process.
-        """
-        with threads(self.engine.threads):
-            if out is None:
-                return self._run()
-            folder = output_path(out)
-            with RunLock(folder, take_over=take_over) as lock:  # what cannot be written fails before any work
-                refuse_overwrite(folder)
-                circuit = self._run()
-                lock.check()
-                with self.reporter.phase("saving and drawing"):
-                    circuit.save_pretrained(folder)
-            return circuit
-
-    def _run(self) -> Circuit:
-        phases = Phases()
-        with PeakMemory(self.model.device) as peak:
-            started = time.perf_counter()
-            config = self.config
-            scores = edge_scores(
-                config.method,
-                Setting(self.model, self.task, self.metric, config.ablation, self.pahq),
-                engine=self.engine,
-                steps=config.steps,
-                seed=config.seed,
-                phases=phases,
-                progress=self.reporter,
-                on_clean=lambda logits: warn_near_chance(logits, self.task),
-            )
-            kept = self._choose(scores)
-            with phases("evaluate"), self.reporter.phase("verifying"):
-                (metric, verdict), applied, means = self._evaluate(kept)
-            phases.seconds["total"] = time.perf_counter() - started
-        facts = self._facts(kept) | {"metric": metric, "verdict": verdict.to_dict(), APPLY: applied}
-        facts["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
-        facts["peak_memory"] |= peak.report()
-        tested = self.model.graph.all_edges.copy()
-        circuit = Circuit(self.model.graph, kept, scores, tested, dict(self.identity), facts, means)
-        if config.topn is not None or config.threshold is not None:  # else all edges were asked for
-            announce(verdict, config.method)
-        return circuit
-
-    # -- steps ------------------------------------------------------------------------------------
-
-    def _choose(self, scores: NDArray[np.float64]) -> BoolArray:
-        graph, config = self.model.graph, self.config
-        if config.threshold is not None:
-            return edges_from(graph, scores, config.threshold, absolute=config.absolute)
-        count = graph.edge_count if config.topn is None else config.topn
-        return top_edges(graph, scores, count, absolute=config.absolute)
-
-    def _evaluate(
-        self, kept: BoolArray
-    ) -> tuple[tuple[dict[str, Any], Verdict], dict[str, Any], dict[str, NDArray[np.float32]]]:
-        """The metric in FP32, the verdict, how well it answers in `apply`, and what is kept for that."""
-        ablation = self.config.ablation
-        evaluator = Evaluator(self.model, self.task, self.metric, ablation)
-        verdict = evaluator.verdict(kept)
-        final = verdict.value
-        facts = {
-            "name": self.metric,
-            "full": evaluator.full,
-            "empty": evaluator.empty,
-            "final": final,
-            "fp32": final,
-        }
-        applied = evaluator.applied(kept, ablation, evaluator.means, verdict.accuracy)
-        return (facts, verdict), applied, evaluator.means
-
-    def _facts(self, kept: BoolArray) -> dict[str, Any]:
-        graph, weights = self.model.graph, self.model.precision
-        return {
-            "method": self.config.method,
-            "header": {
-                "model": self.identity.get("fingerprint"),
-                "task": self.task.fingerprint(),
-                "dtype": str(self.model.hf.dtype).removeprefix("torch."),
-            },
-            "arguments": self.config.to_dict() | {"metric": self.metric},
-            "precision": self.pahq.to_dict(),
-            "task": {"name": self.task.name, "examples": len(self.task), **self.task.source},
-            "versions": versions() | {"device": str(self.model.device)},
-            **hardware_facts(self.model.device),
-            "edges": {
-                "total": graph.edge_count,
-                "tested": graph.edge_count,
-                "untested": 0,
-                "kept": int(kept.sum()),
-                "live": int(graph.live_edges(kept).sum()),
-            },
-            "peak_memory": {
-                "linear_weights": weights.nbytes,
-                "linear_weights_fp32": weights.nbytes_fp32,
-            },
-        }
+def _finished(work: Work[AttributionConfig]) -> Mapping[int, Mapping[int, float]]:
+    """Scores that an interrupted run has kept, by reader and writer."""
+    known: dict[int, dict[int, float]] = {}
+    for number, step in enumerate(work.steps, start=1):
+        try:
+            reader, scores = step["reader"], {int(w): s for w, s in step["scores"].items()}
+            sound = type(reader) is int and 0 <= reader < len(work.graph.readers) and reader not in known
+            numbers = all(type(score) is float and math.isfinite(score) for score in scores.values())
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise work.damaged(number, f": {error}") from error
+        if not sound or not numbers or scores.keys() != set(work.graph.in_edges(reader)):
+            raise work.damaged(number, ": it does not have the scores of a reader's edges")
+        known[reader] = scores
+    return known

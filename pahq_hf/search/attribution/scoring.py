@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
-from torch import Tensor
-
-from pahq_hf.config import EngineConfig, MethodName
-from pahq_hf.engine.build import make_engine, make_gradient_runs
-from pahq_hf.engine.phases import Phases
+from pahq_hf.config import MethodName
+from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import (
@@ -21,32 +20,44 @@ from pahq_hf.search.attribution.methods import (
     hisp,
     random_scores,
 )
-from pahq_hf.search.progress import Progress, Silence
+from pahq_hf.search.progress import Progress
+
+
+class Captures(Protocol):
+    """Where a method has the runs from that it works on."""
+
+    setting: Setting
+    progress: Progress
+
+    @property
+    def engine(self) -> Engine:
+        """What computes metrics."""
+
+    def gradients(self) -> GradientRuns:
+        """Runs whose gradients can be taken."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count the seconds inside under a name."""
 
 
 def edge_scores(
     method: MethodName,
-    setting: Setting,
+    captures: Captures,
     *,
-    engine: EngineConfig | None = None,
     steps: int = 5,
     seed: int = 0,
-    phases: Phases | None = None,
-    on_clean: Callable[[Tensor], None] | None = None,
-    progress: Progress | None = None,
+    known: Mapping[int, Mapping[int, float]] | None = None,
+    on_reader: Callable[[int, Mapping[int, float]], None] | None = None,
 ) -> Scores:
     """Score all edges.
 
     Args:
         method: Name of the method.
-        setting: Model, task, metric, ablation and precision.
-        engine: Which engine `exact` uses, and its limits.
+        captures: A setting, and its runs.
         steps: Runs whose gradients `eap-ig` averages.
         seed: Of `random`.
-        phases: Where seconds are added up.
-        on_clean: Called before edges are scored with the clean run's logits at the answer positions
-            [rows, vocab]; not by `random`, which runs nothing.
-        progress: Who is told how far it is.
+        known: Scores of readers that `exact` need not compute again, by reader and writer.
+        on_reader: Called with the scores of every reader that `exact` has finished.
 
     Returns:
         Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers]
@@ -55,54 +66,30 @@ def edge_scores(
         MetricError: If the method means nothing for the metric, or numbers come out as NaN.
         TaskError: If the prompts do not fit the model.
     """
+    setting, progress = captures.setting, captures.progress
+    check_gradient(method, setting.metric)
+    if method == "random":
+        return random_scores(setting.graph, seed)
+    setting.model.precision.deactivate()
+    if method == "exact":
+        engine, known = captures.engine, known or {}
+        done = sum(map(len, known.values()))
+        with (
+            captures.phase("scores"),
+            progress.count(method, "edge", setting.graph.edge_count, done) as count,
+        ):
+            scores = exact(engine, count.advance, known=known, on_reader=on_reader)
+        return check_finite(scores, method)
     try:
-        return check_finite(
-            _scores(
-                method,
-                setting,
-                engine or EngineConfig(),
-                steps,
-                seed,
-                phases or Phases(),
-                on_clean or _ignore,
-                progress or Silence(),
-            ),
-            method,
-        )
+        return check_finite(_by_gradients(method, captures, steps), method)
     finally:
         trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
 
 
-def _ignore(_: Tensor) -> None:
-    """Nobody asked."""
-
-
-def _scores(
-    method: MethodName,
-    setting: Setting,
-    engine: EngineConfig,
-    steps: int,
-    seed: int,
-    phases: Phases,
-    on_clean: Callable[[Tensor], None],
-    progress: Progress,
-) -> Scores:
-    model, task = setting.model, setting.task
-    check_gradient(method, setting.metric)
-    if method == "random":
-        return random_scores(model.graph, seed)
-    model.precision.deactivate()
-    if method == "exact":
-        with phases("capture"), progress.phase("capturing"):
-            computes = make_engine(setting, engine)
-        on_clean(computes.clean_logits)
-        with phases("scores"), progress.count(method, "edge", model.graph.edge_count) as count:
-            return exact(computes, count.advance)
-    with phases("capture"), progress.phase("capturing"):
-        runs = make_gradient_runs(setting)
-    on_clean(runs.clean.logits)
-    passes = steps if method == "eap-ig" else 1
-    with phases("scores"), progress.count(method, "prompt", passes * len(task)) as count:
+def _by_gradients(method: MethodName, captures: Captures, steps: int) -> Scores:
+    runs = captures.gradients()
+    prompts = (steps if method == "eap-ig" else 1) * len(captures.setting.task)
+    with captures.phase("scores"), captures.progress.count(method, "prompt", prompts) as count:
         if method == "eap-ig":
             return eap_ig(runs, steps, count.advance)
         return eap(runs, count.advance) if method == "eap" else hisp(runs, count.advance)

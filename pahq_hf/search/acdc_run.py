@@ -1,0 +1,171 @@
+"""ACDC as a search of the run pipeline: its screen, its journal, its progress.
+
+Its steps:
+
+1. Score all edges by attribution where a screen is asked for, and let the best survive; or take the screen
+   that an interrupted run kept.
+2. Take over the readers that it finished.
+3. Search the others with the engine (`acdc`), and keep each when it is finished.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
+from pahq_hf.config import ACDCConfig, PAHQConfig, parse_screen
+from pahq_hf.engine.setting import Setting
+from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.precision.margin import default_margin
+from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.expectation import search_progress
+from pahq_hf.search.kind import Found
+from pahq_hf.search.replay import replay, step_of
+from pahq_hf.search.screen import Screen, make_screen
+from pahq_hf.search.work import Work
+
+
+def acdc(work: Work[ACDCConfig]) -> Found:
+    """Run ACDC to its end.
+
+    Args:
+        work: The search.
+
+    Returns:
+        What it found.
+
+    Raises:
+        RunError: If what an interrupted run kept is damaged, or a step cannot be written.
+    """
+    options = work.options
+    screen = _screen(work)
+    survivors = None if screen is None else screen.survivors
+    done = replay(work, survivors).records
+    engine = work.engine
+    name = f"ACDC, tau {options.threshold:g}"
+    with search_progress(work.progress, name, work.graph, options, survivors, done) as shown:
+
+        def on_reader(state: Search, record: ReaderRecord) -> None:
+            work.keep(step_of(record))
+            shown.on_reader(state)
+
+        state = search(
+            engine,
+            options,
+            batch=_batch(work),
+            done=done,
+            survivors=survivors,
+            on_reader=on_reader,
+            on_batch=lambda _, tested: shown.on_batch(tested),
+        )
+    return _found(work, state, screen)
+
+
+def resolve(options: ACDCConfig, setting: Setting) -> ACDCConfig:
+    """The options with the margin of the regime, checked.
+
+    Raises:
+        ConfigError: If no reader matches, or there is a margin where there is no second look.
+        MetricError: If the screen's method means nothing for the metric.
+    """
+    setting.graph.match_readers(options.readers)  # a wrong glob fails before any work
+    if options.screen is not None:
+        check_gradient(parse_screen(options.screen)[0], setting.metric)
+    return with_margin(options, setting.precision)
+
+
+def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
+    """The search with the margin of its regime.
+
+    Raises:
+        ConfigError: If there is a margin where there is no second look.
+    """
+    if pahq.regime == "pahq":
+        if acdc.margin is not None:
+            return acdc
+        formats = {pahq.format, *pahq.policy.values()}
+        return replace(acdc, margin=default_margin(formats, pahq.compute))
+    if acdc.margin:
+        raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
+    return acdc
+
+
+def check(work: Work[ACDCConfig], found: Found) -> None:
+    """Check that a circuit is what a finished search found; of an unfinished one nothing can be said.
+
+    Args:
+        work: The search, which only reads.
+        found: The circuit.
+
+    Raises:
+        RunError: If it is not, or if the journal is damaged.
+    """
+    folder = work.folder
+    lost = work.options.screen is not None and folder is not None and not os.path.exists(folder / SCREEN_NAME)
+    if lost or not work.is_begun:
+        return
+    screen = _screen(work)
+    state = replay(work, None if screen is None else screen.survivors)
+    if len(state.records) < len(state.graph.readers):
+        return
+    ours, theirs = (found.kept, found.scores, found.tested), (state.kept, state.scores, state.tested)
+    if not all(map(np.array_equal, ours, theirs)):
+        raise RunError(
+            f"the circuit in {folder} is not the one its {JOURNAL_NAME} tells of: one of them was changed; "
+            f"remove {CIRCUIT_NAME} and --resume to make it again from the journal"
+        )
+
+
+def _screen(work: Work[ACDCConfig]) -> Screen | None:
+    """Which edges the search may pass over: None if it tests all.
+
+    A new screen's captured runs are gone before the engine captures its own.
+    """
+    text, folder = work.options.screen, work.folder
+    if text is None:
+        return None
+    if work.is_begun and folder is not None:
+        kept = Screen.load(text, work.graph, folder, work.header)
+        work.shared(("screen", text), lambda: kept)  # for thresholds that have not begun
+        return kept
+    with work.phase("screen"), work.progress.phase("screening"):
+        screen = work.shared(
+            ("screen", text), lambda: make_screen(text, work.setting, work.limits, work.progress)
+        )
+    if folder is not None:
+        screen.save(folder, work.header)
+    return screen
+
+
+def _batch(work: Work[ACDCConfig]) -> BatchSize:
+    if work.limits.batch is not None:
+        return FixedBatch(work.limits.batch)
+    return AdaptiveBatch() if work.engine.gains_by_batches else FixedBatch(1)
+
+
+def _found(work: Work[ACDCConfig], state: Search, screen: Screen | None) -> Found:
+    options = work.options
+    facts = {
+        "second_looks": {
+            "margin": options.to_dict()["margin"],
+            "tests": sum(record.looks for record in state.records),
+            "changed": sum(record.changed for record in state.records),
+        },
+        **({} if screen is None else {"screen": screen.facts()}),
+        "resumed_readers": len(work.steps),
+    }
+    exact = work.setting.precision.regime in ("fp32", "rtn")
+    return Found(
+        state.kept,
+        state.scores,
+        state.tested,
+        # Where a component is raised, the metric is that of the last one's tests: it is measured again.
+        final=state.metric if exact else None,
+        searched=None if options.readers is None else work.graph.match_readers(options.readers),
+        facts=facts,
+        label=f"tau {options.threshold:g}",
+    )

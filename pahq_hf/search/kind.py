@@ -1,0 +1,154 @@
+"""What a search algorithm is to the run pipeline: a name, options, and a function.
+
+The function is given a `Work`, which says what is asked for and has what a search needs, and returns what it
+`Found`. All the rest is the pipeline's: folder and lock, journal, verification, record, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.config import Ablation, MetricName, _JsonConfig
+from pahq_hf.errors import ConfigError, check_names
+
+if TYPE_CHECKING:  # a kind is known before torch is
+    from pahq_hf.engine.setting import Setting
+    from pahq_hf.search.work import Work
+
+
+class Options(Protocol):
+    """Options of any search: a frozen dataclass with these fields among others."""
+
+    @property
+    def metric(self) -> MetricName | None:
+        """What is minimised; None takes the task's own."""
+
+    @property
+    def ablation(self) -> Ablation:
+        """What stands in for removed edges."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values by name."""
+
+
+@dataclass(frozen=True)
+class SearchOptions(_JsonConfig):
+    """A beginning for the options of a search of one's own: a frozen dataclass that adds fields to these.
+
+    A field's `metadata` may hold `help`, `metavar`, `min` and `flag` for the command line.
+
+    Attributes:
+        metric: What is minimised; None takes the task's own.
+        ablation: What takes the place of a removed edge.
+    """
+
+    metric: MetricName | None = None
+    ablation: Ablation = "corrupted"
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range; whoever adds fields adds their checks."""
+        if self.ablation not in get_args(Ablation):
+            raise ConfigError(
+                f"ablation must be one of {', '.join(get_args(Ablation))}; got {self.ablation!r}"
+            )
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found, before it is measured.
+
+    Attributes:
+        kept: Edges of the circuit. [readers, writers]
+        scores: The score of every edge; 0 where there is none. [readers, writers]
+        tested: Edges whose score was measured. [readers, writers]
+        final: The circuit's metric by the search's engine; None has that engine measure it, if there is one.
+        searched: Readers that were searched, where others keep all edges whatever they are. [readers]
+        facts: What the search says of itself in discovery.json.
+        label: What tells it from others in a log; None has its verdict not logged.
+    """
+
+    kept: BoolArray
+    scores: NDArray[np.float64]
+    tested: BoolArray
+    final: float | None = None
+    searched: BoolArray | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = ""
+
+
+@dataclass(frozen=True)
+class SearchKind(Generic[OptionsT]):
+    """A search algorithm.
+
+    Attributes:
+        name: What it is called: `acdc`.
+        title: What it is, in words.
+        options: Its options, a frozen dataclass.
+        function: The search.
+        ranks_kept_first: Whether kept edges rank before all others: a greedy search's scores of the two do
+            not compare.
+        fixed: Options that the name decides.
+        phase: What its seconds count for.
+        resolve: Checks options against a setting before any work, and gives them with what is decided only
+            there.
+        check: Checks a finished circuit against the journal of its search.
+    """
+
+    name: str
+    title: str
+    options: type[OptionsT]
+    function: Callable[[Work[OptionsT]], Found]
+    ranks_kept_first: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    phase: str = "search"
+    resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
+    check: Callable[[Work[OptionsT], Found], None] | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the options that can be given."""
+        return tuple(entry.name for entry in fields(self.options) if entry.name not in self.fixed)  # type: ignore[arg-type]
+
+    def make_options(self, values: Mapping[str, Any]) -> OptionsT:
+        """Options by name.
+
+        Raises:
+            ConfigError: If one is unknown or out of range.
+        """
+        check_names(values, self.fields, f"search {self.name!r}")
+        return self.options(**{**values, **self.fixed})
+
+    def with_option(self, options: OptionsT, name: str, value: object) -> OptionsT:
+        """The same options but for one."""
+        return self.options(**{**_values(options), name: value})
+
+
+def _values(options: Any) -> dict[str, Any]:
+    return {entry.name: getattr(options, entry.name) for entry in fields(options)}
+
+
+def check_options(options: object, name: str) -> None:
+    """Check that a class can be a search's options.
+
+    Raises:
+        ConfigError: If it is no frozen dataclass, or lacks what every search has.
+    """
+    if not (isinstance(options, type) and is_dataclass(options)):
+        raise ConfigError(f"the options of search {name!r} must be a dataclass; got {options!r}")
+    if not options.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ConfigError(f"the options of search {name!r}, {options.__name__}, must be frozen")
+    known = {entry.name for entry in fields(options)}
+    if not {"metric", "ablation"} <= known or not hasattr(options, "to_dict"):
+        raise ConfigError(
+            f"the options of search {name!r}, {options.__name__}, must have metric, ablation and to_dict: "
+            "derive them from SearchOptions"
+        )

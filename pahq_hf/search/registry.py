@@ -1,0 +1,151 @@
+"""Which searches there are. A search of one's own is registered here, and runs as those of the package do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pahq_hf.config import ACDCConfig, AttributionConfig
+from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
+
+if TYPE_CHECKING:
+    from pahq_hf.engine.setting import Setting
+    from pahq_hf.search.work import Work
+
+_NAME = re.compile(r"[a-z][a-z0-9-]*")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Found])
+
+
+def register_search(
+    name: str,
+    options: type[OptionsT],
+    *,
+    title: str | None = None,
+    ranks_kept_first: bool = False,
+    resolve: Callable[[OptionsT, Setting], OptionsT] | None = None,
+) -> Callable[[FunctionT], FunctionT]:
+    """Register a search of one's own: a decorator of the function that searches.
+
+    It runs by `model.discover(task, search=name, ...)`, and, where it is registered before the command line
+    starts, by `pahq discover --search name`. Journal, `--resume`, verification by the hooks engine, record
+    and files are those of every search.
+
+    Args:
+        name: What it is called: lower-case letters, digits and `-`.
+        options: Its options, a frozen dataclass derived from `SearchOptions`.
+        title: What it is, in words, for model cards; the name by default.
+        ranks_kept_first: Whether kept edges rank before all others: the scores of the two do not compare.
+        resolve: Checks options against a `Setting` before any work, and returns them.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: If the name is taken or is none, or the options are no such dataclass.
+
+    Example:
+        ```python
+        @dataclass(frozen=True)
+        class StrongestOptions(SearchOptions):
+            edges: int = 100
+
+        @register_search("strongest", StrongestOptions, title="the strongest edges")
+        def strongest(work: Work[StrongestOptions]) -> Found: ...
+        ```
+    """
+    if _NAME.fullmatch(str(name)) is None:
+        raise ConfigError(f"a search is named by lower-case letters, digits and '-'; got {name!r}")
+    if name in _SEARCHES:
+        raise ConfigError(f"there is a search {name!r} already")
+    check_options(options, name)
+
+    def registered(function: FunctionT) -> FunctionT:
+        _SEARCHES[name] = SearchKind(
+            name, title or name, options, function, ranks_kept_first=ranks_kept_first, resolve=resolve
+        )
+        return function
+
+    return registered
+
+
+def find_search(name: str) -> SearchKind[Any]:
+    """The search of a name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in _SEARCHES:
+        raise ConfigError(f"there is no search {name!r}; there are {', '.join(_SEARCHES)}")
+    return _SEARCHES[name]
+
+
+def searches() -> Mapping[str, SearchKind[Any]]:
+    """All searches by name."""
+    return dict(_SEARCHES)
+
+
+# -- those of the package: their functions need torch, which most commands do without ---------------------
+
+
+def _acdc(work: Work[ACDCConfig]) -> Found:
+    from pahq_hf.search.acdc_run import acdc
+
+    return acdc(work)
+
+
+def _resolve_acdc(options: ACDCConfig, setting: Setting) -> ACDCConfig:
+    from pahq_hf.search.acdc_run import resolve
+
+    return resolve(options, setting)
+
+
+def _check_acdc(work: Work[ACDCConfig], found: Found) -> None:
+    from pahq_hf.search.acdc_run import check
+
+    check(work, found)
+
+
+def _attribute(work: Work[AttributionConfig]) -> Found:
+    from pahq_hf.search.attribution.run import attribute
+
+    return attribute(work)
+
+
+def _resolve_attribution(options: AttributionConfig, setting: Setting) -> AttributionConfig:
+    from pahq_hf.search.attribution.run import resolve
+
+    return resolve(options, setting)
+
+
+_METHODS = {
+    "eap": "edge attribution patching (EAP)",
+    "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
+    "hisp": "head importance (HISP)",
+    "exact": "removing each edge alone",
+    "random": "random scores",
+}
+_SEARCHES: dict[str, SearchKind[Any]] = {
+    "acdc": SearchKind(
+        "acdc",
+        "ACDC with activation patching",
+        ACDCConfig,
+        _acdc,
+        ranks_kept_first=True,
+        resolve=_resolve_acdc,
+        check=_check_acdc,
+    ),
+    **{
+        name: SearchKind(
+            name,
+            title,
+            AttributionConfig,
+            _attribute,
+            fixed={"method": name},
+            phase="scores",
+            resolve=_resolve_attribution,
+        )
+        for name, title in _METHODS.items()
+    },
+}

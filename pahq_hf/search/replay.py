@@ -1,0 +1,121 @@
+"""The journal of an ACDC run: a step for every finished reader, and whether that can be one of the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.config import ACDCConfig
+from pahq_hf.search.acdc import ReaderRecord, Search
+from pahq_hf.search.work import Work
+
+_ROUNDING = 1e-9  # of sums of metrics in double precision
+
+
+def step_of(record: ReaderRecord) -> dict[str, Any]:
+    """A finished reader as a step of the journal."""
+    return asdict(record) | {"scores": {str(writer): score for writer, score in record.scores.items()}}
+
+
+def record_of(step: Mapping[str, Any]) -> ReaderRecord:
+    """Read what `step_of` made.
+
+    Raises:
+        ValueError: If a value is missing or of another type; or TypeError, KeyError or AttributeError.
+    """
+    kept, scores = step["kept"], step["scores"]
+    counts = [step["reader"], step.get("looks", 0), step.get("changed", 0), *kept]
+    numbers = [step["metric"], *scores.values()]
+    # Python takes true for 1 and 3.7 for 3: a step has to be what it says.
+    if not isinstance(step["searched"], bool) or any(type(count) is not int for count in counts):
+        raise TypeError("a value is of another type")
+    if any(type(number) not in (int, float) for number in numbers):
+        raise TypeError("a number is none")
+    return ReaderRecord(
+        reader=step["reader"],
+        searched=step["searched"],
+        kept=tuple(kept),
+        scores={int(w): float(s) for w, s in scores.items()},
+        metric=float(step["metric"]),
+        looks=step.get("looks", 0),
+        changed=step.get("changed", 0),
+    )
+
+
+def replay(work: Work[ACDCConfig], survivors: BoolArray | None) -> Search:
+    """The state of a search after the steps that an earlier part of it kept.
+
+    Each must be about the reader whose turn it is, with scores of just the edges that are tested there; an
+    edge is kept where its score reaches the threshold and nowhere else.
+
+    Args:
+        work: The search.
+        survivors: Edges that are tested; all by default. [readers, writers]
+
+    Returns:
+        The state.
+
+    Raises:
+        RunError: If they are no steps of this search, naming the first that is not.
+    """
+    graph, config = work.graph, work.options
+    telescopes = work.setting.precision.regime == "fp32"  # a reader's tests begin where the last one's ended
+    state, order = Search.start(graph), graph.reader_order(config.order)
+    chosen = graph.match_readers(config.readers)
+    for number, step in enumerate(work.steps, start=1):
+        try:
+            record = record_of(step)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise work.damaged(number, f": {error}") from error
+        if number > len(order) or record.reader != order[number - 1]:
+            raise work.damaged(number, ": its readers are not in the order of a search")
+        reader = record.reader
+        wrong = _inconsistency(record, state, config, bool(chosen[reader]), survivors)
+        wrong = wrong or _jump(record, state, survivors, telescopes)
+        if wrong is not None:
+            raise work.damaged(number, f", reader {graph.readers[reader].name}: {wrong}")
+        state.apply(record)
+    return state
+
+
+def _inconsistency(
+    record: ReaderRecord, before: Search, config: ACDCConfig, chosen: bool, survivors: BoolArray | None
+) -> str | None:
+    """What is wrong with a record; None if it can be the next step of a search."""
+    graph, reader = before.graph, record.reader
+    edges = set(graph.in_edges(reader))
+    if not edges.issuperset((*record.kept, *record.scores)):
+        return f"reader {reader} has edges that do not exist"
+    if record.searched is not chosen:
+        return "it was searched, and is outside the search" if record.searched else "it was not searched"
+    if not all(map(math.isfinite, (record.metric, *record.scores.values()))):
+        return "a number in it is not finite"
+    if not chosen:
+        whole = record.kept == tuple(sorted(edges)) and not record.scores
+        return None if whole else "it is outside the search, and does not keep all its edges untested"
+    tested: set[int] = set()
+    if graph.has_out_edge(before.kept, reader):
+        tested = edges if survivors is None else {writer for writer in edges if survivors[reader, writer]}
+    if tested != record.scores.keys():
+        return f"it has scores of {len(record.scores)} edges; {len(tested)} are tested there"
+    kept = {writer for writer, score in record.scores.items() if config.stays(score)}
+    if tuple(sorted(kept)) != record.kept:
+        return f"the edges it keeps are not those whose scores reach the threshold {config.threshold:g}"
+    if not 0 <= record.changed <= record.looks or (record.looks and not config.margin):
+        return f"{record.changed} of {record.looks} second looks changed a decision"
+    return None
+
+
+def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, telescopes: bool) -> str | None:
+    """What is wrong with a record's metric; None if nothing, or if it was measured afresh."""
+    edges = list(before.graph.in_edges(record.reader))
+    screened = survivors is not None and not survivors[record.reader, edges].all()
+    if not before.records or (record.scores and (screened or record.looks or not telescopes)):
+        return None
+    expected = before.metric + sum(s for w, s in record.scores.items() if w not in record.kept)
+    if abs(record.metric - expected) <= _ROUNDING * max(1.0, abs(expected)):
+        return None
+    return f"its metric is {record.metric!r}; the record before and its scores make it {expected!r}"

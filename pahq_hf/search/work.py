@@ -1,0 +1,210 @@
+"""What a search is given: what is asked for, an engine, and a journal of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from pahq_hf.circuit.files import make_folder
+from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.circuit.run_record import Reused
+from pahq_hf.config import EngineConfig
+from pahq_hf.engine.protocol import Engine, GradientRuns
+from pahq_hf.engine.setting import Setting
+from pahq_hf.errors import RunError
+from pahq_hf.search.bench import Bench
+from pahq_hf.search.clock import RunClock
+from pahq_hf.search.journal import Journal, Step, damaged
+from pahq_hf.search.kind import OptionsT
+from pahq_hf.search.progress import Progress
+from pahq_hf.search.settings import RunSettings
+from pahq_hf.search.shared_answers import RecallingEngine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its journal.
+
+    Attributes:
+        path: The folder.
+        header: What pins the run.
+        told: The same with what is said of its prompts.
+        check: Raises `RunError` if the folder has become another process's.
+    """
+
+    path: Path
+    header: Mapping[str, Any]
+    told: Mapping[str, Any]
+    check: Callable[[], None]
+
+
+class Work(Generic[OptionsT]):
+    """One search at work.
+
+    Args:
+        options: What is asked for.
+        bench: The captured runs, which may be other searches' too.
+        clock: What counts the run's seconds.
+        place: Where its journal is; None keeps none.
+        journal: That of an earlier part, which is continued.
+
+    Attributes:
+        options: What is asked for.
+        setting: Model, task, metric, ablation and precision.
+        limits: Which engine computes metrics, and what it may take.
+        progress: Who is told how far it is.
+        steps: What an earlier part of an interrupted run kept, in order; empty for a new one.
+        is_begun: Whether there was such a part.
+    """
+
+    def __init__(
+        self,
+        options: OptionsT,
+        bench: Bench,
+        clock: RunClock,
+        place: RunFolder | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.options = options
+        self.setting: Setting = bench.setting
+        self.limits: EngineConfig = bench.limits
+        self.progress: Progress = bench.progress
+        self.is_begun = journal is not None
+        self._bench = bench
+        self._clock = clock
+        self._place = place
+        self._own: Engine | None = None  # computes what is not known
+        self._recalling: RecallingEngine | None = None
+        self._engine: Engine | None = None  # what the search asks: one of the two
+        self._before = 0  # values that the engine had computed for others
+        self._journal = journal
+        self._got_on = False
+        self.steps: Sequence[Step] = () if journal is None else tuple(journal.steps)
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+        return self.setting.graph
+
+    # -- what computes --------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """What computes metrics; its runs are captured when it is first asked for."""
+        if self._engine is None:
+            with self._clock.elsewhere():
+                own = self._bench.engine
+            if self._bench.clock is not self._clock:
+                own.phases.take()  # capturing is no search's own
+            self._clock.watch("search", own.phases)
+            self._before = own.evaluations
+            self._recalling = self._bench.recalling(own)
+            self._own, self._engine = own, self._recalling or own
+            self._begin()
+        return self._engine
+
+    def gradients(self) -> GradientRuns:
+        """Runs of the task whose gradients can be taken, captured now."""
+        with self._clock.elsewhere():
+            return self._bench.gradients()
+
+    def shared(self, key: object, make: Callable[[], T]) -> T:
+        """What the first search of a sweep makes, and all its others take."""
+        return self._bench.shared(key, make)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count the seconds inside under a name of their own."""
+        return self._clock.phase(name)
+
+    # -- what is kept ---------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files can be kept that a continued search needs; None if nothing is written."""
+        return None if self._place is None else make_folder(self._place.path)
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """What pins the run: what is kept in its folder says whose it is."""
+        return {} if self._place is None else self._place.header
+
+    def keep(self, step: Mapping[str, Any]) -> None:
+        """Put a step into the journal; it is on disk when this returns, and in `steps` of who continues.
+
+        Args:
+            step: JSON-ready.
+
+        Raises:
+            RunError: If it cannot be written, or another process took the folder over.
+        """
+        self._begin()
+        if self._journal is not None and self._place is not None:
+            self._place.check()
+            self._journal.append(step)
+            self._clock.keep(self._place.path)
+
+    def damaged(self, number: int, reason: str) -> RunError:
+        """The error that one of `steps` is none of this search's.
+
+        Args:
+            number: Which one; the first is 1.
+            reason: What is wrong with it.
+        """
+        assert self._journal is not None
+        return damaged(self._journal.path, f"record {number} on line {number + 1}{reason}")
+
+    def _begin(self) -> None:
+        """Start the journal, if there is to be one."""
+        self._got_on = True
+        if self._journal is None and self._place is not None:
+            folder = make_folder(self._place.path)
+            self._journal = Journal.create(
+                folder, {**self._place.told, "settings": self.run_settings.to_dict()}
+            )
+
+    # -- for the pipeline -----------------------------------------------------------------------------
+
+    @property
+    def run_settings(self) -> RunSettings:
+        """How the run computes."""
+        setting = self.setting
+        engine = None if self._own is None else self._own.name
+        device, compute = str(setting.model.device), setting.precision.compute
+        return RunSettings(torch.get_num_threads(), engine, device, compute)
+
+    @property
+    def journal_folder(self) -> Path | None:
+        """The folder, where a journal is in it and this part of the run has got somewhere."""
+        return None if self._journal is None or not self._got_on else self._journal.path.parent
+
+    def metric_of(self, kept: BoolArray) -> float | None:
+        """A circuit's metric by the search's engine; None if it had none."""
+        if self._own is None:
+            return None
+        try:
+            return self._own.metric_of(kept)
+        finally:
+            self._own.finish()
+
+    def close(self) -> dict[str, Any]:
+        """Let the engine go.
+
+        Returns:
+            What the run's record says of it: nothing if there was none.
+        """
+        self._clock.release()
+        own, recalling = self._own, self._recalling
+        facts: dict[str, Any] = {"settings": self.run_settings.to_dict()}
+        if own is not None:
+            facts |= {"engine": own.name, "evaluations": own.evaluations - self._before}
+        if recalling is not None:
+            facts["reused"] = Reused(evaluations=recalling.recalled, readers=recalling.recalled_readers)
+        self._own = self._recalling = self._engine = None
+        return facts

@@ -1,0 +1,174 @@
+"""A search of one's own: registered, run, interrupted, continued, verified, recorded, saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pahq_hf import Circuit, register_search
+from pahq_hf.circuit.card import render_card
+from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.search.journal import Journal, Step
+from pahq_hf.search.kind import Found, SearchOptions
+from pahq_hf.search.registry import _SEARCHES, find_search, searches
+from pahq_hf.search.work import Work
+from tests.helpers import assert_same_circuit, files_of, wrapped
+from tests.models import random_task
+
+TASK = random_task(batch=3, length=6, padding="right", seed=3, metric="logit_diff")
+TAU = 0.002
+
+
+@dataclass(frozen=True)
+class ReadersOptions(SearchOptions):
+    """Options of `by_readers`."""
+
+    threshold: float = 0.01
+
+    def validate(self) -> None:
+        """Check them."""
+        super().validate()
+        if self.threshold < 0:
+            raise ConfigError(f"threshold must be >= 0; got {self.threshold}")
+
+
+def by_readers(work: Work[ReadersOptions]) -> Found:
+    """Remove all edges of a reader at once where that costs less than the threshold."""
+    graph, engine = work.graph, work.engine
+    kept, scores = graph.all_edges.copy(), np.zeros(graph.all_edges.shape)
+    metric = engine.metric_of(kept)
+    done = {step["reader"]: step for step in work.steps}
+    for reader in graph.reader_order("acdc"):
+        if not graph.all_edges[reader].any():
+            continue
+        without = kept.copy()
+        without[reader] = False
+        if reader in done:
+            score = done[reader]["score"]
+        else:
+            score = engine.metric_of(without) - metric
+            work.keep({"reader": reader, "score": score})
+        scores[reader][graph.all_edges[reader]] = score
+        if score < work.options.threshold:
+            kept, metric = without, metric + score
+    return Found(kept, scores, graph.all_edges.copy(), facts={"readers_tested": len(graph.readers)})
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The search is there in a test, and gone after it."""
+    register_search("by-readers", ReadersOptions, title="whole readers, greedily")(by_readers)
+    yield
+    del _SEARCHES["by-readers"]
+
+
+def discover(out: Path | None = None, **options: Any) -> Circuit:
+    """Run it on a tiny model."""
+    model = wrapped("llama")
+    chosen = {"search": "by-readers", "threshold": TAU, "progress": False}
+    return model.discover(TASK, out=out, **(chosen | options))
+
+
+def test_it_runs_and_is_verified_and_recorded_as_any_search(tmp_path: Path) -> None:
+    circuit = discover(tmp_path / "run")
+    counts, all_counts = circuit.kept.sum(axis=1), circuit.graph.all_edges.sum(axis=1)
+    assert ((counts == 0) | (counts == all_counts)).all() and 0 < counts.sum() < all_counts.sum()
+    record = circuit.record
+    assert (record.method, record.title, record.ranks_kept_first) == (
+        "by-readers",
+        "whole readers, greedily",
+        False,
+    )
+    assert record.arguments.threshold == TAU and record.arguments.metric == "logit_diff"
+    assert circuit.verified is True and record.metric.final_recomputed == pytest.approx(record.metric.final)
+    assert record.evaluations and record.seconds["search"] > 0 and record.peak_memory["rss"] > 0
+    assert record.more["readers_tested"] == len(circuit.graph.readers)
+    assert circuit.verdict is not None and circuit.means
+    again = Circuit.from_pretrained(tmp_path / "run")
+    assert_same_circuit(again, circuit)
+    assert again.record == record
+    assert "whole readers, greedily" in render_card(circuit)
+    names = {"journal.jsonl", "circuit.json", "scores.safetensors", "discovery.json", "README.md"}
+    assert names <= set(files_of(tmp_path / "run"))
+
+
+def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, append, out = discover(), Journal.append, tmp_path / "run"
+
+    def fail(journal: Journal, step: Step) -> None:
+        if len(journal.steps) == 4:
+            raise KeyboardInterrupt
+        append(journal, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", fail)
+        with pytest.raises(KeyboardInterrupt):
+            discover(out)
+    lines = (out / "journal.jsonl").read_bytes().splitlines()
+    assert len(lines) == 5 and json.loads(lines[0])["by-readers"]["threshold"] == TAU
+    with pytest.raises(RunError, match=r"holds a run already .* continue it with --resume"):
+        discover(out)
+    with pytest.raises(RunError, match=r"its threshold is 0\.002 there, 0\.1 now"):
+        discover(out, resume=True, threshold=0.1)
+    with pytest.raises(RunError, match="its search is by-readers there, acdc now"):
+        discover(out, resume=True, search="acdc")
+    circuit = discover(out, resume=True)
+    assert_same_circuit(circuit, whole)
+    evaluated = [run.record.evaluations for run in (circuit, whole)]
+    assert evaluated[0] < evaluated[1]
+
+
+def test_a_finished_one_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = discover(tmp_path)
+    monkeypatch.setattr("pahq_hf.search.bench.make_engine", None)
+    before = files_of(tmp_path)
+    assert_same_circuit(discover(tmp_path, resume=True), first)
+    assert files_of(tmp_path) == before
+
+
+def test_options_are_checked_before_any_work(tmp_path: Path) -> None:
+    for options, message in (
+        ({"search": "none"}, r"there is no search 'none'; there are acdc, eap, .*by-readers"),
+        ({"edges": 3}, "no option 'edges'"),
+        ({"threshold": -1.0}, "threshold must be >= 0"),
+        ({"ablation": "noise"}, "ablation must be one of"),
+        ({"config": ReadersOptions()}, "not both"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            discover(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_registered_is_refused() -> None:
+    @dataclass
+    class Loose:
+        metric: str | None = None
+
+    @dataclass(frozen=True)
+    class Bare:
+        edges: int = 1
+
+    for name, options, message in (
+        ("acdc", ReadersOptions, "there is a search 'acdc' already"),
+        ("by-readers", ReadersOptions, "already"),
+        ("By Readers", ReadersOptions, "lower-case letters"),
+        ("mine", Loose, "must be frozen"),
+        ("mine", Bare, "must have metric, ablation and to_dict"),
+        ("mine", dict, "must be a dataclass"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            register_search(name, options)  # type: ignore[type-var]
+    assert "mine" not in searches()
+
+
+def test_a_method_of_attribution_is_a_search() -> None:
+    model = wrapped("llama")
+    ours = model.discover(TASK, search="eap", topn=9, progress=False)
+    assert_same_circuit(ours, model.attribute(TASK, method="eap", topn=9, progress=False))
+    assert find_search("eap").fields and "method" not in find_search("eap").fields
