@@ -24,7 +24,7 @@ def find_saved_config(name: str, arguments: dict[str, Any]) -> PAHQConfig | None
         arguments: As for `PAHQModel.from_pretrained`.
 
     Returns:
-        It, or None.
+        The configuration, or None.
 
     Raises:
         ConfigError: If it is damaged.

@@ -68,7 +68,7 @@ class Circuit:
 
     @property
     def scored(self) -> ScoredEdges:
-        """Its edges alone: what pictures, pages and comparisons take."""
+        """The edges alone: what pictures, pages and comparisons take."""
         return ScoredEdges(self.graph, self.kept, self.scores, self.tested)
 
     @property
@@ -107,7 +107,7 @@ class Circuit:
 
     @property
     def confirmation(self) -> Confirmation | None:
-        """Its metric by its search and by the hooks engine; None where its run compared no such two."""
+        """The metric by the search and by the hooks engine; None where its run compared no such two."""
         return self.record.confirmation
 
     @property

@@ -16,7 +16,7 @@ def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
 
     Args:
         a: The edges of one.
-        b: Those of the other.
+        b: The edges of the other.
 
     Returns:
         Edge counts, Jaccard indices of edges (also by kind of reader) and of nodes, and the Pearson and

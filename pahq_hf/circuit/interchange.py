@@ -46,7 +46,7 @@ def export(circuit: Circuit, path: str | Path, fmt: str) -> None:
 def to_mib(circuit: Circuit) -> dict[str, Any]:
     """The document that EAP-IG's `Graph.from_json` and the MIB benchmark read: every node, every edge.
 
-    They know heads only: a key/value group that heads share becomes an edge to each of these heads.
+    Both know heads only: a key/value group that heads share becomes an edge to each of these heads.
 
     Args:
         circuit: The circuit.

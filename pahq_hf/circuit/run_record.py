@@ -66,9 +66,9 @@ class EdgeCounts(Section):
     Attributes:
         total: In the graph.
         tested: Whose score was measured.
-        untested: The others.
+        untested: Whose score was not.
         kept: In the circuit.
-        live: Those of it on a path from `input` to `logits`.
+        live: Kept edges on a path from `input` to `logits`.
     """
 
     total: int | None = None
@@ -187,7 +187,7 @@ class RunRecord(Section):
         screen: What a screen passed over.
         resumed_readers: Readers that an interrupted run had decided.
         evaluations: Values of the metric that were computed.
-        reused: Those that were not, in a sweep.
+        reused: Values that another search of the same sweep had computed.
         apply: How well the circuit answers in `apply`.
         seconds: By phase, and `total`.
         peak_memory: Bytes by kind.

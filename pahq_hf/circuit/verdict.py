@@ -31,17 +31,17 @@ class Verdict:
 
     Attributes:
         metric: Name of the minimised metric.
-        value: The circuit's.
-        full: The full model's.
-        empty: That of no edges.
+        value: The circuit's metric.
+        full: The full model's metric.
+        empty: The metric of no edges.
         accuracy: Top-1 accuracy of the circuit (`pahq_hf.evaluation.greedy_accuracy`).
-        accuracy_full: Of the full model.
+        accuracy_full: Top-1 accuracy of the full model.
         has_answers: Whether accuracy counts right answers; else it is agreement with the full model.
         kept: Edges of the circuit.
-        live: Those on a path from `input` to `logits`.
+        live: Kept edges on a path from `input` to `logits`.
         total: Edges of the graph.
         searched: Edges of the readers that were searched; None if all were, or in an earlier version.
-        searched_kept: Those of them that were kept; all edges of other readers are.
+        searched_kept: Kept edges of the searched readers; of other readers all edges are kept.
     """
 
     metric: str

@@ -330,8 +330,8 @@ def _run() -> int:
 def _quiet_start() -> None:
     """Settings that libraries read when they are imported, and no warnings of what commands say themselves.
 
-    They spare torchao the search for CUDA libraries, log files the bars of downloads, and other programs the
-    cores on which threads would spin.
+    The settings spare torchao the search for CUDA libraries, log files the bars of downloads, and other
+    programs the cores on which threads would spin.
     """
     os.environ.update(sleep_while_waiting())
     warnings.simplefilter("ignore", UnverifiedWarning)

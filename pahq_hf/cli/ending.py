@@ -28,7 +28,7 @@ def again(context: typer.Context, **changes: Any) -> str:
         **changes: New values by parameter; None leaves the option away.
 
     Returns:
-        It, quoted for a shell.
+        The command, quoted for a shell.
     """
     words = ["pahq", str(context.info_name)]
     for parameter in context.command.params:
@@ -49,7 +49,7 @@ def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
         circuit: The circuit.
 
     Returns:
-        It, quoted for a shell; where the data has no more prompts, the command that shows the circuit.
+        The command, quoted for a shell; where the data has no more prompts, that which shows the circuit.
     """
     from pahq_hf.tasks.loading import is_generated
 

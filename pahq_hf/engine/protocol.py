@@ -115,7 +115,7 @@ class Engine(Protocol):
     def accept(self, trial: Trial, k: int) -> None:
         """Make a trial's k-th circuit, as to its reader, the current one.
 
-        It does not matter whether the trial is this engine's own or what was tried since.
+        No matter whether the trial is this engine's own or what was tried since.
         """
 
     def cut(self, reader: int, writers: Sequence[int]) -> None:
@@ -177,10 +177,10 @@ class Part:
     """Examples that share a backward pass.
 
     Attributes:
-        task: They as a task.
-        examples: Which they are.
-        metric: Their share of the metric, so that the shares of all parts add up to it.
-        real: Their real tokens, as indices into their flattened batch. [tokens]
+        task: The examples, as a task of their own.
+        examples: Their numbers in the whole task.
+        metric: The share of the metric that is theirs, so that the shares of all parts add up to it.
+        real: Real tokens, as indices into the flattened batch. [tokens]
     """
 
     task: Task

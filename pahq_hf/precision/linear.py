@@ -127,7 +127,7 @@ class PAHQLinear(WeightMatrix):
     def difference(self, rows: slice, cols: slice) -> DifferenceProduct:
         """A block of the effective weight for products with differences; the cache keeps it.
 
-        It has no bias, and computes in the dtype of `compute` unless FP32 blocks in use touch it.
+        The product has no bias, and computes in the dtype of `compute` unless FP32 blocks in use touch it.
         """
         if self.is_full or self.low is None:
             return Product(self.dense(rows, cols))

@@ -15,7 +15,7 @@ def default_margin(formats: Collection[str], compute: str) -> float:
     """The margin of a search, in shares of its threshold: by the coarsest of its formats and products.
 
     Args:
-        formats: Those that weights are kept in.
+        formats: Formats that weights are kept in.
         compute: Dtype of products with differences, `auto` resolved.
     """
     error = max(find_format(fmt).error for fmt in formats)

@@ -15,7 +15,7 @@ Projection = TypeVar("Projection", bound=Hashable)
 class Mode:
     """The present mode of all projections of one model, which share this object.
 
-    They compute with low-precision weights unless `full_precision` or `exact_tables` says otherwise.
+    Projections compute with low-precision weights unless `full_precision` or `exact_tables` says otherwise.
     Besides, some may start from anchors, and some may note down what they compute.
 
     Attributes:

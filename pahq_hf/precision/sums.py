@@ -13,7 +13,7 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     Args:
         total: Where rows are added. [n, ...]
         index: Where each goes; may repeat. [m]
-        rows: They. [m, ...]
+        rows: What is added. [m, ...]
 
     Returns:
         `total`.

@@ -30,9 +30,9 @@ class Cores:
     """Cores of this machine, as this process finds them.
 
     Attributes:
-        usable: Those it may use, by its affinity and its control group's quota.
-        total: All there are.
-        busy: How many are at work for others.
+        usable: Cores it may use, by its affinity and its control group's quota.
+        total: Cores there are.
+        busy: Cores that are at work for others.
     """
 
     usable: int

@@ -26,8 +26,8 @@ class Shared:
     """What all projections of a model share.
 
     Attributes:
-        mode: How they compute at present.
-        cache: Their weights decoded, and packed for products.
+        mode: How projections compute at present.
+        cache: Decoded weights, and weights packed for products.
         full: FP32 weights packed for products, which were read from the checkpoint; none by default.
         staging: The way of FP32 weights from the checkpoint.
     """

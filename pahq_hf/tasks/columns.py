@@ -51,12 +51,12 @@ class Columns:
 
     @cached_property
     def names(self) -> list[str]:
-        """All of them, in the order of the file."""
+        """All columns, in the order of the file."""
         return list(dict.fromkeys(str(column) for row in self.rows for column in row))
 
     @property
     def filled(self) -> list[str]:
-        """Those that some row fills."""
+        """Columns that some row fills."""
         return [name for name in self.names if any(row.get(name) not in _EMPTY for row in self.rows)]
 
     @cached_property
@@ -70,7 +70,7 @@ class Columns:
         return self._labels("distractor", _EAP_IG[1])
 
     def _labels(self, name: str, index: str) -> LabelColumns:
-        """Those columns whose meaning leaves no doubt."""
+        """Columns of answers or distractors whose meaning leaves no doubt."""
         texts = [name]
         if all(_is_text(row.get(f"{name}s")) for row in self.rows):
             texts.append(f"{name}s")

@@ -260,8 +260,8 @@ def _answers(
 def _answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, column: str, at: str) -> int:
     """The one token of an answer, as the user wrote it.
 
-    It is tokenised alone first. SentencePiece tokenizers put a word-boundary mark of its own before " Mary"
-    or "7", two tokens; what counts then is the token it is after the prompt.
+    The text is tokenised alone first. SentencePiece tokenizers put a word-boundary mark of its own before
+    " Mary" or "7", two tokens; what counts then is the token it is after the prompt.
     """
     ids = encode(tokenizer, text)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:

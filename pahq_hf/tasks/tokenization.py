@@ -78,7 +78,7 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str])
         words: Candidates, without leading space.
 
     Returns:
-        Those that pass.
+        The words that pass.
     """
     seen: dict[int, str] = {}
     for word in words:

@@ -17,7 +17,7 @@ class Described(Protocol):
 
     @property
     def scored(self) -> ScoredEdges:
-        """Its edges."""
+        """The edges and their scores."""
 
     @property
     def identity(self) -> ModelIdentity:

@@ -28,11 +28,11 @@ class ParetoPoint:
 
     Attributes:
         threshold: tau of its search.
-        kept: Its edges.
-        live: Those on a path from `input` to `logits`.
+        kept: Edges of the circuit.
+        live: Kept edges on a path from `input` to `logits`.
         tested: Edges that its search tested.
         name: The minimised metric.
-        metric: Its value, in FP32.
+        metric: The value of that metric, in FP32.
         kl: KL from the full model, in FP32.
         faithfulness: Share of the metric that the circuit recovers, if that is defined.
     """
@@ -52,8 +52,8 @@ class _Panel:
     """One measure of a sweep's circuits.
 
     Attributes:
-        label: Its name.
-        values: It by threshold.
+        label: The name of the measure.
+        values: The measure of each circuit.
     """
 
     label: str
@@ -68,7 +68,7 @@ def pareto_front(edges: Sequence[int], values: Sequence[float]) -> list[int]:
         values: What should be low.
 
     Returns:
-        Their indices, by ascending number of edges.
+        Indices of these circuits, by ascending number of edges.
     """
     front: list[int] = []
     lowest = math.inf
@@ -93,7 +93,7 @@ def draw_pareto(rows: Sequence[ParetoPoint], title: str, path: Path, fmt: Pictur
     """Draw a sweep into a file.
 
     Args:
-        rows: Its circuits.
+        rows: The sweep's circuits.
         title: What it is of; any text.
         path: The file.
         fmt: `png` or `svg`.
@@ -132,7 +132,7 @@ def pareto_page(rows: Sequence[ParetoPoint], title: str) -> str:
     """A self-contained page of a sweep, with its figures on hover.
 
     Args:
-        rows: Its circuits.
+        rows: The sweep's circuits.
         title: What it is of; any text.
 
     Returns:

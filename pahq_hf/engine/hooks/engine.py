@@ -55,10 +55,10 @@ class _Part:
     """Examples that share a forward pass.
 
     Attributes:
-        task: They as a task.
-        rows: Which rows of the whole task theirs are.
-        examples: Which examples they are.
-        anchors: Their exact run of the current circuit, when tests start from it.
+        task: The examples, as a task of their own.
+        rows: Their rows in the whole task.
+        examples: Their numbers in the whole task.
+        anchors: The exact run of the current circuit, when tests start from it.
     """
 
     task: Task

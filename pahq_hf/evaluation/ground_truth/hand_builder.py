@@ -140,8 +140,8 @@ class HandBuilder:
     def fill(self, *, reads: tuple[str, ...], writes: str = "junk") -> None:
         """Make distractors of all heads and MLPs that are not set.
 
-        They read random directions of some spaces, so that what they add differs between prompts, and write
-        to a space that nothing of the circuit reads.
+        Distractors read random directions of some spaces, so that what they add differs between prompts, and
+        write to a space that nothing of the circuit reads.
 
         Args:
             reads: The spaces they read.

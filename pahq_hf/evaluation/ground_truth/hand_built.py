@@ -38,8 +38,8 @@ class KnownModel:
         model: The model, a `GPT2LMHeadModel`.
         task: Prompts and answers; the metric is `logit_diff`.
         edges: Names of the edges of the truth.
-        redundant: Those among them that can be removed one at a time without any effect, because another path
-            does the same.
+        redundant: Edges of the truth that can be removed one at a time without any effect, because another
+            path does the same.
     """
 
     name: str

@@ -227,7 +227,7 @@ def canonical_edges(name: str, graph: Graph) -> BoolArray:
 def canonical_circuit(name: str, graph: Graph | None = None) -> Circuit:
     """A published circuit as a `Circuit`, which can be saved and be a reference.
 
-    It has no scores, and names no weights: it fits every model of its shape.
+    The circuit has no scores, and names no weights: it fits every model of its shape.
 
     Args:
         name: One of `CANONICAL_CIRCUITS`.

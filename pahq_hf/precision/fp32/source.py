@@ -134,8 +134,8 @@ class CheckpointSource:
 class SpillSource:
     """A temporary file, mapped into memory: for models that have no checkpoint.
 
-    It lies in the folder for temporary files (`TMPDIR`) and has no name: it goes with this object, and with
-    the process however that ends.
+    The file lies in the folder for temporary files (`TMPDIR`) and has no name: it goes with this object, and
+    with the process however that ends.
 
     Args:
         tensors: What to keep.
