@@ -1,10 +1,10 @@
 """ACDC at several thresholds: one run that computes once what the searches have in common.
 
 The model, the engine's captured runs, the evaluation's captured runs, and every search's common beginning
-with another one (`engine/recall.py`) are shared. What comes out is, to the bit, what a run per threshold
-would find: batches depend on decisions alone, so values are computed side by side with the same others.
-Only where memory runs short do batches depend on what is free; then scores may differ in their last bits,
-as those of any two runs may.
+with another one (`search/shared_answers.py`) are shared. What comes out is, to the bit, what a run per
+threshold would find: batches depend on decisions alone, so values are computed side by side with the same
+others. Only where memory runs short do batches depend on what is free; then scores may differ in their last
+bits, as those of any two runs may.
 
 How much is shared depends on how early decisions differ, and the first edge with a score between two
 thresholds is where they do. What is always shared is starting, loading and capturing.

@@ -1,6 +1,6 @@
 """A metric from the last residual stream, without ever storing logits over the vocabulary.
 
-KL is `engine/kl.py`'s. Other metrics need a few columns of the unembedding and, for probabilities, a
+KL is `engine/sparse/kl.py`'s. Other metrics need a few columns of the unembedding and, for probabilities, a
 logsumexp over the vocabulary, which is taken in blocks that stay in cache.
 """
 
