@@ -51,6 +51,10 @@ class RunError(PAHQError):
     """An output folder cannot be written, or holds a different run."""
 
 
+class OutOfMemoryError(PAHQError):
+    """Something does not fit into a device's memory, however little of it is computed at once."""
+
+
 class DriftError(PAHQError):
     """Not raised any more: a search that the hooks engine does not confirm is saved (`UnverifiedWarning`)."""
 

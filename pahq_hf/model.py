@@ -35,8 +35,10 @@ from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.fits import check_fits
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
 from pahq_hf.modeling.guard import evaluating
+from pahq_hf.precision.device_memory import memory_for
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.fp32.source import WeightSource
+from pahq_hf.precision.products import COMPUTE_DTYPES
 from pahq_hf.search.arguments import (
     AttributeOptions,
     DiscoverOptions,
@@ -99,6 +101,7 @@ class PAHQModel(WrappedModel):
         super().__init__(model, name, prepared.config, prepared.identity)
         self.tokenizer = tokenizer
         self.patched, self._guard, self._asked = prepared.patched, prepared.guard, asked
+        self._settled = self.patched.device
 
     @property
     def graph(self) -> Graph:
@@ -106,10 +109,17 @@ class PAHQModel(WrappedModel):
         return self.patched.graph
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _guarded(self) -> Iterator[None]:
         """Inside, the model computes what its circuits are about: in eval mode, with the weights it had."""
+        self._settle()
         self._guard.check(self.base_model)
         with evaluating(self.base_model):
+            yield
+
+    @contextmanager
+    def _at_work(self, what: str) -> Iterator[None]:
+        """The same; memory that runs out is an error of ours, which names the work."""
+        with memory_for(what, self.patched.device), self._guarded():
             yield
 
     @classmethod
@@ -149,6 +159,32 @@ class PAHQModel(WrappedModel):
         return wrapped
 
     # -- precision --------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PAHQModel:
+        """What `to`, `cuda` and `cpu` do; products then run in what suits the new device."""
+        super()._apply(fn, recurse)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """See to it that weights which were moved, however they were, are used where they are now.
+
+        What was packed for the old device goes, and `compute="auto"` means what it means on the new one; what
+        was asked for by name stays.
+        """
+        device, precision = self.patched.device, self.patched.precision
+        if device == self._settled:
+            return
+        active = precision.active
+        precision.deactivate()
+        precision.release()
+        if self._asked.compute == "auto":
+            self.pahq_config = resolved(self._asked, device)
+        named = self.pahq_config.compute
+        assert named != "auto"  # it is resolved
+        self.patched.compute_in(COMPUTE_DTYPES[named])
+        precision.activate(*active)
+        self._settled = device
 
     def activate(self, *components: str) -> bool:
         """Compute exactly these components (`a3.h1`, `m0`) in FP32. Returns whether anything changed."""
@@ -303,10 +339,11 @@ class PAHQModel(WrappedModel):
             raise ConfigError("a sweep takes thresholds, not a threshold")
         kind = find_search("acdc")
         wanted = self._wanted(kind, task, config, engine, options, "sweep")
+        self._settle()
         engine = self._resumed(out, engine) if resume else engine
         where = self.patched, self.identity, task, self.pahq_config, engine
         sweep = SweepRun(kind, wanted, thresholds, *where, progress=progress)
-        with self._at_work():
+        with self._at_work("the sweep"):
             return sweep.run(out, resume=resume, take_over=take_over)
 
     def attribute(
@@ -373,10 +410,11 @@ class PAHQModel(WrappedModel):
         take_over: bool,
         progress: bool,
     ) -> Circuit:
+        self._settle()
         engine = self._resumed(out, engine) if resume else engine
         where = self.patched, self.identity, task, self.pahq_config, engine
         run = Run(kind, wanted, *where, progress=progress)
-        with self._at_work():
+        with self._at_work("the search"):
             return run.run(out, resume=resume, take_over=take_over)
 
     @exact_products()
@@ -411,7 +449,7 @@ class PAHQModel(WrappedModel):
         ran = circuit.record.arguments
         chosen = metric or ran.metric or task.metric
         ablation = cast("Ablation", ran.ablation or "corrupted")
-        with self._at_work():
+        with self._at_work("the evaluation"):
             evaluator = Evaluator(self.patched, task, chosen, ablation)
             return evaluate(evaluator, circuit, wanted)
 
@@ -472,7 +510,7 @@ class PAHQModel(WrappedModel):
         any_weights: bool,
     ) -> Iterator[PAHQModel]:
         check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
-        with self._at_work(), exact_products():
+        with self._guarded(), exact_products():
             substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
             text = notice(circuit.record, ablation)
             if text is not None:

@@ -22,6 +22,7 @@ from pahq_hf.modeling.lowering import lower
 from pahq_hf.modeling.originals import OriginalCheckpoint
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.modeling.untouched import check_supported, repair_empty_mlps, resident_device
+from pahq_hf.precision.device_memory import memory_for
 from pahq_hf.precision.fp32.source import CheckpointSource, WeightSource
 from pahq_hf.precision.memory import trim
 from pahq_hf.precision.products import COMPUTE_DTYPES, resolve_compute
@@ -69,11 +70,22 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
     model.eval()
     identity = identity_of(model, name, origin)
     repair_empty_mlps(model)
+    with memory_for("the model", resident_device(model)):
+        patched = _patched(model, config, source, origin)
+    guard = WeightGuard(model)
+    trim()
+    return Prepared(patched, config, identity, guard)
+
+
+def _patched(
+    model: PreTrainedModel, config: PAHQConfig, source: WeightSource | None, origin: CheckpointSource | None
+) -> PatchedModel:
+    """Patch a model, check that nothing changed by it, and lower its weights."""
     probe = probe_task(model)
     reference = untouched_logits(model, probe, origin)
-    patched = PatchedModel(model, split_kv_groups=config.split_kv_groups, streamed=streamed)
+    patched = PatchedModel(model, split_kv_groups=config.split_kv_groups, streamed=origin is not None)
     OriginalCheckpoint(patched).install()
-    if streamed:  # in full precision every projection reads the checkpoint again
+    if origin is not None:  # in full precision every projection reads the checkpoint again
         _lower(patched, config, source)
         with patched.precision.full_precision():
             check_patched(patched, probe, reference)
@@ -81,9 +93,7 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
         check_patched(patched, probe, reference)
         if config.is_low:
             _lower(patched, config, source)
-    guard = WeightGuard(model)
-    trim()
-    return Prepared(patched, config, identity, guard)
+    return patched
 
 
 def resolved(config: PAHQConfig, device: torch.device) -> PAHQConfig:

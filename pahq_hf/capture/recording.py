@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pahq_hf.modeling.architectures.position_embeddings import Tables
 from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.device_memory import until_it_fits
 from pahq_hf.precision.sums import add_rows
 from pahq_hf.tasks.base import Task
 
@@ -163,19 +165,32 @@ def capture(
         TaskError: If a token id is outside the vocabulary.
         ConfigError: If a circuit is applied to the model.
         RunError: If the store has no room.
+        OutOfMemoryError: If the device has none: for what is recorded, or for one example.
     """
     if model.is_applied:
         raise ConfigError("a circuit is applied to this model: leave that block first")
     check_vocabulary(model, task)
     recorder = _Recorder(len(task), store or MemoryStore())
     step = max(1, _TOKENS // task.length)
-    for first in range(0, len(task), step):
+
+    def some(first: int) -> int:
+        """Run as many examples as fit, and return how many."""
         part, rows = task.part(first, min(first + step, len(task)))
-        recorder.turn_to(first, len(part))
-        with hooks(*_recording_hooks(model, recorder)):
+        with recorder.turned_to(first, len(part)), hooks(*_recording_hooks(model, recorder)):
             normed, logits = run_to_answers(model, part, input_ids[first : first + len(part)])
-        recorder.put_rows("final_out", normed, rows.to(logits.device), len(task.answers))
-        recorder.put_rows("logits", logits, rows.to(logits.device), len(task.answers))
+            recorder.put_rows("final_out", normed, rows.to(logits.device), len(task.answers))
+            recorder.put_rows("logits", logits, rows.to(logits.device), len(task.answers))
+        return len(part)
+
+    def give_way() -> bool:
+        nonlocal step
+        more, step = step > 1, max(1, min(step, len(task)) // 2)
+        return more
+
+    first = 0
+    what = f"what {len(task)} prompts of {task.length} tokens write and read in the model"
+    while first < len(task):
+        first += until_it_fits(partial(some, first), give_way, what, model.device)
     return recorder.run
 
 
@@ -191,8 +206,7 @@ def recording(model: PatchedModel, examples: int) -> Iterator[Activations]:
         Filled by the pass: all but logits, masks and rotary tables.
     """
     recorder = _Recorder(examples, MemoryStore())
-    recorder.turn_to(0, examples)
-    with hooks(*_recording_hooks(model, recorder, tables=False)):
+    with recorder.turned_to(0, examples), hooks(*_recording_hooks(model, recorder, tables=False)):
         yield recorder.run
 
 
@@ -207,11 +221,20 @@ class _Recorder:
         self._together: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._tables: list[Tensor] = []  # the different ones of the present examples
 
-    def turn_to(self, first: int, count: int) -> None:
-        """Say which examples come next."""
+    @contextmanager
+    def turned_to(self, first: int, count: int) -> Iterator[None]:
+        """Inside, some examples are noted down; what fails inside can be tried again, with fewer."""
         self._some = slice(first, first + count)
         self._together.clear()
         self._tables.clear()
+        masks, rotary = [*self.run.masks], [*self.run.rotary]
+        try:
+            yield
+        except BaseException:
+            self.run.masks, self.run.rotary = masks, rotary  # what grows from run to run
+            self._together.clear()
+            self._tables.clear()
+            raise
 
     def put(self, kind: str, values: Tensor, layer: int | None = None) -> None:
         """Note down an activation. [some of the batch, ...]"""

@@ -8,29 +8,72 @@ import pytest
 import torch
 
 from pahq_hf.engine.hooks.engine import BUFFER_BYTES, buffer_bytes
-from pahq_hf.engine.sparse.budget import free_memory, out_of_memory
+from pahq_hf.precision.device_memory import free_memory, out_of_memory
 from tests.pretend.process import BEST, rehearsed
+
+WORK = ("recording", "capture", "begin", "focus", "batch", "look", "decision", "next focus")
 
 LOW = {"regime": "pahq", "compute": "bf16"}
 FULL = {"regime": "fp32"}
+LITERAL = {"regime": "pahq-literal"}
 HOOKS = {"engine": "hooks"}
-BATCHES: dict[str, dict[str, Any]] = {
-    "sparse, a third": {"config": FULL, "capacity": 0.3},
-    "sparse, nine tenths": {"config": FULL, "capacity": 0.9},
-    "sparse, anchored, half": {"config": LOW, "capacity": 0.5},
-    "hooks, six tenths": {"config": FULL, "capacity": 0.6, "engine": HOOKS},
-    "hooks, anchored, six tenths": {"config": LOW, "capacity": 0.6, "engine": HOOKS},
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sparse": (FULL, {}),
+    "sparse, anchored": (LOW, {}),
+    "sparse, raised": (LITERAL, {}),
+    "hooks": (FULL, HOOKS),
+    "hooks, anchored": (LOW, HOOKS),
+    "hooks, raised": (LITERAL, HOOKS),
 }
-BATCHES = {
-    name: {"command": "batches", "search": {"readers": "m2"}, "n": 8, **scenario}
-    for name, scenario in BATCHES.items()
+SHARES = {"batch": 0.3, "recording": 0.5}  # of what a step takes; others get two thirds
+
+
+def _short(engine: str, step: str, share: float) -> dict[str, Any]:
+    config, limits = ENGINES[engine]
+    return {
+        "command": "shortage",
+        "n": 24 if step == "recording" else 8,
+        "config": config,
+        "engine": limits,
+        "during": step,
+        "capacity": share,
+    }
+
+
+# The hooks engine takes nothing to focus without anchors, and has let go of as much before with them; in FP32
+# the sparse engine's state is all there is.
+_STEPS = ("focus", "next focus")
+_TAKES_NOTHING = [f"{name}: {step}" for name in ENGINES if "hooks" in name for step in _STEPS]
+_NOTHING_TO_FREE = ["sparse: capture", "sparse: begin", "sparse: focus", "sparse, anchored: capture"]
+SHORT: dict[str, dict[str, Any]] = {
+    f"{engine}: {step}": _short(engine, step, SHARES.get(step, 0.66))
+    for engine in ENGINES
+    for step in WORK
+    if f"{engine}: {step}" not in (*_TAKES_NOTHING, *_NOTHING_TO_FREE)
+}
+HOPELESS = {
+    f"{engine}: {step}": _short(engine, step, share)
+    for engine, step, share in (
+        ("sparse", "recording", 0.01),
+        ("sparse", "capture", 0.3),
+        ("sparse", "begin", 0.3),
+        ("sparse", "focus", 0.1),
+    )
 }
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_a_batch_that_does_not_fit_is_computed_in_parts(name: str) -> None:
-    """The values are the CPU's, with a share of the memory that the batch takes where it has all it wants."""
-    outcome = rehearsed(BEST, BATCHES, name)
+@pytest.mark.parametrize("name", HOPELESS)
+def test_what_does_not_fit_at_all_is_said_in_one_line(name: str) -> None:
+    failed = rehearsed(BEST, HOPELESS, name)["failed"].strip().splitlines()
+    assert failed[-1].startswith("pahq_hf.errors.OutOfMemoryError: "), failed[-1]
+    assert "has no room for" in failed[-1] and "take fewer or shorter prompts" in failed[-1]
+    assert not failed[-2].startswith("torch")
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_does_not_fit_is_computed_in_parts(name: str) -> None:
+    """The values are the CPU's, with a share of the memory that a step takes where it has all it wants."""
+    outcome = rehearsed(BEST, SHORT, name)
     assert not outcome["failed"], outcome["failed"]
     assert outcome["error"] < 1e-6
 

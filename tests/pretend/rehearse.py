@@ -23,7 +23,7 @@ import json
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,83 +32,15 @@ import numpy as np
 import torch
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel, Task, load_task
-from pahq_hf.engine.build import make_engine
-from pahq_hf.engine.setting import Setting
+from pahq_hf.precision import products
+from tests.pretend import shortage
 from tests.pretend.cuda import install
+from tests.pretend.scenario import Answer, Outcome, Scenario
 from tests.pretend.tensor import MACHINE
 
 torch.set_num_threads(1)
 MODE = install(KIND)
 DEVICE = MACHINE.device
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What is run.
-
-    Attributes:
-        model: `demo`, or a family of the tests.
-        dtype: Of the family's checkpoint.
-        load: How the model gets to the device: `direct`, `to`, `zero` (`device_map={"": 0}`), `auto`, `wrap`
-            (transformers' own model, moved and then wrapped).
-        command: What is run: `discover`, `sweep`, `attribute`, `evaluate`, `apply`, `generate`, `cli`,
-            or `batches`, the candidates of one reader.
-        config: Fields of `PAHQConfig`.
-        search: Fields of `ACDCConfig`.
-        engine: Fields of `EngineConfig`.
-        method: Of `attribute`.
-        n: Prompts.
-        capacity: Of `batches`: memory for them, in shares of what they take without a bound.
-    """
-
-    model: str = "demo"
-    dtype: str = "float32"
-    load: str = "direct"
-    command: str = "discover"
-    config: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, Any] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)
-    method: str = "eap-ig"
-    n: int = 3
-    capacity: float | None = None
-
-
-@dataclass
-class Outcome:
-    """What came of it.
-
-    Attributes:
-        scenario: What was run.
-        failed: How it failed, if it did.
-        same: Whether the edges, or tokens, are the CPU's.
-        error: Largest difference of scores, or logits, from the CPU's.
-        scale: Largest of the CPU's.
-        kept: Edges kept.
-        device: Where the model was.
-        facts: Of the run's circuit: `hardware`, `peak_memory`.
-        launches: Kernels.
-        crossings: Copies between host and device.
-    """
-
-    scenario: dict[str, Any]
-    failed: str = ""
-    same: bool = False
-    error: float = float("nan")
-    scale: float = 0.0
-    kept: int = 0
-    device: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    launches: int = 0
-    crossings: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command gives: edges or tokens, and numbers."""
-
-    choice: Any
-    numbers: Any
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @cache
@@ -215,32 +147,23 @@ def generate(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     return Answer(made.cpu().numpy(), np.zeros(1))
 
 
-def batches(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
-    """Candidates side by side, with a share of the memory they take without a bound."""
-    memory, graph = MACHINE.memory, model.graph
-    reader = graph.reader_index(scenario.search["readers"])
-    edges = list(graph.in_edges(reader))
-    candidates = [edges[: k + 1] for k in range(len(edges))]
-
-    def focused() -> Any:
-        config = EngineConfig(**scenario.engine)
-        engine = make_engine(Setting(model.patched, task, "kl", "corrupted", model.pahq_config), config)
-        engine.begin(graph.all_edges.copy())
-        engine.focus(reader)
-        return engine
-
-    engine = focused()
-    memory.peak = before = memory.now
-    values = engine.try_(reader, candidates).values
-    if scenario.capacity is not None and model.patched.device == DEVICE:
-        need = memory.peak - before
-        engine.finish()
-        del engine
-        engine = focused()
-        memory.capacity, memory.peak = int(memory.now + scenario.capacity * need), memory.now
-        values = engine.try_(reader, candidates).values
-        assert memory.peak > memory.capacity, "it did not run out"
-    return Answer(np.zeros(1), np.array(values), {"batches": len(candidates)})
+def moved(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """A search on the CPU, and, where the device is wanted, one after a move to it."""
+    config = PAHQConfig(**scenario.config)
+    ours = model.patched.device == DEVICE
+    native = products.native_bf16
+    products.native_bf16 = lambda device: device == DEVICE
+    try:
+        model = PAHQModel.from_pretrained("demo", config)
+        facts = {"before": model.pahq_config.compute}
+        circuit = discover(scenario, model, task)
+        if ours:
+            facts["moved"] = model.to(DEVICE).pahq_config.compute
+            circuit = discover(scenario, model, task)
+            facts["found"] = circuit.discovery["precision"]["compute"]
+    finally:
+        products.native_bf16 = native
+    return Answer(circuit.kept, circuit.scores, facts)
 
 
 COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
@@ -249,8 +172,9 @@ COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
     "attribute": attribute,
     "evaluate": evaluate,
     "apply": apply,
-    "batches": batches,
+    "shortage": shortage.run,
     "generate": generate,
+    "moved": moved,
 }
 
 
@@ -286,7 +210,7 @@ def _known(text: str) -> Answer:
 
 def reference(scenario: Scenario) -> Answer:
     """The CPU's answer."""
-    plain = replace(scenario, load="direct", capacity=None)
+    plain = replace(scenario, load="direct", capacity=1.0)
     return _known(json.dumps(asdict(plain), sort_keys=True))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,11 +32,14 @@ from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_line
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import PrecisionRule
-from pahq_hf.engine.sparse.budget import default_budget, out_of_memory
+from pahq_hf.engine.sparse.budget import default_budget
 from pahq_hf.modeling.hooks import hooks
 from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.device_memory import memory_for, until_it_fits
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric
+
+T = TypeVar("T")
 
 BUFFER_BYTES = 256 << 20  # on a CPU, where more examples at once are no faster
 
@@ -100,7 +104,8 @@ class HooksEngine:
         self.task = task
         self.graph: Graph = model.graph
         self._rule = rule or PrecisionRule()
-        with self._rule.exactly(self.model):
+        what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
+        with self._rule.exactly(self.model), memory_for(what, model.device):
             clean = capture(model, task, task.clean_ids, store)
             self.corrupted = capture(model, task, task.corrupted_ids, store)
             self.substitute: Activations = ablated(model, clean, self.corrupted, task, ablation, store)
@@ -115,17 +120,21 @@ class HooksEngine:
         self._restore: list[tuple[list[Tensor], int, Tensor]] = []
         _, length, width = clean.embedding.shape
         example = len(self.graph.writers) * length * width * clean.embedding.element_size()
-        self._cut_task(min(len(task), max(1, buffer_bytes(model.device) // example)))
+        self._size = min(len(task), max(1, buffer_bytes(model.device) // example))  # examples in a pass
+        self._parts: list[_Part] = []
+        self._differences = clean.embedding.new_empty(0)
+        self._aside: list[RunAnchors | None] = []  # anchors of which nothing is made just now
+        self._lost: BoolArray | None = None  # what was removed in the exact run whose anchors had to go
+        self._fitting(lambda: None)
         self.evaluations = 0
         self.phases = Phases()
         self._reader: int | None = None  # in focus
 
-    def _cut_task(self, size: int) -> None:
+    def _cut_task(self) -> None:
         """Cut the task into runs of at most so many examples."""
-        self._size = size
-        self._parts = _parts(self.task, size, self.model.device)
-        shape = len(self.graph.writers), size, *self.substitute.embedding.shape[1:]
+        shape = len(self.graph.writers), self._size, *self.substitute.embedding.shape[1:]
         self._differences = self.substitute.embedding.new_zeros(shape)
+        self._parts = _parts(self.task, self._size, self.model.device)
 
     # -- any circuit ------------------------------------------------------------------------------
 
@@ -175,12 +184,12 @@ class HooksEngine:
         if not self._rule.raise_active:
             return None
         names = [self.graph.writers[node].name for node in self.graph.readers[reader].nodes]
-        changed = self.model.precision.activate(*names)
+        changed = self._fitting(lambda: self.model.precision.activate(*names))
         if self._rule.anchored:
             return self._measure_exactly()
         if not changed:
             return None
-        self._recompute_substitute(reader)
+        self._fitting(lambda: self._recompute_substitute(reader))
         return self._measure(self._removed)
 
     def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
@@ -239,16 +248,16 @@ class HooksEngine:
 
     @contextmanager
     def _without_anchors(self) -> Iterator[None]:
-        parts, before = self._parts, [part.anchors for part in self._parts]
+        self._aside = [part.anchors for part in self._parts]
+        removed = None if self._aside[0] is None else self._aside[0].removed
         self._drop_anchors()
-        try:
-            yield
-        finally:
-            if self._parts is parts:
-                for part, anchors in zip(parts, before, strict=True):
-                    part.anchors = anchors
-            elif before[0] is not None:  # memory ran out meanwhile: they were of more examples
-                self._anchor(before[0].removed)
+        yield
+        if self._aside:
+            for part, anchors in zip(self._parts, self._aside, strict=True):
+                part.anchors = anchors
+            self._aside = []
+        elif removed is not None:  # memory ran out meanwhile
+            self._anchor(removed)
 
     def _measure_exactly(self) -> float:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
@@ -259,20 +268,29 @@ class HooksEngine:
         """Anchors from an exact run of a circuit, and where that ends. [rows, d_model]"""
         return self._fitting(lambda: self._exact_run(removed))
 
-    def _fitting(self, run: Callable[[], Tensor]) -> Tensor:
-        """What a run gives; when memory runs out, with half the examples in a pass."""
-        while True:
-            try:
-                return run()
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not out_of_memory(error) or self._size == 1:
-                    raise
-            anchored = self._parts[0].anchors
-            removed = None if anchored is None else anchored.removed
-            anchored, self._parts, self._differences = None, [], self._differences.new_empty(0)
-            self._cut_task(self._size // 2)
-            if removed is not None:
-                self._anchor(removed)
+    def _fitting(self, run: Callable[[], T]) -> T:
+        """What a run gives; when memory runs out, with half the examples in a pass.
+
+        Raises:
+            OutOfMemoryError: If one example does not fit either.
+        """
+
+        def whole() -> T:
+            if not self._parts:
+                self._cut_task()
+            if self._lost is not None:
+                self._exact_run(self._lost)
+                self._lost = None
+            return run()
+
+        return until_it_fits(whole, self._give_way, "a run of the model under a circuit", self.model.device)
+
+    def _give_way(self) -> bool:
+        more, self._size = self._size > 1 or bool(self._aside), max(1, self._size // 2)
+        if self._parts and self._parts[0].anchors is not None:
+            self._lost = self._parts[0].anchors.removed
+        self._parts, self._aside, self._differences = [], [], self._differences.new_empty(0)
+        return more
 
     def _exact_run(self, removed: BoolArray) -> Tensor:
         self._drop_anchors()
@@ -313,7 +331,7 @@ class HooksEngine:
     def _logits(self, final: Tensor) -> Tensor:
         """Logits of hidden states after the final norm. [rows, d_model] -> [rows, vocab]"""
         with torch.no_grad(), self.model.exact_tables():
-            return exact_logits(self.model, self._clean, final)
+            return self._fitting(lambda: exact_logits(self.model, self._clean, final))
 
     def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
         substitute = self._ablated.part(part.examples)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from pahq_hf.engine.sparse.captured import TERMS
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.active_components import PrecisionControl
+from pahq_hf.precision.device_memory import free_memory
 
 _SHARE = 0.25  # of the memory that is free
 BATCH_TOKENS = 3328  # at once
 _COPIES = 4  # intermediate copies of a node's activations while it is computed
-# What says that memory ran out, besides PyTorch's class for it: the CPU's allocator, CUDA, and libraries
-# that allocate for themselves.
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-)
+_LEAST = 256 << 20  # bytes of weights worth keeping
 
 
 class MemoryBudget:
@@ -81,6 +73,20 @@ class MemoryBudget:
         # More tokens at once are 4 % faster at best, and their buffers the most of what a search holds.
         return max(1, min(self._most, fits, BATCH_TOKENS // max(1, widest)))
 
+    def give_way(self) -> bool:
+        """After memory ran out: allow fewer weights that are kept for speed, and fewer writers at once.
+
+        Returns:
+            False if there were no such weights, and one writer, already.
+        """
+        more = self.full_weights + self.held_weights > 0 or self._together > 1
+        self.full_weights //= 8
+        self.held_weights //= 8
+        if self.full_weights + self.held_weights < _LEAST:
+            self.full_weights = self.held_weights = 0
+        self._together = max(1, min(self._together, TERMS) // 4)
+        return more
+
     def halve(self, size: int) -> bool:
         """After memory ran out with `size` candidates: allow half as many. False if that was one."""
         self._most = max(1, size // 2)
@@ -95,23 +101,3 @@ class MemoryBudget:
 def default_budget(device: torch.device) -> int:
     """The bytes a search may take when nobody says: a share of what is free."""
     return int(free_memory(device) * _SHARE)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device, or in the machine for the CPU."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + max(0, cached)  # PyTorch hands out its cache first
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-    return 1 << 30
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -17,6 +17,8 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.sparse.positions import Liveness, TokenPlan
 from pahq_hf.modeling.patched_model import PatchedModel
 
+TERMS = 64  # of a sum that are computed at once
+
 
 class Streams:
     """Captured activations at the tokens that matter.
@@ -27,6 +29,9 @@ class Streams:
         clean: The clean run.
         substitute: What takes the place of removed edges.
         store: Where activations go.
+
+    Attributes:
+        terms: How many terms of a sum are computed at once.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Streams:
         self._model = model
         self._graph: Graph = model.graph
         self.plan = plan
+        self.terms = TERMS
         window = plan.window
         self.width = clean.embedding.shape[-1]  # d_model
         self.attention_in = clean.attention_in  # per layer [batch, pos, d_model]
@@ -149,7 +155,7 @@ class Streams:
             base, terms, sign = self._input(self._clean, reader, liveness), goes, -1
         else:
             base, terms, sign = self._input(self._substitute, reader, liveness), stays, 1
-        for chunk in np.array_split(terms, max(1, len(terms) // 64)):
+        for chunk in np.array_split(terms, max(1, len(terms) // self.terms)):
             if len(chunk):
                 base = base + sign * self.differences(chunk.tolist(), liveness).sum(0)
         return base

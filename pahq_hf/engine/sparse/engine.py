@@ -7,9 +7,10 @@ is r's node, the live nodes above it, and the metric.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import partial, reduce
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import PrecisionRule
 from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
-from pahq_hf.engine.sparse.budget import MemoryBudget, out_of_memory
+from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.engine.sparse.buffers import Workspace
 from pahq_hf.engine.sparse.captured import Streams
 from pahq_hf.engine.sparse.heads import HeadMath
@@ -33,8 +34,11 @@ from pahq_hf.engine.sparse.propagation import Propagation
 from pahq_hf.engine.sparse.readout import Readout
 from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.device_memory import memory_for, out_of_memory, until_it_fits
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric, checked
+
+T = TypeVar("T")
 
 _WRITERS = 64  # whose differences are computed at once
 
@@ -78,7 +82,9 @@ class SparseEngine:
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
         self._memory.bound(model.precision)
-        with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model):
+        what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
+        room = memory_for(what, model.device)
+        with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model), room:
             clean = capture(model, task, task.clean_ids, store)
             self._corrupted = capture(model, task, task.corrupted_ids, store)
             self._substitute = ablated(model, clean, self._corrupted, task, ablation, store)
@@ -124,8 +130,12 @@ class SparseEngine:
     @torch.no_grad()
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit, from the live nodes only."""
-        state = self._new_state()
-        state.update(kept, self._floor_of(kept))  # its captured runs and the state are exact
+        # Captured runs and the state are exact.
+        return self._fitting(lambda: self._read_moved(self._new_state(), kept, self._floor_of(kept)))
+
+    def _read_moved(self, state: CircuitState, kept: BoolArray, floor: int) -> float:
+        """The metric of a circuit, which a state becomes (`CircuitState.update`)."""
+        state.update(kept, floor)
         return self._read(state.inputs[self.graph.logits_reader][None])[0]
 
     def _floor_of(self, kept: BoolArray) -> int:
@@ -147,8 +157,8 @@ class SparseEngine:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
         state = self._new_state()
-        state.update(kept, 1)  # of a finished circuit every node may differ from the clean run
-        before = self._read(state.inputs[self.graph.logits_reader][None])[0]
+        # Of a finished circuit every node may differ from the clean run.
+        before = self._fitting(lambda: self._read_moved(state, kept, 1))
         effects = np.zeros(kept.shape)
         for reader in np.flatnonzero(kept.any(axis=1)).tolist():
             if state.reader_liveness(reader) is Liveness.DEAD:
@@ -156,10 +166,14 @@ class SparseEngine:
             writers, few = np.flatnonzero(kept[reader]), min(_WRITERS, self._together(reader, state))
             for start in range(0, len(writers), few):
                 some = writers[start : start + few].tolist()
-                carried = self._carried(state, reader, some)
-                finals = self._propagate(reader, -carried, state.arithmetic, state)
-                effects[reader, some] = np.array(self._read(finals)) - before
+                values = self._fitting(partial(self._without_each, state, reader, some))
+                effects[reader, some] = np.array(values) - before
         return effects
+
+    def _without_each(self, state: CircuitState, reader: int, writers: Sequence[int]) -> list[float]:
+        """Metric of a circuit without each of some edges."""
+        carried = self._carried(state, reader, writers)
+        return self._read(self._propagate(reader, -carried, state.arithmetic, state))
 
     def _carried(self, state: CircuitState, reader: int, writers: Sequence[int]) -> Tensor:
         """`a_w - c_w` under a circuit, at a reader's tokens. [writer, tokens, d_model]"""
@@ -178,7 +192,7 @@ class SparseEngine:
         """Make an edge set the current circuit; its metric."""
         self._kept = kept.copy()
         self._restart()
-        return self._read_state()
+        return self._fitting(self._read_state)
 
     def _restart(self) -> None:
         """Compute the current circuit from the captured runs."""
@@ -186,7 +200,7 @@ class SparseEngine:
         self.model.precision.deactivate()
         self._memory.bound(self.model.precision)  # `finish` ended that
         self._state = self._new_state()
-        self._state.update(self._kept, self._floor_of(self._kept))
+        self._fitting(lambda: self._state.update(self._kept, self._floor_of(self._kept)))
         self._is_current = True
 
     def _read_state(self) -> float:
@@ -206,9 +220,9 @@ class SparseEngine:
         if nodes and self.graph.readers[reader].kind != "mlp":
             floor = self.graph.head_writer(self.graph.readers[reader].layer, 0)
         with self.phases("refresh"):
-            self._state.update(self._kept, floor, changed)
+            self._fitting(lambda: self._state.update(self._kept, floor, changed))
         self._reader = reader
-        return self._read_state() if changed or self._rule.anchored else None
+        return self._fitting(self._read_state) if changed or self._rule.anchored else None
 
     def _gone_now(self, reader: int) -> list[int]:
         """Writers of a reader's removed edges, ascending."""
@@ -219,22 +233,28 @@ class SparseEngine:
         """Metric with exactly each candidate's edges into `reader` gone.
 
         Candidates are computed side by side as far as memory allows; when it runs out, in halves.
+
+        Raises:
+            OutOfMemoryError: If one candidate does not fit either.
         """
         if reader != self._reader:
             self.focus(reader)
         values: list[float] = []
         while len(values) < len(candidates):
-            some = candidates[len(values) :][: self._together(reader, self._state)]
+            values += self._fitting(partial(self._try_some, reader, candidates[len(values) :]))
+        return Trial.of(reader, candidates, values)
+
+    def _try_some(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Metrics of the first candidates, as many as fit."""
+        while True:
+            some = candidates[: self._together(reader, self._state)]
             try:
-                values += self._try(reader, some)
+                return self._try(reader, some)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not out_of_memory(error) or not self._memory.halve_together(len(some)):
                     raise
                 self._tried = None
-            else:
-                continue
             self._workspace.clear()  # only here the failed attempt has let go of what it had made
-        return Trial.of(reader, candidates, values)
 
     def _try(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
         with self.phases("node"):
@@ -255,10 +275,29 @@ class SparseEngine:
         if reader != self._reader:
             self.focus(reader)
         with self.phases("second look"), self.model.precision.full_precision():
-            liveness = self._state.reader_liveness(reader)
-            delta = self._changes_to(candidates, liveness)
-            values = self._read(self._propagate(reader, delta, Direct(self.model), self._state))
+            values = self._fitting(partial(self._look, reader, candidates))
         return Trial.of(reader, candidates, values)
+
+    def _look(self, reader: int, candidates: Sequence[Sequence[int]]) -> list[float]:
+        delta = self._changes_to(candidates, self._state.reader_liveness(reader))
+        return self._read(self._propagate(reader, delta, Direct(self.model), self._state))
+
+    def _fitting(self, work: Callable[[], T]) -> T:
+        """What some work gives; when memory runs out, again with less kept for speed, at last with nothing.
+
+        Raises:
+            OutOfMemoryError: If it does not fit then either.
+        """
+        return until_it_fits(work, self._give_way, "the circuit under search", self.model.device)
+
+    def _give_way(self) -> bool:
+        self._tried = None
+        self._workspace.clear()
+        more = self._memory.give_way()
+        self._streams.terms = self._memory.together(len(self._plan.window))
+        self.model.precision.release()
+        self._memory.bound(self.model.precision)
+        return more
 
     def _propagate(self, reader: int, delta: Tensor, arithmetic: Arithmetic, state: CircuitState) -> Tensor:
         """Final streams. [K, tokens, d_model] -> [K, rows, d_model]"""
@@ -307,9 +346,11 @@ class SparseEngine:
             return
         if len(stays) < len(before):
             with self._writer_precision():
-                self._gone = -self._changes_to([stays], self._state.reader_liveness(reader))[0]
+                liveness = self._state.reader_liveness(reader)
+                self._gone = -self._fitting(lambda: self._changes_to([stays], liveness))[0]
         if new:
-            taken = self._taken(reader, new, sorted({w for c in tried for w in c} - set(stays)))
+            all_tried = sorted({w for c in tried for w in c} - set(stays))
+            taken = self._fitting(lambda: self._taken(reader, new, all_tried))
             self._gone = taken if self._gone is None else self._gone + taken
 
     def _taken(self, reader: int, writers: Sequence[int], tried: list[int]) -> Tensor:
@@ -410,12 +451,13 @@ class SparseEngine:
         nodes = self.graph.readers[reader].nodes
         names = [self.graph.writers[node].name for node in nodes]
         before = self._touched(self.model.precision.active)
-        if not self.model.precision.activate(*names) or self._rule.anchored:
+        moved = self._fitting(lambda: self.model.precision.activate(*names))
+        if not moved or self._rule.anchored:
             return set()  # with anchors the state is FP32 whatever component is active
         self._state.substitute_shifts.clear()
         touched = self._touched(self.model.precision.active)
         if touched and not self._fixed:
-            self._recompute_substitute(reader, touched)
+            self._fitting(lambda: self._recompute_substitute(reader, touched))
         return before | touched
 
     def _touched(self, components: frozenset[str]) -> set[int]:

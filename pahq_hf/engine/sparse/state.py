@@ -129,23 +129,35 @@ class CircuitState:
     # -- moving on --------------------------------------------------------------------------------
 
     def update(self, kept: BoolArray, floor: int, changed_nodes: Iterable[int] = ()) -> None:
-        """Bring the state to an edge set.
+        """Bring the state to an edge set. If that fails nothing is held, and it can be tried again.
 
         Args:
             kept: The edges. Readers of nodes below `floor` must have all theirs.
             floor: First node that is held if it is live; writers are numbered from input to output.
             changed_nodes: Nodes whose weights or substitutes changed without any edge changing.
         """
-        rows = np.flatnonzero((kept != self.kept).any(axis=1))
-        dirty = {int(row) for row in rows}
-        self.kept = kept.copy()
-        moved = floor != self._floor
-        self._floor = floor
-        if moved or dirty:
-            dirty |= self._update_liveness()
-        self._hold_weights()
-        with self.arithmetic.state_precision():
-            self._refresh(dirty, set(changed_nodes))
+        try:
+            rows = np.flatnonzero((kept != self.kept).any(axis=1))
+            dirty = {int(row) for row in rows}
+            self.kept = kept.copy()
+            moved = floor != self._floor
+            self._floor = floor
+            if moved or dirty:
+                dirty |= self._update_liveness()
+            self._hold_weights()
+            with self.arithmetic.state_precision():
+                self._refresh(dirty, set(changed_nodes))
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        """Hold nothing, as at first; substitutes that were changed stay so."""
+        self.kept = self.graph.all_edges.copy()
+        self.liveness = [Liveness.DEAD] * len(self.graph.writers)
+        self._floor = len(self.graph.writers)
+        for held in (self.inputs, self.outputs, self.shifts, self.attention, self._bases, self._writers):
+            held.clear()
 
     def _hold_weights(self) -> None:
         """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
