@@ -25,7 +25,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hooks, anchored": (LOW, HOOKS),
     "hooks, raised": (LITERAL, HOOKS),
 }
-SHARES = {"batch": 0.3, "recording": 0.5}  # of what a step takes; others get two thirds
+SHARES = {"batch": 0.3, "begin": 0.85, "recording": 0.5}  # of what a step takes; others get two thirds
 
 
 def _short(engine: str, step: str, share: float) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class HooksEngine:
 
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit."""
-        return self.metric(self.logits(kept))
+        return self._value(self.logits(kept))
 
     def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
         """What removing each edge of a circuit alone adds to the metric, one whole run for each.
@@ -240,7 +240,7 @@ class HooksEngine:
 
     def _measure(self, removed: BoolArray) -> float:
         self.evaluations += 1
-        return self.metric(self._run(removed))
+        return self._value(self._run(removed))
 
     def _drop_anchors(self) -> None:
         for part in self._parts:
@@ -262,7 +262,7 @@ class HooksEngine:
     def _measure_exactly(self) -> float:
         """Run the current circuit in FP32 and take it as the anchor of what follows."""
         self.evaluations += 1
-        return self.metric(self._logits(self._anchor(self._removed)))
+        return self._value(self._logits(self._anchor(self._removed)))
 
     def _anchor(self, removed: BoolArray) -> Tensor:
         """Anchors from an exact run of a circuit, and where that ends. [rows, d_model]"""
@@ -332,6 +332,9 @@ class HooksEngine:
         """Logits of hidden states after the final norm. [rows, d_model] -> [rows, vocab]"""
         with torch.no_grad(), self.model.exact_tables():
             return self._fitting(lambda: exact_logits(self.model, self._clean, final))
+
+    def _value(self, logits: Tensor) -> float:
+        return self._fitting(lambda: self.metric(logits))
 
     def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
         substitute = self._ablated.part(part.examples)
