@@ -106,7 +106,8 @@ def run_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> tuple[
     def keep_normed(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         normed.append(output[rows, positions])
 
-    with torch.no_grad(), model.exact_tables(), hooks(model.final_norm.register_forward_hook(keep_normed)):
+    handle = model.final_norm.register_forward_hook(keep_normed)
+    with torch.no_grad(), model.exact_embeddings(), hooks(handle):
         logits = forward_to_answers(model, task, input_ids)
     return normed[0], logits
 

@@ -117,7 +117,7 @@ def _check(model: PatchedModel, task: Task, reference: Tensor) -> None:
         for number, layer in enumerate(model.layers):
             _check_layer(layer, number, run, has_mlp=model.spec.mlps)
     _check_streams(model, run)
-    with torch.no_grad(), model.exact_tables():
+    with torch.no_grad(), model.exact_embeddings():
         rows, positions = task.answer_rows.to(model.device), task.answer_positions.to(model.device)
         logits = model.logits(model.final_norm(run.final_in[rows, positions]))
     _compare("logits computed from the last stream and the Hugging Face forward", logits, reference)

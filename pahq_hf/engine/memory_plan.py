@@ -20,7 +20,7 @@ from pahq_hf.precision.fp32.source import CheckpointSource, stored_name
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.memory import read_memory
 from pahq_hf.precision.policy import layouts
-from pahq_hf.precision.weight_block import Layout, Region
+from pahq_hf.precision.weight_block import Layout, WeightBlock
 
 _FP32 = 4  # bytes
 _STORED = "in the checkpoint"
@@ -197,9 +197,9 @@ def _is_plain(parameter: Tensor) -> bool:
 
 
 def _add_linear(add: Any, part: str, linear: PAHQLinear, layout: Layout | None) -> None:
-    blocks: Sequence[tuple[Region, str]] = layout or [(linear.region, "fp32")]
-    for region, fmt in blocks:
-        rows, cols = region.rows.stop - region.rows.start, region.cols.stop - region.cols.start
+    blocks: Sequence[tuple[WeightBlock, str]] = layout or [(linear.whole, "fp32")]
+    for block, fmt in blocks:
+        rows, cols = block.rows.stop - block.rows.start, block.cols.stop - block.cols.start
         add(part, fmt, stored_bytes(rows, cols, fmt), _FP32 * rows * cols)
 
 
@@ -212,8 +212,8 @@ def _add_tables(
 ) -> None:
     embedding, top = model.embedding, model.unembedding
     vocab, width = embedding.num_embeddings, embedding.embedding_dim
-    if model.tables:
-        tied = len(model.tables) == 1
+    if model.embedding_matrices:
+        tied = len(model.embedding_matrices) == 1
     else:
         tied = top.weight is embedding.weight
         counted |= {id(top.weight), id(embedding.weight)}
@@ -230,7 +230,7 @@ def _add_tables(
 
 def _bf16_tables(model: PatchedModel, source: CheckpointSource | None) -> bool:
     """Whether embedding and unembedding are, or would be, left in a BF16 checkpoint."""
-    if model.tables:
+    if model.embedding_matrices:
         return True
     if source is None or not _is_empty(model):
         return False

@@ -13,7 +13,7 @@ from pahq_hf.precision.products import COMPUTE_DTYPES, resolve_compute
 
 
 @dataclass(frozen=True)
-class PrecisionRule:
+class RegimeRule:
     """How an engine uses a model that is kept in low precision.
 
     Attributes:
@@ -30,7 +30,7 @@ class PrecisionRule:
     compute: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, config: PAHQConfig, device: torch.device) -> PrecisionRule:
+    def of(cls, config: PAHQConfig, device: torch.device) -> RegimeRule:
         """The rule of a regime."""
         if config.regime == "pahq-literal":
             return cls(raise_active=True)

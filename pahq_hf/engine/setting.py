@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName, PAHQConfig
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 
@@ -35,6 +35,6 @@ class Setting:
         return self.model.graph
 
     @property
-    def rule(self) -> PrecisionRule:
+    def rule(self) -> RegimeRule:
         """How low precision is used."""
-        return PrecisionRule.of(self.precision, self.model.device)
+        return RegimeRule.of(self.precision, self.model.device)

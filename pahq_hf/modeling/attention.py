@@ -18,7 +18,7 @@ from pahq_hf.modeling.architectures.architecture import Architecture
 from pahq_hf.modeling.architectures.position_embeddings import Tables
 from pahq_hf.modeling.norms import BlockOutput, norm_heads, norm_jointly
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.products import DifferenceProduct, Product
+from pahq_hf.precision.products import DeltaProduct, Product
 
 
 class ReaderInputs(Protocol):
@@ -255,15 +255,15 @@ class PAHQAttention(nn.Module):
 
     def packed_output(self, head: int) -> Product:
         """One head's part of the output projection, without the bias: z to z W_O."""
-        return self.o_proj.piece(self.o_proj.region.rows, self.head_rows(head))
+        return self.o_proj.piece(self.o_proj.whole.rows, self.head_rows(head))
 
     def packed_head_outputs(self, z: Tensor, heads: Sequence[int]) -> Tensor:
         """As `head_outputs`, heads first. [head, tokens, d_head] -> [head, tokens, d_model]"""
         return torch.stack([self.packed_output(head)(own) for head, own in zip(heads, z, strict=True)])
 
-    def packed_output_difference(self, head: int) -> DifferenceProduct:
+    def packed_output_difference(self, head: int) -> DeltaProduct:
         """The same for differences of z."""
-        return self.o_proj.difference(self.o_proj.region.rows, self.head_rows(head))
+        return self.o_proj.difference(self.o_proj.whole.rows, self.head_rows(head))
 
     # -- the module -------------------------------------------------------------------------------
 

@@ -51,16 +51,16 @@ def lower(
     formats: dict[WeightMatrix, Layout] = dict(layouts(model.precision.parts, policy or {}, fmt).items())
     stay = tables is None and model.embedding.weight.is_meta
     if tables is not None or stay:
-        model.patch_tables()
-        formats |= {table: [(table.region, tables or fmt)] for table in model.tables}
+        model.patch_embeddings()
+        formats |= {table: [(table.whole, tables or fmt)] for table in model.embedding_matrices}
     linears: dict[str, WeightMatrix] = dict(_named_linears(model))
-    linears |= {f"table {n}": table for n, table in enumerate(model.tables)}
+    linears |= {f"table {n}": table for n, table in enumerate(model.embedding_matrices)}
     blocks = _checkpoint_blocks(model, source) if source is not None else {}
     strays = {name: linear for name, linear in linears.items() if name not in blocks}
     blocks |= spill_blocks(strays)
     device = model.device
     for name, linear in linears.items():
-        if stay and linear in model.tables:
+        if stay and linear in model.embedding_matrices:
             linear.leave(blocks[name], device)
         else:
             linear.lower(formats[linear], blocks[name], compute, device)
@@ -85,8 +85,8 @@ def _checkpoint_blocks(model: PatchedModel, source: WeightSource) -> dict[str, S
             found[name] = block
     top = f"{model.arch.unembedding}.weight"
     bottom = f"{model.name_of(model.embedding)}.weight"
-    for number, table in enumerate(model.tables):
-        names = [top, bottom] if len(model.tables) == 1 else [(top, bottom)[number]]
+    for number, table in enumerate(model.embedding_matrices):
+        names = [top, bottom] if len(model.embedding_matrices) == 1 else [(top, bottom)[number]]
         block = _block(source, names, prefix, False, ((0, table.out_features),), table)
         if block is not None:
             found[f"table {number}"] = block
@@ -147,11 +147,11 @@ def spill_blocks(linears: dict[str, WeightMatrix]) -> dict[str, SourceBlock]:
 def _holds(block: SourceBlock, linear: WeightMatrix) -> bool:
     if linear.weight is None:
         raise ConfigError("a projection is kept in low precision already")
-    region = linear.region
+    whole = linear.whole
     if linear.weight.is_meta:
         return True  # the checkpoint is all there is; the self-check finds a wrong layout
     try:
-        values = block.read(region.rows, region.cols)
+        values = block.read(whole.rows, whole.cols)
     except (RuntimeError, ValueError, IndexError):
         return False  # another layout than the table's: the spill file serves instead
     weight = linear.weight

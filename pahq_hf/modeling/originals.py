@@ -13,7 +13,7 @@ from pahq_hf.modeling.attention import PAHQAttention
 from pahq_hf.modeling.experts import PAHQExperts
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.modeling.projections import qkv_ranges
-from pahq_hf.precision.embeddings import PAHQTable
+from pahq_hf.precision.embeddings import EmbeddingMatrix
 from pahq_hf.precision.fp32.source import CheckpointSource
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.weights import WeightMatrix
@@ -43,14 +43,14 @@ def original_tensors(model: PatchedModel) -> dict[str, Read]:
         elif isinstance(module, PAHQExperts):
             found |= _experts(name, module)
             inside += [f"{name}.gate_up.", f"{name}.down."]
-        elif isinstance(module, PAHQTable):
+        elif isinstance(module, EmbeddingMatrix):
             inside.append(f"{name}.")
         elif isinstance(module, PAHQLinear) and not f"{name}.".startswith(tuple(inside)):
             found |= _projection(name, module, model.arch.conv1d)
             inside.append(f"{name}.")
-    if model.tables:
-        found |= _projection(model.arch.unembedding, model.tables[0], False)
-        found[f"{model.name_of(model.embedding)}.weight"] = _weight(model.tables[-1])
+    if model.embedding_matrices:
+        found |= _projection(model.arch.unembedding, model.embedding_matrices[0], False)
+        found[f"{model.name_of(model.embedding)}.weight"] = _weight(model.embedding_matrices[-1])
     for name, tensor in model.hf.state_dict(keep_vars=True).items():
         if not name.startswith(tuple(inside)):
             found.setdefault(name, tensor.detach)

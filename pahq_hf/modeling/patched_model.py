@@ -16,10 +16,10 @@ from pahq_hf.modeling.architectures.lookup import find_architecture, graph_spec
 from pahq_hf.modeling.layers import Layer, patch_layer
 from pahq_hf.modeling.norms import widen_norms
 from pahq_hf.modeling.untouched import check_supported, resident_device, token_embedding
-from pahq_hf.precision.active_components import Component, Part, PrecisionControl
-from pahq_hf.precision.embeddings import PAHQTable, patch_embedding
+from pahq_hf.precision.active_components import ActiveComponents, Component, Part
+from pahq_hf.precision.embeddings import EmbeddingMatrix, patch_embedding
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.weight_block import WeightBlock
 from pahq_hf.precision.weights import Shared
 
 
@@ -51,11 +51,12 @@ class PatchedModel:
             patch_layer(block, self.arch, number, self.spec) for number, block in enumerate(blocks)
         ]
         self.final_norm: nn.Module = self.arch.find(hf, self.arch.final_norm)
-        self.unembedding: nn.Linear | PAHQTable = self.arch.find(hf, self.arch.unembedding)
-        self.tables: list[PAHQTable] = []  # embedding and unembedding, when they are low precision too
+        self.unembedding: nn.Linear | EmbeddingMatrix = self.arch.find(hf, self.arch.unembedding)
+        # Of embedding and unembedding, one where they are tied, when they are low precision too.
+        self.embedding_matrices: list[EmbeddingMatrix] = []
         if hf.dtype == torch.float64:
             widen_norms(hf, self.arch.norm_offset)
-        self.precision = PrecisionControl(dict(self._components()), list(self.linears()))
+        self.precision = ActiveComponents(dict(self._components()), list(self.linears()))
 
     # -- construction -----------------------------------------------------------------------------
 
@@ -80,40 +81,40 @@ class PatchedModel:
                 yield (
                     f"a{number}.h{head}",
                     [
-                        (attention.q_proj, Region(rows, attention.q_proj.region.cols)),
-                        (attention.k_proj, Region(shared, attention.k_proj.region.cols)),
-                        (attention.v_proj, Region(shared, attention.v_proj.region.cols)),
-                        (attention.o_proj, Region(attention.o_proj.region.rows, rows)),
+                        (attention.q_proj, WeightBlock(rows, attention.q_proj.whole.cols)),
+                        (attention.k_proj, WeightBlock(shared, attention.k_proj.whole.cols)),
+                        (attention.v_proj, WeightBlock(shared, attention.v_proj.whole.cols)),
+                        (attention.o_proj, WeightBlock(attention.o_proj.whole.rows, rows)),
                     ],
                 )
             if self.spec.mlps:
-                yield f"m{number}", [(linear, linear.region) for linear in self.mlp_linears(layer)]
+                yield f"m{number}", [(linear, linear.whole) for linear in self.mlp_linears(layer)]
 
     # -- precision --------------------------------------------------------------------------------
 
     def compute_in(self, compute: torch.dtype) -> None:
         """Let products with differences from anchors run in another dtype from now on."""
-        for linear in (*self.linears(), *self.tables):
+        for linear in (*self.linears(), *self.embedding_matrices):
             linear.compute_in(compute)
 
-    def patch_tables(self) -> None:
+    def patch_embeddings(self) -> None:
         """Cut embedding and unembedding into rows whose precision is ours to choose."""
         unembedding, embedding = self.arch.find(self.hf, self.arch.unembedding), self.embedding
         tied = unembedding.weight is embedding.weight
-        top = PAHQTable(unembedding.weight, unembedding.bias)
-        bottom = top if tied else PAHQTable(embedding.weight, None)
+        top = EmbeddingMatrix(unembedding.weight, unembedding.bias)
+        bottom = top if tied else EmbeddingMatrix(embedding.weight, None)
         parent, _, leaf = self.arch.unembedding.rpartition(".")
         setattr(self.hf.get_submodule(parent), leaf, top)
         patch_embedding(embedding, bottom)
         self.unembedding = top
-        self.tables = [top] if tied else [top, bottom]
-        for table in self.tables:
+        self.embedding_matrices = [top] if tied else [top, bottom]
+        for table in self.embedding_matrices:
             table.shared = Shared(self.precision.mode)
 
     @contextmanager
-    def exact_tables(self) -> Iterator[None]:
+    def exact_embeddings(self) -> Iterator[None]:
         """Inside, embedding and unembedding are FP32 whatever they are kept in."""
-        with self.precision.mode.exact_tables():
+        with self.precision.mode.exact_embeddings():
             yield
 
     def name_of(self, module: nn.Module) -> str:
@@ -148,10 +149,8 @@ class PatchedModel:
         Returns:
             [..., vocab]
         """
-        table = self.unembedding
-        change = (
-            table.change(x - clean) if isinstance(table, PAHQTable) else F.linear(x - clean, table.weight)
-        )
+        table, moved = self.unembedding, x - clean
+        change = table.change(moved) if isinstance(table, EmbeddingMatrix) else F.linear(moved, table.weight)
         change = change * self.arch.logit_scale
         cap = self.arch.logit_softcap
         if cap is None:

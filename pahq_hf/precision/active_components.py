@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.mode import Mode
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.weight_block import WeightBlock
 from pahq_hf.precision.weights import Shared
 
 Component = str
-Part = tuple[PAHQLinear, Region]
+Part = tuple[PAHQLinear, WeightBlock]
 
 
-class PrecisionControl:
+class ActiveComponents:
     """Raises one component at a time to FP32, or all of them.
 
     Args:
@@ -76,8 +76,8 @@ class PrecisionControl:
         self._active = wanted
         try:
             for name in wanted:
-                for linear, region in self._parts[name]:
-                    linear.raise_region(region)
+                for linear, block in self._parts[name]:
+                    linear.raise_block(block)
         except BaseException:
             self.deactivate()
             raise
@@ -89,8 +89,8 @@ class PrecisionControl:
         self.shared.staging.forget()
         places = [self._order[name] for name in self._active]
         if places and min(places) > 0:
-            for linear, region in self._parts[self._names[min(places) - 1]]:
-                linear.prefetch(region)
+            for linear, block in self._parts[self._names[min(places) - 1]]:
+                linear.prefetch(block)
 
     def deactivate(self) -> None:
         """Free the FP32 weights of the active components."""
@@ -112,7 +112,7 @@ class PrecisionControl:
     def streamed(self, linears: Sequence[PAHQLinear]) -> AbstractContextManager[None]:
         """In full precision: read the FP32 weights of some projections once for all products inside."""
         low = [linear for linear in linears if linear.low is not None] if self.mode.is_full else []
-        products = {linear: linear.full_product(linear.region, linear.bias) for linear in low}
+        products = {linear: linear.full_product(linear.whole, linear.bias) for linear in low}
         return self.mode.streaming(products)
 
     def allow(self, *, held: int, full: int) -> None:

@@ -14,13 +14,13 @@ from pahq_hf.precision.weights import WeightMatrix
 _BLOCK = 2048  # rows at once
 
 
-class PAHQTable(WeightMatrix):
+class EmbeddingMatrix(WeightMatrix):
     """A matrix with one row for each token, [vocab, d_model], never decoded as a whole."""
 
     @property
     def is_full(self) -> bool:
         """Whether it is FP32 at present whatever it is kept in."""
-        return self.shared.mode.has_exact_tables
+        return self.shared.mode.has_exact_embeddings
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of all tokens. [..., d_model] -> [..., vocab]"""
@@ -65,16 +65,16 @@ def _each_once(read: Callable[[slice], Tensor], ids: Tensor) -> Tensor:
 
 
 class PAHQEmbedding(nn.Embedding):
-    """An embedding that looks its rows up in a `PAHQTable`."""
+    """An embedding that looks its rows up in a `EmbeddingMatrix`."""
 
-    table: PAHQTable
+    table: EmbeddingMatrix
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [..., d_model]"""
         return self.table.rows(input)
 
 
-def patch_embedding(module: nn.Embedding, table: PAHQTable) -> None:
+def patch_embedding(module: nn.Embedding, table: EmbeddingMatrix) -> None:
     """Let an embedding look rows up in a table, in place.
 
     Args:
@@ -92,7 +92,7 @@ def patch_embedding(module: nn.Embedding, table: PAHQTable) -> None:
 
 def exact_rows(unembedding: nn.Module, ids: Tensor) -> Tensor:
     """FP32 rows of an unembedding, kept in full or not. [...] -> [..., d_model]"""
-    if isinstance(unembedding, PAHQTable):
+    if isinstance(unembedding, EmbeddingMatrix):
         return unembedding.exact_rows(ids)
     weight: Tensor = unembedding.weight.detach()  # type: ignore[operator]
     return weight[ids]
@@ -100,7 +100,7 @@ def exact_rows(unembedding: nn.Module, ids: Tensor) -> Tensor:
 
 def exact_block(unembedding: nn.Module, rows: slice) -> Tensor:
     """Consecutive FP32 rows of an unembedding, kept in full or not. [rows, d_model]"""
-    if isinstance(unembedding, PAHQTable):
+    if isinstance(unembedding, EmbeddingMatrix):
         return unembedding.exact(rows)
     weight: Tensor = unembedding.weight.detach()  # type: ignore[operator]
     return weight[rows]

@@ -11,8 +11,8 @@ from torch import Tensor
 from pahq_hf.precision.anchors import Anchor, Origin
 from pahq_hf.precision.backward import differentiable, is_differentiated
 from pahq_hf.precision.formats.float8 import Float8Weight
-from pahq_hf.precision.products import DifferenceProduct, Product, can_pack
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.products import DeltaProduct, Product, can_pack
+from pahq_hf.precision.weight_block import WeightBlock
 from pahq_hf.precision.weights import WeightMatrix
 
 
@@ -30,7 +30,7 @@ class PAHQLinear(WeightMatrix):
             return differentiable(self, x)
         anchor = self.shared.mode.anchors.get(self)
         if anchor is not None:
-            product = self.difference(self.region.rows, self.region.cols)
+            product = self.difference(self.whole.rows, self.whole.cols)
             moved = product.raw(anchor.origin.difference(x, product.dtype)).to(x.dtype)
             return moved if anchor.y is None else moved.add_(anchor.y)
         return self._noted(x, self._absolute(x))
@@ -48,13 +48,13 @@ class PAHQLinear(WeightMatrix):
     def transposed(self, y: Tensor) -> Tensor:
         """`y W`, of a backward pass. [..., out] -> [..., in]"""
         if self.is_full and self.low is not None:
-            return y @ self._stage_full(self.region)
+            return y @ self._stage_full(self.whole)
         return y @ self.dense()
 
     def _absolute(self, x: Tensor) -> Tensor:
         if self.is_full and self.low is not None:
             streamed = self.shared.mode.streamed.get(self)
-            return F.linear(x, self._stage_full(self.region), self.bias) if streamed is None else streamed(x)
+            return F.linear(x, self._stage_full(self.whole), self.bias) if streamed is None else streamed(x)
         packed = None if self.is_full else self._packed
         y: Tensor = F.linear(x, self.dense(), self.bias) if packed is None else packed(x)
         return y
@@ -106,36 +106,36 @@ class PAHQLinear(WeightMatrix):
         Includes the bias of its rows when the block spans all columns. In full precision it is read from
         the checkpoint.
         """
-        region = Region(rows, cols)
+        block = WeightBlock(rows, cols)
         whole = cols.start == 0 and cols.stop == self.in_features
         bias = self.bias[rows] if whole and self.bias is not None else None
         if self.is_full and self.low is not None:
-            return self.full_product(region, bias)
-        key = self._key("product", "piece", block=region)
+            return self.full_product(block, bias)
+        key = self._key("product", "piece", block=block)
         return self.shared.cache.get(key, lambda: Product(self.dense(rows, cols), bias))
 
-    def full_product(self, region: Region, bias: Tensor | None) -> Product:
+    def full_product(self, block: WeightBlock, bias: Tensor | None) -> Product:
         """A block of the FP32 weight in the checkpoint, packed for products. [rows, cols]"""
 
         def make() -> Product:
-            weight = self._stage_full(region)
+            weight = self._stage_full(block)
             return Product(weight if can_pack(weight) else weight.clone(), bias)
 
         self.shared.full.turn()  # which makes the least recently used go first
-        return self.shared.full.get(self._key("full", block=region), make)
+        return self.shared.full.get(self._key("full", block=block), make)
 
-    def difference(self, rows: slice, cols: slice) -> DifferenceProduct:
+    def difference(self, rows: slice, cols: slice) -> DeltaProduct:
         """A block of the effective weight for products with differences; the cache keeps it.
 
         The product has no bias, and computes in the dtype of `compute` unless FP32 blocks in use touch it.
         """
         if self.is_full or self.low is None:
             return Product(self.dense(rows, cols))
-        region = Region(rows, cols)
-        key = self._key("product", "difference", block=region)
-        return self.shared.cache.get(key, lambda: self._make_difference(region))
+        block = WeightBlock(rows, cols)
+        key = self._key("product", "difference", block=block)
+        return self.shared.cache.get(key, lambda: self._make_difference(block))
 
-    def _make_difference(self, block: Region) -> DifferenceProduct:
+    def _make_difference(self, block: WeightBlock) -> DeltaProduct:
         weight = self.dense(block.rows, block.cols)
         if self.is_raised_in(block):
             return Product(weight)
@@ -157,7 +157,7 @@ class PAHQLinear(WeightMatrix):
     def hold_difference(self) -> None:
         """Have the product of differences packed, as long as the cache keeps it."""
         if not self.is_full:
-            self.difference(self.region.rows, self.region.cols)
+            self.difference(self.whole.rows, self.whole.cols)
 
     def extra_repr(self) -> str:
         """Sizes and precision, for `print(model)`."""

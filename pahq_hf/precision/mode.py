@@ -15,12 +15,12 @@ Projection = TypeVar("Projection", bound=Hashable)
 class Mode:
     """The present mode of all projections of one model, which share this object.
 
-    Projections compute with low-precision weights unless `full_precision` or `exact_tables` says otherwise.
-    Besides, some may start from anchors, and some may note down what they compute.
+    Projections compute with low-precision weights unless `full_precision` or `exact_embeddings` says
+    otherwise. Besides, some may start from anchors, and some may note down what they compute.
 
     Attributes:
         is_full: Whether projections compute in FP32.
-        has_exact_tables: Whether embedding and unembedding do.
+        has_exact_embeddings: Whether embedding and unembedding do.
         anchors: Where projections start from.
         records: Where projections note down their products.
         streamed: FP32 products that were read for all that comes until their mode ends.
@@ -28,7 +28,7 @@ class Mode:
 
     def __init__(self) -> None:
         self.is_full = False
-        self.has_exact_tables = False
+        self.has_exact_embeddings = False
         self.anchors: dict[Hashable, Anchor] = {}
         self.records: dict[Hashable, list[Anchor]] = {}
         self.streamed: dict[Hashable, Product] = {}
@@ -43,13 +43,13 @@ class Mode:
             self.is_full = before
 
     @contextmanager
-    def exact_tables(self) -> Iterator[None]:
+    def exact_embeddings(self) -> Iterator[None]:
         """Inside, embedding and unembedding are FP32 whatever they are kept in."""
-        before, self.has_exact_tables = self.has_exact_tables, True
+        before, self.has_exact_embeddings = self.has_exact_embeddings, True
         try:
             yield
         finally:
-            self.has_exact_tables = before
+            self.has_exact_embeddings = before
 
     @contextmanager
     def anchored(self, anchors: Mapping[Projection, Anchor]) -> Iterator[None]:

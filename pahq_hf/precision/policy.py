@@ -9,7 +9,7 @@ from pahq_hf.errors import ConfigError
 from pahq_hf.precision.active_components import Component, Part
 from pahq_hf.precision.formats.registry import find_format
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.weight_block import Layout, Region
+from pahq_hf.precision.weight_block import Layout, WeightBlock
 
 
 def formats_of(components: Sequence[Component], policy: Mapping[str, str], default: str) -> list[str]:
@@ -55,16 +55,16 @@ def layouts(
     Raises:
         ConfigError: If a pattern matches no component.
     """
-    found: dict[PAHQLinear, dict[tuple[int, int], tuple[Region, str]]] = {}
+    found: dict[PAHQLinear, dict[tuple[int, int], tuple[WeightBlock, str]]] = {}
     for fmt, blocks in zip(formats_of(list(parts), policy, default), parts.values(), strict=True):
-        for linear, region in blocks:
+        for linear, block in blocks:
             pieces = found.setdefault(linear, {})
-            key = region.rows.start, region.cols.start
+            key = block.rows.start, block.cols.start
             other = pieces[key][1] if key in pieces else fmt
-            pieces[key] = region, max(fmt, other, key=lambda name: find_format(name).fineness)
+            pieces[key] = block, max(fmt, other, key=lambda name: find_format(name).fineness)
     return {linear: _merged(linear, list(pieces.values())) for linear, pieces in found.items()}
 
 
-def _merged(linear: PAHQLinear, pieces: list[tuple[Region, str]]) -> Layout:
+def _merged(linear: PAHQLinear, pieces: list[tuple[WeightBlock, str]]) -> Layout:
     formats = {fmt for _, fmt in pieces}
-    return [(linear.region, formats.pop())] if len(formats) == 1 else pieces
+    return [(linear.whole, formats.pop())] if len(formats) == 1 else pieces

@@ -96,7 +96,7 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-class DifferenceProduct(Protocol):
+class DeltaProduct(Protocol):
     """`y = x W^T` for differences, in some dtype."""
 
     dtype: torch.dtype

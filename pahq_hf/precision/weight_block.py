@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Region:
+class WeightBlock:
     """A block of a weight matrix: half-open row (output) and column (input) ranges."""
 
     rows: slice
@@ -18,13 +18,13 @@ class Region:
         """Elements."""
         return (self.rows.stop - self.rows.start) * (self.cols.stop - self.cols.start)
 
-    def intersect(self, other: Region) -> Region | None:
+    def intersect(self, other: WeightBlock) -> WeightBlock | None:
         """The common block, or None."""
         rows = slice(max(self.rows.start, other.rows.start), min(self.rows.stop, other.rows.stop))
         cols = slice(max(self.cols.start, other.cols.start), min(self.cols.stop, other.cols.stop))
-        return Region(rows, cols) if rows.start < rows.stop and cols.start < cols.stop else None
+        return WeightBlock(rows, cols) if rows.start < rows.stop and cols.start < cols.stop else None
 
-    def within(self, outer: Region) -> tuple[slice, slice]:
+    def within(self, outer: WeightBlock) -> tuple[slice, slice]:
         """This block's index relative to a block that contains it."""
         r, c = outer.rows.start, outer.cols.start
         return (
@@ -33,4 +33,4 @@ class Region:
         )
 
 
-Layout = Sequence[tuple[Region, str]]  # blocks that make up a matrix, and their formats
+Layout = Sequence[tuple[WeightBlock, str]]  # blocks that make up a matrix, and their formats

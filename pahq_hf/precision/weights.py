@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.formats.in_checkpoint import StoredWeight
+from pahq_hf.precision.formats.in_checkpoint import CheckpointWeight
 from pahq_hf.precision.formats.mixed import lowered
 from pahq_hf.precision.formats.registry import LowWeight
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.fp32.staging import Staging
 from pahq_hf.precision.mode import Mode
-from pahq_hf.precision.weight_block import Layout, Region
+from pahq_hf.precision.weight_block import Layout, WeightBlock
 from pahq_hf.precision.weight_cache import Key, WeightCache
 
 
@@ -60,7 +60,7 @@ class WeightMatrix(nn.Module):
         self.low: nn.Module | None = None
         self.shared = Shared()
         self.source_block: SourceBlock | None = None  # where FP32 values are read, if not resident
-        self._raised: list[tuple[Region, Tensor | None]] = []  # None: read when wanted
+        self._raised: list[tuple[WeightBlock, Tensor | None]] = []  # None: read when wanted
         self._compute = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -90,10 +90,10 @@ class WeightMatrix(nn.Module):
         """
         if self.weight is None:
             raise ConfigError("this projection is kept in low precision already")
-        layout: Layout = [(self.region, fmt)] if isinstance(fmt, str) else fmt
+        layout: Layout = [(self.whole, fmt)] if isinstance(fmt, str) else fmt
         weight: Tensor = self.weight
         if weight.is_meta:
-            weight = block.view(self.region.rows, self.region.cols)
+            weight = block.view(self.whole.rows, self.whole.cols)
             weight = weight if device is None else weight.to(device)
         self.low = cast(nn.Module, lowered(weight, layout))
         self.source_block, self.weight = block, None
@@ -112,13 +112,13 @@ class WeightMatrix(nn.Module):
             block: Where it is.
             device: Where values go.
         """
-        self.low = StoredWeight(block, (self.out_features, self.in_features), device)
+        self.low = CheckpointWeight(block, (self.out_features, self.in_features), device)
         self.source_block, self.weight = block, None
 
     @property
-    def region(self) -> Region:
+    def whole(self) -> WeightBlock:
         """The whole matrix."""
-        return Region(slice(0, self.out_features), slice(0, self.in_features))
+        return WeightBlock(slice(0, self.out_features), slice(0, self.in_features))
 
     @property
     def is_full(self) -> bool:
@@ -129,24 +129,24 @@ class WeightMatrix(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weight as resident now, FP32 blocks in use included."""
         base = self.weight.nbytes if self.weight is not None else cast(LowWeight, self.low).nbytes
-        return base + sum(4 * region.size for region, _ in self._raised)
+        return base + sum(4 * block.size for block, _ in self._raised)
 
     # -- FP32 blocks ----------------------------------------------------------------------------
 
-    def raise_region(self, region: Region) -> None:
+    def raise_block(self, block: WeightBlock) -> None:
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is None:
             return
         self._drop_products()
         transfer = self.shared.staging.transfer(self._device)
-        values = None if transfer is None else transfer.take(self._key("raised", block=region))
+        values = None if transfer is None else transfer.take(self._key("raised", block=block))
         if values is None:
-            values = self._source.view(region.rows, region.cols)  # fails if the checkpoint changed
+            values = self._source.view(block.rows, block.cols)  # fails if the checkpoint changed
             # On the CPU no copy is kept: products are packed from the mapped file.
             values = None if self._device.type == "cpu" else values.to(self._device)
-        self._raised.append((region, values))
+        self._raised.append((block, values))
 
-    def prefetch(self, region: Region) -> None:
+    def prefetch(self, block: WeightBlock) -> None:
         """Let the FP32 values of a block come in the background: into memory, or to the GPU."""
         if self.source_block is None:
             return
@@ -154,8 +154,8 @@ class WeightMatrix(nn.Module):
         if transfer is None:
             self.source_block.prefetch()
         else:
-            key = self._key("raised", block=region)
-            transfer.start(key, lambda: self._source.view(region.rows, region.cols))
+            key = self._key("raised", block=block)
+            transfer.start(key, lambda: self._source.view(block.rows, block.cols))
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""
@@ -168,57 +168,57 @@ class WeightMatrix(nn.Module):
         """Whether FP32 blocks are in use."""
         return bool(self._raised)
 
-    def is_raised_in(self, region: Region) -> bool:
+    def is_raised_in(self, block: WeightBlock) -> bool:
         """Whether FP32 blocks in use touch a block."""
-        return any(raised.intersect(region) is not None for raised, _ in self._raised)
+        return any(raised.intersect(block) is not None for raised, _ in self._raised)
 
     # -- values ---------------------------------------------------------------------------------
 
     def dense(self, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """The effective weight of a block at the current precision. [rows, cols]"""
-        wanted = Region(rows or self.region.rows, cols or self.region.cols)
+        wanted = WeightBlock(rows or self.whole.rows, cols or self.whole.cols)
         if self.weight is not None or self.is_full:
             return self.exact(wanted.rows, wanted.cols)
-        for region, values in self._raised:
-            if region.intersect(wanted) == wanted:
-                return self._raised_values(region, values, wanted)
+        for block, values in self._raised:
+            if block.intersect(wanted) == wanted:
+                return self._raised_values(block, values, wanted)
         weight, is_kept = self._stored(wanted)
         if self._raised and is_kept:
             weight = weight.clone()  # what is kept stays as it is stored
-        for region, values in self._raised:
-            common = region.intersect(wanted)
+        for block, values in self._raised:
+            common = block.intersect(wanted)
             if common is not None:
-                weight[common.within(wanted)] = self._raised_values(region, values, common)
+                weight[common.within(wanted)] = self._raised_values(block, values, common)
         return weight
 
     def base(self) -> Tensor:
         """The weight as it is stored, without FP32 blocks in use; FP32 in full precision. [out, in]"""
         if self.weight is not None or self.is_full:
             return self.exact()
-        return self._stored(self.region)[0]
+        return self._stored(self.whole)[0]
 
     def exact(self, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """The full-precision weight of a block, whatever the precision at present. [rows, cols]"""
-        rows, cols = rows or self.region.rows, cols or self.region.cols
+        rows, cols = rows or self.whole.rows, cols or self.whole.cols
         if self.weight is not None:
             return self.weight[rows, cols]
         return self._source.read(rows, cols).to(device=self._device, dtype=torch.float32)
 
-    def _raised_values(self, region: Region, values: Tensor | None, wanted: Region) -> Tensor:
+    def _raised_values(self, block: WeightBlock, values: Tensor | None, wanted: WeightBlock) -> Tensor:
         if values is None:
             return self.exact(wanted.rows, wanted.cols)
-        return values[wanted.within(region)].to(torch.float32)
+        return values[wanted.within(block)].to(torch.float32)
 
-    def _stored(self, wanted: Region) -> tuple[Tensor, bool]:
+    def _stored(self, wanted: WeightBlock) -> tuple[Tensor, bool]:
         """The stored values of a block, in FP32, and whether others use the same memory. [rows, cols]"""
         decoded = self.shared.cache.peek(self._key("decoded"))
         if decoded is not None:
             return decoded[wanted.rows, wanted.cols], True
         return cast(LowWeight, self.low).dense(wanted.rows, wanted.cols), False
 
-    def _stage_full(self, region: Region) -> Tensor:
+    def _stage_full(self, block: WeightBlock) -> Tensor:
         """FP32 values for use at once: the next call may overwrite them. [rows, cols]"""
-        return self.shared.staging.stage(self._source, region.rows, region.cols).to(self._device)
+        return self.shared.staging.stage(self._source, block.rows, block.cols).to(self._device)
 
     @property
     def _source(self) -> SourceBlock:
@@ -236,8 +236,8 @@ class WeightMatrix(nn.Module):
     def hold_decoded(self) -> None:
         """Have the low-precision weight decoded, as long as the cache keeps it."""
         if self.low is not None and not self.is_full:
-            low, region = cast(LowWeight, self.low), self.region
-            self.shared.cache.get(self._key("decoded"), lambda: low.dense(region.rows, region.cols))
+            low, block = cast(LowWeight, self.low), self.whole
+            self.shared.cache.get(self._key("decoded"), lambda: low.dense(block.rows, block.cols))
 
     @property
     def held_bytes(self) -> int:
@@ -251,7 +251,7 @@ class WeightMatrix(nn.Module):
     def _drop_products(self) -> None:
         self.shared.cache.drop(self, "product")
 
-    def _key(self, *kind: str, block: Region | None = None) -> Key:
+    def _key(self, *kind: str, block: WeightBlock | None = None) -> Key:
         """A cache's key for something of this weight."""
         if block is None:
             return (self, *kind)

@@ -22,7 +22,7 @@ from pahq_hf.checkpoint.placement import one_device
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.model import PAHQModel
-from pahq_hf.precision.embeddings import PAHQTable
+from pahq_hf.precision.embeddings import EmbeddingMatrix
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
 from tests.models import FAMILIES, VOCAB, WIDTH, padded_prompts, tiny_attention_only, tiny_llama
@@ -80,7 +80,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 @torch.no_grad()
 def exact_logits(model: PAHQModel) -> Tensor:
     """Logits in full precision, of tables too."""
-    with model.patched.precision.full_precision(), model.patched.exact_tables():
+    with model.patched.precision.full_precision(), model.patched.exact_embeddings():
         logits: Tensor = model(IDS).logits
     return logits
 
@@ -111,7 +111,7 @@ def tables(model: PAHQModel) -> tuple[Tensor, Tensor]:
     """Embedding and unembedding as they are in effect."""
     top, bottom = model.patched.unembedding, model.patched.embedding
     ids = torch.arange(bottom.num_embeddings)
-    return top.dense() if isinstance(top, PAHQTable) else top.weight, bottom(ids)
+    return top.dense() if isinstance(top, EmbeddingMatrix) else top.weight, bottom(ids)
 
 
 # -- the same model ---------------------------------------------------------------------------------
@@ -139,8 +139,9 @@ def test_streamed_is_loaded_and_rounded(
     torch.testing.assert_close(exact_logits(ours), expected, rtol=1e-5, atol=1e-5)
     assert ours(IDS).logits.dtype == torch.float32 and not ours.base_model.training
     kept_as_stored = dtype == torch.bfloat16 or config.quantize_embeddings
-    assert len(ours.patched.tables) == kept_as_stored * (1 if hf.config.tie_word_embeddings else 2)
-    assert sum(t.nbytes for t in ours.patched.tables) <= 2 * len(ours.patched.tables) * VOCAB * WIDTH
+    matrices = ours.patched.embedding_matrices
+    assert len(matrices) == kept_as_stored * (1 if hf.config.tie_word_embeddings else 2)
+    assert sum(matrix.nbytes for matrix in matrices) <= 2 * len(matrices) * VOCAB * WIDTH
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -202,7 +203,7 @@ def test_a_tied_checkpoint_with_two_equal_tables_is_streamed(
     rewrite(folder, lambda t: t | {"lm_head.weight": t[EMBEDDING[family]].clone()})
     ours = PAHQModel.from_pretrained(folder, config)
     assert_same_model(ours, PAHQModel(FAMILIES[family](), config))
-    assert len(ours.patched.tables) == config.quantize_embeddings
+    assert len(ours.patched.embedding_matrices) == config.quantize_embeddings
 
 
 @pytest.mark.parametrize("family", EMBEDDING)
@@ -220,7 +221,7 @@ def test_a_tied_config_whose_tables_differ_is_what_transformers_makes_of_it(
     torch.testing.assert_close(exact_logits(ours), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(exact_logits(ours), exact_logits(full))
     assert ours.identity["fingerprint"] == full.identity["fingerprint"]
-    assert len(ours.patched.tables) == 2 * config.quantize_embeddings
+    assert len(ours.patched.embedding_matrices) == 2 * config.quantize_embeddings
 
 
 # -- buffers, settings, devices ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -43,8 +43,8 @@ def lowered(name: str, compute: Any = "fp32", fmt: Any = "fp8", regime: Any = "p
     return PAHQModel(FAMILIES[family](), config).patched
 
 
-def rule_of(compute: str = "fp32", *, full_writers: bool = False) -> PrecisionRule:
-    return PrecisionRule(True, True, full_writers, COMPUTES[compute])
+def rule_of(compute: str = "fp32", *, full_writers: bool = False) -> RegimeRule:
+    return RegimeRule(True, True, full_writers, COMPUTES[compute])
 
 
 @cache

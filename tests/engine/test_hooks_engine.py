@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pahq_hf import PAHQModel
 from pahq_hf.capture.recording import answer_logits, capture
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.errors import MetricError, TaskError
 from pahq_hf.tasks.metrics import Metric
 from tests.helpers import FP32, GRAPHS, named, random_edges, referee, wrapped
@@ -271,7 +271,7 @@ def full_weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize(("label", "heads"), [("a1.h2<q>", [2]), ("a1.kv0<v>", [0, 1])])
 def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: str, heads: list[int]) -> None:
     task = random_task(seed=7)
-    engine = engine_of(literal, task, rule=PrecisionRule(raise_active=True))
+    engine = engine_of(literal, task, rule=RegimeRule(raise_active=True))
     attention, d_head = literal.patched.layers[1].attention, literal.patched.layers[1].attention.d_head
     low = {kind: getattr(attention, f"{kind}_proj").dense() for kind in "qkvo"}
     low_corrupted = capture(literal.patched, task, task.corrupted_ids)
@@ -314,7 +314,7 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
 
 def test_focus_on_an_mlp_and_on_logits(literal: PAHQModel) -> None:
     task = random_task(seed=7)
-    engine = engine_of(literal, task, rule=PrecisionRule(raise_active=True))
+    engine = engine_of(literal, task, rule=RegimeRule(raise_active=True))
     low = capture(literal.patched, task, task.corrupted_ids)
     graph = engine.graph
     engine.begin(graph.all_edges)
@@ -337,7 +337,7 @@ def test_focus_on_an_mlp_and_on_logits(literal: PAHQModel) -> None:
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 def test_focus_leaves_fixed_ablations_alone(literal: PAHQModel, ablation: Any) -> None:
-    engine = engine_of(literal, random_task(seed=7), ablation=ablation, rule=PrecisionRule(raise_active=True))
+    engine = engine_of(literal, random_task(seed=7), ablation=ablation, rule=RegimeRule(raise_active=True))
     before = [z.clone() for z in engine.substitute.z]
     try:
         assert engine.focus(engine.graph.reader_index("a1.h2<q>")) is not None

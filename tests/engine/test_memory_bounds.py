@@ -188,7 +188,7 @@ def test_what_weights_are_packed_as_stays_within_the_budget() -> None:
     control.allow(held=size + 1, full=0)
     for linear in linears:
         linear.hold_difference()
-        linear.piece(slice(0, 4), linear.region.cols)
+        linear.piece(slice(0, 4), linear.whole.cols)
         assert 0 < control.shared.cache.nbytes == sum(linear.held_bytes for linear in linears) <= size + 1
     control.allow(held=0, full=0)
     assert control.shared.cache.nbytes == 0
@@ -266,7 +266,7 @@ def test_accounts_before_loading_are_the_bytes_after(
     linears = [share for share in planned.shares if share.part in ("attention", "mlp")]
     assert sum(share.bytes for share in linears) == model.patched.precision.nbytes
     assert sum(share.bytes_fp32 for share in linears) == model.patched.precision.nbytes_fp32
-    held = sum(table.nbytes for table in model.patched.tables)
+    held = sum(table.nbytes for table in model.patched.embedding_matrices)
     if held:
         assert sum(s.bytes for s in planned.shares if "embedding" in s.part) == held
     json.dumps(planned.to_dict())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.engine.sparse.propagation import Propagation
 from pahq_hf.engine.sparse.state import CircuitState
@@ -152,9 +152,9 @@ def test_low_precision_regimes_decide_as_the_hooks_engine_does(family: str, regi
     raised = regime == "pahq-literal"
     for order in ("acdc", "head"):
         acdc = ACDCConfig(threshold=0.02, order=order)
-        slow = search(HooksEngine(model.patched, task, "kl", rule=PrecisionRule(raise_active=raised)), acdc)
+        slow = search(HooksEngine(model.patched, task, "kl", rule=RegimeRule(raise_active=raised)), acdc)
         fast = search(
-            SparseEngine(model.patched, task, "kl", rule=PrecisionRule(raise_active=raised)),
+            SparseEngine(model.patched, task, "kl", rule=RegimeRule(raise_active=raised)),
             acdc,
             batch=AdaptiveBatch(),
         )

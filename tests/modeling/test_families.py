@@ -18,7 +18,7 @@ from pahq_hf.capture.recording import Activations, capture, with_streams
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName, Regime
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.modeling.architectures.lookup import graph_spec
 from pahq_hf.precision.linear import PAHQLinear
@@ -255,7 +255,7 @@ def test_a_second_look_at_everything_takes_fp32s_decisions(family: str) -> None:
 def effects(family: str, regime: Regime) -> Tensor:
     """What removing one edge of the whole model does to the logit difference."""
     model, task = patched(family, regime=regime), random_task(metric="logit_diff")
-    rule = PrecisionRule.of(model.pahq_config, model.patched.device)
+    rule = RegimeRule.of(model.pahq_config, model.patched.device)
     engine = SparseEngine(model.patched, task, "logit_diff", rule=rule)
     start, found = engine.begin(model.graph.all_edges), []
     for reader in range(len(model.graph.readers)):
@@ -366,7 +366,7 @@ def test_embeddings_in_low_precision(family: str) -> None:
     with torch.no_grad():
         expected = patched(family)(ids, use_cache=False).logits
         low = model(ids, use_cache=False).logits
-        with model.patched.precision.full_precision(), model.patched.exact_tables():
+        with model.patched.precision.full_precision(), model.patched.exact_embeddings():
             exact = model(ids, use_cache=False).logits
     assert relative_error(exact, expected) < TOLERANCE < relative_error(low, expected)
 

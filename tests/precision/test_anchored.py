@@ -21,7 +21,7 @@ from pahq_hf.precision.anchors import Anchor, Origin
 from pahq_hf.precision.formats.registry import quantize
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import MemorySource, ranges, weight_of
 
 pytestmark = pytest.mark.crossing
@@ -44,7 +44,7 @@ class Case:
     anchor: Anchor
     compute: torch.dtype
 
-    def mixed(self, *regions: Region) -> Tensor:
+    def mixed(self, *regions: WeightBlock) -> Tensor:
         """The weight with FP32 blocks."""
         weight = self.low.clone()
         for region in regions:
@@ -202,12 +202,12 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
     exact = F.linear(x, case.full, case.bias)
     before = case.at(x)  # its packed products must not outlive the change
     assert not torch.allclose(before, exact, atol=1e-4)
-    case.linear.raise_region(case.linear.region)
+    case.linear.raise_block(case.linear.whole)
     torch.testing.assert_close(case.at(x), exact, atol=1e-5, rtol=1e-5)
     case.linear.drop_raised()
     assert torch.equal(case.at(x), before)
-    rows = Region(slice(4, 8), slice(0, COLS))
-    case.linear.raise_region(rows)
+    rows = WeightBlock(slice(4, 8), slice(0, COLS))
+    case.linear.raise_block(rows)
     torch.testing.assert_close(case.at(x)[:, 4:8], exact[:, 4:8], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(case.at(x)[:, :4], exact[:, :4], atol=1e-4)
     with case.linear.shared.mode.full_precision():
@@ -217,7 +217,7 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
 @given(
     fmt=st.sampled_from(FORMATS),
     compute=st.sampled_from(COMPUTES),
-    regions=st.lists(st.builds(Region, ranges(ROWS), ranges(COLS)), min_size=1, max_size=3),
+    regions=st.lists(st.builds(WeightBlock, ranges(ROWS), ranges(COLS)), min_size=1, max_size=3),
     steps=st.lists(st.sampled_from(["raise", "drop", "hold", "decode", "release", "full"]), max_size=10),
     rows=ranges(ROWS),
     cols=ranges(COLS),
@@ -226,19 +226,19 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
 def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
     fmt: Format,
     compute: torch.dtype,
-    regions: list[Region],
+    regions: list[WeightBlock],
     steps: list[str],
     rows: slice,
     cols: slice,
 ) -> None:
-    case, raised = case_of(fmt, compute), list[Region]()
+    case, raised = case_of(fmt, compute), list[WeightBlock]()
     linear, x0, y0 = case.linear, case.anchor.x, case.anchor.y
     x = step_from(x0, 1.0, seed=6)
     moved = x.double() - x0
     for number, step in enumerate(["start", *steps]):
         if step == "raise":
             raised.append(regions[number % len(regions)])
-            linear.raise_region(raised[-1])
+            linear.raise_block(raised[-1])
         elif step == "drop":
             raised.clear()
             linear.drop_raised()
@@ -257,7 +257,7 @@ def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
         bf16 = compute == torch.bfloat16
         assert_difference(case.at(x).double() - y0, moved, weight, y0, bf16=bf16 and not linear.is_raised)
         assert torch.equal(case.at(x0), y0)
-        block = Region(rows, cols)
+        block = WeightBlock(rows, cols)
         part = linear.difference(rows, cols)(moved[:, cols].float()).double()
         assert_difference(
             part,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, cast
@@ -20,7 +22,7 @@ from pahq_hf.precision.formats import by_rows
 from pahq_hf.precision.formats.float8_e5m2 import decode_e5m2
 from pahq_hf.precision.formats.mixed import lowered
 from pahq_hf.precision.formats.registry import LowWeight, known_formats, quantize, stored_bytes
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import ranges, weight_of
 
 pytestmark = pytest.mark.crossing
@@ -72,6 +74,17 @@ def test_an_unknown_format_is_named_with_those_there_are() -> None:
     for use in (lambda: quantize(weight, "fp4"), lambda: stored_bytes(ROWS, COLS, "fp4")):
         with pytest.raises(ConfigError, match=r"^format must be one of fp8, .*, mx; got 'fp4'$"):
             use()
+
+
+def test_naming_formats_loads_none_of_them() -> None:
+    """`pahq info` plans memory without torchao."""
+    code = (
+        "import sys; from pahq_hf.precision.formats.registry import stored_bytes; "
+        "print(stored_bytes(3, 64, 'mx'), "
+        "[name for name in sys.modules if 'float8' in name and name.startswith('pahq_hf')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "198 []"
 
 
 def inner(low: LowWeight) -> dict[str, Tensor]:
@@ -264,7 +277,7 @@ def test_pieces_are_rounded_by_themselves(
 ) -> None:
     weight = weight_of(ROWS, COLS, seed, spread=1.0)
     bands = [(slice(0, cut), slice(cut, size)) for cut, size in zip(cuts, (ROWS, COLS), strict=True)]
-    regions = [Region(r, c) for r in bands[0] for c in bands[1]]
+    regions = [WeightBlock(r, c) for r in bands[0] for c in bands[1]]
     low, expected, size = lowered(weight, list(zip(regions, formats, strict=True))), weight.clone(), 0
     for region, fmt in zip(regions, formats, strict=True):
         block = weight[region.rows, region.cols]

@@ -20,10 +20,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.config import ACDCConfig, EngineConfig, Format
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, RunError
-from pahq_hf.precision.embeddings import PAHQTable, patch_embedding
+from pahq_hf.precision.embeddings import EmbeddingMatrix, patch_embedding
 from pahq_hf.precision.formats.registry import quantize
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.policy import formats_of
@@ -264,9 +264,7 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, family: str, tab
             SparseEngine(wrapped(family).patched, TASK, chosen), ACDCConfig(threshold), batch=AdaptiveBatch()
         )
         make: Any = SparseEngine if kind == "sparse" else HooksEngine
-        engine = make(
-            model, TASK, chosen, rule=PrecisionRule.of(replace(config, compute="bf16"), model.device)
-        )
+        engine = make(model, TASK, chosen, rule=RegimeRule.of(replace(config, compute="bf16"), model.device))
         batch = AdaptiveBatch() if kind == "sparse" else FixedBatch(3)
         ours = search(engine, ACDCConfig(threshold, margin=math.inf), batch=batch)
         assert np.array_equal(ours.kept, exact.kept) and np.array_equal(ours.tested, exact.tested)
@@ -305,7 +303,7 @@ def test_forward_and_generate_see_rounded_embeddings(family: str, fmt: Format) -
     ours = mixed(family, {}, fmt, quantize_embeddings=True)
     hf, exact = FAMILIES[family](), mixed(family, {}, fmt)
     tied = hf.lm_head.weight is hf.get_input_embeddings().weight
-    assert len(ours.patched.tables) == (1 if tied else 2)
+    assert len(ours.patched.embedding_matrices) == (1 if tied else 2)
     assert (ours.patched.embedding.table is ours.patched.unembedding) == tied
     for weight in {hf.lm_head.weight, hf.get_input_embeddings().weight}:
         full = weight.clone()
@@ -316,10 +314,10 @@ def test_forward_and_generate_see_rounded_embeddings(family: str, fmt: Format) -
     assert not torch.allclose(ours(IDS).logits, exact(IDS).logits, rtol=1e-3, atol=1e-3)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(ours.generate(IDS, **options), expected.generate(IDS, **options))
-    with ours.patched.exact_tables():
+    with ours.patched.exact_embeddings():
         assert torch.equal(ours(IDS).logits, exact(IDS).logits)
-    held = sum(table.nbytes for table in ours.patched.tables)
-    assert held <= 0.29 * 4 * VOCAB * WIDTH * len(ours.patched.tables)
+    held = sum(table.nbytes for table in ours.patched.embedding_matrices)
+    assert held <= 0.29 * 4 * VOCAB * WIDTH * len(ours.patched.embedding_matrices)
 
 
 @pytest.mark.parametrize("kind", ["plain", "scaled"])
@@ -330,21 +328,21 @@ def test_a_familys_own_embedding_stays_what_it_is(kind: str) -> None:
     module, factor = make(VOCAB, WIDTH, 0, **more), 5.5 if kind == "scaled" else 1.0
     full = module.weight.detach().clone()
     expected = module(IDS).detach()
-    table = PAHQTable(full, None)
+    table = EmbeddingMatrix(full, None)
     patch_embedding(module, table)
     assert torch.equal(module(IDS), expected)
     table.lower("fp8", SourceBlock(MemorySource({"w": full}), "w", False, ((0, VOCAB),)))
     decoded = quantize(full, "fp8").dense(slice(0, VOCAB), slice(0, WIDTH))
     assert torch.equal(module(IDS), decoded[IDS] * factor) and not torch.equal(module(IDS), expected)
     assert isinstance(module, make)
-    with table.shared.mode.exact_tables():
+    with table.shared.mode.exact_embeddings():
         assert torch.equal(module(IDS), expected)
     assert torch.equal(table.exact_rows(IDS), full[IDS])
 
 
 def test_a_large_vocabulary_is_scored_in_blocks() -> None:
     weight, bias, x = torch.randn(5000, 16), torch.randn(5000), torch.randn(2, 3, 16)
-    table = PAHQTable(weight, bias)
+    table = EmbeddingMatrix(weight, bias)
     table.lower("int8", SourceBlock(MemorySource({"w": weight}), "w", False, ((0, 5000),)))
     decoded = quantize(weight, "int8").dense(slice(0, 5000), slice(0, 16))
     torch.testing.assert_close(table(x), x @ decoded.T + bias)

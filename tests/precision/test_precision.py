@@ -15,13 +15,13 @@ from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
 from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
-from pahq_hf.precision.active_components import PrecisionControl
+from pahq_hf.precision.active_components import ActiveComponents
 from pahq_hf.precision.formats.float8 import decode_e4m3
 from pahq_hf.precision.formats.registry import quantize
 from pahq_hf.precision.fp32.source import SourceBlock, WeightSource
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.products import resolve_compute
-from pahq_hf.precision.weight_block import Region
+from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import MemorySource, ranges, weight_of
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
@@ -139,7 +139,7 @@ class Lowered:
     low: Tensor
     bias: Tensor
 
-    def mixed(self, *regions: Region) -> Tensor:
+    def mixed(self, *regions: WeightBlock) -> Tensor:
         weight = self.low.clone()
         for region in regions:
             weight[region.rows, region.cols] = self.full[region.rows, region.cols]
@@ -154,8 +154,8 @@ def lowered(fmt: Format = "fp8", seed: int = 0) -> Lowered:
     return Lowered(linear, full, torchao_values(full, fmt), bias)
 
 
-def region_strategy() -> st.SearchStrategy[Region]:
-    return st.builds(Region, ranges(ROWS), ranges(COLS))
+def region_strategy() -> st.SearchStrategy[WeightBlock]:
+    return st.builds(WeightBlock, ranges(ROWS), ranges(COLS))
 
 
 def test_before_lowering_it_is_an_ordinary_linear() -> None:
@@ -164,7 +164,7 @@ def test_before_lowering_it_is_an_ordinary_linear() -> None:
     assert torch.equal(linear(x), F.linear(x, weight, bias))
     assert torch.equal(PAHQLinear(weight, None)(x), F.linear(x, weight))
     assert linear.nbytes == 4 * ROWS * COLS
-    linear.raise_region(linear.region)  # nothing to raise
+    linear.raise_block(linear.whole)  # nothing to raise
     with linear.shared.mode.full_precision():
         assert torch.equal(linear.dense(), weight)
     assert linear.nbytes == 4 * ROWS * COLS
@@ -193,13 +193,13 @@ def test_lower_keeps_only_the_low_precision_weight(fmt: Format) -> None:
 )
 @settings(max_examples=120)
 def test_raised_regions_are_fp32_and_the_rest_is_low(
-    fmt: Format, regions: list[Region], rows: slice, cols: slice, seed: int
+    fmt: Format, regions: list[WeightBlock], rows: slice, cols: slice, seed: int
 ) -> None:
     """Any regions, overlapping or not, seen through any block."""
     case = lowered(fmt, seed)
     before = case.linear.nbytes
     for region in regions:
-        case.linear.raise_region(region)
+        case.linear.raise_block(region)
     expected = case.mixed(*regions)
     assert same_bits(case.linear.dense(), expected)
     assert same_bits(case.linear.dense(rows, cols).contiguous(), expected[rows, cols].contiguous())
@@ -220,8 +220,8 @@ def test_block_without_bias() -> None:
 
 def test_full_precision_reads_everything_and_ends() -> None:
     case = lowered()
-    region = Region(slice(2, 5), slice(0, COLS))
-    case.linear.raise_region(region)
+    region = WeightBlock(slice(2, 5), slice(0, COLS))
+    case.linear.raise_block(region)
     before = case.linear.nbytes
     with pytest.raises(ZeroDivisionError), case.linear.shared.mode.full_precision():
         assert same_bits(case.linear.dense(), case.full)
@@ -253,15 +253,15 @@ def test_full_precision_reads_bf16_checkpoints_as_fp32() -> None:
 )
 @settings(max_examples=80)
 def test_holding_a_decoded_weight_never_changes_a_value(
-    regions: list[Region], steps: list[str], rows: slice, cols: slice
+    regions: list[WeightBlock], steps: list[str], rows: slice, cols: slice
 ) -> None:
     """Whatever the order in which blocks are raised and dropped, and decoded or packed copies kept."""
-    case, raised = lowered(), list[Region]()
+    case, raised = lowered(), list[WeightBlock]()
     linear, x = case.linear, weight_of(3, COLS, seed=2)
     for number, step in enumerate(steps):
         if step == "raise":
             raised.append(regions[number % len(regions)])
-            linear.raise_region(raised[-1])
+            linear.raise_block(raised[-1])
         elif step == "drop":
             raised.clear()
             linear.drop_raised()
@@ -313,14 +313,14 @@ class BrokenSource(MemorySource):
         return super().view(name, rows, cols)
 
 
-def control_over(source: WeightSource, weight: Tensor) -> PrecisionControl:
+def control_over(source: WeightSource, weight: Tensor) -> ActiveComponents:
     """Two projections; component `x` owns rows of both, `y` the whole second one."""
     linears = [PAHQLinear(weight.clone(), None) for _ in range(2)]
     for linear in linears:
         linear.lower("int8", SourceBlock(source, "w", False, ((0, ROWS),)))
-    rows = Region(slice(0, 3), slice(0, COLS))
-    parts = {"x": [(linear, rows) for linear in linears], "y": [(linears[1], linears[1].region)]}
-    return PrecisionControl(parts, linears)
+    rows = WeightBlock(slice(0, 3), slice(0, COLS))
+    parts = {"x": [(linear, rows) for linear in linears], "y": [(linears[1], linears[1].whole)]}
+    return ActiveComponents(parts, linears)
 
 
 def test_activate_holds_exactly_the_components_named() -> None:

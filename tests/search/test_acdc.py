@@ -18,7 +18,7 @@ from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from tests.helpers import assert_same_search, referee, wrapped
@@ -305,10 +305,10 @@ def test_a_literal_search_continued_from_any_record_is_the_same(order: Any) -> N
     """The paper's rule carries state from reader to reader: which component is FP32 now."""
     config = ACDCConfig(threshold=0.05, metric="kl", order=order)
     model = wrapped("gpt2", regime="pahq-literal").patched
-    whole = search(HooksEngine(model, TASK, "kl", rule=PrecisionRule(raise_active=True)), config)
+    whole = search(HooksEngine(model, TASK, "kl", rule=RegimeRule(raise_active=True)), config)
     assert not model.precision.active
     for cut in range(0, len(whole.records) + 1, 4):
-        engine = HooksEngine(model, TASK, "kl", rule=PrecisionRule(raise_active=True))
+        engine = HooksEngine(model, TASK, "kl", rule=RegimeRule(raise_active=True))
         rest = search(engine, config, done=whole.records[:cut])
         assert rest.records == whole.records
 

@@ -15,7 +15,7 @@ from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.config import AttributionConfig, MethodName
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.modeling.lowering import spill_blocks
-from pahq_hf.precision.embeddings import PAHQTable
+from pahq_hf.precision.embeddings import EmbeddingMatrix
 from pahq_hf.precision.formats.registry import known_formats
 from pahq_hf.precision.linear import PAHQLinear
 from tests.helpers import id_rows, run_main, save_tiny, weight_of, wrapped, write_rows
@@ -169,7 +169,7 @@ def lowered(kind: Any, fmt: Any) -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.parametrize("fmt", known_formats())
-@pytest.mark.parametrize("kind", [PAHQLinear, PAHQTable])
+@pytest.mark.parametrize("kind", [PAHQLinear, EmbeddingMatrix])
 def test_gradients_of_a_low_projection(kind: Any, fmt: Any) -> None:
     linear, _ = lowered(kind, fmt)
     x, y = weight_of(6, 32, seed=4).requires_grad_(), weight_of(6, 48, seed=5)
@@ -179,13 +179,13 @@ def test_gradients_of_a_low_projection(kind: Any, fmt: Any) -> None:
     torch.testing.assert_close(gradient, y @ linear.dense())
 
 
-@pytest.mark.parametrize("kind", [PAHQLinear, PAHQTable])
+@pytest.mark.parametrize("kind", [PAHQLinear, EmbeddingMatrix])
 def test_an_exact_product_and_a_low_gradient(kind: Any) -> None:
     """The backward pass runs at the precision of its own time."""
     linear, weight = lowered(kind, "fp8")
     x, y = weight_of(6, 32, seed=4).requires_grad_(), weight_of(6, 48, seed=5)
     mode = linear.shared.mode
-    with mode.full_precision() if kind is PAHQLinear else mode.exact_tables():
+    with mode.full_precision() if kind is PAHQLinear else mode.exact_embeddings():
         made = linear(x)
         torch.testing.assert_close(made, F.linear(x, weight, linear.bias))
         (full,) = torch.autograd.grad(made, x, y, retain_graph=True)

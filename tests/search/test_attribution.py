@@ -19,7 +19,7 @@ from pahq_hf.engine.hooks import gradient_runs as runs
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.hooks.gradient_runs import Runs
 from pahq_hf.engine.hooks.patched_run import PatchedRun
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.modeling.hooks import hooks
@@ -48,7 +48,7 @@ def float64(name: str) -> PatchedModel:
 
 
 def runs_of(model: PatchedModel, metric: Any, ablation: Any = "corrupted", task: Task = TASK) -> Runs:
-    return Runs(model, task, metric, ablation, PrecisionRule())
+    return Runs(model, task, metric, ablation, RegimeRule())
 
 
 # -- derivatives: an edge carries a_u + t (c_u - a_u) ------------------------------------------------------
@@ -361,7 +361,7 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(regime: Any) -> None:
             found.append(tensor)
             return tensor
 
-        source = Runs(model, TASK, "nll", "corrupted", PrecisionRule.of(config, model.device))
+        source = Runs(model, TASK, "nll", "corrupted", RegimeRule.of(config, model.device))
         (part,) = source.parts()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             source.gradients(part, source.clean.embedding)

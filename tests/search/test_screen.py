@@ -18,7 +18,7 @@ from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import parse_screen
 from pahq_hf.engine.hooks.engine import HooksEngine
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, Search, search
@@ -96,7 +96,7 @@ def test_looks_at_every_edge_decide_as_fp32_does(engine: Any, share: float) -> N
     survivors = random_edges(wrapped("llama").graph, share, 3)
 
     def run(model: PAHQModel, config: ACDCConfig) -> Search:
-        rule = PrecisionRule.of(model.pahq_config, model.patched.device)
+        rule = RegimeRule.of(model.pahq_config, model.patched.device)
         return search(
             engine(model.patched, TASK, "kl", rule=rule), config, batch=AdaptiveBatch(), survivors=survivors
         )

@@ -18,7 +18,7 @@ from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
 from pahq_hf.search.journal import Journal
@@ -61,7 +61,7 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, compute: Any, na
     config = PAHQConfig("pahq", "fp8", compute=compute)
     model = PAHQModel(FAMILIES[name](), config).patched
     make: Any = SparseEngine if kind == "sparse" else HooksEngine
-    engine = make(model, TASK, metric, rule=PrecisionRule.of(config, model.device))
+    engine = make(model, TASK, metric, rule=RegimeRule.of(config, model.device))
     changed, (low, middle, high) = 0, THRESHOLDS[metric]
     cases: list[tuple[float, Any, bool]] = [(low, "acdc", False), (middle, "head", True)]
     if kind == "hooks":  # it is slow: another case for each metric

@@ -45,7 +45,7 @@ def applied(
         stack.enter_context(_marked(model))
         if exact:
             stack.enter_context(model.precision.full_precision())
-            stack.enter_context(model.exact_tables())
+            stack.enter_context(model.exact_embeddings())
         stack.enter_context(run.in_place())
         yield
 

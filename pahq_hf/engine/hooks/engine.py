@@ -31,7 +31,7 @@ from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_linears
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.budget import default_budget
 from pahq_hf.modeling.hooks import hooks
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -97,13 +97,13 @@ class HooksEngine:
         metric: MetricName,
         *,
         ablation: Ablation = "corrupted",
-        rule: PrecisionRule | None = None,
+        rule: RegimeRule | None = None,
         store: ActivationStore | None = None,
     ) -> None:
         self.model = model
         self.task = task
         self.graph: Graph = model.graph
-        self._rule = rule or PrecisionRule()
+        self._rule = rule or RegimeRule()
         what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
         with self._rule.exactly(self.model), memory_for(what, model.device):
             clean = capture(model, task, task.clean_ids, store)
@@ -330,7 +330,7 @@ class HooksEngine:
 
     def _logits(self, final: Tensor) -> Tensor:
         """Logits of hidden states after the final norm. [rows, d_model] -> [rows, vocab]"""
-        with torch.no_grad(), self.model.exact_tables():
+        with torch.no_grad(), self.model.exact_embeddings():
             return self._fitting(lambda: exact_logits(self.model, self._clean, final))
 
     def _value(self, logits: Tensor) -> float:

@@ -12,7 +12,7 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric
@@ -41,7 +41,7 @@ class Runs:
     """
 
     def __init__(
-        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, rule: PrecisionRule
+        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, rule: RegimeRule
     ) -> None:
         self.model = model
         self.graph: Graph = model.graph

@@ -114,7 +114,7 @@ def reader_gradients(
         The gradients.
     """
     taps = _Taps(model, embedding)
-    with model.exact_tables(), torch.enable_grad():
+    with model.exact_embeddings(), torch.enable_grad():
         with forward, hooks(*taps.register()):
             logits = forward_to_answers(model, part, part.clean_ids)
         value = metric.reduce(metric.rows(logits))

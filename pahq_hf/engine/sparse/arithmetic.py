@@ -20,7 +20,7 @@ from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.modeling.layers import MLP
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.anchors import Anchor, Origin
-from pahq_hf.precision.products import DifferenceProduct, Product, in_chunks
+from pahq_hf.precision.products import DeltaProduct, Product, in_chunks
 
 _CHUNK = 448  # tokens at once: measured
 
@@ -94,7 +94,7 @@ class Arithmetic(Protocol):
             out: Where the result goes. [K, tokens, d_model]
         """
 
-    def contribution(self, number: int, head: int) -> DifferenceProduct:
+    def contribution(self, number: int, head: int) -> DeltaProduct:
         """What makes a change of a head's contribution of a change of its z: `W_O[h]`."""
 
 
@@ -156,7 +156,7 @@ class Direct:
         with streamed(self._model, rooms.mlp):
             over_tokens(changed, x, change, out)
 
-    def contribution(self, number: int, head: int) -> DifferenceProduct:
+    def contribution(self, number: int, head: int) -> DeltaProduct:
         """What makes a change of a head's contribution of a change of its z."""
         return self._model.layers[number].attention.packed_output(head)
 
@@ -222,7 +222,7 @@ class Anchored:
                 new: Tensor,
                 rows: slice,
                 room: Tensor,
-                f: DifferenceProduct = product,
+                f: DeltaProduct = product,
                 anchor: tuple[Tensor, Tensor] = anchor,
             ) -> None:
                 x0, y0 = anchor
@@ -281,7 +281,7 @@ class Anchored:
 
         over_tokens(changed, x, change, out)
 
-    def contribution(self, number: int, head: int) -> DifferenceProduct:
+    def contribution(self, number: int, head: int) -> DeltaProduct:
         """What makes a change of a head's contribution of a change of its z."""
         return self._model.layers[number].attention.packed_output_difference(head)
 
@@ -322,7 +322,7 @@ def over_tokens(
             function(x[tokens] + change[some, tokens], tokens, out[some, tokens])
 
 
-def contribute(product: DifferenceProduct, change: Tensor, out: Tensor) -> None:
+def contribute(product: DeltaProduct, change: Tensor, out: Tensor) -> None:
     """Changes of a head's contribution, in pieces.
 
     Args:

@@ -8,7 +8,7 @@ from pahq_hf.engine.sparse.captured import TERMS
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.precision.active_components import PrecisionControl
+from pahq_hf.precision.active_components import ActiveComponents
 from pahq_hf.precision.device_memory import free_memory
 
 _SHARE = 0.25  # of the memory that is free
@@ -37,7 +37,7 @@ class MemoryBudget:
         self._most = self._together = 1 << 30
         self._vocabulary = model.vocab_size * self._width * self._size
 
-    def bound(self, precision: PrecisionControl) -> None:
+    def bound(self, precision: ActiveComponents) -> None:
         """Bound the weights that a model keeps for another use."""
         precision.allow(held=self.held_weights, full=self.full_weights)
 

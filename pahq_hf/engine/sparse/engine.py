@@ -23,7 +23,7 @@ from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
-from pahq_hf.engine.regime_rule import PrecisionRule
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.engine.sparse.buffers import Workspace
@@ -68,7 +68,7 @@ class SparseEngine:
         metric: MetricName,
         *,
         ablation: Ablation = "corrupted",
-        rule: PrecisionRule | None = None,
+        rule: RegimeRule | None = None,
         memory_budget: int | None = None,
         store: ActivationStore | None = None,
         liveness: bool = True,
@@ -78,7 +78,7 @@ class SparseEngine:
         self.graph: Graph = model.graph
         self.phases = Phases()
         self.evaluations = 0
-        self._rule = rule = rule or PrecisionRule()
+        self._rule = rule = rule or RegimeRule()
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
         self._memory.bound(model.precision)

@@ -12,7 +12,7 @@ from pahq_hf.circuit.graph import ReaderKind
 from pahq_hf.engine.sparse.positions import TokenPlan, TokenSet
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.precision.products import DifferenceProduct, Product, in_chunks
+from pahq_hf.precision.products import DeltaProduct, Product, in_chunks
 
 
 class HeadMath:
@@ -46,12 +46,12 @@ class HeadMath:
     def product(self, kind: ReaderKind, block: int) -> Product:
         """The projection of a weight block: head for q, group for k and v."""
         linear: PAHQLinear = getattr(self.attention, f"{kind}_proj")
-        return linear.piece(self.attention.head_rows(block), linear.region.cols)
+        return linear.piece(self.attention.head_rows(block), linear.whole.cols)
 
-    def difference(self, kind: ReaderKind, block: int) -> DifferenceProduct:
+    def difference(self, kind: ReaderKind, block: int) -> DeltaProduct:
         """The same for differences of its input."""
         linear: PAHQLinear = getattr(self.attention, f"{kind}_proj")
-        return linear.difference(self.attention.head_rows(block), linear.region.cols)
+        return linear.difference(self.attention.head_rows(block), linear.whole.cols)
 
     def raw(self, kind: ReaderKind, blocks: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
         """Queries, keys or values before rotation, each from an input of its own.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pahq_hf.engine.sparse.vocabulary import BLOCK, Blocks, in_batches
-from pahq_hf.precision.embeddings import PAHQTable, exact_block
+from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.tasks.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 
 _FAR = 16  # rows at once whose logits are all held
@@ -29,7 +29,7 @@ class KLReadout:
     def __init__(
         self,
         reference: Tensor,
-        unembedding: nn.Linear | PAHQTable,
+        unembedding: nn.Linear | EmbeddingMatrix,
         clean: Tensor,
         *,
         scale: float = 1.0,

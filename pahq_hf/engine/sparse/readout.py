@@ -59,7 +59,7 @@ class Readout:
         if self._is_linear and self._metric.spec.from_stream is not None:
             return self._metric.rows_of_stream(self.stream(x), x.shape[:2])
         few = max(1, _LOGITS // (x.shape[1] * self._model.vocab_size))
-        with self._model.exact_tables():
+        with self._model.exact_embeddings():
             return torch.cat(
                 [self._metric.rows(exact_logits(self._model, self._clean, some)) for some in x.split(few)]
             )

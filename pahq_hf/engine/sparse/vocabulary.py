@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.precision.embeddings import PAHQTable, exact_block
+from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.precision.products import Product
 
 BLOCK = 2048  # tokens of the vocabulary, and
@@ -23,7 +23,9 @@ class Blocks:
         hold: Keep the blocks packed; otherwise they are packed one by one whenever they are wanted.
     """
 
-    def __init__(self, unembedding: nn.Linear | PAHQTable, bias: Tensor | None, *, hold: bool = True) -> None:
+    def __init__(
+        self, unembedding: nn.Linear | EmbeddingMatrix, bias: Tensor | None, *, hold: bool = True
+    ) -> None:
         self._unembedding = unembedding
         self._bias = bias
         self._hold = hold
@@ -60,7 +62,7 @@ class Vocabulary:
 
     def __init__(
         self,
-        unembedding: nn.Linear | PAHQTable,
+        unembedding: nn.Linear | EmbeddingMatrix,
         bias: Tensor | None,
         shift: Tensor,
         *,

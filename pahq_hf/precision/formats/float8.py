@@ -7,7 +7,7 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
 from pahq_hf.precision.formats.by_rows import by_rows
-from pahq_hf.precision.formats.per_row import SMALLEST, ScaledWeight
+from pahq_hf.precision.formats.per_row import SMALLEST, PerRowWeight
 
 # E4M3's exponent bias is 7, float16's is 15: the same bits mean 2**-8 of the value.
 _BIAS_SHIFT = 256.0
@@ -35,7 +35,7 @@ def decode_e4m3(codes: Tensor, scale: Tensor) -> Tensor:
     return bits.view(torch.float16).to(torch.float32).mul_(scale * _BIAS_SHIFT)
 
 
-class Float8Weight(ScaledWeight):
+class Float8Weight(PerRowWeight):
     """A weight matrix as torchao FP8 E4M3, scaled per row.
 
     Args:

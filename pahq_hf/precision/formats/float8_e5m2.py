@@ -7,10 +7,10 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
 from pahq_hf.precision.formats.by_rows import by_rows
-from pahq_hf.precision.formats.per_row import SMALLEST, ScaledWeight
+from pahq_hf.precision.formats.per_row import SMALLEST, PerRowWeight
 
 
-class WideFloat8Weight(ScaledWeight):
+class Float8E5M2Weight(PerRowWeight):
     """A weight matrix as torchao FP8 E5M2, scaled per row.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pahq_hf.precision.fp32.source import SourceBlock
 
 
-class StoredWeight(nn.Module):
+class CheckpointWeight(nn.Module):
     """A matrix read from the mapped checkpoint, which is checked for changes at every use.
 
     Args:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torchao.quantization import Int8Tensor, PerRow
 
 from pahq_hf.precision.formats.by_rows import by_rows
-from pahq_hf.precision.formats.per_row import ScaledWeight
+from pahq_hf.precision.formats.per_row import PerRowWeight
 
 
-class Int8Weight(ScaledWeight):
+class Int8Weight(PerRowWeight):
     """A weight matrix as torchao INT8, scaled per row.
 
     Args:

@@ -7,10 +7,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from pahq_hf.precision.formats.registry import LowWeight, quantize
-from pahq_hf.precision.weight_block import Layout, Region
+from pahq_hf.precision.weight_block import Layout, WeightBlock
 
 
-class PiecewiseWeight(nn.Module):
+class MixedWeight(nn.Module):
     """Low-precision blocks that make up one matrix.
 
     Args:
@@ -37,7 +37,7 @@ class PiecewiseWeight(nn.Module):
 
     def dense(self, rows: slice, cols: slice) -> Tensor:
         """The stored values of a block, in FP32. [rows, cols]"""
-        wanted = Region(rows, cols)
+        wanted = WeightBlock(rows, cols)
         out: Tensor | None = None
         for region, block in zip(self._regions, self._blocks, strict=True):
             common = region.intersect(wanted)
@@ -66,4 +66,4 @@ def lowered(weight: Tensor, layout: Layout) -> LowWeight:
     Raises:
         ModelLoadError: If the weight holds NaN or infinity.
     """
-    return quantize(weight, layout[0][1]) if len(layout) == 1 else PiecewiseWeight(weight, layout)
+    return quantize(weight, layout[0][1]) if len(layout) == 1 else MixedWeight(weight, layout)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 SMALLEST = 1e-30
 
 
-class ScaledWeight(nn.Module):
+class PerRowWeight(nn.Module):
     """A torchao tensor subclass with codes `qdata` [out, in] and FP32 `scale` [out, 1].
 
     Args:

@@ -56,10 +56,10 @@ def _float8(weight: Tensor) -> LowWeight:
     return Float8Weight(weight)
 
 
-def _wide_float8(weight: Tensor) -> LowWeight:
-    from pahq_hf.precision.formats.float8_e5m2 import WideFloat8Weight
+def _float8_e5m2(weight: Tensor) -> LowWeight:
+    from pahq_hf.precision.formats.float8_e5m2 import Float8E5M2Weight
 
-    return WideFloat8Weight(weight)
+    return Float8E5M2Weight(weight)
 
 
 def _int8(weight: Tensor) -> LowWeight:
@@ -98,7 +98,7 @@ _FORMATS = {
     row.name: row
     for row in (
         LowFormat("fp8", _float8, _bytes_per_row, error=0.10, fineness=3),
-        LowFormat("fp8-e5m2", _wide_float8, _bytes_per_row, error=0.064, fineness=1),
+        LowFormat("fp8-e5m2", _float8_e5m2, _bytes_per_row, error=0.064, fineness=1),
         LowFormat("int8", _int8, _bytes_per_row, error=0.05, fineness=4),
         LowFormat("bf16", _bfloat16, _bytes_of_bfloat16, error=0.003, fineness=5),
         LowFormat("mx", _mx, _bytes_of_mx, error=0.035, fineness=2),

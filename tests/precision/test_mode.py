@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.precision import Anchor, Mode, Origin, PAHQLinear, Product
+from pahq_hf.precision.anchors import Anchor, Origin
+from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.precision.mode import Mode
+from pahq_hf.precision.products import Product
 from tests.helpers import weight_of, wrapped
 from tests.models import tiny_llama
 
@@ -21,7 +24,7 @@ X = weight_of(3, 8, seed=1)
 ANCHOR = Anchor(Origin(X), None)
 CONTEXTS: dict[str, Callable[[Mode, Any], AbstractContextManager[Any]]] = {
     "full precision": lambda mode, _: mode.full_precision(),
-    "exact tables": lambda mode, _: mode.exact_tables(),
+    "exact tables": lambda mode, _: mode.exact_embeddings(),
     "anchored": lambda mode, key: mode.anchored({key: ANCHOR}),
     "recording": lambda mode, key: mode.recording([key]),
     "streaming": lambda mode, key: mode.streaming({key: Product(torch.ones(2, 8))}),
@@ -58,18 +61,18 @@ def test_one_switch_is_that_of_every_projection() -> None:
         assert all(linear.is_full for linear in linears)
         assert not any(torch.equal(w.dense(), before) for w, before in zip(linears, low, strict=True))
     assert all(torch.equal(w.dense(), before) for w, before in zip(linears, low, strict=True))
-    with model.exact_tables():  # and not that of embeddings
+    with model.exact_embeddings():  # and not that of embeddings
         assert not any(linear.is_full for linear in linears)
 
 
 def test_tables_have_a_switch_of_their_own() -> None:
     model = PAHQModel(tiny_llama(), PAHQConfig("rtn", quantize_embeddings=True)).patched
     rows = slice(0, 3)
-    (low, *_) = (table.dense(rows) for table in model.tables)
-    table = model.tables[0]
+    (low, *_) = (table.dense(rows) for table in model.embedding_matrices)
+    table = model.embedding_matrices[0]
     with model.precision.full_precision():
         assert torch.equal(table.dense(rows), low)
-    with model.exact_tables():
+    with model.exact_embeddings():
         assert torch.equal(table.dense(rows), table.exact(rows)) and not torch.equal(table.dense(rows), low)
 
 
