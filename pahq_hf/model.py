@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from pahq_hf.capture.mean_activations import Means
 from pahq_hf.capture.preparation import compute_dtype, prepare, resolved
+from pahq_hf.checkpoint.arguments import LoadOptions, check_model, read_load_options
 from pahq_hf.checkpoint.saved_config import load_by_name
 from pahq_hf.checkpoint.wrapped import WrappedModel
 from pahq_hf.circuit.ablation import notice
@@ -43,12 +44,9 @@ from pahq_hf.search.arguments import (
     AttributeOptions,
     DiscoverOptions,
     EvaluateOptions,
-    LoadOptions,
     SweepOptions,
-    check_model,
     check_task,
     check_work,
-    read_load_options,
 )
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
 from pahq_hf.search.pipeline import Run

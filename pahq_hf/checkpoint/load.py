@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
 
+from pahq_hf.checkpoint.bars import conversion_bar, library_bars
 from pahq_hf.checkpoint.demo_path import demo_path
 from pahq_hf.checkpoint.gguf import write_header
 from pahq_hf.checkpoint.placement import one_device
@@ -33,7 +34,6 @@ from pahq_hf.checkpoint.streaming import load_skeleton, say_loaded_whole
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
 from pahq_hf.modeling.architectures.lookup import find_architecture, supported_families, unsupported
 from pahq_hf.precision.fp32.source import CheckpointSource
-from pahq_hf.search.progress import conversion_bar, library_bars
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _LOAD_ERRORS = (

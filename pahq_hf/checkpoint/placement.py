@@ -8,9 +8,21 @@ from typing import Any
 import torch
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.arguments import usable_device
 
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
+
+
+def usable_device(device: str | int | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ConfigError: If there is none of this name on this machine.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
 def one_device(place: Any, max_memory: Mapping[Any, Any] | None = None) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -113,3 +114,8 @@ def ending() -> int | None:
     `Terminated`.
     """
     return _ENDING.get()
+
+
+def is_watched() -> bool:
+    """Whether somebody sees stderr as it is written: a terminal, or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

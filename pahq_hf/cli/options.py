@@ -162,6 +162,8 @@ def load_arguments(
     """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
     import torch
 
+    from pahq_hf.checkpoint.placement import usable_device
+
     arguments: dict[str, Any] = {
         "gguf_file": gguf_file,
         "revision": revision,
@@ -173,11 +175,12 @@ def load_arguments(
     }
     if device is None and resumed is not None and resumed.device not in (None, "cpu"):
         try:
-            arguments["device"] = str(torch.empty(0, device=resumed.device).device)
-        except (RuntimeError, AssertionError, ValueError) as error:  # not on this machine
+            arguments["device"] = str(usable_device(str(resumed.device)))
+        except ConfigError as error:
+            reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise ConfigError(
                 f"the run began on device {resumed.device!r}, which cannot be used here "
-                f"({first_line(error)}): --device continues it elsewhere"
+                f"({first_line(reason)}): --device continues it elsewhere"
             ) from error
     return {key: value for key, value in arguments.items() if value is not None}
 

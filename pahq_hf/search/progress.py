@@ -11,16 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, Protocol
+
+from pahq_hf.circuit.terminal import is_watched
 
 _PATIENCE = 10.0  # seconds after which a phase is worth a line
 _QUIET = 30.0  # seconds between two lines of a count
-
-
-def is_watched() -> bool:
-    """Whether somebody sees stderr as it is written: a terminal, or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Count(Protocol):
@@ -185,35 +181,3 @@ def _tqdm() -> Any:
     from tqdm.auto import tqdm
 
     return tqdm
-
-
-@contextmanager
-def library_bars() -> Iterator[None]:
-    """Let transformers and the Hub draw bars only where somebody sees them; in a file they are noise."""
-    from transformers.utils import logging
-
-    if is_watched() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-@contextmanager
-def conversion_bar() -> Iterator[None]:
-    """The same of transformers' bar while a GGUF file is converted, which none of its settings turns off."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    conversion: Any = modeling_gguf_pytorch_utils
-    bar = getattr(conversion, "tqdm", None)
-    if bar is None or is_watched():
-        yield
-        return
-    conversion.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        conversion.tqdm = bar

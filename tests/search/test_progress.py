@@ -14,6 +14,7 @@ import pytest
 
 from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.terminal import is_watched
 from pahq_hf.engine.setting import Setting
 from pahq_hf.search.acdc import ReaderRecord, Search
 from pahq_hf.search.attribution.scoring import edge_scores
@@ -21,7 +22,7 @@ from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.expectation import ExpectedTests
 from pahq_hf.search.journal import Journal, Step
-from pahq_hf.search.progress import Bars, Lines, Silence, is_watched, make_progress
+from pahq_hf.search.progress import Bars, Lines, Silence, make_progress
 from pahq_hf.search.replay import record_of
 from tests.helpers import FP32, files_of, wrapped
 from tests.models import random_task
