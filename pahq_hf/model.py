@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
-from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from pahq_hf.capture.mean_activations import Means
 from pahq_hf.capture.preparation import compute_dtype, prepare, resolved
 from pahq_hf.checkpoint.arguments import LoadOptions, check_model, read_load_options
 from pahq_hf.checkpoint.saved_config import load_by_name
-from pahq_hf.checkpoint.wrapped import WrappedModel
-from pahq_hf.circuit.ablation import notice
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import output_path
-from pahq_hf.circuit.graph import Graph
-from pahq_hf.circuit.naming import with_base_model
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
-from pahq_hf.engine.hooks.apply import applied, substitute_of
-from pahq_hf.engine.memory_plan import MemoryReport, report
 from pahq_hf.errors import (
-    AblationWarning,
     ConfigError,
     check_place,
-    describe,
 )
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.fits import check_fits
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
-from pahq_hf.modeling.guard import evaluating
-from pahq_hf.precision.device_memory import memory_for
+from pahq_hf.evaluation.runnable import RunnableModel
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.fp32.source import WeightSource
-from pahq_hf.precision.products import COMPUTE_DTYPES
 from pahq_hf.search.arguments import (
     AttributeOptions,
     DiscoverOptions,
@@ -57,7 +44,7 @@ from pahq_hf.search.sweep_result import Sweep
 from pahq_hf.tasks.base import Task
 
 
-class PAHQModel(WrappedModel):
+class PAHQModel(RunnableModel):
     """A thin wrapper around a causal LM whose attention is cut into heads.
 
     Attribute access falls through to the wrapped model, as with PEFT: `generate`, `config`, `device`
@@ -96,29 +83,8 @@ class PAHQModel(WrappedModel):
         check_model(model)
         asked, name = config or PAHQConfig(), base_model or model.config.name_or_path or "unknown"
         prepared = prepare(model, asked, name, source)
-        super().__init__(model, name, prepared.config, prepared.identity)
+        super().__init__(model, name, prepared)
         self.tokenizer = tokenizer
-        self.patched, self._guard, self._asked = prepared.patched, prepared.guard, asked
-        self._settled = self.patched.device
-
-    @property
-    def graph(self) -> Graph:
-        """The residual-stream graph."""
-        return self.patched.graph
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Inside, the model computes what its circuits are about: in eval mode, with the weights it had."""
-        self._settle()
-        self._guard.check(self.base_model)
-        with evaluating(self.base_model):
-            yield
-
-    @contextmanager
-    def _at_work(self, what: str) -> Iterator[None]:
-        """The same; memory that runs out is an error of ours, which names the work."""
-        with memory_for(what, self.patched.device), self._guarded():
-            yield
 
     @classmethod
     def from_pretrained(
@@ -147,73 +113,14 @@ class PAHQModel(WrappedModel):
         arguments, fields = read_load_options(options, pahq_config)
         base_model = arguments.pop("base_model", None)
         if base_model is not None:
-            with_base_model({}, base_model)  # fails before anything is loaded
+            ModelIdentity().with_base_model(base_model)  # fails before anything is loaded
         found = load_by_name(str(model), pahq_config, fields, arguments)
         wrapped = cls(
             found.model, found.config, tokenizer=found.tokenizer, base_model=found.name, source=found.source
         )
         if base_model is not None:
-            wrapped.identity = with_base_model(wrapped.identity, base_model)
+            wrapped.identity = wrapped.identity.with_base_model(base_model)
         return wrapped
-
-    # -- precision --------------------------------------------------------------------------------
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PAHQModel:
-        """What `to`, `cuda` and `cpu` do; products then run in what suits the new device."""
-        super()._apply(fn, recurse)
-        self._settle()
-        return self
-
-    def _settle(self) -> None:
-        """See to it that weights which were moved, however they were, are used where they are now.
-
-        What was packed for the old device goes, and `compute="auto"` means what it means on the new one; what
-        was asked for by name stays.
-        """
-        device, precision = self.patched.device, self.patched.precision
-        if device == self._settled:
-            return
-        active = precision.active
-        precision.deactivate()
-        precision.release()
-        if self._asked.compute == "auto":
-            self.pahq_config = resolved(self._asked, device)
-        named = self.pahq_config.compute
-        assert named != "auto"  # it is resolved
-        self.patched.compute_in(COMPUTE_DTYPES[named])
-        precision.activate(*active)
-        self._settled = device
-
-    def activate(self, *components: str) -> bool:
-        """Compute exactly these components (`a3.h1`, `m0`) in FP32. Returns whether anything changed."""
-        return self.patched.precision.activate(*components)
-
-    def deactivate(self) -> None:
-        """Free the FP32 weights of the active components."""
-        self.patched.precision.deactivate()
-
-    def memory_report(
-        self, *, n: int = 16, length: int = 16, engine: EngineConfig | None = None
-    ) -> MemoryReport:
-        """Bytes of this model by part and format, and of a run on it.
-
-        Args:
-            n: Prompt pairs of the run.
-            length: Tokens of a prompt.
-            engine: Its limits.
-
-        Returns:
-            The report; `print(report.to_dict())`, or `pahq info` for a table.
-        """
-        limits = engine or EngineConfig()
-        return report(
-            self.patched,
-            self.pahq_config,
-            n=n,
-            length=length,
-            budget=limits.memory_budget,
-            stored=limits.activation_store,
-        )
 
     def _resumed(self, out: str | Path | None, engine: EngineConfig | None) -> EngineConfig:
         """Limits with what a run in a folder began with; `auto` products become what they were there."""
@@ -316,7 +223,7 @@ class PAHQModel(WrappedModel):
 
         Args:
             task: The prompts.
-            thresholds: They, in any order. The circuits are, to the bit, those of `discover` at each.
+            thresholds: Values of tau, in any order; each gives, to the bit, the circuit of `discover`.
             config: The search, but for its threshold; or give its fields as keywords.
             engine: Which engine computes metrics, and its limits.
             out: Folder for a run's folder per threshold, `sweep.json` and plots.
@@ -450,68 +357,3 @@ class PAHQModel(WrappedModel):
         with self._at_work("the evaluation"):
             evaluator = Evaluator(self.patched, task, chosen, ablation)
             return evaluate(evaluator, circuit, wanted)
-
-    def apply(  # type: ignore[override]
-        self,
-        circuit: Circuit,
-        *,
-        corrupted: Tensor | Mapping[str, Any] | None = None,
-        corrupted_mask: Tensor | None = None,
-        means: Means | None = None,
-        exact: bool = True,
-        any_weights: bool = False,
-    ) -> AbstractContextManager[PAHQModel]:
-        """Run the model as a circuit: inside, forward, generate and pipelines use nothing but its edges.
-
-        Removed edges carry what the corrupted prompts write. Without them they carry what is kept with the
-        circuit: the ablation it was found under if that needs no prompts (`mean`, `mean-corrupted`, `zero`),
-        else means of its corrupted prompts. How well it answers so was measured when it was found; an
-        `AblationWarning` tells when this is another ablation than it was found under, or when it is poor.
-
-        Corrupted prompts run along as the circuit's partner, with a cache of their own where it has one.
-        Beyond their end it reads the tokens that the circuit reads: what is generated continues both.
-
-        Args:
-            circuit: A circuit of this model.
-            corrupted: Token ids of corrupted prompts, laid out as the prompts are, or what a tokenizer
-                returns for them (`tokenizer(prompts, return_tensors="pt")`), with its mask. [batch, pos]
-            corrupted_mask: Which of them are real; the prompts' own mask by default. [batch, pos]
-            means: Other mean activations (`pahq_hf.capture.mean_activations.means_of`).
-            exact: Compute in FP32; False computes at the model's precision, faster.
-            any_weights: Accept a circuit that was found on other weights of the same shape.
-
-        Returns:
-            A context that gives this model.
-
-        Raises:
-            ConfigError: If `circuit` is none, if one is applied already, if nothing says what removed edges
-                carry, or the corrupted prompts are no token ids.
-            TaskError: If a token id is outside the vocabulary.
-            CircuitError: If the circuit, or the means, are of another model.
-        """
-        if not isinstance(circuit, Circuit):
-            if not callable(circuit):  # type: ignore[unreachable]
-                raise ConfigError(
-                    f"apply takes a Circuit (Circuit.from_pretrained(...)); got {describe(circuit)}"
-                )
-            return super().apply(circuit)  # `nn.Module.apply`, which calls a function on every module
-        return self._applied(circuit, corrupted, corrupted_mask, means, exact, any_weights)
-
-    @contextmanager
-    def _applied(
-        self,
-        circuit: Circuit,
-        corrupted: Tensor | Mapping[str, Any] | None,
-        corrupted_mask: Tensor | None,
-        means: Means | None,
-        exact: bool,
-        any_weights: bool,
-    ) -> Iterator[PAHQModel]:
-        check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
-        with self._guarded(), exact_products():
-            substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
-            text = notice(circuit.record, ablation)
-            if text is not None:
-                warnings.warn(text, AblationWarning, stacklevel=3)  # of the caller's `with`
-            with applied(self.patched, circuit.kept, substitute, exact=exact):
-                yield self

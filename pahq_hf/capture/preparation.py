@@ -9,13 +9,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from pahq_hf.capture.self_check import check_patched, probe_task, untouched_logits
 from pahq_hf.checkpoint.fingerprint import identity_of
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import PAHQConfig
 from pahq_hf.modeling.guard import WeightGuard
 from pahq_hf.modeling.lowering import lower
@@ -34,14 +34,16 @@ class Prepared:
 
     Attributes:
         patched: The patched model.
-        config: Its precision, with what `auto` means here.
+        asked: How it was to be kept and computed.
+        config: The same with what `auto` means here.
         identity: What identifies it, stored with circuits.
         guard: Notices a change of its weights.
     """
 
     patched: PatchedModel
+    asked: PAHQConfig
     config: PAHQConfig
-    identity: dict[str, Any]
+    identity: ModelIdentity
     guard: WeightGuard
 
 
@@ -66,7 +68,7 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
     origin = source if empty and isinstance(source, CheckpointSource) else None
     streamed = origin is not None
     check_supported(model, streamed=streamed)
-    config = resolved(config, resident_device(model))
+    asked, config = config, resolved(config, resident_device(model))
     model.eval()
     identity = identity_of(model, name, origin)
     repair_empty_mlps(model)
@@ -74,7 +76,7 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
         patched = _patched(model, config, source, origin)
     guard = WeightGuard(model)
     trim()
-    return Prepared(patched, config, identity, guard)
+    return Prepared(patched, asked, config, identity, guard)
 
 
 def _patched(

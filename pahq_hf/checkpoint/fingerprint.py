@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 import xxhash
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pahq_hf.checkpoint.streaming import stored_tensor
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.naming import shared_name
 from pahq_hf.precision.fp32.source import CheckpointSource
 
@@ -20,7 +20,7 @@ _MARK = "xxh3-"
 
 def identity_of(
     model: PreTrainedModel, base_model: str, source: CheckpointSource | None = None
-) -> dict[str, Any]:
+) -> ModelIdentity:
     """What identifies a model, kept with every circuit that is found on it.
 
     Args:
@@ -29,16 +29,18 @@ def identity_of(
         source: Where parameters are that have no memory yet.
 
     Returns:
-        `base_model`, `local`, `revision`, `model_type`, `d_model`, `fingerprint`.
+        Name, revision, family, width and fingerprint.
     """
     config = model.config
-    return {
-        "revision": getattr(config, "_commit_hash", None),
-        **shared_name(base_model),
-        "model_type": config.model_type,
-        "d_model": config.hidden_size,
-        "fingerprint": fingerprint(model, source),
-    }
+    return ModelIdentity.from_json(
+        {
+            "revision": getattr(config, "_commit_hash", None),
+            **shared_name(base_model),
+            "model_type": config.model_type,
+            "d_model": config.hidden_size,
+            "fingerprint": fingerprint(model, source),
+        }
+    )
 
 
 def fingerprint(model: PreTrainedModel, source: CheckpointSource | None = None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError
 
@@ -25,7 +26,7 @@ class WrappedModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, config: PAHQConfig, identity: dict[str, Any]
+        self, model: PreTrainedModel, name: str, config: PAHQConfig, identity: ModelIdentity
     ) -> None:
         super().__init__()
         self.base_model = model
@@ -78,17 +79,17 @@ class WrappedModel(nn.Module):
             ConfigError: If the base model is a local folder, and nobody said what it is on the Hub.
             HubError: If the Hub refuses.
         """
-        if self.identity["local"] or self.identity["base_model"] == "unknown":
+        if self.identity.local or self.identity.base_model == "unknown":
             raise ConfigError(
-                f"nobody else has the base model's folder, {self.identity['base_model']}: say which model "
+                f"nobody else has the base model's folder, {self.identity.base_model}: say which model "
                 "it is on the Hub, base_model='owner/name'"
             )
-        name, revision = self.identity["base_model"], self.identity["revision"]
+        name, revision = self.identity.base_model, self.identity.revision
         return replace(self.pahq_config, base_model=name, revision=revision).push_to_hub(repo_id, **options)
 
     def _reloading(self) -> PAHQConfig:
         """The configuration that reloads this model on this machine."""
-        name, revision = self._loaded_from, self.identity["revision"]
+        name, revision = self._loaded_from, self.identity.revision
         if name != "demo" and os.path.exists(name):
             name, revision = os.path.abspath(name), None
         return replace(self.pahq_config, base_model=name, revision=revision)

@@ -15,27 +15,31 @@ class ModelIdentity(Section):
     """What identifies a base model, stored with its circuits (`cfg` in circuit.json).
 
     Attributes:
-        base_model: Its id on the Hub, or the name of its folder without the path.
-        revision: Its commit on the Hub.
-        model_type: Its family, as transformers calls it.
-        d_model: Width of its residual stream.
-        fingerprint: Of its weights.
-        license: As its card on the Hub has it.
+        revision: The model's commit on the Hub.
+        base_model: The model's id on the Hub, or the name of its folder without the path.
         local: Whether `base_model` is the name of a folder.
+        model_type: The model's family, as transformers calls it.
+        d_model: Width of the residual stream.
+        fingerprint: Hash of the weights.
+        license: License, as the model's card on the Hub has it.
     """
 
-    base_model: str | None = None
     revision: str | None = None
+    base_model: str | None = None
+    local: bool | None = None
     model_type: str | None = None
     d_model: int | None = None
     fingerprint: str | None = None
     license: str | None = None
-    local: bool | None = None
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ModelIdentity:
         """Read a circuit's `cfg`; of a path that earlier versions kept only the folder's name is read."""
         return super().from_json(without_place(document))
+
+    def to_json(self) -> dict[str, Any]:
+        """The model in a circuit's `cfg`; that there is no revision is said too."""
+        return {"revision": self.revision, **super().to_json()}
 
     @property
     def hub_id(self) -> str | None:

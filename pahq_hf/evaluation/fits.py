@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from pahq_hf.checkpoint.legacy_fingerprint import LEGACY_NOTE, is_legacy, legacy_fingerprint_of
 from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.errors import CircuitError
 from pahq_hf.modeling.patched_model import PatchedModel
 
@@ -40,7 +40,7 @@ def check_shape(circuit: Circuit, model: PatchedModel) -> None:
 
 
 def check_fits(
-    circuit: Circuit, model: PatchedModel, identity: dict[str, Any], *, any_weights: bool = False
+    circuit: Circuit, model: PatchedModel, identity: ModelIdentity, *, any_weights: bool = False
 ) -> None:
     """Check that a circuit belongs to a model.
 
@@ -54,7 +54,7 @@ def check_fits(
         CircuitError: Naming the first difference.
     """
     check_shape(circuit, model)
-    its, mine = circuit.identity.fingerprint, identity.get("fingerprint")
+    its, mine = circuit.identity.fingerprint, identity.fingerprint
     if any_weights or its is None or its == mine:
         return
     if is_legacy(its) and its == legacy_fingerprint_of(model):

@@ -28,6 +28,7 @@ from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
 from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
@@ -98,7 +99,7 @@ class Run(Generic[OptionsT]):
         kind: SearchKind[OptionsT],
         options: OptionsT,
         model: PatchedModel,
-        identity: dict[str, Any],
+        identity: ModelIdentity,
         task: Task,
         precision: PAHQConfig,
         limits: EngineConfig | None = None,
@@ -111,7 +112,7 @@ class Run(Generic[OptionsT]):
         self.setting = Setting(model, task, metric, options.ablation, precision)
         self.options = options if kind.resolve is None else kind.resolve(options, self.setting)
         self.identity = identity
-        self.fingerprint = identity.get("fingerprint")
+        self.fingerprint = identity.fingerprint
         self.clock = RunClock()
         self.limits = limits or EngineConfig()
         self.lock: RunLock | None = None  # while it has a folder
@@ -337,7 +338,7 @@ class Run(Generic[OptionsT]):
             more={name: value for name, value in found.facts.items() if name not in own},
         )
         return Circuit(
-            graph, found.kept, found.scores, found.tested, dict(self.identity), record.to_json(), means
+            graph, found.kept, found.scores, found.tested, self.identity.to_json(), record.to_json(), means
         )
 
     # -- 5. save --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, Generic
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import ANSWERS_NAME, SWEEP_PREFIX, make_folder, output_path
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -66,7 +67,7 @@ class SweepRun(Generic[OptionsT]):
         options: OptionsT,
         thresholds: Sequence[float],
         model: PatchedModel,
-        identity: dict[str, Any],
+        identity: ModelIdentity,
         task: Task,
         precision: PAHQConfig,
         limits: EngineConfig | None = None,

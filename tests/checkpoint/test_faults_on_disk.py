@@ -165,7 +165,7 @@ def test_an_index_with_names_too_many_is_fine(folder: Path) -> None:
     index["weight_map"]["ghost.weight"] = victim_shard(folder).name
     (folder / INDEX).write_text(json.dumps(index))
     ours = PAHQModel.from_pretrained(folder, LOW["rtn"])
-    assert ours.identity["fingerprint"] == PAHQModel(tiny_llama(), FP32).identity["fingerprint"]
+    assert ours.identity.fingerprint == PAHQModel(tiny_llama(), FP32).identity.fingerprint
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

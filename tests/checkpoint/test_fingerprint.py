@@ -74,12 +74,12 @@ def test_one_identity_of_file_copy_and_model(family: str, tmp_path: Path) -> Non
     whole = PAHQModel.from_pretrained(tmp_path / "bf16", FP32)
     whole.base_model.save_pretrained(tmp_path / "fp32")
     marks = {
-        PAHQModel.from_pretrained(tmp_path / name, config).identity["fingerprint"]
+        PAHQModel.from_pretrained(tmp_path / name, config).identity.fingerprint
         for name in ("bf16", "fp32")
         for config in (FP32, PAHQ)
     }
-    marks.add(PAHQModel.from_pretrained(tmp_path / "fp32", FP32, dtype=torch.float64).identity["fingerprint"])
-    assert marks == {whole.identity["fingerprint"]} and next(iter(marks)).startswith("xxh3-")
+    marks.add(PAHQModel.from_pretrained(tmp_path / "fp32", FP32, dtype=torch.float64).identity.fingerprint)
+    assert marks == {whole.identity.fingerprint} and next(iter(marks)).startswith("xxh3-")
 
 
 # -- runs and circuits of earlier versions ------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_finished_runs_of_earlier_versions_are_resumed(
 ) -> None:
     model = PAHQModel(tiny_gpt2(), FP32)
     circuit = discover(model, tmp_path / "run")
-    outdated(tmp_path / "run", earlier(tiny_gpt2()), model.identity["fingerprint"])
+    outdated(tmp_path / "run", earlier(tiny_gpt2()), model.identity.fingerprint)
     again = discover(model, tmp_path / "run", resume=True)
     assert np.array_equal(again.kept, circuit.kept)
     assert "fingerprint of an earlier version" in caplog.text
@@ -162,22 +162,22 @@ def test_interrupted_runs_of_earlier_versions_are_resumed(config: PAHQConfig, tm
         (tmp_path / "run" / name).unlink()
     (tmp_path / "run" / "journal.jsonl").write_bytes(b"".join(journal_lines(tmp_path / "run")[:6]))
     mark = earlier(tiny_gpt2())
-    outdated(tmp_path / "run", mark, model.identity["fingerprint"])
+    outdated(tmp_path / "run", mark, model.identity.fingerprint)
     with pytest.raises(RunError, match="another run: its model"):
         discover(PAHQModel(tiny_gpt2(seed=1), config), tmp_path / "run", resume=True)
     circuit = discover(model, tmp_path / "run", resume=True)
     assert circuit.discovery["resumed_readers"] == 5
     assert circuit.discovery["header"].pop("model") == mark
-    assert whole.discovery["header"].pop("model") == model.identity["fingerprint"]
+    assert whole.discovery["header"].pop("model") == model.identity.fingerprint
     assert_same_circuit(circuit, whole)
-    assert circuit.model["fingerprint"] == model.identity["fingerprint"]
+    assert circuit.model["fingerprint"] == model.identity.fingerprint
 
 
 def test_sweeps_of_earlier_versions_are_resumed(tmp_path: Path) -> None:
     model = PAHQModel(tiny_gpt2(), FP32)
     options: dict[str, Any] = {"out": tmp_path / "sweep", "progress": False}
     model.sweep(TASK, thresholds=[0.2, 0.05], **options)
-    outdated(tmp_path / "sweep", earlier(tiny_gpt2()), model.identity["fingerprint"])
+    outdated(tmp_path / "sweep", earlier(tiny_gpt2()), model.identity.fingerprint)
     more = model.sweep(TASK, thresholds=[0.2, 0.1, 0.05], resume=True, **options)
     alone = model.discover(TASK, threshold=0.1, progress=False)
     assert np.array_equal(more[0.1].kept, alone.kept) and len(more) == 3

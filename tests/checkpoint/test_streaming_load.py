@@ -88,7 +88,7 @@ def exact_logits(model: PAHQModel) -> Tensor:
 @torch.no_grad()
 def assert_same_model(ours: PAHQModel, theirs: PAHQModel) -> None:
     """Assert that two low-precision models are equal to the bit, at both precisions."""
-    assert ours.identity["fingerprint"] == theirs.identity["fingerprint"]
+    assert ours.identity.fingerprint == theirs.identity.fingerprint
     for mine, other in zip(ours.patched.linears(), theirs.patched.linears(), strict=True):
         assert mine.low is not None and mine.nbytes == other.nbytes
         assert torch.equal(mine.dense(), other.dense())
@@ -130,12 +130,12 @@ def test_streamed_is_loaded_and_rounded(
 ) -> None:
     folder = saved(family, dtype, **({"max_shard_size": "20KB"} if shards else {}))
     assert (len(list(folder.glob("*.safetensors"))) > 1) == shards
-    hf, mark = plain(folder), PAHQModel.from_pretrained(folder, FP32).identity["fingerprint"]
+    hf, mark = plain(folder), PAHQModel.from_pretrained(folder, FP32).identity.fingerprint
     expected = hf(IDS).logits.detach()
     request.getfixturevalue("only_streamed")
     ours = PAHQModel.from_pretrained(folder, config)
     assert_same_model(ours, PAHQModel(hf, config))
-    assert ours.identity["fingerprint"] == mark
+    assert ours.identity.fingerprint == mark
     torch.testing.assert_close(exact_logits(ours), expected, rtol=1e-5, atol=1e-5)
     assert ours(IDS).logits.dtype == torch.float32 and not ours.base_model.training
     kept_as_stored = dtype == torch.bfloat16 or config.quantize_embeddings
@@ -220,7 +220,7 @@ def test_a_tied_config_whose_tables_differ_is_what_transformers_makes_of_it(
     assert len(whole_loads) == before + 2
     torch.testing.assert_close(exact_logits(ours), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(exact_logits(ours), exact_logits(full))
-    assert ours.identity["fingerprint"] == full.identity["fingerprint"]
+    assert ours.identity.fingerprint == full.identity.fingerprint
     assert len(ours.patched.embedding_matrices) == 2 * config.quantize_embeddings
 
 

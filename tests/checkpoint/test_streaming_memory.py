@@ -153,8 +153,8 @@ def test_gguf_is_streamed_from_its_conversion(
 ) -> None:
     config, ids = PAHQConfig("rtn", "int8", quantize_embeddings=tables), padded_prompts()["input_ids"]
     ours, theirs = load(path, config), PAHQModel(tiny_llama(), config)
-    assert ours.identity["fingerprint"] == theirs.identity["fingerprint"]
-    assert ours.identity["base_model"] == path.parent.name
+    assert ours.identity.fingerprint == theirs.identity.fingerprint
+    assert ours.identity.base_model == path.parent.name
     for mine, other in zip(ours.patched.linears(), theirs.patched.linears(), strict=True):
         assert torch.equal(mine.dense(), other.dense())
         with mine.shared.mode.full_precision(), other.shared.mode.full_precision():
@@ -171,7 +171,7 @@ def test_gguf_is_converted_once(
     first = load(path, FP32)
     assert capfd.readouterr().err == "", "no bars into files"
     assert first.config.name_or_path == str(path.parent)
-    assert first.identity["base_model"] == path.parent.name
+    assert first.identity.base_model == path.parent.name
     before = files_of(cache)
     assert all(not name.endswith(".lock") for name in before)
 
@@ -251,8 +251,8 @@ def test_another_gguf_of_the_same_name_is_converted_anew(path: Path, cache: Path
     first = load(path, RTN)
     write_gguf(path.with_suffix(".new"), tiny_llama(seed=1)).replace(path)
     second = load(path, RTN)
-    assert second.identity["fingerprint"] != first.identity["fingerprint"]
-    assert second.identity["fingerprint"] == load(path, FP32).identity["fingerprint"]
+    assert second.identity.fingerprint != first.identity.fingerprint
+    assert second.identity.fingerprint == load(path, FP32).identity.fingerprint
     assert len(list((cache / "gguf").iterdir())) == 2
 
 

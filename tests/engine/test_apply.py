@@ -31,7 +31,7 @@ SPEAKERS += [
 
 def circuit_of(model: PAHQModel, kept: BoolArray, means: Any = None) -> Circuit:
     nothing = np.zeros(kept.shape)
-    return Circuit(model.graph, kept, nothing, nothing.astype(bool), model.identity, {}, means)
+    return Circuit(model.graph, kept, nothing, nothing.astype(bool), model.identity.to_json(), {}, means)
 
 
 def hub_model(family: str, **options: Any) -> PAHQModel:

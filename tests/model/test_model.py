@@ -382,7 +382,7 @@ def test_fingerprint_sees_every_weight_and_no_precision(family: str) -> None:
     original = FAMILIES[family]()
     mark = fingerprint(original)
     assert fingerprint(FAMILIES[family]()) == mark
-    assert PAHQModel(FAMILIES[family](), PAHQConfig(regime="rtn")).identity["fingerprint"] == mark
+    assert PAHQModel(FAMILIES[family](), PAHQConfig(regime="rtn")).identity.fingerprint == mark
     for name, _ in original.named_parameters():
         edited = FAMILIES[family]()
         with torch.no_grad():

@@ -143,7 +143,7 @@ def test_a_wrapper_finds_its_model_again(home: Path, tmp_path: Path, monkeypatch
     """From anywhere on this machine, also when it was loaded by a relative path."""
     monkeypatch.chdir(home)
     model = PAHQModel.from_pretrained("my-model", FP32)
-    assert model.identity["base_model"] == "my-model" and model.identity["local"]
+    assert model.identity.base_model == "my-model" and model.identity.local
     model.save_pretrained(tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     again = PAHQModel.from_pretrained(tmp_path / "saved")

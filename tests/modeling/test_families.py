@@ -354,7 +354,7 @@ def test_loaded_from_a_folder_fp32_weights_stay_there(family: str, tmp_path: Pat
     with model.patched.precision.full_precision(), torch.no_grad():
         ours = model(ids, use_cache=False).logits
     assert relative_error(ours, untouched(family)(ids, use_cache=False).logits) < TOLERANCE
-    assert model.identity["fingerprint"] == patched(family).identity["fingerprint"]
+    assert model.identity.fingerprint == patched(family).identity.fingerprint
 
 
 @families

@@ -112,7 +112,7 @@ def test_of_a_copy(tmp_path: Path) -> None:
 def test_it_can_be_wrapped_again(tmp_path: Path) -> None:
     model = PAHQModel(tiny_gpt2(), PAHQ)
     model.base_model.save_pretrained(tmp_path)
-    assert PAHQModel.from_pretrained(tmp_path, FP32).identity["fingerprint"] == model.identity["fingerprint"]
+    assert PAHQModel.from_pretrained(tmp_path, FP32).identity.fingerprint == model.identity.fingerprint
 
 
 def test_names_that_patching_gave_are_refused(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def some_circuit(model: PAHQModel) -> Circuit:
     graph = model.graph
     kept = graph.all_edges & (np.random.default_rng(0).random(graph.all_edges.shape) < 0.7)
     facts = {"arguments": {"metric": "kl", "ablation": "corrupted"}}
-    return Circuit(graph, kept, np.zeros(kept.shape), kept, model.identity, facts)
+    return Circuit(graph, kept, np.zeros(kept.shape), kept, model.identity.to_json(), facts)
 
 
 def sweep(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
