@@ -147,6 +147,11 @@ class PAHQLinear(WeightMatrix):
         wide = torch.bfloat16 if self._compute == torch.float8_e4m3fn else self._compute
         return Product(weight.to(wide))
 
+    def hold_decoded(self) -> None:
+        """Have the low-precision weight decoded, as long as the cache keeps it."""
+        if self.low is not None and not self.is_full:
+            self.shared.cache.get(self._key("decoded"), self.base)
+
     def hold_packed(self) -> None:
         """Have the effective weight decoded, and packed for `forward`, as long as the cache keeps it."""
         if not self.is_full:  # what full precision reads is not packed

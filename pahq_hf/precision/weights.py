@@ -137,7 +137,7 @@ class WeightMatrix(nn.Module):
         """Materialise the FP32 values of a block; the product uses them until `drop_raised`."""
         if self.low is None:
             return
-        self._drop_products()
+        self.shared.cache.drop(self, "product")
         transfer = self.shared.staging.transfer(self._device)
         values = None if transfer is None else transfer.take(self._key("raised", block=block))
         if values is None:
@@ -160,7 +160,7 @@ class WeightMatrix(nn.Module):
     def drop_raised(self) -> None:
         """Free every FP32 block."""
         if self._raised:
-            self._drop_products()
+            self.shared.cache.drop(self, "product")
             self._raised.clear()
 
     @property
@@ -233,12 +233,6 @@ class WeightMatrix(nn.Module):
 
     # -- what the cache keeps -------------------------------------------------------------------
 
-    def hold_decoded(self) -> None:
-        """Have the low-precision weight decoded, as long as the cache keeps it."""
-        if self.low is not None and not self.is_full:
-            low, block = cast(LowWeight, self.low), self.whole
-            self.shared.cache.get(self._key("decoded"), lambda: low.dense(block.rows, block.cols))
-
     @property
     def held_bytes(self) -> int:
         """Bytes that the cache keeps of this weight."""
@@ -247,9 +241,6 @@ class WeightMatrix(nn.Module):
     def release(self) -> None:
         """Free what the cache keeps of this weight."""
         self.shared.cache.drop(self)
-
-    def _drop_products(self) -> None:
-        self.shared.cache.drop(self, "product")
 
     def _key(self, *kind: str, block: WeightBlock | None = None) -> Key:
         """A cache's key for something of this weight."""
