@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pahq_hf.capture.recording import Activations
+from pahq_hf.capture.activations import Activations
 
 _CACHES = ("cache", "past_key_values")  # as transformers from 5.24 on calls it, and before
 

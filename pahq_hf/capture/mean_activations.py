@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.live_substitute import Call
-from pahq_hf.capture.recording import Activations, answer_logits, capture, with_streams
+from pahq_hf.capture.recording import answer_logits, capture
+from pahq_hf.capture.substitutes import with_streams
 from pahq_hf.circuit.ablation import BY_POSITION
 from pahq_hf.errors import CircuitError
 from pahq_hf.modeling.patched_model import PatchedModel

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.live_substitute import Call, body_of, positions_of
-from pahq_hf.capture.recording import Activations, recording
+from pahq_hf.capture.recording import recording
 from pahq_hf.errors import ConfigError, TaskError, describe
 from pahq_hf.modeling.patched_model import PatchedModel
 

@@ -2,82 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture.store import ActivationStore, MemoryStore, kept
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.store import ActivationStore, MemoryStore
 from pahq_hf.errors import ConfigError, TaskError
 from pahq_hf.modeling.architectures.position_embeddings import Tables
 from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.device_memory import until_it_fits
-from pahq_hf.precision.sums import add_rows
 from pahq_hf.tasks.base import Task
 
 _TOKENS = 4096  # that run at once while activations are captured
-
-
-@dataclass
-class Activations:
-    """Everything one run wrote to the residual stream.
-
-    Heads are kept as z, not as contributions: `d_model / d_head` times less memory. Where a norm or a factor
-    follows the output projection, z is multiplied by its scale (`PAHQAttention.written`).
-
-    Attributes:
-        embedding: What the `input` writer adds. [batch, pos, d_model]
-        z: Per layer, what each head reads out, as it enters the stream. [batch, pos, head, d_head]
-        mlp: Per layer, what the MLP adds; empty for attention-only models. [batch, pos, d_model]
-        attention_in: Per layer, the stream the heads read. [batch, pos, d_model]
-        mlp_in: Per layer, the stream the MLP reads. [batch, pos, d_model]
-        final_in: The stream `logits` reads. [batch, pos, d_model]
-        final_out: What the final norm makes of it at the answer positions. [rows, d_model]
-        logits: Logits at the answer positions. [rows, vocab]
-        masks: Per layer, what is added to attention scores. [batch or 1, 1 or head, query, key]
-        rotary: Per layer, the rotary tables, or None.
-    """
-
-    embedding: Tensor = field(default_factory=lambda: torch.empty(0))
-    z: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
-    attention_in: list[Tensor] = field(default_factory=list)
-    mlp_in: list[Tensor] = field(default_factory=list)
-    final_in: Tensor = field(default_factory=lambda: torch.empty(0))
-    final_out: Tensor = field(default_factory=lambda: torch.empty(0))
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
-    masks: list[Tensor | None] = field(default_factory=list)
-    rotary: list[Tables | None] = field(default_factory=list)
-
-    def part(self, examples: slice) -> Activations:
-        """What some examples wrote and read; answers, masks and rotary tables are left out."""
-
-        def each(values: list[Tensor]) -> list[Tensor]:
-            return [value[examples] for value in values]
-
-        return Activations(
-            embedding=self.embedding[examples],
-            z=each(self.z),
-            mlp=each(self.mlp),
-            attention_in=each(self.attention_in),
-            mlp_in=each(self.mlp_in),
-            final_in=self.final_in[examples],
-        )
-
-    def map_writers(self, change: Callable[[Tensor], Tensor]) -> Activations:
-        """A copy whose written activations (embedding, z, mlp) are changed one by one."""
-        return replace(
-            self,
-            embedding=change(self.embedding),
-            z=[change(z) for z in self.z],
-            mlp=[change(mlp) for mlp in self.mlp],
-        )
 
 
 def answer_logits(model: PatchedModel, task: Task, input_ids: Tensor) -> Tensor:
@@ -335,107 +278,3 @@ def check_vocabulary(model: PatchedModel, task: Task) -> None:
     limit = getattr(model.hf.config, "max_position_embeddings", None)
     if limit is not None and task.length > limit:
         raise TaskError(f"prompts have {task.length} tokens; the model takes at most {limit}")
-
-
-def ablated(
-    model: PatchedModel,
-    clean: Activations,
-    corrupted: Activations,
-    task: Task,
-    ablation: str,
-    store: ActivationStore | None = None,
-) -> Activations:
-    """The activations that stand in for removed edges: `c_w` of docs/semantics.md, section 2.
-
-    Args:
-        model: The patched model, for what written activations add up to.
-        clean: The clean run.
-        corrupted: The corrupted run.
-        task: Gives the mask for means.
-        ablation: `corrupted`, `zero`, `mean` (of the clean run, per position) or `mean-corrupted`.
-        store: Where new activations go; memory by default.
-
-    Returns:
-        Activations whose embedding, z and mlp replace what writers write, and whose streams are what a
-        reader without any kept edge reads.
-    """
-    if ablation == "corrupted":
-        return corrupted
-    room = store or MemoryStore()
-    if ablation == "zero":
-        written = corrupted.map_writers(lambda values: room.empty(values.shape, values).zero_())
-    else:
-        base = clean if ablation == "mean" else corrupted
-        written = base.map_writers(lambda values: kept(room, mean_per_position(values, task)))
-    return with_streams(model, written, room)
-
-
-def with_streams(
-    model: PatchedModel, written: Activations, store: ActivationStore | None = None
-) -> Activations:
-    """The same written activations with the streams they add up to.
-
-    Args:
-        model: The patched model.
-        written: Embedding, z and mlp.
-        store: Where the streams go; memory by default.
-
-    Returns:
-        A copy whose `attention_in`, `mlp_in` and `final_in` are sums of what is written and output biases.
-    """
-    room = store or MemoryStore()
-    total = written.embedding
-    attention_in, mlp_in = [], []
-    for number, layer in enumerate(model.layers):
-        before = total
-        attention_in.append(kept(room, before))
-        with torch.no_grad():
-            total = total + layer.attention.added(written.z[number])
-        if model.spec.mlps:
-            mlp_in.append(kept(room, before if model.spec.parallel else total))
-            total = total + written.mlp[number]
-        else:
-            # An attention-only GPT-2 still adds its empty MLP's output bias, a constant.
-            with torch.no_grad():
-                total = total + layer.mlp(layer.mlp_norm(total))
-    return replace(written, attention_in=attention_in, mlp_in=mlp_in, final_in=total)
-
-
-def written_heads(layer: Layer, run: Activations, number: int) -> Tensor:
-    """What a layer's heads read out of a recorded run, at the present precision.
-
-    Args:
-        layer: The layer.
-        run: The run.
-        number: Of the layer.
-
-    Returns:
-        As `Activations.z`. [batch, pos, head, d_head]
-    """
-    attention = layer.attention
-    x = layer.attention_norm(run.attention_in[number])
-    tables = run.rotary[number]
-    q = attention.finish("q", attention.q(x), tables)
-    k = attention.finish("k", attention.k(x), tables)
-    return attention.written(attention.mix(q, k, attention.v(x), run.masks[number]))
-
-
-def mean_per_position(values: Tensor, task: Task) -> Tensor:
-    """Mean over the examples that have a position, positions counted from the first real token.
-
-    Args:
-        values: [batch, pos, ...]
-        task: Gives mask and positions.
-
-    Returns:
-        The mean, laid out as `values`; padding gets position 0's. [batch, pos, ...]
-    """
-    mask = task.attention_mask.to(values.device).bool()
-    positions = task.position_ids.to(values.device)
-    flat = values[mask].to(torch.float64).flatten(1)  # [tokens, features]
-    where = positions[mask]
-    sums = torch.zeros(task.length, flat.shape[1], dtype=torch.float64, device=values.device)
-    add_rows(sums, where, flat)
-    counts = torch.bincount(where, minlength=task.length).clamp_min(1)
-    means = (sums / counts[:, None]).to(values.dtype)
-    return means[positions].view(values.shape)

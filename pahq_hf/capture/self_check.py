@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pahq_hf.capture.recording import Activations, capture, with_streams, written_heads
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
+from pahq_hf.capture.substitutes import with_streams, written_heads
 from pahq_hf.checkpoint.streaming import borrowed
 from pahq_hf.errors import SelfCheckError, first_line
 from pahq_hf.modeling.architectures.lookup import find_architecture

@@ -21,7 +21,7 @@ from pahq_hf.engine.phases import Phases
 if TYPE_CHECKING:  # whoever knows engines by these protocols alone loads no torch
     from torch import Tensor
 
-    from pahq_hf.capture.recording import Activations
+    from pahq_hf.capture.activations import Activations
     from pahq_hf.tasks.base import Task
     from pahq_hf.tasks.metrics import Metric
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pahq_hf import PAHQConfig, PAHQModel
-from pahq_hf.capture.recording import Activations, capture
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
 from pahq_hf.capture.store import DiskStore, MemoryStore, kept
 from pahq_hf.checkpoint.load import load_config
 from pahq_hf.config import EngineConfig

@@ -10,7 +10,9 @@ from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 from transformers import PreTrainedModel
 
-from pahq_hf.capture.recording import Activations, capture, with_streams
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
+from pahq_hf.capture.substitutes import with_streams
 from pahq_hf.config import Format, PAHQConfig
 from pahq_hf.model import PAHQModel
 from pahq_hf.modeling.attention import PAHQAttention

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from pahq_hf import EngineConfig, PAHQConfig, PAHQModel
 from pahq_hf.capture import recording as capturing
-from pahq_hf.capture.recording import Activations, capture, with_streams
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
+from pahq_hf.capture.substitutes import with_streams
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName, Regime
 from pahq_hf.engine.hooks.engine import HooksEngine

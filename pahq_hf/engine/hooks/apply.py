@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.live_substitute import Call, Substitute, body_of
 from pahq_hf.capture.mean_activations import MeanActivations, Means, zero_means
 from pahq_hf.capture.partner import Partner, read_prompts
-from pahq_hf.capture.recording import Activations
 from pahq_hf.circuit.ablation import CORRUPTED, GIVEN, plain_ablation
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import BoolArray

@@ -16,16 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture.recording import (
-    Activations,
-    ablated,
-    capture,
-    exact_logits,
-    run_to_answers,
-    with_streams,
-    written_heads,
-)
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture, exact_logits, run_to_answers
 from pahq_hf.capture.store import ActivationStore
+from pahq_hf.capture.substitutes import ablated, with_streams, written_heads
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_linears

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pahq_hf.capture.recording import Activations, ablated, capture
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
+from pahq_hf.capture.substitutes import ablated
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation, MetricName
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients

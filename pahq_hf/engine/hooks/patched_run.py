@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.capture.recording import Activations
+from pahq_hf.capture.activations import Activations
 from pahq_hf.circuit.graph import BoolArray, ReaderKind
 from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer
 from pahq_hf.modeling.layers import Layer

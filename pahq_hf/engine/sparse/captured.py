@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pahq_hf.capture.recording import Activations
+from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.store import ActivationStore, kept
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.sparse.positions import Liveness, TokenPlan

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture.recording import Activations, ablated, capture, written_heads
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import capture
 from pahq_hf.capture.store import ActivationStore, MemoryStore
+from pahq_hf.capture.substitutes import ablated, written_heads
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName, MetricName
 from pahq_hf.engine.phases import Phases

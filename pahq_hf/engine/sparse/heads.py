@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pahq_hf.capture.recording import Activations
+from pahq_hf.capture.activations import Activations
 from pahq_hf.circuit.graph import ReaderKind
 from pahq_hf.engine.sparse.positions import TokenPlan, TokenSet
 from pahq_hf.modeling.layers import Layer

@@ -11,7 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pahq_hf.capture.recording import Activations, exact_logits
+from pahq_hf.capture.activations import Activations
+from pahq_hf.capture.recording import exact_logits
 from pahq_hf.engine.sparse.kl import KLReadout
 from pahq_hf.engine.sparse.vocabulary import Vocabulary
 from pahq_hf.modeling.patched_model import PatchedModel
