@@ -17,7 +17,9 @@ from pahq_hf.config import (
     StoreName,
 )
 from pahq_hf.errors import ConfigError, MetricError, first_line
+from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings
+from pahq_hf.tasks.metrics import find_metric, known_metrics
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -53,8 +55,6 @@ PrecisionOption = Annotated[Regime, typer.Option(help="Precision regime.")]
 
 def _known_format(name: str) -> str:
     """A format's name, checked as soon as it is read."""
-    from pahq_hf.precision.formats.registry import find_format
-
     try:
         return find_format(name).name
     except ConfigError as error:
@@ -67,7 +67,7 @@ FormatOption = Annotated[
         "--format",
         metavar="NAME",
         callback=_known_format,
-        help="Low-precision format: fp8, fp8-e5m2, int8, bf16, mx, or a registered one.",
+        help=f"Low-precision format: {', '.join(known_formats())}, or a registered one.",
     ),
 ]
 BudgetOption = Annotated[
@@ -88,8 +88,6 @@ TablesOption = Annotated[
 # Of a search.
 def _known(metric: str | None) -> str | None:
     """A metric's name, checked as soon as it is read."""
-    from pahq_hf.tasks.metrics import find_metric
-
     if metric is not None:
         try:
             find_metric(metric)
@@ -98,7 +96,7 @@ def _known(metric: str | None) -> str | None:
     return metric
 
 
-_METRICS = "kl, logit_diff, nll, prob_diff, match_nll, or a registered one"
+_METRICS = f"{', '.join(known_metrics())}, or a registered one"
 MetricOption = Annotated[
     str | None,
     typer.Option(
