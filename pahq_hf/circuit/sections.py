@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 SectionT = TypeVar("SectionT", bound="Section")
+_OWN = ("more", "keys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,11 @@ class Section:
 
     Attributes:
         more: What is kept as it is, by key.
+        keys: The order of the keys that were read.
     """
 
     more: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def from_json(cls: type[SectionT], document: Mapping[str, Any]) -> SectionT:
@@ -30,13 +33,21 @@ class Section:
         kinds = _kinds(cls)
         fits = {key: value for key, value in document.items() if key in kinds and kinds[key].holds(value)}
         more = {key: value for key, value in document.items() if key not in fits}
-        return cls(**{key: kinds[key].read(value) for key, value in fits.items()}, more=more)
+        known = {key: kinds[key].read(value) for key, value in fits.items()}
+        return cls(**known, more=more, keys=tuple(document))
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """Keys that have a field."""
+        return frozenset(_kinds(cls))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values by key; what says nothing has no key."""
+        """JSON-ready values by key, in the order in which they were read; what says nothing has no key."""
         kinds = _kinds(type(self))
         values = {name: kind.write(getattr(self, name)) for name, kind in kinds.items()}
-        return {name: value for name, value in values.items() if value not in (None, {})} | dict(self.more)
+        document = {name: value for name, value in values.items() if value not in (None, {})}
+        document |= self.more
+        return {key: document[key] for key in dict.fromkeys((*self.keys, *document)) if key in document}
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class _Kind:
 
 def _kinds(cls: type[Any]) -> dict[str, _Kind]:
     hints = get_type_hints(cls)
-    return {entry.name: _kind(hints[entry.name]) for entry in fields(cls) if entry.name != "more"}
+    return {entry.name: _kind(hints[entry.name]) for entry in fields(cls) if entry.name not in _OWN}
 
 
 def _kind(hint: Any) -> _Kind:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _refuse_sweep(folder: Path) -> None:
 
 
 def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
-    known = {*_SPEC_KEYS, *(entry.name for entry in fields(ModelIdentity))}
+    known = {*_SPEC_KEYS, *ModelIdentity.names()}
     unknown = sorted(set(cfg) - known)
     if unknown:
         logger.warning("%s: unknown keys in cfg are ignored: %s", folder, ", ".join(k[:40] for k in unknown))

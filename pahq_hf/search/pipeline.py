@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic
@@ -305,7 +305,7 @@ class Run(Generic[OptionsT]):
         if found.label is not None:
             announce(verdict, found.label or self.kind.name)
         weights, tested = self.setting.model.precision, int(found.tested.sum())
-        own = {entry.name for entry in fields(RunRecord)}
+        own = RunRecord.names()
         record = RunRecord(
             method=self.kind.name,
             title=self.kind.title,
