@@ -18,7 +18,7 @@ from torch.nn import functional
 from pahq_hf import Circuit, PAHQModel, Task, load_task
 from pahq_hf.circuit.ablation import is_poor
 from pahq_hf.circuit.verdict import faithfulness
-from pahq_hf.config import Ablation, MethodName, MetricName, PAHQConfig
+from pahq_hf.config import Ablation, MethodName, PAHQConfig
 from pahq_hf.errors import AblationWarning, PAHQError
 from pahq_hf.evaluation.evaluator import Evaluator
 
@@ -66,7 +66,7 @@ class Search:
         ablation, method, amount, *rest = text.split(":")
         return cls(text, cast(Ablation, ablation), method, float(amount), ":".join(rest) or None)
 
-    def run(self, model: PAHQModel, task: Task, metric: MetricName | None) -> Circuit:
+    def run(self, model: PAHQModel, task: Task, metric: str | None) -> Circuit:
         """Find it."""
         if self.method == "acdc":
             return model.discover(

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,7 @@ from benchmarks.variants import Variant
 from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.circuit.files import CIRCUIT_NAME
 from pahq_hf.circuit.verdict import faithfulness
-from pahq_hf.config import ACDCConfig, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, PAHQConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.evaluation.curves import rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
@@ -91,7 +90,7 @@ class TaskChoice:
     """
 
     name: str
-    metric: MetricName | None
+    metric: str | None
     threshold: float
 
     @classmethod
@@ -99,7 +98,7 @@ class TaskChoice:
         """Read `ioi/logit_diff=0.4`, or `sva=0.4`."""
         task, _, tau = text.rpartition("=")
         name, _, metric = task.partition("/")
-        return cls(name, cast(MetricName, metric) if metric else None, float(tau))
+        return cls(name, metric if metric else None, float(tau))
 
 
 @dataclass

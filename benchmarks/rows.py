@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.recording import Log, Recorder, Sample, repeat_tests
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, MetricName, PAHQConfig
+from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
@@ -95,7 +95,7 @@ class Regime:
 
     model: PatchedModel
     task: Task
-    metric: MetricName
+    metric: str
     name: str
     pahq: PAHQConfig
     acdc: ACDCConfig

@@ -15,11 +15,9 @@ from pahq_hf.errors import CircuitError, ConfigError, check_names, check_place
 from pahq_hf.precision.threads import check_threads
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
-Format = str  # the name of a registered one: `pahq_hf.precision.formats.registry` knows them
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
-MetricName = str  # of a registered metric: `pahq_hf.tasks.metrics` knows them
 Order = Literal["acdc", "head"]
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
@@ -112,11 +110,11 @@ class PAHQConfig(_JsonConfig):
     """
 
     regime: Regime = "pahq"
-    format: Format = "fp8"
+    format: str = "fp8"
     split_kv_groups: bool = False
     active: Active = "receiver"
     compute: Compute = "auto"
-    policy: Mapping[str, Format] = field(default_factory=dict, hash=False)
+    policy: Mapping[str, str] = field(default_factory=dict, hash=False)
     quantize_embeddings: bool = False
     base_model: str | None = field(default=None, compare=False, kw_only=True)
     revision: str | None = field(default=None, compare=False, kw_only=True)
@@ -234,7 +232,7 @@ class AttributionConfig(_JsonConfig):
     """
 
     method: MethodName = "eap-ig"
-    metric: MetricName | None = None
+    metric: str | None = None
     steps: int = 5
     topn: int | None = None
     threshold: float | None = None
@@ -285,7 +283,7 @@ class ACDCConfig(_JsonConfig):
     """
 
     threshold: float = 0.01
-    metric: MetricName | None = None
+    metric: str | None = None
     order: Order = "acdc"
     ablation: Ablation = "corrupted"
     absolute: bool = False

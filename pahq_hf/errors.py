@@ -55,10 +55,6 @@ class OutOfMemoryError(PAHQError):
     """Something does not fit into a device's memory, however little of it is computed at once."""
 
 
-class DriftError(PAHQError):
-    """Not raised any more: a search that the hooks engine does not confirm is saved (`UnverifiedWarning`)."""
-
-
 class UnverifiedWarning(UserWarning):
     """A search's final metric is not what the hooks engine finds for its circuit, by more than rounding."""
 

@@ -16,7 +16,7 @@ from pahq_hf.checkpoint.saved_config import load_by_name
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import output_path
 from pahq_hf.circuit.identity import ModelIdentity
-from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, MetricName, PAHQConfig
+from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
 from pahq_hf.errors import (
     ConfigError,
     check_place,
@@ -328,7 +328,7 @@ class PAHQModel(RunnableModel):
         circuit: Circuit,
         task: Task,
         *,
-        metric: MetricName | None = None,
+        metric: str | None = None,
         any_weights: bool = False,
         **options: Unpack[EvaluateOptions],
     ) -> dict[str, Any]:

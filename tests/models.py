@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pahq_hf.config import MetricName
 from pahq_hf.tasks.base import Task
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -281,7 +280,7 @@ def random_task(
     seed: int = 0,
     *,
     rows: int = 1,
-    metric: MetricName = "kl",
+    metric: str = "kl",
 ) -> Task:
     """`random_task_arrays` as a `Task` scored with `metric`; the other arguments are the same."""
     arrays = random_task_arrays(vocab, batch, length, padding, seed, rows=rows)

@@ -7,15 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pahq_hf.config import (
-    Ablation,
-    Active,
-    Compute,
-    EngineName,
-    Order,
-    Regime,
-    StoreName,
-)
+from pahq_hf.config import Ablation, Active, Compute, EngineName, Order, Regime, StoreName
 from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings

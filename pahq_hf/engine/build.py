@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pahq_hf.capture.store import make_store
-from pahq_hf.config import Ablation, EngineConfig, MetricName
+from pahq_hf.config import Ablation, EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
 from pahq_hf.engine.setting import Setting
@@ -47,7 +47,7 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
     )
 
 
-def make_referee(model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation) -> Referee:
+def make_referee(model: PatchedModel, task: Task, metric: str, ablation: Ablation) -> Referee:
     """Build the engine that runs whole models, at the precision the model has now.
 
     Args:
@@ -64,7 +64,7 @@ def make_referee(model: PatchedModel, task: Task, metric: MetricName, ablation: 
 
 
 def make_dropper(
-    referee: Referee, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation
+    referee: Referee, model: PatchedModel, task: Task, metric: str, ablation: Ablation
 ) -> Engine:
     """The engine that drops single edges of a circuit fastest: it computes only what each removal changes.
 

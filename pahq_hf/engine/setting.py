@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pahq_hf.circuit.graph import Graph
-from pahq_hf.config import Ablation, MetricName, PAHQConfig
+from pahq_hf.config import Ablation, PAHQConfig
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -25,7 +25,7 @@ class Setting:
 
     model: PatchedModel
     task: Task
-    metric: MetricName
+    metric: str
     ablation: Ablation
     precision: PAHQConfig
 

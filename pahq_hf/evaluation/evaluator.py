@@ -14,7 +14,7 @@ from pahq_hf.circuit.ablation import CORRUPTED, FULL, plain_ablation
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.verdict import Verdict, faithfulness
-from pahq_hf.config import Ablation, MetricName
+from pahq_hf.config import Ablation
 from pahq_hf.engine.build import make_dropper, make_referee
 from pahq_hf.engine.hooks.apply import plain_substitute
 from pahq_hf.errors import ConfigError
@@ -40,7 +40,7 @@ class Evaluator:
         MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
     """
 
-    def __init__(self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation) -> None:
+    def __init__(self, model: PatchedModel, task: Task, metric: str, ablation: Ablation) -> None:
         if ablation not in get_args(Ablation):
             raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}; got {ablation!r}")
         self._model = model

@@ -7,12 +7,7 @@ from typing import Any, TypedDict
 
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.config import (
-    Ablation,
-    MethodName,
-    MetricName,
-    Order,
-)
+from pahq_hf.config import Ablation, MethodName, Order
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.tasks.base import Task
 
@@ -20,7 +15,7 @@ from pahq_hf.tasks.base import Task
 class SweepOptions(TypedDict, total=False):
     """Fields of `ACDCConfig` but for the threshold."""
 
-    metric: MetricName | None
+    metric: str | None
     order: Order
     ablation: Ablation
     absolute: bool
@@ -39,7 +34,7 @@ class AttributeOptions(TypedDict, total=False):
     """Fields of `AttributionConfig`."""
 
     method: MethodName
-    metric: MetricName | None
+    metric: str | None
     steps: int
     topn: int | None
     threshold: float | None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import Ablation, MetricName, _JsonConfig
+from pahq_hf.config import Ablation, _JsonConfig
 from pahq_hf.errors import ConfigError, check_names
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -26,7 +26,7 @@ class Options(Protocol):
     """Options of any search: a frozen dataclass with these fields among others."""
 
     @property
-    def metric(self) -> MetricName | None:
+    def metric(self) -> str | None:
         """What is minimised; None takes the task's own."""
 
     @property
@@ -48,7 +48,7 @@ class SearchOptions(_JsonConfig):
         ablation: What takes the place of a removed edge.
     """
 
-    metric: MetricName | None = None
+    metric: str | None = None
     ablation: Ablation = "corrupted"
 
     def validate(self) -> None:

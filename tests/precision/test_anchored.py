@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pahq_hf.config import Format
 from pahq_hf.engine.sparse.vocabulary import Vocabulary
 from pahq_hf.precision.anchors import Anchor, Origin
 from pahq_hf.precision.formats.registry import quantize
@@ -26,7 +25,7 @@ from tests.helpers import MemorySource, ranges, weight_of
 
 pytestmark = pytest.mark.crossing
 
-FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
+FORMATS: tuple[str, ...] = ("fp8", "int8", "bf16")
 COMPUTES = (torch.float32, torch.bfloat16)
 ROWS, COLS, SIZE = 12, 10, 4
 # BF16 keeps 8 bits: the weight, the difference and the result are each rounded by 2^-8 at most.
@@ -62,7 +61,7 @@ class Case:
 
 
 def case_of(
-    fmt: Format = "fp8",
+    fmt: str = "fp8",
     compute: torch.dtype = torch.float32,
     *,
     bias: bool = True,
@@ -107,7 +106,7 @@ def assert_difference(change: Tensor, moved: Tensor, weight: Tensor, y0: Tensor,
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("compute", COMPUTES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_at_the_anchor_nothing_is_rounded(fmt: Format, compute: torch.dtype, bias: bool) -> None:
+def test_at_the_anchor_nothing_is_rounded(fmt: str, compute: torch.dtype, bias: bool) -> None:
     """y0 comes back to the bit, and y0 is what the FP32 weight makes of x0."""
     case = case_of(fmt, compute, bias=bias)
     x0, y0 = case.anchor.x, case.anchor.y
@@ -125,7 +124,7 @@ def test_at_the_anchor_nothing_is_rounded(fmt: Format, compute: torch.dtype, bia
 @pytest.mark.parametrize("compute", COMPUTES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_runs_of_outputs_have_anchors_of_their_own(
-    fmt: Format, compute: torch.dtype, repeat: int, bias: bool
+    fmt: str, compute: torch.dtype, repeat: int, bias: bool
 ) -> None:
     case = case_of(fmt, compute, bias=bias, size=SIZE, repeat=repeat)
     x0, y0 = case.anchor.x, case.anchor.y
@@ -160,7 +159,7 @@ def test_runs_of_outputs_have_anchors_of_their_own(
 )
 @settings(max_examples=100)
 def test_low_precision_multiplies_only_the_difference(
-    fmt: Format, compute: torch.dtype, bias: bool, scale: float, circuits: int, seed: int
+    fmt: str, compute: torch.dtype, bias: bool, scale: float, circuits: int, seed: int
 ) -> None:
     """Whatever its size: so the error is relative to it, and vanishes with it."""
     case = case_of(fmt, compute, bias=bias, seed=seed)
@@ -196,7 +195,7 @@ def test_without_an_anchor_small_differences_would_drown() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("compute", COMPUTES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: bool) -> None:
+def test_a_raised_map_is_the_fp32_map(fmt: str, compute: torch.dtype, bias: bool) -> None:
     case = case_of(fmt, compute, bias=bias)
     x = step_from(case.anchor.x, 3.0, seed=5)
     exact = F.linear(x, case.full, case.bias)
@@ -224,7 +223,7 @@ def test_a_raised_map_is_the_fp32_map(fmt: Format, compute: torch.dtype, bias: b
 )
 @settings(max_examples=80)
 def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
-    fmt: Format,
+    fmt: str,
     compute: torch.dtype,
     regions: list[WeightBlock],
     steps: list[str],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
-from pahq_hf.config import ACDCConfig, EngineConfig, Format
+from pahq_hf.config import ACDCConfig, EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
@@ -36,12 +36,12 @@ pytestmark = pytest.mark.crossing
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 FULL_TASK = random_task(batch=3, length=6, seed=2)
 IDS = padded_prompts()["input_ids"]
-MIXED: dict[str, Format] = {"m*": "bf16", "a0.*": "int8"}
+MIXED: dict[str, str] = {"m*": "bf16", "a0.*": "int8"}
 NAMES = [f"a{layer}.h{head}" for layer in range(2) for head in range(HEADS)] + ["m0", "m1"]
-RISING: tuple[Format, ...] = ("fp8-e5m2", "fp8", "int8", "bf16")  # from coarse to fine
+RISING: tuple[str, ...] = ("fp8-e5m2", "fp8", "int8", "bf16")  # from coarse to fine
 
 
-def mixed(family: str, policy: dict[str, Format], fmt: Format = "fp8", **options: Any) -> PAHQModel:
+def mixed(family: str, policy: dict[str, str], fmt: str = "fp8", **options: Any) -> PAHQModel:
     regime: Any = options.pop("regime", "rtn")
     return PAHQModel(FAMILIES[family](), PAHQConfig(regime, fmt, policy=policy, **options))
 
@@ -79,7 +79,7 @@ def assert_blocks(found: list[Tensor], wanted: list[Tensor]) -> None:
     )
 )
 @settings(max_examples=60)
-def test_the_first_pattern_that_matches_counts(policy: list[tuple[str, Format]]) -> None:
+def test_the_first_pattern_that_matches_counts(policy: list[tuple[str, str]]) -> None:
     found = formats_of(NAMES, dict(policy), "mx")
     matches = {  # spelt out
         "*": set(NAMES), "a*": set(NAMES[:8]), "m*": {"m0", "m1"}, "a0.*": set(NAMES[:4]), "m1": {"m1"},
@@ -91,7 +91,7 @@ def test_the_first_pattern_that_matches_counts(policy: list[tuple[str, Format]])
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fmt", ["fp8", "fp8-e5m2", "mx"])
-def test_a_policy_gives_the_weights_of_uniform_models(family: str, fmt: Format) -> None:
+def test_a_policy_gives_the_weights_of_uniform_models(family: str, fmt: str) -> None:
     model, seen = mixed(family, MIXED, fmt), set()
     for name in NAMES:
         wanted: Any = "bf16" if name[0] == "m" else "int8" if name.startswith("a0") else fmt
@@ -103,7 +103,7 @@ def test_a_policy_gives_the_weights_of_uniform_models(family: str, fmt: Format) 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("fine", ["int8", "bf16"])
-def test_single_heads(family: str, fine: Format) -> None:
+def test_single_heads(family: str, fine: str) -> None:
     """Rows of q are those of uniform models; columns of o have scales of their own."""
     model = mixed(family, {"a0.h1": fine, "a1.h[23]": fine})
     for name in NAMES[:8]:
@@ -118,7 +118,7 @@ def test_single_heads(family: str, fine: Format) -> None:
 
 @pytest.mark.parametrize("first", RISING)
 @pytest.mark.parametrize("second", RISING)
-def test_shared_keys_and_values_get_the_finest_format(first: Format, second: Format) -> None:
+def test_shared_keys_and_values_get_the_finest_format(first: str, second: str) -> None:
     """Heads 2 and 3 of the tiny Llama share a group; heads 0 and 1 share the other."""
     assert HEADS // KV_HEADS == 2
     model = mixed("llama", {"a0.h2": first, "a0.h3": second}, "fp8-e5m2")
@@ -133,7 +133,7 @@ def test_shared_keys_and_values_get_the_finest_format(first: Format, second: For
 
 
 def test_a_mixed_model_takes_the_bytes_of_its_parts() -> None:
-    def size(policy: dict[str, Format]) -> int:
+    def size(policy: dict[str, str]) -> int:
         return mixed("llama", policy).patched.precision.nbytes
 
     elements, rows = 3 * WIDTH * 2 * WIDTH, 2 * 2 * WIDTH + WIDTH  # of one MLP
@@ -209,7 +209,7 @@ def test_a_run_shows_its_policy_and_refuses_another(tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     lines = (tmp_path / "out" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "half" / "journal.jsonl").write_bytes(b"".join(lines[:5]))
-    others: list[dict[str, Format]] = [{}, {"m*": "bf16"}, {"m*": "bf16", "m0": "bf16"}]
+    others: list[dict[str, str]] = [{}, {"m*": "bf16"}, {"m*": "bf16", "m0": "bf16"}]
     for policy in others:
         other = mixed("llama", policy, regime="pahq", quantize_embeddings=True)
         for folder in ("out", "half"):
@@ -255,7 +255,7 @@ def test_policies_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixtu
     ],
 )
 def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, family: str, tables: bool) -> None:
-    policy: dict[str, Format] = {"a0.h1": "int8", "a0.*": "fp8-e5m2", "m1": "mx", "m*": "bf16"}
+    policy: dict[str, str] = {"a0.h1": "int8", "a0.*": "fp8-e5m2", "m1": "mx", "m*": "bf16"}
     config = PAHQConfig("pahq", "fp8", policy=policy, quantize_embeddings=tables)
     model = PAHQModel(FAMILIES[family](), config).patched
     for metric, threshold in (("kl", 0.003), ("logit_diff", 0.1)):
@@ -299,7 +299,7 @@ def test_discovery_does_not_see_rounded_embeddings(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fmt", ["fp8", "fp8-e5m2", "int8", "mx"])
 @torch.no_grad()
-def test_forward_and_generate_see_rounded_embeddings(family: str, fmt: Format) -> None:
+def test_forward_and_generate_see_rounded_embeddings(family: str, fmt: str) -> None:
     ours = mixed(family, {}, fmt, quantize_embeddings=True)
     hf, exact = FAMILIES[family](), mixed(family, {}, fmt)
     tied = hf.lm_head.weight is hf.get_input_embeddings().weight

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
-from pahq_hf.config import Format
 from pahq_hf.errors import ConfigError, ModelLoadError
 from pahq_hf.precision.active_components import ActiveComponents
 from pahq_hf.precision.formats.float8 import decode_e4m3
@@ -24,7 +23,7 @@ from pahq_hf.precision.products import resolve_compute
 from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import MemorySource, ranges, weight_of
 
-FORMATS: tuple[Format, ...] = ("fp8", "int8", "bf16")
+FORMATS: tuple[str, ...] = ("fp8", "int8", "bf16")
 ROWS, COLS = 12, 10
 ALL = slice(None)
 
@@ -35,7 +34,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def torchao_values(weight: Tensor, fmt: Format) -> Tensor:
+def torchao_values(weight: Tensor, fmt: str) -> Tensor:
     """What the format keeps of a weight, by torchao's own words."""
     if fmt == "bf16":
         return weight.to(torch.bfloat16).to(torch.float32)
@@ -73,7 +72,7 @@ def test_decode_e4m3_is_torchaos_dequantize_on_every_code(scales: list[float], s
 )
 @settings(max_examples=40)
 def test_blocks_are_torchaos_dequantisation(
-    fmt: Format, rows: slice, cols: slice, seed: int, spread: float
+    fmt: str, rows: slice, cols: slice, seed: int, spread: float
 ) -> None:
     weight = weight_of(ROWS, COLS, seed, spread)
     expected = torchao_values(weight, fmt)
@@ -84,7 +83,7 @@ def test_blocks_are_torchaos_dequantisation(
 
 
 @pytest.mark.parametrize(("fmt", "relative"), [("fp8", 2**-4), ("int8", 0.5 / 127), ("bf16", 2**-8)])
-def test_rounding_error_is_the_formats(fmt: Format, relative: float) -> None:
+def test_rounding_error_is_the_formats(fmt: str, relative: float) -> None:
     """E4M3 keeps 3 bits of each number; int8 half a step of its row's largest; bf16 7 bits of each."""
     weight = weight_of(32, 64, seed=0, spread=2.0)
     error = (quantize(weight, fmt).dense(ALL, ALL) - weight).abs()
@@ -95,7 +94,7 @@ def test_rounding_error_is_the_formats(fmt: Format, relative: float) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_a_dead_row_stays_zero(fmt: Format) -> None:
+def test_a_dead_row_stays_zero(fmt: str) -> None:
     weight = weight_of(4, 6, seed=0)
     weight[2] = 0
     values = quantize(weight, fmt).dense(ALL, ALL)
@@ -103,7 +102,7 @@ def test_a_dead_row_stays_zero(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_dense_is_a_private_copy(fmt: Format) -> None:
+def test_dense_is_a_private_copy(fmt: str) -> None:
     low = quantize(weight_of(4, 6, seed=0), fmt)
     before = low.dense(ALL, ALL)
     low.dense(ALL, ALL).zero_()
@@ -112,7 +111,7 @@ def test_dense_is_a_private_copy(fmt: Format) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_numbers_are_refused(fmt: Format, bad: float) -> None:
+def test_weights_that_are_not_numbers_are_refused(fmt: str, bad: float) -> None:
     weight = weight_of(4, 6, seed=0)
     weight[3, 5] = bad
     with pytest.raises(ModelLoadError, match="NaN or infinity"):
@@ -123,7 +122,7 @@ def test_weights_that_are_not_numbers_are_refused(fmt: Format, bad: float) -> No
     ("fmt", "expected"),
     [("fp8", ROWS * COLS + 4 * ROWS), ("int8", ROWS * COLS + 4 * ROWS), ("bf16", 2 * ROWS * COLS)],
 )
-def test_nbytes_counts_codes_and_scales(fmt: Format, expected: int) -> None:
+def test_nbytes_counts_codes_and_scales(fmt: str, expected: int) -> None:
     assert quantize(weight_of(ROWS, COLS, seed=0), fmt).nbytes == expected
 
 
@@ -146,7 +145,7 @@ class Lowered:
         return weight
 
 
-def lowered(fmt: Format = "fp8", seed: int = 0) -> Lowered:
+def lowered(fmt: str = "fp8", seed: int = 0) -> Lowered:
     full = weight_of(ROWS, COLS, seed)
     bias = weight_of(1, ROWS, seed + 1)[0]
     linear = PAHQLinear(full.clone(), bias)
@@ -171,7 +170,7 @@ def test_before_lowering_it_is_an_ordinary_linear() -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_lower_keeps_only_the_low_precision_weight(fmt: Format) -> None:
+def test_lower_keeps_only_the_low_precision_weight(fmt: str) -> None:
     case = lowered(fmt)
     x = weight_of(3, COLS, seed=2)
     assert not torch.equal(case.low, case.full)
@@ -193,7 +192,7 @@ def test_lower_keeps_only_the_low_precision_weight(fmt: Format) -> None:
 )
 @settings(max_examples=120)
 def test_raised_regions_are_fp32_and_the_rest_is_low(
-    fmt: Format, regions: list[WeightBlock], rows: slice, cols: slice, seed: int
+    fmt: str, regions: list[WeightBlock], rows: slice, cols: slice, seed: int
 ) -> None:
     """Any regions, overlapping or not, seen through any block."""
     case = lowered(fmt, seed)

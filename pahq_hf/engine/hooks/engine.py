@@ -21,7 +21,7 @@ from pahq_hf.capture.recording import capture, exact_logits, run_to_answers
 from pahq_hf.capture.store import ActivationStore
 from pahq_hf.capture.substitutes import ablated, with_streams, written_heads
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
-from pahq_hf.config import Ablation, EngineName, MetricName
+from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_linears
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
@@ -88,7 +88,7 @@ class HooksEngine:
         self,
         model: PatchedModel,
         task: Task,
-        metric: MetricName,
+        metric: str,
         *,
         ablation: Ablation = "corrupted",
         rule: RegimeRule | None = None,

@@ -11,7 +11,7 @@ from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.recording import capture
 from pahq_hf.capture.substitutes import ablated
 from pahq_hf.circuit.graph import Graph
-from pahq_hf.config import Ablation, MetricName
+from pahq_hf.config import Ablation
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.regime_rule import RegimeRule
@@ -43,7 +43,7 @@ class Runs:
     """
 
     def __init__(
-        self, model: PatchedModel, task: Task, metric: MetricName, ablation: Ablation, rule: RegimeRule
+        self, model: PatchedModel, task: Task, metric: str, ablation: Ablation, rule: RegimeRule
     ) -> None:
         self.model = model
         self.graph: Graph = model.graph

@@ -22,7 +22,7 @@ from pahq_hf.capture.recording import capture
 from pahq_hf.capture.store import ActivationStore, MemoryStore
 from pahq_hf.capture.substitutes import ablated, written_heads
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.config import Ablation, EngineName, MetricName
+from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
@@ -67,7 +67,7 @@ class SparseEngine:
         self,
         model: PatchedModel,
         task: Task,
-        metric: MetricName,
+        metric: str,
         *,
         ablation: Ablation = "corrupted",
         rule: RegimeRule | None = None,
