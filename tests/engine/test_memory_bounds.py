@@ -261,7 +261,7 @@ def test_accounts_before_loading_are_the_bytes_after(
     folder = save_tiny(tmp_path / "model", name, dtype=dtype)
     config = PAHQConfig("pahq", fmt, policy={"m0": "bf16"}, quantize_embeddings=tables)  # type: ignore[arg-type]
     model = PAHQModel.from_pretrained(folder, config)
-    source = model.patched.linears().__next__()._source.source
+    source = model.patched.linears().__next__().source_block.source
     planned = report(empty_model(load_config(str(folder))), config, n=2, length=3, source=source)  # type: ignore[arg-type]
     assert planned.shares == model.memory_report(n=2, length=3).shares
     linears = [share for share in planned.shares if share.part in ("attention", "mlp")]

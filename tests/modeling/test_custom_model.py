@@ -77,7 +77,8 @@ def test_it_loads_from_a_folder_low_precision_weights_streamed(tmp_path: Path) -
     prompts = padded_prompts()
     with model.patched.precision.full_precision():
         assert relative_error(model(**prompts).logits, twin()(**prompts).logits) < 1e-5
-    sources = {type(linear._block.source).__name__ for linear in model.patched.linears() if linear._block}
+    blocks = [linear.source_block for linear in model.patched.linears()]
+    sources = {type(block.source).__name__ for block in blocks if block}
     assert sources == {"CheckpointSource"}, "FP32 weights are read from the checkpoint, not from a copy"
 
 

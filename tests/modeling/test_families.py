@@ -349,8 +349,8 @@ def test_loaded_from_a_folder_fp32_weights_stay_there(family: str, tmp_path: Pat
         linear for layer in model.patched.layers if layer.mlp.is_routed for linear in layer.mlp.linears
     }
     for linear in linears(model):
-        assert linear._block is not None
-        copied = type(linear._block.source).__name__ == "SpillSource"
+        assert linear.source_block is not None
+        copied = type(linear.source_block.source).__name__ == "SpillSource"
         assert not copied or linear in experts
     ids = random_task().clean_ids
     with model.patched.precision.full_precision(), torch.no_grad():
