@@ -19,10 +19,11 @@ from benchmarks.capture_memory import random_task
 from benchmarks.rows import settled_memory
 from benchmarks.variants import Variant
 from pahq_hf import PAHQModel, load_task
-from pahq_hf.config import ACDCConfig, EngineConfig
+from pahq_hf.config import EngineConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.precision.memory import PeakMemory, read_memory
 from pahq_hf.search.acdc import AdaptiveBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
 from pahq_hf.tasks.base import Task

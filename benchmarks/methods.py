@@ -18,12 +18,13 @@ from benchmarks.variants import Variant
 from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.circuit.files import CIRCUIT_NAME
 from pahq_hf.circuit.verdict import faithfulness
-from pahq_hf.config import ACDCConfig, PAHQConfig
+from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.evaluation.curves import rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
 from pahq_hf.precision.memory import trim
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\

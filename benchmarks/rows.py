@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from benchmarks.recording import Log, Recorder, Sample, repeat_tests
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import ACDCConfig, EngineConfig, EngineName, PAHQConfig
+from pahq_hf.config import EngineConfig, EngineName, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.memory import PeakMemory, read_memory, trim
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.tasks.base import Task
 
 HOOKS, SEQUENTIAL, SPECULATIVE = ENGINES = ("hooks", "sequential", "speculative")

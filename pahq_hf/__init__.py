@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pahq_hf.circuit.circuit import Circuit
-    from pahq_hf.config import ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
+    from pahq_hf.config import EngineConfig, PAHQConfig
     from pahq_hf.errors import PAHQError
     from pahq_hf.model import PAHQModel
     from pahq_hf.modeling.architectures.architecture import Architecture
     from pahq_hf.modeling.architectures.lookup import register_architecture
     from pahq_hf.precision.formats.registry import LowFormat, register_format
+    from pahq_hf.search.acdc_options import ACDCConfig
+    from pahq_hf.search.attribution.options import AttributionConfig
     from pahq_hf.search.registry import register_search
     from pahq_hf.search.sweep_result import Sweep
     from pahq_hf.tasks.base import Task
@@ -45,9 +47,9 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "ACDCConfig": "config",
+    "ACDCConfig": "search.acdc_options",
     "Architecture": "modeling.architectures.architecture",
-    "AttributionConfig": "config",
+    "AttributionConfig": "search.attribution.options",
     "Circuit": "circuit.circuit",
     "EngineConfig": "config",
     "LowFormat": "precision.formats.registry",

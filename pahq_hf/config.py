@@ -1,9 +1,8 @@
-"""Configuration: how weights are kept (`PAHQConfig`) and how a circuit is searched (`ACDCConfig`)."""
+"""Configuration: how weights are kept (`PAHQConfig`), with its file, and how metrics are computed."""
 
 from __future__ import annotations
 
 import json
-import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,18 +17,16 @@ Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
-Order = Literal["acdc", "head"]
-MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
 CONFIG_NAME = "pahq_config.json"
 _CONFIG_VERSION = 1  # of that file
 
-SelfT = TypeVar("SelfT", bound="_JsonConfig")
+SelfT = TypeVar("SelfT", bound="JsonConfig")
 
 
 @dataclass(frozen=True)
-class _JsonConfig:
+class JsonConfig:
     """A frozen dataclass that validates itself and goes to JSON and back."""
 
     def __post_init__(self) -> None:
@@ -59,7 +56,12 @@ class _JsonConfig:
         return cls(**values)
 
 
-def _metric(name: object) -> None:
+def check_metric_name(name: object) -> None:
+    """Check that a metric is registered.
+
+    Raises:
+        ConfigError: If not.
+    """
     from pahq_hf.tasks.metrics import known_metrics
 
     if name not in known_metrics():
@@ -73,7 +75,12 @@ def _format(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(known_formats())}; got {value!r}")
 
 
-def _choice(name: str, value: object, choices: object) -> None:
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Check that a value is one of a `Literal`'s.
+
+    Raises:
+        ConfigError: If not.
+    """
     allowed = get_args(choices)
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
@@ -91,7 +98,7 @@ def check_number(name: str, value: object, *, whole: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class PAHQConfig(_JsonConfig):
+class PAHQConfig(JsonConfig):
     """How a model's linear weights are kept and computed (docs/semantics.md, section 5).
 
     Attributes:
@@ -193,10 +200,10 @@ class PAHQConfig(_JsonConfig):
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is not one of the choices."""
-        _choice("precision", self.regime, Regime)
+        check_choice("precision", self.regime, Regime)
         _format("format", self.format)
-        _choice("active", self.active, Active)
-        _choice("compute", self.compute, Compute)
+        check_choice("active", self.active, Active)
+        check_choice("compute", self.compute, Compute)
         given: object = self.policy
         if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
             raise ConfigError(f"policy must map patterns to formats; got {self.policy!r}")
@@ -216,142 +223,7 @@ class PAHQConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
-class AttributionConfig(_JsonConfig):
-    """How edges are scored, and which of them make the circuit (docs/semantics.md, section 7).
-
-    Attributes:
-        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `hisp`, head importance; `exact`,
-            every edge removed alone from the full model; `random`.
-        metric: What is minimised; None takes the task's own.
-        steps: Runs whose gradients `eap-ig` averages.
-        topn: Keep so many edges; by default all, or those of the threshold.
-        threshold: Keep edges with at least this score.
-        absolute: Compare magnitudes of scores.
-        ablation: What takes the place of a removed edge.
-        seed: Of `random`.
-    """
-
-    method: MethodName = "eap-ig"
-    metric: str | None = None
-    steps: int = 5
-    topn: int | None = None
-    threshold: float | None = None
-    absolute: bool = False
-    ablation: Ablation = "corrupted"
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Raise `ConfigError` when a value is out of range."""
-        _choice("method", self.method, MethodName)
-        if self.metric is not None:
-            _metric(self.metric)
-        _choice("ablation", self.ablation, Ablation)
-        for name in ("steps", "topn", "seed"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), whole=True)
-        if self.threshold is not None:
-            check_number("threshold", self.threshold)
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1; got {self.steps}")
-        if self.topn is not None and self.threshold is not None:
-            raise ConfigError("give either topn or a threshold, not both")
-        if self.topn is not None and self.topn < 1:
-            raise ConfigError(f"topn must be at least 1; got {self.topn}")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0; got {self.seed}")
-
-
-@dataclass(frozen=True)
-class ACDCConfig(_JsonConfig):
-    """How ACDC searches (docs/semantics.md, section 3).
-
-    Attributes:
-        threshold: tau; an edge goes when its removal raises the metric by less than this.
-        metric: What is minimised; None takes the task's own.
-        order: Reader order.
-        ablation: What takes the place of a removed edge.
-        absolute: Compare `|new - cur|` instead of `new - cur`.
-        readers: Comma-separated globs; only matching readers are searched, others keep all edges.
-        margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
-            `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
-            have no second look.
-        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
-            this fraction of them, those with the largest magnitudes. The others are removed untested when
-            their reader is visited. None tests all.
-    """
-
-    threshold: float = 0.01
-    metric: str | None = None
-    order: Order = "acdc"
-    ablation: Ablation = "corrupted"
-    absolute: bool = False
-    readers: str | None = None
-    margin: float | None = None
-    screen: str | None = None
-
-    def validate(self) -> None:
-        """Raise `ConfigError` when a value is out of range."""
-        check_number("threshold", self.threshold)
-        if self.margin is not None:
-            check_number("margin", self.margin)
-        if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
-        if self.metric is not None:
-            _metric(self.metric)
-        _choice("order", self.order, Order)
-        _choice("ablation", self.ablation, Ablation)
-        if self.margin is not None and not self.margin >= 0:
-            raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
-        if self.screen is not None:
-            parse_screen(self.screen)
-
-    def stays(self, score: float) -> bool:
-        """Whether an edge with this score is kept."""
-        return (abs(score) if self.absolute else score) >= self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
-        values = asdict(self)
-        if self.screen is None:
-            del values["screen"]
-        return values | {"margin": "inf"} if self.margin == math.inf else values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ACDCConfig:
-        """Build from `to_dict`'s output."""
-        if values.get("margin") == "inf":
-            values = values | {"margin": math.inf}
-        return super().from_dict(values)
-
-
-def parse_screen(text: str) -> tuple[MethodName, float]:
-    """Method and fraction of a screen.
-
-    Args:
-        text: `METHOD:FRACTION`.
-
-    Raises:
-        ConfigError: If it is something else.
-    """
-    method, _, rest = text.partition(":")
-    try:
-        fraction = float(rest)
-    except ValueError:
-        fraction = math.nan
-    for known in get_args(MethodName):
-        if method == known and 0 < fraction <= 1:
-            return known, fraction
-    methods = ", ".join(get_args(MethodName))
-    raise ConfigError(
-        f"screen must be METHOD:FRACTION, such as eap-ig:0.1, with a method of {methods} and a fraction "
-        f"above 0 and up to 1; got {text!r}"
-    )
-
-
-@dataclass(frozen=True)
-class EngineConfig(_JsonConfig):
+class EngineConfig(JsonConfig):
     """How metrics are computed. Nothing here changes a decision, so a run may resume with other values.
 
     Attributes:
@@ -373,8 +245,8 @@ class EngineConfig(_JsonConfig):
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         if self.engine is not None:
-            _choice("engine", self.engine, EngineName)
-        _choice("activation_store", self.activation_store, StoreName)
+            check_choice("engine", self.engine, EngineName)
+        check_choice("activation_store", self.activation_store, StoreName)
         for name in ("batch", "memory_budget", "threads"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True)

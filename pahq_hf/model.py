@@ -16,7 +16,7 @@ from pahq_hf.checkpoint.saved_config import load_by_name
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import output_path
 from pahq_hf.circuit.identity import ModelIdentity
-from pahq_hf.config import Ablation, ACDCConfig, AttributionConfig, EngineConfig, PAHQConfig
+from pahq_hf.config import Ablation, EngineConfig, PAHQConfig
 from pahq_hf.errors import (
     ConfigError,
     check_place,
@@ -27,6 +27,7 @@ from pahq_hf.evaluation.report import EvaluationOptions, evaluate
 from pahq_hf.evaluation.runnable import RunnableModel
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.fp32.source import WeightSource
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.arguments import (
     AttributeOptions,
     DiscoverOptions,
@@ -35,6 +36,7 @@ from pahq_hf.search.arguments import (
     check_task,
     check_work,
 )
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search

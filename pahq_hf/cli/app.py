@@ -229,7 +229,8 @@ def discover(
     """Find the circuit of a task with ACDC and write it to a folder."""
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.cli.tables import run_table
-    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.config import EngineConfig, PAHQConfig
+    from pahq_hf.search.acdc_options import ACDCConfig
     from pahq_hf.search.lock import check_free
     from pahq_hf.tasks.loading import check_choice
 

@@ -38,8 +38,9 @@ from pahq_hf.cli.options import (
     read_policy,
 )
 from pahq_hf.cli.output import JsonOption, print_json, print_rich
-from pahq_hf.config import EngineName, MethodName
+from pahq_hf.config import EngineName
 from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.attribution.options import MethodName
 from pahq_hf.search.progress import make_progress
 
 
@@ -84,7 +85,8 @@ def attribute(
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.circuit.files import refuse_overwrite
     from pahq_hf.cli.tables import run_table
-    from pahq_hf.config import AttributionConfig, EngineConfig, PAHQConfig
+    from pahq_hf.config import EngineConfig, PAHQConfig
+    from pahq_hf.search.attribution.options import AttributionConfig
     from pahq_hf.search.lock import check_free
     from pahq_hf.tasks.loading import check_choice
 

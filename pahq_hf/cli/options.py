@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pahq_hf.config import Ablation, Active, Compute, EngineName, Order, Regime, StoreName
+from pahq_hf.circuit.graph import ReaderOrder
+from pahq_hf.config import Ablation, Active, Compute, EngineName, Regime, StoreName
 from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings
@@ -109,7 +110,7 @@ MarginOption = Annotated[
     typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
 ]
 ComputeOption = Annotated[Compute, typer.Option(help="Dtype of products with differences (precision pahq).")]
-OrderOption = Annotated[Order, typer.Option(help="Order in which readers are visited.")]
+OrderOption = Annotated[ReaderOrder, typer.Option(help="ReaderOrder in which readers are visited.")]
 AblationOption = Annotated[Ablation, typer.Option(help="What stands in for removed edges.")]
 AbsoluteOption = Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")]
 ReadersOption = Annotated[

@@ -110,7 +110,8 @@ def sweep(
     """Find a task's circuits at several thresholds, computing once what the searches share."""
     from pahq_hf import PAHQModel, load_task
     from pahq_hf.cli.tables import sweep_table
-    from pahq_hf.config import ACDCConfig, EngineConfig, PAHQConfig
+    from pahq_hf.config import EngineConfig, PAHQConfig
+    from pahq_hf.search.acdc_options import ACDCConfig
     from pahq_hf.search.lock import check_free
     from pahq_hf.search.sweep_result import check_thresholds
     from pahq_hf.tasks.loading import check_choice

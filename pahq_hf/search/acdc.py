@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.protocol import Engine
+from pahq_hf.search.acdc_options import ACDCConfig
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from dataclasses import replace
 import numpy as np
 
 from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
-from pahq_hf.config import ACDCConfig, PAHQConfig, parse_screen
+from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.precision.margin import default_margin
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.methods import check_gradient
+from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.expectation import search_progress
 from pahq_hf.search.kind import Found
 from pahq_hf.search.replay import replay, step_of

@@ -7,8 +7,10 @@ from typing import Any, TypedDict
 
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.config import Ablation, MethodName, Order
+from pahq_hf.circuit.graph import ReaderOrder
+from pahq_hf.config import Ablation
 from pahq_hf.errors import ConfigError, check_names, describe
+from pahq_hf.search.attribution.options import MethodName
 from pahq_hf.tasks.base import Task
 
 
@@ -16,7 +18,7 @@ class SweepOptions(TypedDict, total=False):
     """Fields of `ACDCConfig` but for the threshold."""
 
     metric: str | None
-    order: Order
+    order: ReaderOrder
     ablation: Ablation
     absolute: bool
     readers: str | None

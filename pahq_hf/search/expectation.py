@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph, ReaderOrder
-from pahq_hf.config import ACDCConfig
 from pahq_hf.search.acdc import ReaderRecord, Search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.progress import Count, Progress
 
 _PRIOR_TESTS = 50  # tests that the first guess counts for

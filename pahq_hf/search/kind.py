@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import Ablation, _JsonConfig
+from pahq_hf.config import Ablation, JsonConfig, check_choice
 from pahq_hf.errors import ConfigError, check_names
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -38,7 +38,7 @@ class Options(Protocol):
 
 
 @dataclass(frozen=True)
-class SearchOptions(_JsonConfig):
+class SearchOptions(JsonConfig):
     """A beginning for the options of a search of one's own: a frozen dataclass that adds fields to these.
 
     A field's `metadata` may hold `help`, `metavar`, `min` and `flag` for the command line.
@@ -53,10 +53,7 @@ class SearchOptions(_JsonConfig):
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range; whoever adds fields adds their checks."""
-        if self.ablation not in get_args(Ablation):
-            raise ConfigError(
-                f"ablation must be one of {', '.join(get_args(Ablation))}; got {self.ablation!r}"
-            )
+        check_choice("ablation", self.ablation, Ablation)
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pahq_hf.config import ACDCConfig, AttributionConfig
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
 
 if TYPE_CHECKING:

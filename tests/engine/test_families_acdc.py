@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import OTHER_GRAPHS, assert_same_search, named, random_edges, referee, wrapped
 from tests.models import random_task
 

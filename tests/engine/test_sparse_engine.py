@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
@@ -21,6 +20,7 @@ from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.errors import TaskError
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 

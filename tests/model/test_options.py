@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
-from pahq_hf.config import AttributionConfig
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.report import EvaluationOptions
 from pahq_hf.search.arguments import AttributeOptions, DiscoverOptions, EvaluateOptions
+from pahq_hf.search.attribution.options import AttributionConfig
 from tests.helpers import FP32, save_tiny, wrapped
 from tests.models import padded_prompts, random_task, tiny_llama
 

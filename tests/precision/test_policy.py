@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
-from pahq_hf.config import ACDCConfig, EngineConfig
+from pahq_hf.config import EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
@@ -28,6 +28,7 @@ from pahq_hf.precision.formats.registry import quantize
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.policy import formats_of
 from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import MemorySource, id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import FAMILIES, HEADS, KV_HEADS, VOCAB, WIDTH, padded_prompts, random_task
 

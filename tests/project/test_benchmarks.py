@@ -13,10 +13,10 @@ from benchmarks import acdc_speed, apply_accuracy, growth, methods
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
 from pahq_hf import PAHQModel
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import FixedBatch, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from tests import helpers
 from tests.models import random_task, tiny_llama
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import assert_same_search, referee, wrapped
 from tests.models import random_task
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
-from pahq_hf.config import AttributionConfig, MethodName
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.modeling.lowering import spill_blocks
 from pahq_hf.precision.embeddings import EmbeddingMatrix
 from pahq_hf.precision.formats.registry import known_formats
 from pahq_hf.precision.linear import PAHQLinear
+from pahq_hf.search.attribution.options import AttributionConfig, MethodName
 from tests.helpers import id_rows, run_main, save_tiny, weight_of, wrapped, write_rows
 from tests.models import FAMILIES, random_task
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pahq_hf.config import ACDCConfig, EngineConfig
+from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, Search, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.shared_answers import Answers, RecallingEngine
 from tests.helpers import unsealed, wrapped
 from tests.models import random_task

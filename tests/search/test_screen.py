@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import parse_screen
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, Search, search
+from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.attribution.selection import top_edges
 from tests.families import ALL_FAMILIES
 from tests.helpers import (

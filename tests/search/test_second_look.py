@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
-from pahq_hf.config import ACDCConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.journal import Journal
 from pahq_hf.search.replay import record_of, step_of
 from tests.helpers import wrapped

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.config import AttributionConfig
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.methods import Scores, check_gradient
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import edges_from, top_edges
 from pahq_hf.search.kind import Found

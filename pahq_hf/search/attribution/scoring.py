@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from pahq_hf.config import MethodName
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
@@ -20,6 +19,7 @@ from pahq_hf.search.attribution.methods import (
     hisp,
     random_scores,
 )
+from pahq_hf.search.attribution.options import MethodName
 from pahq_hf.search.progress import Progress
 
 

@@ -1,0 +1,75 @@
+"""What ACDC is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pahq_hf.circuit.graph import ReaderOrder
+from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
+from pahq_hf.errors import ConfigError
+from pahq_hf.search.attribution.options import parse_screen
+
+
+@dataclass(frozen=True)
+class ACDCConfig(JsonConfig):
+    """How ACDC searches (docs/semantics.md, section 3).
+
+    Attributes:
+        threshold: tau; an edge goes when its removal raises the metric by less than this.
+        metric: What is minimised; None takes the task's own.
+        order: Reader order.
+        ablation: What takes the place of a removed edge.
+        absolute: Compare `|new - cur|` instead of `new - cur`.
+        readers: Comma-separated globs; only matching readers are searched, others keep all edges.
+        margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
+            `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
+            have no second look.
+        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
+            this fraction of them, those with the largest magnitudes. The others are removed untested when
+            their reader is visited. None tests all.
+    """
+
+    threshold: float = 0.01
+    metric: str | None = None
+    order: ReaderOrder = "acdc"
+    ablation: Ablation = "corrupted"
+    absolute: bool = False
+    readers: str | None = None
+    margin: float | None = None
+    screen: str | None = None
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        check_number("threshold", self.threshold)
+        if self.margin is not None:
+            check_number("margin", self.margin)
+        if not math.isfinite(self.threshold) or self.threshold < 0:
+            raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
+        if self.metric is not None:
+            check_metric_name(self.metric)
+        check_choice("order", self.order, ReaderOrder)
+        check_choice("ablation", self.ablation, Ablation)
+        if self.margin is not None and not self.margin >= 0:
+            raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
+        if self.screen is not None:
+            parse_screen(self.screen)
+
+    def stays(self, score: float) -> bool:
+        """Whether an edge with this score is kept."""
+        return (abs(score) if self.absolute else score) >= self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
+        values = asdict(self)
+        if self.screen is None:
+            del values["screen"]
+        return values | {"margin": "inf"} if self.margin == math.inf else values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ACDCConfig:
+        """Build from `to_dict`'s output."""
+        if values.get("margin") == "inf":
+            values = values | {"margin": math.inf}
+        return super().from_dict(values)
