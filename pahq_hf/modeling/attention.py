@@ -7,7 +7,7 @@ engines and the forward call the same pieces, so there is one source of numerics
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -245,7 +245,14 @@ class PAHQAttention(nn.Module):
 
     def stored_contributions(self, written: Tensor, heads: Sequence[int]) -> Tensor:
         """The same with the weight as it is stored. [..., head, d_head] -> [..., head, d_model]"""
-        return self.output.weighted(_times_output(written, heads, self.o_proj.base()))
+        # Heads next to each other lie in one block: no more is read, in full precision from the checkpoint.
+        parts = [self.o_proj.base(self._columns(run)) for run in _runs(heads)]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.output.weighted(_times_output(written, range(len(heads)), weight))
+
+    def _columns(self, heads: range) -> slice:
+        """Columns of the output projection that belong to heads next to each other."""
+        return slice(heads.start * self.d_head, heads.stop * self.d_head)
 
     def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """The output projection head by head, z W_O. [..., head, d_head] -> [..., head, d_model]"""
@@ -342,3 +349,12 @@ def _times_output(z: Tensor, heads: Sequence[int], weight: Tensor) -> Tensor:
     """Z W_O, of a whole weight [d_model, heads * d_head]. [..., head, d_head] -> [..., head, d_model]"""
     by_head = weight.unflatten(1, (-1, z.shape[-1]))[:, list(heads)]
     return torch.einsum("...hd,ohd->...ho", z, by_head)
+
+
+def _runs(heads: Sequence[int]) -> Iterator[range]:
+    """Heads in order, as ranges that are as long as they can be."""
+    start = 0
+    for stop in range(1, len(heads) + 1):
+        if stop == len(heads) or heads[stop] != heads[stop - 1] + 1:
+            yield range(heads[start], heads[stop - 1] + 1)
+            start = stop

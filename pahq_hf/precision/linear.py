@@ -119,7 +119,8 @@ class PAHQLinear(WeightMatrix):
 
         def make() -> Product:
             weight = self._stage_full(block)
-            return Product(weight if can_pack(weight) else weight.clone(), bias)
+            lent = weight.device.type == "cpu" and not can_pack(weight)  # others use that memory next
+            return Product(weight.clone() if lent else weight, bias)
 
         self.shared.full.turn()  # which makes the least recently used go first
         return self.shared.full.get(self._key("full", block=block), make)

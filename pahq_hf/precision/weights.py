@@ -191,18 +191,20 @@ class WeightMatrix(nn.Module):
                 weight[common.within(wanted)] = self._raised_values(block, values, common)
         return weight
 
-    def base(self) -> Tensor:
-        """The weight as it is stored, without FP32 blocks in use; FP32 in full precision. [out, in]"""
+    def base(self, cols: slice | None = None) -> Tensor:
+        """The weight as it is stored, without FP32 blocks in use; FP32 in full precision. [out, cols]"""
         if self.weight is not None or self.is_full:
-            return self.exact()
-        return self._stored(self.whole)[0]
+            return self.exact(cols=cols)
+        return self._stored(WeightBlock(self.whole.rows, cols or self.whole.cols))[0]
 
     def exact(self, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """The full-precision weight of a block, whatever the precision at present. [rows, cols]"""
         rows, cols = rows or self.whole.rows, cols or self.whole.cols
         if self.weight is not None:
             return self.weight[rows, cols]
-        return self._source.read(rows, cols).to(device=self._device, dtype=torch.float32)
+        if self._device.type == "cpu":
+            return self._source.read(rows, cols).to(torch.float32)
+        return self._stage_full(WeightBlock(rows, cols))
 
     def _raised_values(self, block: WeightBlock, values: Tensor | None, wanted: WeightBlock) -> Tensor:
         if values is None:
@@ -218,7 +220,7 @@ class WeightMatrix(nn.Module):
 
     def _stage_full(self, block: WeightBlock) -> Tensor:
         """FP32 values for use at once: the next call may overwrite them. [rows, cols]"""
-        return self.shared.staging.stage(self._source, block.rows, block.cols).to(self._device)
+        return self.shared.staging.stage(self._source, block.rows, block.cols, self._device)
 
     @property
     def _source(self) -> SourceBlock:

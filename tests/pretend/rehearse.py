@@ -228,6 +228,7 @@ def rehearse(scenario: Scenario) -> Outcome:
         expected = reference(scenario)
         MACHINE.launches.clear()
         MACHINE.crossings.clear()
+        MACHINE.sent.clear()
         with MODE:
             found, outcome.device = on_device(scenario)
     except Exception:
@@ -240,6 +241,7 @@ def rehearse(scenario: Scenario) -> Outcome:
     outcome.facts = found.facts
     outcome.launches = sum(MACHINE.launches.values())
     outcome.crossings = dict(MACHINE.crossings)
+    outcome.sent = dict(MACHINE.sent)
     return outcome
 
 

@@ -54,6 +54,7 @@ class Outcome:
         facts: Of the run's circuit: `hardware`, `peak_memory`.
         launches: Kernels.
         crossings: Copies between host and device.
+        sent: Bytes that were copied to the device, by dtype.
     """
 
     scenario: dict[str, Any]
@@ -66,6 +67,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     launches: int = 0
     crossings: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Machine:
         memory: Its allocator.
         launches: Kernels by operator.
         crossings: Copies between host and device.
+        sent: Bytes that were copied to the device, by dtype.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class Machine:
         self.memory = Memory()
         self.launches: collections.Counter[str] = collections.Counter()
         self.crossings: collections.Counter[str] = collections.Counter()
+        self.sent: collections.Counter[str] = collections.Counter()
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One operator."""
@@ -100,9 +102,9 @@ class Machine:
             kwargs = kwargs | {"device": torch.device("cpu")}
         if name == "copy_" and isinstance(args[0], Pretend) != isinstance(args[1], Pretend):
             leaves = isinstance(args[1], Pretend)
-            self.crossings["to host" if leaves else "to device"] += 1
+            self._cross(args[1], leaves)
         elif name == "_to_copy" and (leaves or plain):
-            self.crossings["to host" if leaves else "to device"] += 1
+            self._cross(args[0], leaves)
         elif not func.is_view:
             self.launches[name] += 1
         values, named = tree_map_only(Pretend, lambda tensor: tensor.inner, (args, kwargs))
@@ -110,6 +112,11 @@ class Machine:
         if leaves:
             return args[0] if name == "copy_" else out
         return self._wrapped(func, args, kwargs, out)
+
+    def _cross(self, tensor: Tensor, leaves: bool) -> None:
+        self.crossings["to host" if leaves else "to device"] += 1
+        if not leaves:
+            self.sent[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
 
     def _to(self, tensor: Tensor, kwargs: dict[str, Any]) -> Any:
         """`to` as a whole, which torchao asks for."""

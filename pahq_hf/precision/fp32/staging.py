@@ -51,20 +51,24 @@ class Staging:
         if following is not None:
             following.prefetch()
 
-    def stage(self, block: SourceBlock, rows: slice, cols: slice) -> Tensor:
+    def stage(self, block: SourceBlock, rows: slice, cols: slice, device: torch.device) -> Tensor:
         """Values of a projection in FP32, for use at once and for reading only.
 
         Args:
             block: Where they lie.
             rows: Rows.
             cols: Columns.
+            device: Where they are used.
 
         Returns:
-            Where they cannot be used as they lie in the file, they are in the buffer: valid until the next
-            call. [rows, cols]
+            On a CPU, where they cannot be used as they lie in the file, they are in the buffer: valid until
+            the next call. [rows, cols]
         """
         self._announce(block)
         views = list(block.views(rows, cols))
+        if device.type != "cpu":  # as they lie in the file, often in BF16: a GPU widens them in no time
+            arrived = [view.to(device).to(torch.float32) for view in views]
+            return arrived[0] if len(arrived) == 1 else torch.cat(arrived)
         if len(views) == 1 and views[0].dtype == torch.float32 and views[0].is_contiguous():
             return views[0]
         values = self._take(sum(view.shape[0] for view in views), views[0].shape[1])
