@@ -110,7 +110,7 @@ MarginOption = Annotated[
     typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
 ]
 ComputeOption = Annotated[Compute, typer.Option(help="Dtype of products with differences (precision pahq).")]
-OrderOption = Annotated[ReaderOrder, typer.Option(help="ReaderOrder in which readers are visited.")]
+OrderOption = Annotated[ReaderOrder, typer.Option(help="Order in which readers are visited.")]
 AblationOption = Annotated[Ablation, typer.Option(help="What stands in for removed edges.")]
 AbsoluteOption = Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")]
 ReadersOption = Annotated[

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -188,10 +189,9 @@ class SweepRun(Generic[OptionsT]):
         self, tau: float, searched: Searched, judge: Judge, peak: PeakMemory, folder: Path | None
     ) -> Circuit:
         circuit = self._runs[tau].conclude(searched, judge, peak)
-        metric = circuit.record.metric
-        circuit.discovery["kl"] = (
-            metric.fp32 if metric.name == "kl" else judge.evaluator.report(circuit)["kl"]
-        )
+        record = circuit.record
+        kl = record.metric.fp32 if record.metric.name == "kl" else judge.evaluator.report(circuit)["kl"]
+        circuit.discovery = replace(record, kl=kl).to_json()
         if folder is not None:
             self._runs[tau].save(circuit, folder)
         return circuit
