@@ -18,9 +18,12 @@ import typer
 from pahq_hf.circuit.files import CIRCUIT_NAME, output_path
 from pahq_hf.circuit.terminal import Terminated, printable, printable_notes, terminable
 from pahq_hf.cli.attribute import attribute
+from pahq_hf.cli.compare import compare
 from pahq_hf.cli.ending import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.cli.evaluate import evaluate
+from pahq_hf.cli.export import export
 from pahq_hf.cli.extensions import load_extensions
+from pahq_hf.cli.import_ import import_
 from pahq_hf.cli.options import (
     AblationOption,
     AbsoluteOption,
@@ -70,7 +73,9 @@ from pahq_hf.cli.output import (
     say_resumed,
     written_output,
 )
-from pahq_hf.cli.share import compare, export, import_, pull, push, show
+from pahq_hf.cli.pull import pull
+from pahq_hf.cli.push import push
+from pahq_hf.cli.show import show
 from pahq_hf.cli.sweep import sweep
 from pahq_hf.cli.tasks import tasks
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
