@@ -311,6 +311,26 @@ class Metric:
         """
         return checked(float(self.reduce(self.rows(logits))), self.name)
 
+    def followed(self, logits: Tensor) -> Tensor:
+        """The metric of one run, to take its gradient.
+
+        Args:
+            logits: Logits at the answer positions, with gradients. [rows, vocab]
+
+        Returns:
+            The minimised value. []
+
+        Raises:
+            MetricError: If it has no gradient.
+        """
+        value = self.reduce(self.rows(logits))
+        if not value.requires_grad:
+            raise MetricError(
+                f"metric {self.name} has no gradient, as a count has none: say differentiable=False where it "
+                "is registered, and score edges by exact"
+            )
+        return value
+
     def rounding(self, logits: Tensor, value: float, error: float) -> float:
         """How far the metric moves at most, to first order, when no logit moves by more than an error.
 
@@ -324,14 +344,15 @@ class Metric:
         """
         if self.spec.rounding is not None:
             return self.spec.rounding(value, error)
-        if not self.spec.differentiable:
-            return 2 * error  # as if it were a difference of two logits; a step may be higher
         import torch
 
         with torch.enable_grad():
             at = logits.detach().double().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.reduce(self.rows(at)), at)
-        return float(gradient.abs().sum()) * error
+            moved = self.reduce(self.rows(at))
+            if not (self.spec.differentiable and moved.requires_grad):
+                return 2 * error  # as if it were a difference of two logits; a step may be higher
+            (gradient,) = torch.autograd.grad(moved, at)
+        return float(gradient.nan_to_num().abs().sum()) * error
 
 
 def checked(value: float, name: str) -> float:

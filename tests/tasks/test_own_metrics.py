@@ -202,6 +202,20 @@ def test_methods_refuse_a_metric_without_a_gradient() -> None:
     assert model.attribute(task, method="exact", topn=3, progress=False).edge_count == 3
 
 
+def test_a_metric_that_is_wrong_about_its_gradient_is_searched_and_not_followed() -> None:
+    """A search of hours must not end in its last check."""
+
+    def wrong(logits: Tensor, targets: Targets) -> Tensor:
+        return (logits.argmax(-1) != targets.answers.ids[:, 0]).double()
+
+    register_metric(MetricSpec("wrong", wrong, needs=("answers",)))
+    model = PAHQModel.from_pretrained("demo", FP32)
+    task = load_task("ioi", model.tokenizer, n=2, metric="wrong")
+    assert model.discover(task, threshold=0.1, readers="logits", progress=False).verified
+    with pytest.raises(MetricError, match=r"metric wrong has no gradient, .* say differentiable=False"):
+        model.attribute(task, method="eap-ig", topn=3, progress=False)
+
+
 @pytest.mark.parametrize("command", ["discover", "attribute", "sweep", "evaluate"])
 def test_an_unknown_name_ends_a_command_before_a_model_is_loaded(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

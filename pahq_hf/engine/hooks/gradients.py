@@ -117,7 +117,7 @@ def reader_gradients(
     with model.exact_embeddings(), torch.enable_grad():
         with forward, hooks(*taps.register()):
             logits = forward_to_answers(model, part, part.clean_ids)
-        value = metric.reduce(metric.rows(logits))
+        value = metric.followed(logits)
         gradients = iter(torch.autograd.grad(value, list(taps.all()), materialize_grads=True))
     return taps.filled(gradients)
 
