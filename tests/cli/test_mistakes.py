@@ -1,0 +1,225 @@
+"""Every mistake is one line on stderr and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pahq_hf import Circuit
+from tests.cli.world import Result, World, one_process, only_json
+from tests.helpers import files_of, run_main
+from tests.models import VOCAB
+
+# Command and what its line must say. `out` is a folder that must not exist afterwards.
+Bad = dict[str, tuple[Callable[[World], list[str]], str]]
+BAD: Bad = {
+    # models
+    "no such folder": (lambda w: w.discover("nowhere"), "nowhere"),
+    "no such Hub model": (lambda w: ["info", "no-such/model"], "cannot read the model 'no-such/model'"),
+    "not even a name": (lambda w: ["info", "a b/c?d"], "a b/c?d"),
+    "an unsupported family": (lambda w: ["info", w.path("bert")], "family 'bert' is not supported"),
+    "an unsupported family in discover": (lambda w: w.discover("bert"), "family 'bert' is not supported"),
+    "an unknown family": (lambda w: ["info", w.path("novel")], "cannot tell the family of"),
+    "a truncated checkpoint": (lambda w: w.discover("short"), "cannot read the checkpoint file"),
+    "a missing tensor": (lambda w: w.discover("less"), "it lacks 1 tensors, such as model.layers.1.mlp"),
+    "no weights": (lambda w: w.discover("bare"), "cannot load the weights"),
+    "NaN in the final norm": (lambda w: w.discover("norm"), "NaN"),
+    "NaN for one token": (lambda w: w.discover("token"), "metric kl came out as nan"),
+    "NaN in evaluate": (lambda w: w.evaluate("run", "token", "--any-weights"), "metric kl came out as nan"),
+    # data
+    "no such file": (lambda w: w.discover("model", "nothing.jsonl"), "nothing.jsonl: no such file"),
+    "too many examples": (
+        lambda w: [*w.discover("nowhere"), "--task", "ioi", "--n", "100000000"],  # before the model is read
+        "at most 100,000 examples",
+    ),
+    "no such task": (lambda w: [*w.discover(), "--task", "juggling"], "unknown task 'juggling'"),
+    "no data": (lambda w: w.discover("model", "empty.jsonl"), "the dataset is empty"),
+    "a missing column": (lambda w: w.discover("words", "column.jsonl"), "missing column corrupted"),
+    "different lengths": (lambda w: w.discover("model", "lengths.jsonl"), "example 0: the clean prompt"),
+    "different lengths of texts": (lambda w: w.discover("words", "texts.jsonl"), "example 1: the clean"),
+    "an answer of two tokens": (lambda w: w.discover("words", "several.jsonl"), "'Mary John' is 2 tokens"),
+    "texts without tokenizer": (lambda w: w.discover("model", "texts.jsonl"), "a tokenizer is needed"),
+    "a generated task without tokenizer": (lambda w: [*w.discover(), "--task", "ioi"], "pass the model's"),
+    "not JSON": (lambda w: w.discover("model", "broken.jsonl"), "line 1: not valid JSON"),
+    "an unknown token": (lambda w: w.discover("model", "vocabulary.jsonl"), f"token id {VOCAB}"),
+    "no answers for the metric": (
+        lambda w: w.discover("model", "answers.jsonl", "--metric", "logit_diff"),
+        "metric logit_diff needs an answer for every example",
+    ),
+    "no answers in evaluate": (
+        lambda w: w.evaluate("run", "model", "--metric", "nll", task="answers.jsonl"),
+        "metric nll needs an answer for every example",
+    ),
+    # options
+    "threshold nan": (
+        lambda w: w.discover("model", "ids.jsonl", "--threshold", "nan"),
+        "threshold must be a finite number",
+    ),
+    "threshold below 0": (lambda w: w.discover("model", "ids.jsonl", "--threshold=-1"), "threshold must be"),
+    "infinite threshold": (lambda w: w.discover("model", "ids.jsonl", "--threshold=inf"), "a finite number"),
+    "threshold of letters": (lambda w: w.discover("model", "ids.jsonl", "--threshold", "low"), "--threshold"),
+    "a glob of nothing": (
+        lambda w: w.discover("model", "ids.jsonl", "--readers", "logits,q*"),
+        "no reader matches 'q*'; readers are named like",
+    ),
+    "an unknown order": (lambda w: w.discover("model", "ids.jsonl", "--order", "random"), "--order"),
+    "an unknown metric": (lambda w: w.discover("model", "ids.jsonl", "--metric", "loss"), "--metric"),
+    "an unknown precision": (lambda w: w.discover("model", "ids.jsonl", "--precision", "fp4"), "--precision"),
+    "an unknown format": (lambda w: w.discover("model", "ids.jsonl", "--format", "fp4"), "--format"),
+    "an unknown active": (lambda w: w.discover("model", "ids.jsonl", "--active", "writer"), "--active"),
+    "an unknown compute": (lambda w: w.discover("model", "ids.jsonl", "--compute", "fp4"), "--compute"),
+    "a margin below 0": (lambda w: w.discover("model", "ids.jsonl", "--margin=-1"), "margin must be"),
+    "margin nan": (lambda w: w.discover("model", "ids.jsonl", "--margin", "nan"), "margin must be"),
+    "a margin in FP32": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "fp32", "--margin", "0.1"),
+        "a margin needs precision pahq",
+    ),
+    "active writers in FP32": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "fp32", "--active", "both"),
+        "active=both needs precision pahq",
+    ),
+    "BF16 products in another regime": (
+        lambda w: w.discover("model", "ids.jsonl", "--precision", "rtn", "--compute", "bf16"),
+        "compute=bf16 needs precision pahq",
+    ),
+    "FP8 products of other weights": (
+        lambda w: w.discover("model", "ids.jsonl", "--format", "int8", "--compute", "fp8"),
+        "compute=fp8 needs format fp8",
+    ),
+    "an unknown ablation": (lambda w: w.discover("model", "ids.jsonl", "--ablation", "none"), "--ablation"),
+    "an unknown engine": (lambda w: w.discover("model", "ids.jsonl", "--engine", "steam"), "--engine"),
+    "an empty batch": (lambda w: w.discover("model", "ids.jsonl", "--batch", "0"), "batch"),
+    "a budget of words": (lambda w: w.discover("model", "ids.jsonl", "--memory-budget", "much"), "much"),
+    "a budget of nothing": (lambda w: w.discover("model", "ids.jsonl", "--memory-budget=0"), "budget"),
+    "no examples": (lambda w: w.discover("model", "ids.jsonl", "--n", "0"), "--n"),
+    "an unknown option": (lambda w: w.discover("model", "ids.jsonl", "--tau", "1"), "--tau"),
+    "an unknown command": (lambda w: ["find"], "find"),
+    "no output folder": (lambda w: ["discover", w.path("model"), "--task", "ioi"], "--out"),
+    "no model": (lambda w: ["info"], "MODEL"),
+    "an unknown device": (lambda w: w.discover("model", "ids.jsonl", "--device", "abacus"), "'abacus'"),
+    "a device that is not there": (
+        lambda w: w.discover("model", "ids.jsonl", "--device", "cuda:77"),
+        "device 'cuda:77' cannot be used",
+    ),
+    "low precision in float64": (
+        lambda w: w.discover("model", "ids.jsonl", "--dtype", "float64", "--precision", "rtn"),
+        "low-precision regimes need",
+    ),
+    "the default in float64": (
+        lambda w: w.discover("model", "ids.jsonl", "--dtype", "float64"),
+        "low-precision regimes need",
+    ),
+    # folders
+    "a folder below a file": (lambda w: w.discover(out="file/out"), "cannot create the output folder"),
+    "a file as folder": (lambda w: w.discover(out="file"), "cannot create the output folder"),
+    "a name too long": (lambda w: w.discover(out="x" * 300), "cannot create the output folder"),
+    "a folder with a run": (lambda w: w.discover(out="run"), "holds a run already (circuit.json); continue"),
+    "a folder with half a run": (lambda w: w.discover(out="half"), "holds a run already (journal.jsonl)"),
+    "resuming another run": (
+        lambda w: w.discover("model", "ids.jsonl", "--resume", out="half"),
+        "holds another run: its threshold is",
+    ),
+    "resuming another finished run": (
+        lambda w: w.discover("model", "ids.jsonl", "--resume", out="run"),
+        "holds another run: its threshold is",
+    ),
+    # circuits
+    "no circuit": (lambda w: ["show", w.path("model")], "circuit.json"),
+    "no folder": (lambda w: ["show", w.path("nowhere")], "nowhere"),
+    "a damaged circuit.json": (lambda w: ["show", w.path("damaged_circuit")], "circuit.json is damaged"),
+    "damaged scores": (lambda w: ["show", w.path("damaged_scores")], "its checksum is not that in"),
+    "a damaged discovery.json": (lambda w: w.evaluate("damaged_discovery"), "discovery.json is damaged"),
+    "edges that do not exist": (lambda w: w.evaluate("unnamed"), "->logit' is not an edge of"),
+    "a circuit of other groups": (lambda w: w.evaluate("gpt2_run"), "kv_groups=4, the model has kv_groups=2"),
+    "a circuit of fewer layers": (lambda w: w.evaluate("run", "deep"), "layers=2, the model has layers=3"),
+    "a circuit of another family": (lambda w: w.evaluate("run", "qwen2"), "is llama, the model's is qwen2"),
+    "evaluate on missing data": (lambda w: w.evaluate(task="nothing.jsonl"), "no such file"),
+    "evaluate without a model": (lambda w: ["evaluate", w.path("run"), "--task", "ioi"], "--model"),
+}  # fmt: skip
+REPORTED = {"a missing tensor"}  # transformers lists what is missing first
+
+
+# What else runs in that process: a command's answer is all it prints.
+FINE: dict[str, Callable[[World], list[str]]] = {
+    "info": lambda w: ["info", w.path("bare"), "--json"],
+    "discover": lambda w: w.discover("model", "ids.jsonl", "--threshold=0.05", "--json", out="fine/own"),
+}
+
+
+@pytest.fixture(scope="module")
+def untouched(world: World) -> dict[str, bytes]:
+    """All files before any of the commands ran, apart from what fine commands write."""
+    return outside_fine(world)
+
+
+def outside_fine(world: World) -> dict[str, bytes]:
+    return {name: raw for name, raw in files_of(world.root).items() if not name.startswith("fine")}
+
+
+@pytest.fixture(scope="module")
+def results(
+    world: World, untouched: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Result]:
+    """What every command of `BAD` and `FINE` left."""
+    cases = {name: command(world) for name, (command, _) in BAD.items()}
+    cases |= {f"fine: {name}": command(world) for name, command in FINE.items()}
+    return one_process(tmp_path_factory.mktemp("driver"), cases)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line_and_exit_code_2(results: dict[str, Result], name: str) -> None:
+    code, out, err = results[name]
+    assert code == 2, err
+    assert out == ""
+    if name in REPORTED:
+        err = err[err.rindex("\npahq: ") + 1 :]
+    assert err.startswith("pahq: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert BAD[name][1] in err
+    assert "Traceback" not in err
+    assert len(err) < 500
+
+
+def test_mistakes_leave_nothing_behind(
+    world: World, untouched: dict[str, bytes], results: dict[str, Result]
+) -> None:
+    assert outside_fine(world) == untouched
+    assert not (world.root / "out").exists()
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_nothing_but_the_answer_is_printed(results: dict[str, Result], name: str) -> None:
+    """By libraries and their threads neither, once they are loaded for the first time."""
+    assert only_json(results[f"fine: {name}"])["edges"]
+
+
+def test_the_bare_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main() == 2
+    captured = capsys.readouterr()
+    assert "Usage:" in captured.out and "discover" in captured.out
+    assert captured.err == ""
+
+
+def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """Only errors raised on purpose become one line; others keep their traceback."""
+
+    def bug(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Circuit, "from_pretrained", bug)
+    with pytest.raises(ZeroDivisionError):
+        run_main("show", world.path("run"))
+
+
+def test_an_interrupt_is_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], world: World
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Circuit, "from_pretrained", interrupt)
+    assert run_main("show", world.path("run")) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pahq: interrupted") and captured.err.count("\n") == 1
