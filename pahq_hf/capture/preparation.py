@@ -111,6 +111,6 @@ def compute_dtype(config: PAHQConfig, device: torch.device) -> torch.dtype:
 
 
 def _lower(patched: PatchedModel, config: PAHQConfig, source: WeightSource | None) -> None:
-    tables = config.format if config.quantize_embeddings else None
+    embeddings = config.format if config.quantize_embeddings else None
     compute = compute_dtype(config, patched.device)
-    lower(patched, config.format, source, compute, policy=config.policy, tables=tables)
+    lower(patched, config.format, source, compute, policy=config.policy, embeddings=embeddings)

@@ -82,7 +82,7 @@ def make_store(name: StoreName) -> ActivationStore:
     return DiskStore() if name == "disk" else MemoryStore()
 
 
-def kept(store: ActivationStore, values: Tensor) -> Tensor:
+def stored(store: ActivationStore, values: Tensor) -> Tensor:
     """A copy of a tensor in a store."""
     room = store.empty(values.shape, values)
     return room.copy_(values)

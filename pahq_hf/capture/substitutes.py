@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pahq_hf.capture.activations import Activations
-from pahq_hf.capture.store import ActivationStore, MemoryStore, kept
+from pahq_hf.capture.store import ActivationStore, MemoryStore, stored
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.sums import add_rows
@@ -44,7 +44,7 @@ def ablated(
         written = corrupted.map_writers(lambda values: room.empty(values.shape, values).zero_())
     else:
         base = clean if ablation == "mean" else corrupted
-        written = base.map_writers(lambda values: kept(room, mean_per_position(values, task)))
+        written = base.map_writers(lambda values: stored(room, mean_per_position(values, task)))
     return with_streams(model, written, room)
 
 
@@ -66,11 +66,11 @@ def with_streams(
     attention_in, mlp_in = [], []
     for number, layer in enumerate(model.layers):
         before = total
-        attention_in.append(kept(room, before))
+        attention_in.append(stored(room, before))
         with torch.no_grad():
             total = total + layer.attention.added(written.z[number])
         if model.spec.mlps:
-            mlp_in.append(kept(room, before if model.spec.parallel else total))
+            mlp_in.append(stored(room, before if model.spec.parallel else total))
             total = total + written.mlp[number]
         else:
             # An attention-only GPT-2 still adds its empty MLP's output bias, a constant.

@@ -145,14 +145,14 @@ def _gguf_config(name: str, **kwargs: Any) -> PretrainedConfig | None:
 
 @library_bars()
 def load(
-    name: str, *, streamed: bool, quantize_tables: bool = False, **kwargs: Any
+    name: str, *, streamed: bool, quantize_embeddings: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, CheckpointSource | None]:
     """A model and where its FP32 weights can be read again.
 
     Args:
         name: Hub id, folder, or `demo`.
         streamed: Leave projections in their files where that can be done.
-        quantize_tables: Embedding and unembedding too.
+        quantize_embeddings: Embedding and unembedding too.
         **kwargs: As for `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -183,7 +183,7 @@ def load(
     reason = _cannot_stream(source, full)
     if streamed and source is not None and reason is None:
         model = load_skeleton(
-            config, source, device, quantize_tables=quantize_tables, trust_remote_code=trusts(kwargs)
+            config, source, device, quantize_embeddings=quantize_embeddings, trust_remote_code=trusts(kwargs)
         )
         if model is not None:
             _load_generation_config(model, origin, **arguments)

@@ -80,7 +80,7 @@ def load_by_name(
     config = given or PAHQConfig(**fields)
     try:
         model, source = load(
-            name, streamed=config.is_low, quantize_tables=config.quantize_embeddings, **arguments
+            name, streamed=config.is_low, quantize_embeddings=config.quantize_embeddings, **arguments
         )
     except (ModelLoadError, UnsupportedModelError):
         saved = find_saved_config(name, arguments)

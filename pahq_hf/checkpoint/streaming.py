@@ -35,7 +35,7 @@ def load_skeleton(
     source: CheckpointSource,
     device: torch.device,
     *,
-    quantize_tables: bool = False,
+    quantize_embeddings: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
     """A model whose projections have no memory yet; everything else is loaded, in FP32.
@@ -44,7 +44,7 @@ def load_skeleton(
         config: The model's config.
         source: Its safetensors files.
         device: Where resident tensors go.
-        quantize_tables: Leave the embedding and the unembedding without memory too. Those of a BF16
+        quantize_embeddings: Leave the embedding and the unembedding without memory too. Those of a BF16
             checkpoint are left so anyway: they can be read from there.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -68,7 +68,7 @@ def load_skeleton(
         say_loaded_whole(f"the checkpoint has no {absent} as the model needs it")
         return None
     streamed = set(map(id, _projection_weights(hf)))
-    if quantize_tables or _are_bf16(hf, source):
+    if quantize_embeddings or _are_bf16(hf, source):
         streamed |= {id(table.weight) for table in _tables(hf)}
     for name, parameter in list(hf.named_parameters()):
         if id(parameter) not in streamed:

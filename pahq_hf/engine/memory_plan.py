@@ -76,8 +76,8 @@ class MemoryReport:
     @property
     def peak(self) -> int:
         """Expected peak of anonymous memory, from load to circuit."""
-        kept = self.activations if self.stored == "ram" else 0
-        return self.interpreter + self.weights + kept + self.working
+        resident = self.activations if self.stored == "ram" else 0
+        return self.interpreter + self.weights + resident + self.working
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

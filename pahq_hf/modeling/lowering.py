@@ -26,7 +26,7 @@ def lower(
     compute: torch.dtype = torch.float32,
     *,
     policy: Mapping[str, str] | None = None,
-    tables: str | None = None,
+    embeddings: str | None = None,
 ) -> None:
     """Keep every projection in a low-precision format; FP32 stays readable.
 
@@ -37,7 +37,7 @@ def lower(
             projection's values exactly, the FP32 values go to a spill file first.
         compute: Dtype of products with differences from anchors.
         policy: Other formats for some components, by pattern.
-        tables: Format of embedding and unembedding; None leaves them as they are, in memory or
+        embeddings: Format of embedding and unembedding; None leaves them as they are, in memory or
             in the checkpoint.
 
     Raises:
@@ -49,10 +49,10 @@ def lower(
             "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
         )
     formats: dict[WeightMatrix, Layout] = dict(layouts(model.precision.parts, policy or {}, fmt).items())
-    stay = tables is None and model.embedding.weight.is_meta
-    if tables is not None or stay:
+    stay = embeddings is None and model.embedding.weight.is_meta
+    if embeddings is not None or stay:
         model.patch_embeddings()
-        formats |= {table: [(table.whole, tables or fmt)] for table in model.embedding_matrices}
+        formats |= {table: [(table.whole, embeddings or fmt)] for table in model.embedding_matrices}
     linears: dict[str, WeightMatrix] = dict(_named_linears(model))
     linears |= {f"table {n}": table for n, table in enumerate(model.embedding_matrices)}
     blocks = _checkpoint_blocks(model, source) if source is not None else {}

@@ -39,6 +39,7 @@ class WeightCache:
         self._limit = limit
         self._values: dict[Key, Any] = {}  # from the least recently used
         self._used: dict[Key, int] = {}  # in which turn
+        self._of: dict[Hashable, dict[Key, None]] = {}  # keys by what they begin with
         self._turn = 0
         self._freed = 0
         self.nbytes = 0  # of all values now
@@ -67,6 +68,7 @@ class WeightCache:
         value: Value = make() if found is None else found
         if found is None and (self._limit is None or value.nbytes <= self._limit):
             self._values[key], self._used[key] = value, self._turn
+            self._of.setdefault(key[0], {})[key] = None
             self.nbytes += value.nbytes
             self._shrink()
         return value
@@ -93,12 +95,14 @@ class WeightCache:
         self.drop()
 
     def _with(self, beginning: Key) -> list[Key]:
-        count = len(beginning)
-        return [key for key in self._values if key[:count] == beginning]
+        keys = self._of.get(beginning[0], {}) if beginning else self._values
+        return [key for key in keys if key[: len(beginning)] == beginning]
 
     def _pop(self, key: Key) -> int:
         size = int(self._values.pop(key).nbytes)
-        del self._used[key]
+        del self._used[key], self._of[key[0]][key]
+        if not self._of[key[0]]:
+            del self._of[key[0]]
         self.nbytes -= size
         return size
 

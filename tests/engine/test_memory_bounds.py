@@ -15,7 +15,7 @@ from torch import Tensor
 from pahq_hf import PAHQConfig, PAHQModel
 from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.recording import capture
-from pahq_hf.capture.store import DiskStore, MemoryStore, kept
+from pahq_hf.capture.store import DiskStore, MemoryStore, stored
 from pahq_hf.checkpoint.load import load_config
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.hooks import engine as hooks
@@ -46,7 +46,7 @@ def tensors(run: Activations) -> list[Tensor]:
 def test_a_file_gives_back_what_is_put_in(dtype: torch.dtype) -> None:
     store = DiskStore()
     values = [torch.randn(shape).to(dtype) for shape in ((3, 5, 7), (1,), (0, 4), (64, 3))]
-    rooms = [kept(store, value) for value in values]
+    rooms = [stored(store, value) for value in values]
     for room, value in zip(rooms, values, strict=True):
         assert torch.equal(room, value) and room.dtype == dtype
     rooms[0][1] = 0  # rooms do not overlap
@@ -56,7 +56,7 @@ def test_a_file_gives_back_what_is_put_in(dtype: torch.dtype) -> None:
 def test_a_file_is_nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the process, nothing is left behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    room = kept(DiskStore(), torch.ones(1000))
+    room = stored(DiskStore(), torch.ones(1000))
     assert not list(tmp_path.iterdir()) and float(room.sum()) == 1000
 
 

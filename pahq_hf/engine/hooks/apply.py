@@ -166,8 +166,8 @@ def substitute_of(
         model.precision.deactivate()
         return Partner(model, ids, mask), CORRUPTED
     found = circuit.record.arguments.ablation if means is None else None
-    kept = circuit.means if means is None else means
-    substitute, name = plain_substitute(model, found, kept), plain_ablation(found, kept)
+    carried = circuit.means if means is None else means
+    substitute, name = plain_substitute(model, found, carried), plain_ablation(found, carried)
     if substitute is None or name is None:
         raise ConfigError(
             "this circuit comes without mean activations: give corrupted prompts (corrupted=ids) or means"

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from pahq_hf.capture.activations import Activations
-from pahq_hf.capture.store import ActivationStore, kept
+from pahq_hf.capture.store import ActivationStore, stored
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.sparse.positions import Liveness, TokenPlan
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -50,13 +50,13 @@ class Streams:
         self.width = clean.embedding.shape[-1]  # d_model
         self.attention_in = clean.attention_in  # per layer [batch, pos, d_model]
         self._clean = clean
-        self.z = [kept(store, window.pick(z)) for z in clean.z]  # per layer [tokens, head, d_head]
-        self.mlp = [kept(store, window.pick(m)) for m in clean.mlp]  # per layer [tokens, d_model]
+        self.z = [stored(store, window.pick(z)) for z in clean.z]  # per layer [tokens, head, d_head]
+        self.mlp = [stored(store, window.pick(m)) for m in clean.mlp]  # per layer [tokens, d_model]
         self._substitute = substitute
         changes = zip(self.z, substitute.z, strict=True)
-        self._dz = [kept(store, z - window.pick(c)) for z, c in changes]
+        self._dz = [stored(store, z - window.pick(c)) for z, c in changes]
         changes = zip(self.mlp, substitute.mlp, strict=True)
-        self._dmlp = [kept(store, m - window.pick(c)) for m, c in changes]
+        self._dmlp = [stored(store, m - window.pick(c)) for m, c in changes]
         self._dembedding = window.pick(clean.embedding - substitute.embedding)
 
     def differences(self, writers: Sequence[int], liveness: Liveness, out: Tensor | None = None) -> Tensor:
