@@ -18,6 +18,7 @@ from pahq_hf.errors import CircuitError, ConfigError, TaskError
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, random_edges, wrapped
 from tests.models import padded_prompts, random_task, relative_error, word_tokenizer
+from tests.plain import answers
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "opt", "bloom", "mixtral", "falcon", "olmo2", "granite")
 
@@ -36,18 +37,6 @@ def circuit_of(model: PAHQModel, kept: BoolArray, means: Any = None) -> Circuit:
 
 def hub_model(family: str, **options: Any) -> PAHQModel:
     return PAHQModel(ALL_FAMILIES[family](), PAHQConfig(**options) if options else FP32)
-
-
-def answers(model: PAHQModel, task: Task) -> Tensor:
-    """Logits at the answer positions, from a plain forward pass."""
-    with torch.no_grad():
-        logits = model(
-            input_ids=task.clean_ids,
-            attention_mask=task.attention_mask,
-            position_ids=task.position_ids,
-            use_cache=False,
-        ).logits
-    return logits[task.answer_rows, task.answer_positions]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

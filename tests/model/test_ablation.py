@@ -25,6 +25,7 @@ from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.errors import AblationWarning
 from tests.helpers import FP32, wrapped
 from tests.models import random_task, relative_error
+from tests.plain import answers
 
 FEW = 3  # tokens that circuits say here
 
@@ -52,18 +53,6 @@ def pooled_circuit(name: str, threshold: float) -> Circuit:
     circuit = replace(circuit, means={key: circuit.means[key] for key in ("embedding", "z", "mlp")})
     measured = demo().evaluate(circuit, demo_task(name))["apply"]
     return replace(circuit, discovery=circuit.discovery | {"apply": measured})
-
-
-def answers(model: PAHQModel, task: Task) -> Tensor:
-    """Logits at the answer positions, from a plain forward pass."""
-    with torch.no_grad():
-        logits = model(
-            input_ids=task.clean_ids,
-            attention_mask=task.attention_mask,
-            position_ids=task.position_ids,
-            use_cache=False,
-        ).logits
-    return logits[task.answer_rows, task.answer_positions]
 
 
 def said(model: PAHQModel, task: Task, count: int = FEW) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pahq_hf.precision.formats.one_tensor import OneTensor
 
 
-class BFloat16Weight(nn.Module):
+class BFloat16Weight(OneTensor):
     """A weight matrix rounded to BF16.
 
     Args:
@@ -19,12 +21,6 @@ class BFloat16Weight(nn.Module):
         super().__init__()
         # A buffer: Hugging Face takes the dtype of the first parameter for the model's.
         self.register_buffer("tensor", weight.to(torch.bfloat16, copy=True))  # not a mapped file's pages
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows (out) and columns (in)."""
-        rows, cols = self.tensor.shape
-        return rows, cols
 
     @property
     def nbytes(self) -> int:

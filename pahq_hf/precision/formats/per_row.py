@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pahq_hf.precision.formats.one_tensor import OneTensor
+
 # Least magnitude that a row is scaled for: without it torchao gives a row of zeros the scale 0, and NaN.
 # Its scale is still a normal FP32 number.
 SMALLEST = 1e-30
 
 
-class PerRowWeight(nn.Module):
+class PerRowWeight(OneTensor):
     """A torchao tensor subclass with codes `qdata` [out, in] and FP32 `scale` [out, 1].
 
     Args:
@@ -33,12 +35,6 @@ class PerRowWeight(nn.Module):
         """FP32 scale of each row. [out, 1]"""
         scale: Tensor = self.tensor.scale
         return scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows (out) and columns (in)."""
-        rows, cols = self.tensor.shape
-        return rows, cols
 
     @property
     def nbytes(self) -> int:
