@@ -109,6 +109,28 @@ def test_what_cannot_be_registered(fmt: Any, message: str) -> None:
     assert known_formats() == BUILT_IN
 
 
+class Careless(Int4Weight):
+    """One whose blocks are all of the matrix, and in BF16."""
+
+    def dense(self, rows: slice, cols: slice) -> Tensor:
+        """Too much."""
+        return super().dense(slice(None), slice(None)).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Careless, r"gives torch.bfloat16 of shape \(\d+, 128\) as a row of 128 values in FP32"),
+        (lambda weight: Int4Weight(weight.T), r"makes a weight of shape \(128, \d+\) of one of \(\d+, 128\)"),
+        (lambda weight: weight.half(), "format 'int4' makes no torch.nn.Module, but Tensor"),
+    ],
+)
+def test_what_makes_no_weights_is_refused_at_load(make: Any, message: str) -> None:
+    register_format(replace(INT4, make=make))
+    with pytest.raises(ConfigError, match=message):
+        PAHQModel.from_pretrained("demo", format="int4")
+
+
 @pytest.mark.parametrize("command", ["discover", "attribute", "sweep"])
 def test_an_unknown_name_ends_a_command_before_a_model_is_loaded(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -180,7 +180,7 @@ def quantize(weight: Tensor, fmt: str) -> LowWeight:
         The low-precision weight.
 
     Raises:
-        ConfigError: If there is no such format.
+        ConfigError: If there is no such format, or what it makes is no weight of this shape.
         ModelLoadError: If the weight holds NaN or infinity, which no scale can represent.
     """
     from pahq_hf.precision.formats.by_rows import all_finite
@@ -188,4 +188,23 @@ def quantize(weight: Tensor, fmt: str) -> LowWeight:
     make = find_format(fmt).make
     if not all_finite(weight):
         raise ModelLoadError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
-    return make(weight.detach())
+    made = make(weight.detach())
+    _check_made(made, weight, fmt)
+    return made
+
+
+def _check_made(made: LowWeight, weight: Tensor, fmt: str) -> None:
+    """Check what a format made of a weight, by its last row: one of a user's own may be wrong."""
+    import torch
+
+    if not isinstance(made, torch.nn.Module):
+        raise ConfigError(f"format {fmt!r} makes no torch.nn.Module, but {describe(made)}")
+    rows, cols = weight.shape
+    shape = tuple(getattr(made, "shape", ()))
+    if shape != (rows, cols):
+        raise ConfigError(f"format {fmt!r} makes a weight of shape {shape} of one of {(rows, cols)}")
+    row = made.dense(slice(rows - 1, rows), slice(0, cols))
+    if tuple(row.shape) != (1, cols) or row.dtype != torch.float32:
+        raise ConfigError(
+            f"format {fmt!r} gives {row.dtype} of shape {tuple(row.shape)} as a row of {cols} values in FP32"
+        )
