@@ -29,6 +29,7 @@ JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
 SECONDS_NAME = "seconds.json"  # until it is finished
 ANSWERS_NAME = "answers.jsonl"  # of a sweep
+SWEEP_NAME = "sweep.json"
 SWEEP_PREFIX = "tau-"  # of its runs' folders
 
 Write = Callable[[Path], None]

@@ -10,53 +10,29 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from pahq_hf.circuit.files import CIRCUIT_NAME, output_path
 from pahq_hf.circuit.terminal import Terminated, printable, printable_notes, terminable
-from pahq_hf.cli.attribute import attribute
+from pahq_hf.cli.attribute import attribute_command
 from pahq_hf.cli.compare import compare
-from pahq_hf.cli.ending import after, again, beside, evaluation, print_end, shifted
+from pahq_hf.cli.discover import discover_command
 from pahq_hf.cli.evaluate import evaluate
 from pahq_hf.cli.export import export
 from pahq_hf.cli.extensions import load_extensions
 from pahq_hf.cli.import_ import import_
 from pahq_hf.cli.options import (
-    AblationOption,
-    AbsoluteOption,
-    ActiveOption,
-    BaseModelOption,
-    BatchOption,
     BudgetOption,
-    ComputeOption,
-    CountOption,
-    DataSplitOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
     FormatOption,
     GgufOption,
-    MarginOption,
-    MetricOption,
     ModelArgument,
-    OffsetOption,
-    OrderOption,
     PolicyOption,
     PrecisionOption,
-    ReadersOption,
     RevisionOption,
-    ScreenOption,
-    SeedOption,
-    ShuffleOption,
     SplitOption,
     StoreOption,
     TablesOption,
-    TakeOverOption,
-    TaskOption,
-    ThreadsOption,
     TokenOption,
     TrustOption,
     load_arguments,
@@ -66,23 +42,18 @@ from pahq_hf.cli.options import (
 from pahq_hf.cli.output import (
     ClosedPipe,
     JsonOption,
-    exit_unverified,
-    keeps_journal,
     print_json,
     print_rich,
-    say_resumed,
     written_output,
 )
 from pahq_hf.cli.pull import pull
 from pahq_hf.cli.push import push
 from pahq_hf.cli.show import show
-from pahq_hf.cli.sweep import sweep
+from pahq_hf.cli.sweep import sweep_command
 from pahq_hf.cli.tasks import tasks
 from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
 from pahq_hf.precision.quiet import quiet_imports
-from pahq_hf.precision.threads import kept_threads, sleep_while_waiting, take_threads, thread_facts
-from pahq_hf.search.progress import make_progress
-from pahq_hf.search.settings import RunSettings
+from pahq_hf.precision.threads import kept_threads, sleep_while_waiting, thread_facts
 
 app = typer.Typer(
     name="pahq",
@@ -183,114 +154,10 @@ def families(
         print_rich(*(facts_table(row.to_dict()) for row in facts))
 
 
-@app.command()
-@keeps_journal
-def discover(
-    context: typer.Context,
-    model: ModelArgument,
-    task: TaskOption,
-    out: Annotated[
-        Path,
-        typer.Option(parser=output_path, metavar="<path>", help="Folder for the journal and the circuit."),
-    ],
-    n: CountOption = None,
-    seed: SeedOption = None,
-    split: DataSplitOption = None,
-    offset: OffsetOption = 0,
-    shuffle: ShuffleOption = False,
-    threshold: Annotated[
-        float, typer.Option(help="tau: an edge stays when removing it costs this much.")
-    ] = 0.01,
-    metric: MetricOption = None,
-    precision: PrecisionOption = "pahq",
-    fmt: FormatOption = "fp8",
-    active: ActiveOption = "receiver",
-    margin: MarginOption = None,
-    compute: ComputeOption = "auto",
-    order: OrderOption = "acdc",
-    ablation: AblationOption = "corrupted",
-    absolute: AbsoluteOption = False,
-    readers: ReadersOption = None,
-    screen: ScreenOption = None,
-    engine: EngineOption = None,
-    batch: BatchOption = None,
-    memory_budget: BudgetOption = None,
-    activation_store: StoreOption = "ram",
-    policy: PolicyOption = None,
-    quantize_embeddings: TablesOption = False,
-    split_kv_groups: SplitOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    base_model: BaseModelOption = None,
-    threads: ThreadsOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    take_over: TakeOverOption = False,
-    as_json: JsonOption = False,
-    gguf_file: GgufOption = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Find the circuit of a task with ACDC and write it to a folder."""
-    from pahq_hf import PAHQModel, load_task
-    from pahq_hf.cli.tables import run_table
-    from pahq_hf.config import EngineConfig, PAHQConfig
-    from pahq_hf.search.acdc_options import ACDCConfig
-    from pahq_hf.search.lock import check_free
-    from pahq_hf.tasks.loading import check_choice
-
-    check_choice(
-        task, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle
-    )  # before a model is loaded
-    acdc = ACDCConfig(
-        threshold=threshold,
-        metric=metric,
-        order=order,
-        ablation=ablation,
-        absolute=absolute,
-        readers=readers,
-        margin=margin,
-        screen=screen,
-    )
-    pahq = PAHQConfig(
-        precision, fmt, split_kv_groups, active, compute, read_policy(policy), quantize_embeddings
-    )
-    limits = EngineConfig(engine, batch, read_bytes(memory_budget), activation_store)
-    check_free(out, take_over=take_over)  # before a model is loaded
-    found = RunSettings.of_run(out) if resume else RunSettings()
-    take_threads(threads, found.threads)
-    arguments = load_arguments(
-        gguf_file, revision, token, trust_remote_code, device, dtype, found, base_model=base_model
-    )
-    with make_progress(not as_json).phase(f"loading {model}"):
-        wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
-    if resume:
-        say_resumed(out, CIRCUIT_NAME, engine=engine, threads=threads)
-    circuit = wrapped.discover(
-        data,
-        config=acdc,
-        engine=limits,
-        out=out,
-        resume=resume,
-        take_over=take_over,
-        progress=not as_json,
-    )
-    command = after(
-        circuit.verdict,
-        good=lambda: evaluation(context, out, circuit),
-        more=lambda: again(context, threshold=shifted(threshold, 1 / 3), out=beside(out, "lower")),
-        fewer=lambda: again(context, threshold=shifted(threshold or 0.001, 3), out=beside(out, "higher")),
-    )
-    if as_json:
-        print_json({"out": str(out), **circuit.discovery, "next": command})
-    else:
-        print_rich(run_table(circuit))
-        print_end(out, command)
-    exit_unverified(circuit)
-
-
-for command in (attribute, evaluate, sweep, tasks, show, push, pull, export, import_, compare):
+app.command("discover")(discover_command)
+app.command("attribute")(attribute_command)
+app.command("sweep")(sweep_command)
+for command in (evaluate, tasks, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

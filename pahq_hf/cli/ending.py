@@ -35,7 +35,7 @@ def again(context: typer.Context, **changes: Any) -> str:
         name = str(parameter.name)
         if name in changes:
             words += _words(parameter, changes[name])
-        elif name not in _NEVER and _is_given(context, name):
+        elif name not in _NEVER and is_given(context, name):
             words += _words(parameter, context.params[name])
     return shlex.join(words)
 
@@ -63,7 +63,7 @@ def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
         unseen = [*([] if seed is None else ["--seed", str(seed)]), "--offset", str(behind)]
     words = ["pahq", "evaluate", str(folder), "--model", str(context.params["model"])]
     for parameter in context.command.params:
-        if parameter.name in _EVALUATES and _is_given(context, parameter.name):
+        if parameter.name in _EVALUATES and is_given(context, parameter.name):
             words += _words(parameter, context.params[parameter.name])
     return shlex.join([*words, *unseen])
 
@@ -103,7 +103,8 @@ def print_end(folder: Path, command: str) -> None:
     sys.stdout.write(f"\nResult: {printable(str(folder))}\nNext:   {printable(command)}\n")
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, be it with its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 

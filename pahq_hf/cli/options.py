@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation, Active, Compute, EngineName, Regime, StoreName
 from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
@@ -78,7 +77,7 @@ TablesOption = Annotated[
 ]
 
 
-# Of a search.
+# What every search takes; the rest of its options it declares itself.
 def _known(metric: str | None) -> str | None:
     """A metric's name, checked as soon as it is read."""
     if metric is not None:
@@ -105,24 +104,8 @@ JudgedMetricOption = Annotated[
     ),
 ]
 ActiveOption = Annotated[Active, typer.Option(help="What is FP32 while an edge is tested (precision pahq).")]
-MarginOption = Annotated[
-    float | None,
-    typer.Option(help="Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
-]
 ComputeOption = Annotated[Compute, typer.Option(help="Dtype of products with differences (precision pahq).")]
-OrderOption = Annotated[ReaderOrder, typer.Option(help="Order in which readers are visited.")]
 AblationOption = Annotated[Ablation, typer.Option(help="What stands in for removed edges.")]
-AbsoluteOption = Annotated[bool, typer.Option("--absolute", help="Compare |new - cur| with tau.")]
-ReadersOption = Annotated[
-    str | None, typer.Option(help="Search only readers matching these globs, e.g. 'logits,m1*'.")
-]
-ScreenOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="METHOD:FRACTION",
-        help="Test only the edges that attribution scores highest, e.g. eap-ig:0.1.",
-    ),
-]
 EngineOption = Annotated[
     EngineName | None,
     typer.Option(

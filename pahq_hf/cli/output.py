@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from pahq_hf.circuit.files import ANSWERS_NAME, JOURNAL_NAME, SWEEP_PREFIX
+from pahq_hf.circuit.files import ANSWERS_NAME, CIRCUIT_NAME, JOURNAL_NAME, SWEEP_NAME, SWEEP_PREFIX
 from pahq_hf.circuit.terminal import Terminated, ending, printable
 from pahq_hf.errors import PAHQError
 
@@ -61,22 +62,43 @@ def print_rich(*tables: Any) -> None:
     console.file.flush()
 
 
-def say_resumed(out: Path, finished: str, **ignored: object) -> None:
+def say_resumed(out: Path, what: str, *, finished: bool, **ignored: object) -> None:
     """Say on stderr what --resume finds where that is no run to continue.
 
     Args:
-        out: The run's folder.
-        finished: The file that a finished one holds.
-        **ignored: Options that a finished run has no use for; None where they were not given.
+        out: Its folder.
+        what: What it is called.
+        finished: Whether all that is asked for is there.
+        **ignored: Options that a finished one has no use for; None where they were not given.
     """
     given = " and ".join(f"--{name}" for name, value in ignored.items() if value is not None)
-    if not any(os.path.exists(out / name) for name in (finished, JOURNAL_NAME, ANSWERS_NAME)):
-        text = f"no run in {out} yet: starting one"
-    elif given and os.path.exists(out / finished):
-        text = f"a finished run in {out} is returned as it is: it needs no {given}"
+    begun = any(os.path.exists(out / name) for name in (CIRCUIT_NAME, JOURNAL_NAME, ANSWERS_NAME, SWEEP_NAME))
+    if not begun:
+        text = f"no {what} in {out} yet: starting one"
+    elif given and finished:
+        text = f"a finished {what} in {out} is returned as it is: it needs no {given}"
     else:
         return
     sys.stderr.write(f"pahq: {printable(text)}\n")
+
+
+@contextmanager
+def verdict_in_table(printed: bool) -> Iterator[None]:
+    """Keep the verdict on a circuit out of the log, where the table that follows says it.
+
+    Args:
+        printed: Whether there is a table.
+    """
+    from pahq_hf.circuit.verdict import logger
+
+    def passes(_: logging.LogRecord) -> bool:
+        return not printed
+
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
 
 
 def exit_unverified(*circuits: Circuit) -> None:

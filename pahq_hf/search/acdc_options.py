@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
+from pahq_hf.search.kind import told
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,26 @@ class ACDCConfig(JsonConfig):
             their reader is visited. None tests all.
     """
 
-    threshold: float = 0.01
+    threshold: float = field(
+        default=0.01, metadata=told("tau: an edge stays when removing it costs this much.")
+    )
     metric: str | None = None
-    order: ReaderOrder = "acdc"
+    order: ReaderOrder = field(default="acdc", metadata=told("Order in which readers are visited."))
     ablation: Ablation = "corrupted"
-    absolute: bool = False
-    readers: str | None = None
-    margin: float | None = None
-    screen: str | None = None
+    absolute: bool = field(default=False, metadata=told("Compare |new - cur| with tau."))
+    readers: str | None = field(
+        default=None, metadata=told("Search only readers matching these globs, e.g. 'logits,m1*'.")
+    )
+    margin: float | None = field(
+        default=None,
+        metadata=told("Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
+    )
+    screen: str | None = field(
+        default=None,
+        metadata=told(
+            "Test only the edges that attribution scores highest, e.g. eap-ig:0.1.", metavar="METHOD:FRACTION"
+        ),
+    )
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.config import Ablation, JsonConfig, check_choice
+from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name
 from pahq_hf.errors import ConfigError, check_names
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -37,11 +37,26 @@ class Options(Protocol):
         """JSON-ready values by name."""
 
 
+def told(
+    help: str, *, metavar: str | None = None, min: float | None = None, name: str | None = None
+) -> Mapping[str, Any]:
+    """What the command line says of an option: the `metadata` of its field.
+
+    Args:
+        help: What it is.
+        metavar: What stands for its value in the help.
+        min: The least value.
+        name: Its name on the command line, where another option has its own.
+    """
+    facts = {"help": help, "metavar": metavar, "min": min, "name": name}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class SearchOptions(JsonConfig):
     """A beginning for the options of a search of one's own: a frozen dataclass that adds fields to these.
 
-    A field's `metadata` may hold `help`, `metavar`, `min` and `flag` for the command line.
+    Every field is an option of the command line too; with `metadata=told(...)` it says what it is.
 
     Attributes:
         metric: What is minimised; None takes the task's own.
@@ -54,6 +69,8 @@ class SearchOptions(JsonConfig):
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range; whoever adds fields adds their checks."""
         check_choice("ablation", self.ablation, Ablation)
+        if self.metric is not None:
+            check_metric_name(self.metric)
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -95,6 +112,7 @@ class SearchKind(Generic[OptionsT]):
             not compare.
         fixed: Options that the name decides.
         phase: What its seconds count for.
+        command: The command of `pahq` that runs it.
         resolve: Checks options against a setting before any work, and gives them with what is decided only
             there.
         check: Checks a finished circuit against the journal of its search.
@@ -107,6 +125,7 @@ class SearchKind(Generic[OptionsT]):
     ranks_kept_first: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     phase: str = "search"
+    command: str = "discover"
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
 

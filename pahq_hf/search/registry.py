@@ -145,6 +145,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
             _attribute,
             fixed={"method": name},
             phase="scores",
+            command="attribute",
             resolve=_resolve_attribution,
         )
         for name, title in _METHODS.items()

@@ -13,12 +13,18 @@ from typing import Any
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
 from pahq_hf.circuit.extras import spared
-from pahq_hf.circuit.files import SWEEP_PREFIX, output_path, read_json, write_atomically, write_text
+from pahq_hf.circuit.files import (
+    SWEEP_NAME,
+    SWEEP_PREFIX,
+    output_path,
+    read_json,
+    write_atomically,
+    write_text,
+)
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError, ConfigError
 
-SWEEP_NAME = "sweep.json"
 _PLOT_NAME = "pareto"
 
 

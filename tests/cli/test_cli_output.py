@@ -135,3 +135,15 @@ def test_what_resume_finds_is_said(run: str, tmp_path: Path, capsys: pytest.Capt
     assert said in shown.err and shown.out.count("\n") == 1
     assert run_main(*where, run) == 0
     assert "as it is" not in capsys.readouterr().err
+
+
+def test_what_resume_of_a_sweep_finds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["sweep", "demo", "--task", "ioi", "--n", "2", "--readers", "logits", "--resume", "--json"]
+    where += ["--out", str(tmp_path / "swept"), "--engine", "sparse", "--thresholds"]
+    assert run_main(*where, "0.3") == 0
+    assert f"pahq: no sweep in {tmp_path / 'swept'} yet: starting one\n" in capsys.readouterr().err
+    assert run_main(*where, "0.3") == 0
+    said = f"pahq: a finished sweep in {tmp_path / 'swept'} is returned as it is: it needs no --engine\n"
+    assert said in capsys.readouterr().err
+    assert run_main(*where, "0.3,0.5") == 0  # a threshold more
+    assert "as it is" not in capsys.readouterr().err

@@ -212,6 +212,24 @@ def test_an_empty_circuit_is_called_one_everywhere(
     assert again["verdict"] == shown["discovery"]["verdict"]
 
 
+@pytest.mark.parametrize("command", [["discover", "--threshold", "100"], ["sweep", "--thresholds", "100"]])
+def test_a_poor_verdict_is_said_once(
+    command: list[str],
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the table where there is one, else in the log."""
+    name, *options = command
+    where = [name, str(root / "model"), "--task", str(root / "ids.jsonl"), "--precision", "fp32", *options]
+    assert run_main(*where, "--out", str(tmp_path / "table")) == 0
+    assert "empty" in capsys.readouterr().out
+    assert not any("tau 100" in record.getMessage() for record in caplog.records)
+    assert run_main(*where, "--out", str(tmp_path / "json"), "--json") == 0
+    assert sum("tau 100" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_an_older_circuit_without_a_verdict_is_shown(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,19 @@ from pahq_hf.precision.embeddings import EmbeddingMatrix
 from pahq_hf.precision.formats.registry import known_formats
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.search.attribution.options import AttributionConfig, MethodName
-from tests.helpers import id_rows, run_main, save_tiny, weight_of, wrapped, write_rows
+from pahq_hf.search.journal import Journal, Step
+from tests.helpers import (
+    assert_same_circuit,
+    files_of,
+    id_rows,
+    journal_lines,
+    run_main,
+    save_tiny,
+    unsealed,
+    weight_of,
+    wrapped,
+    write_rows,
+)
 from tests.models import FAMILIES, random_task
 
 TASK = random_task(batch=3, padding="left", seed=5, metric="logit_diff")
@@ -123,6 +135,62 @@ def test_a_folder_with_a_run_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds a run already"):
         model.attribute(TASK, method="eap", out=tmp_path)
     assert (tmp_path / "circuit.json").read_bytes() == before
+
+
+def test_exact_scores_go_on_reader_by_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, append = wrapped("llama", regime="pahq"), Journal.append
+    options: dict[str, Any] = {"method": "exact", "topn": 9, "progress": False}
+    whole = model.attribute(TASK, **options)
+
+    def fail(journal: Journal, step: Step) -> None:
+        if len(journal.steps) == 5:
+            raise KeyboardInterrupt
+        append(journal, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", fail)
+        with pytest.raises(KeyboardInterrupt):
+            model.attribute(TASK, out=tmp_path, **options)
+    with pytest.raises(RunError, match="continue it with --resume"):
+        model.attribute(TASK, out=tmp_path, **options)
+    circuit = model.attribute(TASK, out=tmp_path, resume=True, **options)
+    assert_same_circuit(circuit, whole)
+    assert whole.verified and circuit.verified
+    assert (circuit.record.evaluations or 0) < (whole.record.evaluations or 0)
+    assert_same_circuit(model.attribute(TASK, out=tmp_path, resume=True, **options), whole)
+    with pytest.raises(RunError, match="its topn is 9 there, 8 now"):
+        model.attribute(TASK, out=tmp_path, resume=True, **(options | {"topn": 8}))
+
+
+@pytest.mark.parametrize("scores", [{}, {"0": "high"}, {"x": 0.5}])
+def test_a_damaged_step_of_exact_scores_is_named(scores: dict[str, Any], tmp_path: Path) -> None:
+    model = wrapped("llama")
+    model.attribute(TASK, method="exact", out=tmp_path)
+    (tmp_path / "circuit.json").unlink()
+    lines = unsealed(journal_lines(tmp_path))
+    step = json.loads(lines[2]) | {"scores": scores}
+    (tmp_path / "journal.jsonl").write_bytes(b"".join([*lines[:2], json.dumps(step).encode() + b"\n"]))
+    with pytest.raises(RunError, match=r"is damaged \(record 2 on line 3"):
+        model.attribute(TASK, method="exact", out=tmp_path, resume=True)
+
+
+def test_a_finished_attribution_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of an earlier version, whose header said less."""
+    model = wrapped("gpt2")
+    first = model.attribute(TASK, method="eap", topn=5, out=tmp_path)
+    monkeypatch.setattr("pahq_hf.search.bench.make_gradient_runs", None)
+    for _ in range(2):
+        before = files_of(tmp_path)
+        again = model.attribute(TASK, method="eap", topn=5, out=tmp_path, resume=True)
+        assert np.array_equal(again.kept, first.kept) and np.array_equal(again.scores, first.scores)
+        assert files_of(tmp_path) == before
+        for changed in ({"topn": 6}, {"method": "hisp"}, {"ablation": "zero"}):
+            with pytest.raises(RunError, match=r"holds another run: its (topn|search|ablation) is"):
+                model.attribute(TASK, **({"method": "eap", "topn": 5} | changed), out=tmp_path, resume=True)
+        document = json.loads((tmp_path / "discovery.json").read_text())
+        document["header"] = {name: document["header"][name] for name in ("model", "task", "dtype")}
+        document.pop("settings", None)
+        (tmp_path / "discovery.json").write_text(json.dumps(document))
 
 
 # -- command line ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from pahq_hf import Circuit, register_search
 from pahq_hf.circuit.card import render_card
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.journal import Journal, Step
-from pahq_hf.search.kind import Found, SearchOptions
+from pahq_hf.search.kind import Found, SearchOptions, told
 from pahq_hf.search.registry import _SEARCHES, find_search, searches
 from pahq_hf.search.work import Work
-from tests.helpers import assert_same_circuit, files_of, wrapped
+from tests.helpers import (
+    assert_same_circuit,
+    files_of,
+    id_rows,
+    run_main,
+    save_tiny,
+    wrapped,
+    write_rows,
+)
 from tests.models import random_task
 
 TASK = random_task(batch=3, length=6, padding="right", seed=3, metric="logit_diff")
@@ -30,6 +38,7 @@ class ReadersOptions(SearchOptions):
     """Options of `by_readers`."""
 
     threshold: float = 0.01
+    at_most: int | None = field(default=None, metadata=told("Remove at most so many readers.", min=0))
 
     def validate(self) -> None:
         """Check them."""
@@ -43,7 +52,7 @@ def by_readers(work: Work[ReadersOptions]) -> Found:
     graph, engine = work.graph, work.engine
     kept, scores = graph.all_edges.copy(), np.zeros(graph.all_edges.shape)
     metric = engine.metric_of(kept)
-    done = {step["reader"]: step for step in work.steps}
+    done, most = {step["reader"]: step for step in work.steps}, work.options.at_most
     for reader in graph.reader_order("acdc"):
         if not graph.all_edges[reader].any():
             continue
@@ -55,8 +64,8 @@ def by_readers(work: Work[ReadersOptions]) -> Found:
             score = engine.metric_of(without) - metric
             work.keep({"reader": reader, "score": score})
         scores[reader][graph.all_edges[reader]] = score
-        if score < work.options.threshold:
-            kept, metric = without, metric + score
+        if score < work.options.threshold and (most is None or most > 0):
+            kept, metric, most = without, metric + score, None if most is None else most - 1
     return Found(kept, scores, graph.all_edges.copy(), facts={"readers_tested": len(graph.readers)})
 
 
@@ -172,3 +181,64 @@ def test_a_method_of_attribution_is_a_search() -> None:
     ours = model.discover(TASK, search="eap", topn=9, progress=False)
     assert_same_circuit(ours, model.attribute(TASK, method="eap", topn=9, progress=False))
     assert find_search("eap").fields and "method" not in find_search("eap").fields
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model and prompts, as the command line names them."""
+    folder = tmp_path_factory.mktemp("registry")
+    save_tiny(folder / "model")
+    data = write_rows(folder / "task.jsonl", id_rows(TASK))
+    return [str(folder / "model"), "--task", str(data), "--precision", "fp32", "--metric", "logit_diff"]
+
+
+def test_the_command_line_takes_its_options(
+    where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    command = ["discover", *where, "--out", out, "--search", "by-readers", "--threshold", "1e9"]
+    assert run_main(*command, "--at-most", "2", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["method"], facts["arguments"]["threshold"]) == ("by-readers", 1e9)
+    assert facts["arguments"]["at_most"] == 2 and facts["verified"] is True
+    removed = Circuit.from_pretrained(out)
+    counts = removed.kept.sum(axis=1)
+    assert ((counts == 0) & (removed.graph.all_edges.sum(axis=1) > 0)).sum() == 2
+    assert run_main(*command, "--at-most", "2", "--resume") == 0  # a finished run
+    assert run_main(*command, "--at-most", "3", "--resume") == 2
+    assert "its at most is 2 there, 3 now" in capsys.readouterr().err
+    assert run_main("discover", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--at-most" in shown and "Remove at most" in shown and "--margin" in shown
+
+
+def test_options_of_another_search_are_refused(
+    where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["discover", *where, "--out", str(tmp_path / "run")]
+    for options, message in (
+        (["--search", "by-readers", "--order", "acdc"], "search 'by-readers' takes no --order"),
+        (["--at-most", "2"], "search 'acdc' takes no --at-most"),
+        (["--search", "nothing"], "there is no search 'nothing'"),
+        (["--search", "eap"], "search 'eap' has a command of its own: pahq attribute --method eap"),
+        (["--search", "by-readers", "--at-most", "-1"], "--at-most"),
+    ):
+        assert run_main(*command, *options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_option_of_every_search_needs_another_name(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Seeded(SearchOptions):
+        seed: int = 0
+
+    register_search("seeded", Seeded)(by_readers)
+    try:
+        assert run_main("discover", "--help") == 2
+        assert "--seed is an option of every search" in capsys.readouterr().err
+    finally:
+        del _SEARCHES["seeded"]

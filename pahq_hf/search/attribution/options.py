@@ -1,13 +1,14 @@
-"""What an attribution is asked for."""
+"""What an attribution is asked for, and what a screen is."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import told
 
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 
@@ -28,14 +29,18 @@ class AttributionConfig(JsonConfig):
         seed: Of `random`.
     """
 
-    method: MethodName = "eap-ig"
+    method: MethodName = field(default="eap-ig", metadata=told("How edges are scored."))
     metric: str | None = None
-    steps: int = 5
-    topn: int | None = None
-    threshold: float | None = None
-    absolute: bool = False
+    steps: int = field(default=5, metadata=told("Runs whose gradients eap-ig averages.", min=1))
+    topn: int | None = field(default=None, metadata=told("Keep so many edges; all if unset.", min=1))
+    threshold: float | None = field(
+        default=None, metadata=told("Keep edges with at least this score, in place of --topn.")
+    )
+    absolute: bool = field(default=False, metadata=told("Compare magnitudes of scores."))
     ablation: Ablation = "corrupted"
-    seed: int = 0
+    seed: int = field(
+        default=0, metadata=told("Seed of the scores of method random.", min=0, name="score_seed")
+    )
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""

@@ -1,0 +1,141 @@
+"""Commands whose options are declared elsewhere, once: in groups that many of them take, and by searches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import update_wrapper
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from pahq_hf.cli.ending import is_given
+from pahq_hf.cli.options import AblationOption, MetricOption
+from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import SearchKind
+
+_ABSENT = inspect.Parameter.empty
+_EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
+
+
+class Command:
+    """A command that takes the fields of its groups as options, and beside them what searches declare.
+
+    Args:
+        command: The command. A parameter that is a dataclass is a group; where there is an `options`, it
+            gets by name what was given of the searches' options, as its `context` tells.
+        declared: The searches whose options it takes, asked when the command line starts.
+        without: Options of theirs that it does not take.
+    """
+
+    def __init__(
+        self,
+        command: Callable[..., None],
+        declared: Callable[[], Iterable[SearchKind[Any]]] = tuple,
+        without: Iterable[str] = (),
+    ) -> None:
+        update_wrapper(self, command)
+        self.__annotations__ = {}  # they are in the signature
+        self._command = command
+        self._declared = declared
+        self._without = frozenset(without)
+        self._plain: dict[str, inspect.Parameter] = {}
+        self._groups: dict[str, tuple[type, list[str]]] = {}
+        hints = get_type_hints(command, include_extras=True)
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name == "options":
+                continue
+            if is_dataclass(hints[name]):
+                found = _fields_of(hints[name])
+                self._groups[name] = hints[name], list(found)
+                self._plain |= found
+            else:
+                self._plain[name] = _keyword(name, hints[name], parameter.default)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.Signature([*self._plain.values(), *self._searched().values()])
+
+    def __call__(self, **values: Any) -> None:
+        """Run it with the options of the command line."""
+        searched = self._searched()
+        arguments: dict[str, Any] = {}
+        taken: set[str] = set(searched)
+        for name, (group, names) in self._groups.items():
+            arguments[name] = group(**{field: values[field] for field in names})
+            taken |= set(names)
+        arguments |= {name: value for name, value in values.items() if name not in taken}
+        if "options" in inspect.signature(self._command).parameters:
+            context = values["context"]
+            arguments["options"] = {name: values[name] for name in searched if is_given(context, name)}
+        self._command(**arguments)
+
+    def _searched(self) -> dict[str, inspect.Parameter]:
+        """Options of the searches by the names of their parameters; the first that declares one says how."""
+        found: dict[str, inspect.Parameter] = {}
+        for kind in self._declared():
+            for name, parameter in options_of(kind).items():
+                if name not in self._without:
+                    found.setdefault(name, parameter)
+        clash = next((name for name in found if name in self._plain), None)
+        if clash is not None:
+            raise ConfigError(
+                f"--{clash.replace('_', '-')} is an option of every search: let the field's metadata give "
+                "another name: told(..., name=...)"
+            )
+        return found
+
+
+def options_of(kind: SearchKind[Any]) -> dict[str, inspect.Parameter]:
+    """The options of a search as parameters, by name."""
+    hints = get_type_hints(kind.options)
+    found = {}
+    for entry in fields(kind.options):
+        if entry.name not in kind.fields:
+            continue
+        told, hint = entry.metadata, hints[entry.name]
+        name, default = told.get("name", entry.name), None if entry.default is MISSING else entry.default
+        annotation = _EVERY_SEARCH.get(entry.name)
+        if annotation is None:
+            flag = "--" + name.replace("_", "-")
+            option = typer.Option(
+                flag, help=told.get("help"), metavar=told.get("metavar"), min=told.get("min")
+            )
+            annotation = Annotated[hint | None if default is None else hint, option]
+        found[name] = _keyword(name, annotation, default)
+    return found
+
+
+def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given on the command line as fields of a search's options.
+
+    Args:
+        kind: The search.
+        given: Values by the names of parameters.
+
+    Raises:
+        ConfigError: If the search has no such option.
+    """
+    names = {
+        entry.metadata.get("name", entry.name): entry.name
+        for entry in fields(kind.options)
+        if entry.name in kind.fields
+    }
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
+    return {names[name]: value for name, value in given.items()}
+
+
+def _fields_of(group: type) -> dict[str, inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    found = {}
+    for entry in fields(group):
+        default = _ABSENT if entry.default is MISSING else entry.default
+        found[entry.name] = _keyword(entry.name, hints[entry.name], default)
+    return found
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

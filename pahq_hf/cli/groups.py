@@ -1,0 +1,194 @@
+"""Options that belong together: the fields of each group are options of every command that takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pahq_hf.cli.options import (
+    ActiveOption,
+    BaseModelOption,
+    BudgetOption,
+    ComputeOption,
+    CountOption,
+    DataSplitOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    FormatOption,
+    GgufOption,
+    ModelArgument,
+    OffsetOption,
+    PolicyOption,
+    PrecisionOption,
+    RevisionOption,
+    SeedOption,
+    ShuffleOption,
+    SplitOption,
+    StoreOption,
+    TablesOption,
+    TakeOverOption,
+    TaskOption,
+    ThreadsOption,
+    TokenOption,
+    TrustOption,
+    load_arguments,
+    read_bytes,
+    read_policy,
+)
+from pahq_hf.cli.output import JsonOption
+from pahq_hf.config import EngineConfig, PAHQConfig
+from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.progress import make_progress
+from pahq_hf.search.settings import RunSettings
+
+if TYPE_CHECKING:
+    from pahq_hf.model import PAHQModel
+    from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and where it goes."""
+
+    model: ModelArgument
+    gguf_file: GgufOption = None
+    revision: RevisionOption = None
+    token: TokenOption = None
+    trust_remote_code: TrustOption = False
+    device: DeviceOption = None
+    dtype: DtypeOption = "float32"
+    base_model: BaseModelOption = None
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which prompts."""
+
+    task: TaskOption
+    n: CountOption = None
+    seed: SeedOption = None
+    split: DataSplitOption = None
+    offset: OffsetOption = 0
+    shuffle: ShuffleOption = False
+
+    def check(self) -> None:
+        """Check what can be checked before a model is loaded.
+
+        Raises:
+            TaskError: If an option means nothing for this task.
+        """
+        from pahq_hf.tasks.loading import check_choice
+
+        check_choice(self.task, **self._chosen)
+
+    def load(self, tokenizer: Any) -> Task:
+        """The prompts, as a model's tokenizer reads them."""
+        from pahq_hf.tasks.loading import load_task
+
+        return load_task(self.task, tokenizer, **self._chosen)
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("n", "seed", "split", "offset", "shuffle")}
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """How weights are kept and computed."""
+
+    precision: PrecisionOption = "pahq"
+    fmt: FormatOption = "fp8"
+    active: ActiveOption = "receiver"
+    compute: ComputeOption = "auto"
+    policy: PolicyOption = None
+    quantize_embeddings: TablesOption = False
+    split_kv_groups: SplitOption = False
+
+    def config(self) -> PAHQConfig:
+        """The configuration.
+
+        Raises:
+            ConfigError: If options contradict each other.
+        """
+        return PAHQConfig(
+            self.precision,
+            self.fmt,
+            self.split_kv_groups,
+            self.active,
+            self.compute,
+            read_policy(self.policy),
+            self.quantize_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What computes metrics, and what it may take."""
+
+    engine: EngineOption = None
+    memory_budget: BudgetOption = None
+    activation_store: StoreOption = "ram"
+
+    def config(self, batch: int | None = None) -> EngineConfig:
+        """The limits.
+
+        Args:
+            batch: Candidates tried at once.
+
+        Raises:
+            ConfigError: If one cannot be read.
+        """
+        return EngineConfig(self.engine, batch, read_bytes(self.memory_budget), self.activation_store)
+
+
+@dataclass(frozen=True)
+class RunChoice:
+    """How a run goes on, and what is said of it."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what --out holds.")] = False
+    take_over: TakeOverOption = False
+    threads: ThreadsOption = None
+    as_json: JsonOption = False
+
+
+def begin(
+    model: ModelChoice, task: TaskChoice, precision: PAHQConfig, run: RunChoice, out: Path
+) -> tuple[PAHQModel, Task]:
+    """Load the model and the prompts of a run, after all that can fail before.
+
+    Args:
+        model: Which model.
+        task: Which prompts; they are checked already.
+        precision: How weights are kept and computed.
+        run: Whether a run is continued, and on which threads.
+        out: Its folder.
+
+    Returns:
+        Both.
+
+    Raises:
+        RunError: If another process works in the folder.
+    """
+    from pahq_hf.model import PAHQModel
+    from pahq_hf.search.lock import check_free
+
+    check_free(out, take_over=run.take_over)
+    found = RunSettings.of_run(out) if run.resume else RunSettings()
+    take_threads(run.threads, found.threads)
+    arguments = load_arguments(
+        model.gguf_file,
+        model.revision,
+        model.token,
+        model.trust_remote_code,
+        model.device,
+        model.dtype,
+        found,
+        base_model=model.base_model,
+    )
+    with make_progress(not run.as_json).phase(f"loading {model.model}"):
+        wrapped = PAHQModel.from_pretrained(model.model, precision, **arguments)
+    return wrapped, task.load(wrapped.tokenizer)
