@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 from pahq_hf.precision.anchors import Anchor
 from pahq_hf.precision.products import Product
@@ -33,48 +33,34 @@ class Mode:
         self.records: dict[Hashable, list[Anchor]] = {}
         self.streamed: dict[Hashable, Product] = {}
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[None]:
         """Inside, every product reads the FP32 weight from the checkpoint and drops it again."""
-        before, self.is_full = self.is_full, True
-        try:
-            yield
-        finally:
-            self.is_full = before
+        return self._with(is_full=True)
 
-    @contextmanager
-    def exact_embeddings(self) -> Iterator[None]:
+    def exact_embeddings(self) -> AbstractContextManager[None]:
         """Inside, embedding and unembedding are FP32 whatever they are kept in."""
-        before, self.has_exact_embeddings = self.has_exact_embeddings, True
-        try:
-            yield
-        finally:
-            self.has_exact_embeddings = before
+        return self._with(has_exact_embeddings=True)
 
-    @contextmanager
-    def anchored(self, anchors: Mapping[Projection, Anchor]) -> Iterator[None]:
+    def anchored(self, anchors: Mapping[Projection, Anchor]) -> AbstractContextManager[None]:
         """Inside, `y = y0 + W_low (x - x0)`: these projections' weights multiply differences only."""
-        before, self.anchors = self.anchors, self.anchors | dict(anchors.items())
-        try:
-            yield
-        finally:
-            self.anchors = before
+        return self._with(anchors=self.anchors | dict(anchors.items()))
 
     @contextmanager
     def recording(self, projections: Iterable[Projection]) -> Iterator[dict[Projection, list[Anchor]]]:
         """Inside, every product of these projections is noted down with its input."""
         records: dict[Projection, list[Anchor]] = {projection: [] for projection in projections}
-        before, self.records = self.records, self.records | dict(records.items())
-        try:
+        with self._with(records=self.records | dict(records.items())):
             yield records
-        finally:
-            self.records = before
+
+    def streaming(self, products: Mapping[Projection, Product]) -> AbstractContextManager[None]:
+        """Inside full precision: let these serve for every product of their projections."""
+        return self._with(streamed=self.streamed | dict(products.items()))
 
     @contextmanager
-    def streaming(self, products: Mapping[Projection, Product]) -> Iterator[None]:
-        """Inside full precision: let these serve for every product of their projections."""
-        before, self.streamed = self.streamed, self.streamed | dict(products.items())
+    def _with(self, **attributes: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
         try:
             yield
         finally:
-            self.streamed = before
+            vars(self).update(before)
