@@ -206,7 +206,7 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch)
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
             super().__init__(state, reader, delta, *more)
 
-    monkeypatch.setattr("pahq_hf.engine.sparse.engine.Propagation", Scarce)
+    monkeypatch.setattr("pahq_hf.engine.sparse.measuring.Propagation", Scarce)
     found = search(engine, config, batch=FixedBatch(16))
     np.testing.assert_array_equal(expected.kept, found.kept)
     np.testing.assert_allclose(expected.scores, found.scores, atol=1e-6)
@@ -223,7 +223,7 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.
         def final(self) -> torch.Tensor:
             raise RuntimeError("something else")
 
-    monkeypatch.setattr("pahq_hf.engine.sparse.engine.Propagation", Broken)
+    monkeypatch.setattr("pahq_hf.engine.sparse.measuring.Propagation", Broken)
     with pytest.raises(RuntimeError, match="something else"):
         search(engine, ACDCConfig(), batch=FixedBatch(4))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pahq_hf import Circuit, PAHQModel, Sweep, load_task
-from pahq_hf.engine.sparse.engine import SparseEngine
+from pahq_hf.engine.sparse.measuring import Measuring
 from pahq_hf.errors import UnverifiedWarning
 from pahq_hf.tasks.metrics import Metric, known_metrics
 from tests.helpers import FP32, run_main
@@ -26,12 +26,12 @@ SWEEP = ("sweep", *DISCOVER[1:])
 
 def err(monkeypatch: pytest.MonkeyPatch, factor: float, above: float = 0.0) -> None:
     """Let the search's engine be wrong about metrics above a value: what a bug in it would do."""
-    read = SparseEngine._read
+    read = Measuring._read
 
-    def wrong(engine: SparseEngine, final: Tensor) -> list[float]:
-        return [value * factor if value > above else value for value in read(engine, final)]
+    def wrong(measuring: Measuring, final: Tensor) -> list[float]:
+        return [value * factor if value > above else value for value in read(measuring, final)]
 
-    monkeypatch.setattr(SparseEngine, "_read", wrong)
+    monkeypatch.setattr(Measuring, "_read", wrong)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

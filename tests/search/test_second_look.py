@@ -119,7 +119,8 @@ class Noisy(SparseEngine):
 
     def focus(self, reader: int) -> float | None:
         super().focus(reader)
-        return super().try_(reader, [self._gone_now(reader)]).values[0]
+        lacking = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
+        return super().try_(reader, [lacking]).values[0]
 
     def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         values = super().try_(reader, candidates).values

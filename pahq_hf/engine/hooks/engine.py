@@ -141,6 +141,8 @@ class HooksEngine:
         Returns:
             [rows, vocab] in float64
         """
+        if self._rule.raise_active and not self._rule.anchored:
+            self._unraise()  # a circuit's value does not depend on who is in focus
         with self._without_anchors(), self._rule.exactly(self.model):
             return self._run(self.graph.all_edges & ~kept)
 

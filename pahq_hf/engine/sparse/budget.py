@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
 import torch
 
 from pahq_hf.engine.sparse.captured import TERMS
@@ -11,10 +14,23 @@ from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.active_components import ActiveComponents
 from pahq_hf.precision.device_memory import free_memory
 
+T = TypeVar("T")
+
 _SHARE = 0.25  # of the memory that is free
 BATCH_TOKENS = 3328  # at once
 _COPIES = 4  # intermediate copies of a node's activations while it is computed
 _LEAST = 256 << 20  # bytes of weights worth keeping
+
+
+class Fitting(Protocol):
+    """Does some work, and when memory runs out again with less kept for speed."""
+
+    def __call__(self, work: Callable[[], T]) -> T:
+        """What the work gives.
+
+        Raises:
+            OutOfMemoryError: If it does not fit when nothing is left to free.
+        """
 
 
 class MemoryBudget:

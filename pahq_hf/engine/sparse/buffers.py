@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Workspace:
+class Buffers:
     """Named buffers that are used again.
 
     Args:

@@ -20,7 +20,7 @@ from pahq_hf.modeling.patched_model import PatchedModel
 TERMS = 64  # of a sum that are computed at once
 
 
-class Streams:
+class Captured:
     """Captured activations at the tokens that matter.
 
     Args:
@@ -58,6 +58,10 @@ class Streams:
         changes = zip(self.mlp, substitute.mlp, strict=True)
         self._dmlp = [stored(store, m - window.pick(c)) for m, c in changes]
         self._dembedding = window.pick(clean.embedding - substitute.embedding)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of the activations' dtype, on their device."""
+        return self._dembedding.new_zeros(shape)
 
     def differences(self, writers: Sequence[int], liveness: Liveness, out: Tensor | None = None) -> Tensor:
         """`a_w - c_w` of the clean run for some writers.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pahq_hf.circuit.graph import ReaderKind
 from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads, contribute
-from pahq_hf.engine.sparse.buffers import Workspace
+from pahq_hf.engine.sparse.buffers import Buffers
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.engine.sparse.state import HEAD_KINDS, CircuitState
 
@@ -27,7 +27,7 @@ class Propagation:
         reader: The reader whose input changes.
         delta: The change, at the reader's tokens. [K, tokens, d_model]
         arithmetic: How changes are computed.
-        workspace: Buffers; they are in use until `final` returns.
+        buffers: Buffers; they are in use until `final` returns.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Propagation:
         reader: int,
         delta: Tensor,
         arithmetic: Arithmetic,
-        workspace: Workspace,
+        buffers: Buffers,
     ) -> None:
         self._state = state
         self._arithmetic = arithmetic
-        self._workspace = workspace
+        self._buffers = buffers
         self._graph = state.graph
         self._plan = state.plan
         self._circuits = delta.shape[0]
@@ -79,7 +79,7 @@ class Propagation:
             elif owned:
                 total += change
             else:
-                total = torch.add(total, change, out=self._workspace.take(("input", reader), change.shape))
+                total = torch.add(total, change, out=self._buffers.take(("input", reader), change.shape))
                 owned = True
         return total
 
@@ -102,7 +102,7 @@ class Propagation:
         reader = graph.layer_readers(layer, "mlp")[0]
         change = self._input_change(reader)
         if change is not None:
-            out = self._workspace.take(node, change.shape)
+            out = self._buffers.take(node, change.shape)
             self._arithmetic.mlp_change(layer, state.inputs[reader], change, state.outputs[node], out)
             self._changes[node] = out
 
@@ -265,4 +265,4 @@ class Propagation:
 
     def _room(self, name: Hashable, change: Tensor) -> Tensor:
         """Room for changes at the tokens of another. [K, tokens, d_model]"""
-        return self._workspace.take(name, (*change.shape[:2], self._state.streams.width))
+        return self._buffers.take(name, (*change.shape[:2], self._state.captured.width))

@@ -8,7 +8,7 @@ and a resumed search continues from the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pahq_hf.circuit.graph import BoolArray, Graph, ReaderKind
 from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads
-from pahq_hf.engine.sparse.captured import Streams
+from pahq_hf.engine.sparse.captured import Captured
 from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.precision.weight_cache import WeightCache
@@ -70,7 +70,7 @@ class CircuitState:
 
     Args:
         graph: The model's graph.
-        streams: The captured constants.
+        captured: The captured constants.
         math: Head computations per layer.
         cache: Keeps the weights of live nodes ready.
         arithmetic: How nodes are computed.
@@ -79,17 +79,17 @@ class CircuitState:
     def __init__(
         self,
         graph: Graph,
-        streams: Streams,
+        captured: Captured,
         math: list[HeadMath],
         cache: WeightCache,
         arithmetic: Arithmetic,
     ) -> None:
         self.graph = graph
-        self.streams = streams
+        self.captured = captured
         self.math = math
         self.arithmetic = arithmetic
         self._cache = cache
-        self.plan = streams.plan
+        self.plan = captured.plan
         self.kept: BoolArray = self.graph.all_edges.copy()
         self.liveness: list[Liveness] = [Liveness.DEAD] * len(self.graph.writers)
         self.inputs: dict[int, Tensor] = {}  # reader -> [tokens, d_model]
@@ -100,6 +100,7 @@ class CircuitState:
         self._bases: dict[int, Tensor] = {}
         self._writers: dict[int, list[int]] = {}
         self._floor = len(self.graph.writers)
+        self._tested: int | None = None
 
     # -- what others ask --------------------------------------------------------------------------
 
@@ -126,22 +127,45 @@ class CircuitState:
         readers = self.graph.layer_readers(layer, kind)
         return [r for r in readers if self.reader_liveness(r) is not Liveness.DEAD]
 
+    def carried(self, writers: Sequence[int], liveness: Liveness, out: Tensor | None = None) -> Tensor:
+        """What edges carry under this circuit, `a_w - c_w`.
+
+        Args:
+            writers: Their writers: of kept edges, or of any into the reader under test.
+            liveness: At which tokens.
+            out: Where it goes; new memory by default. [writer, tokens, d_model]
+
+        Returns:
+            [writer, tokens, d_model]
+        """
+        carried = self.captured.differences(writers, liveness, out)
+        if liveness is Liveness.DEAD:
+            return carried.zero_()  # whatever it is, it goes nowhere
+        for number, writer in enumerate(writers):
+            shift = self.shifts.get(writer)
+            if shift is not None:
+                carried[number] += self.plan.narrow(shift, self.liveness[writer], liveness)
+        return carried
+
     # -- moving on --------------------------------------------------------------------------------
 
-    def update(self, kept: BoolArray, floor: int, changed_nodes: Iterable[int] = ()) -> None:
+    def update(
+        self, kept: BoolArray, floor: int, changed_nodes: Iterable[int] = (), tested: int | None = None
+    ) -> None:
         """Bring the state to an edge set. If that fails nothing is held, and it can be tried again.
 
         Args:
             kept: The edges. Readers of nodes below `floor` must have all theirs.
             floor: First node that is held if it is live; writers are numbered from input to output.
             changed_nodes: Nodes whose weights or substitutes changed without any edge changing.
+            tested: A reader whose removed edges may come back: what they would carry is held too.
         """
         try:
             rows = np.flatnonzero((kept != self.kept).any(axis=1))
             dirty = {int(row) for row in rows}
             self.kept = kept.copy()
-            moved = floor != self._floor
-            self._floor = floor
+            moved = (floor, tested) != (self._floor, self._tested)
+            self._floor, self._tested = floor, tested
             if moved or dirty:
                 dirty |= self._update_liveness()
             self._hold_weights()
@@ -155,7 +179,7 @@ class CircuitState:
         """Hold nothing, as at first; substitutes that were changed stay so."""
         self.kept = self.graph.all_edges.copy()
         self.liveness = [Liveness.DEAD] * len(self.graph.writers)
-        self._floor = len(self.graph.writers)
+        self._floor, self._tested = len(self.graph.writers), None
         for held in (self.inputs, self.outputs, self.shifts, self.attention, self._bases, self._writers):
             held.clear()
 
@@ -189,7 +213,8 @@ class CircuitState:
                     need[feeds] = most  # heads that a norm couples are computed together
                 shared = node.kind in ("k", "v") and most is not Liveness.DEAD
                 matters = Liveness.WINDOW if shared else most
-            np.maximum(need, np.where(self.kept[reader], int(matters), 0), out=need)
+            row = graph.all_edges[reader] if reader == self._tested else self.kept[reader]
+            np.maximum(need, np.where(row, int(matters), 0), out=need)
         self.liveness = [
             Liveness(int(value)) if index >= self._floor else Liveness.DEAD
             for index, value in enumerate(need)
@@ -214,7 +239,7 @@ class CircuitState:
             return False
         liveness = self.reader_liveness(reader)
         if reader not in self._bases:
-            self._bases[reader] = self.streams.base_input(reader, row, liveness)
+            self._bases[reader] = self.captured.base_input(reader, row, liveness)
             self._writers[reader] = [int(w) for w in np.flatnonzero(row)]
         total = self._bases[reader]
         for writer in self._writers[reader]:
@@ -239,7 +264,7 @@ class CircuitState:
         if not self._refresh_input(reader, changed) and node not in changed and node in self.outputs:
             return
         output = self.arithmetic.mlp(layer, self.inputs[reader])
-        clean = self.plan.narrow(self.streams.mlp[layer], Liveness.WINDOW, liveness)
+        clean = self.plan.narrow(self.captured.mlp[layer], Liveness.WINDOW, liveness)
         self.outputs[node] = output
         self.shifts[node] = output - clean
         changed.add(node)
@@ -273,8 +298,8 @@ class CircuitState:
         state = self._compute_attention(layer, by_liveness)
         self.attention[layer] = state
         for liveness, heads in by_liveness.items():
-            clean = self.plan.narrow(self.streams.z[layer].transpose(0, 1)[heads], Liveness.WINDOW, liveness)
-            shift = self.streams.change(layer, heads, self._written(layer, state, liveness), clean)
+            clean = self.plan.narrow(self.captured.z[layer].transpose(0, 1)[heads], Liveness.WINDOW, liveness)
+            shift = self.captured.change(layer, heads, self._written(layer, state, liveness), clean)
             for head, value in zip(heads, shift, strict=True):
                 self.shifts[nodes[head]] = value
                 changed.add(nodes[head])
@@ -314,7 +339,7 @@ class CircuitState:
     def _keys_or_values(self, layer: int, kind: ReaderKind, state: AttentionState) -> Tensor:
         """Keys or values of every reader of a layer. [reader, batch, pos, d_head]"""
         math = self.math[layer]
-        clean = self.streams.attention_in[layer]  # [batch, pos, d_model]
+        clean = self.captured.attention_in[layer]  # [batch, pos, d_model]
         readers = self.graph.layer_readers(layer, kind)
         blocks = [self.weight_block(index) for index in range(len(readers))]
         distinct = sorted(set(blocks))

@@ -1,0 +1,100 @@
+"""Metrics of circuits that differ from a state in what one reader reads, side by side in memory.
+
+From the change of the reader's input to the final stream (`propagation`), and from there to the metric
+(`readout`). When memory runs out, batches are halved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pahq_hf.engine.phases import Phases
+from pahq_hf.engine.sparse.arithmetic import Arithmetic
+from pahq_hf.engine.sparse.budget import MemoryBudget
+from pahq_hf.engine.sparse.buffers import Buffers
+from pahq_hf.engine.sparse.propagation import Propagation
+from pahq_hf.engine.sparse.readout import Readout
+from pahq_hf.engine.sparse.state import CircuitState
+from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.device_memory import out_of_memory
+from pahq_hf.tasks.metrics import Metric, checked
+
+
+class Measuring:
+    """Measures circuits.
+
+    Args:
+        model: The patched model.
+        metric: What is minimised.
+        readout: The metric of final streams.
+        memory: Bounds batches.
+        buffers: Room for a batch on its way up.
+        phases: Where seconds are added up.
+
+    Attributes:
+        evaluations: Metric values so far.
+    """
+
+    def __init__(
+        self,
+        model: PatchedModel,
+        metric: Metric,
+        readout: Readout,
+        memory: MemoryBudget,
+        buffers: Buffers,
+        phases: Phases,
+    ) -> None:
+        self._model = model
+        self._metric = metric
+        self._readout = readout
+        self._memory = memory
+        self._buffers = buffers
+        self._phases = phases
+        self.evaluations = 0
+
+    def metric_of(self, state: CircuitState) -> float:
+        """The metric of a state itself."""
+        return self._read(state.inputs[state.graph.logits_reader][None])[0]
+
+    def metrics(
+        self, state: CircuitState, reader: int, delta: Tensor, arithmetic: Arithmetic, held: int = 0
+    ) -> list[float]:
+        """Metrics after changes of a reader's input.
+
+        Args:
+            state: What they are changes of.
+            reader: The reader.
+            delta: Changes at its tokens. [K, tokens, d_model]
+            arithmetic: How changes are computed.
+            held: Bytes of what made the changes, which stay.
+
+        Returns:
+            K values.
+        """
+        finals: list[Tensor] = []
+        done, held = 0, delta.nbytes + held
+        while done < delta.shape[0]:
+            size = self._memory.batch(state, reader, held)
+            try:
+                finals.append(self._final(state, reader, delta[done : done + size], arithmetic))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error) or not self._memory.halve(size):
+                    raise
+            else:
+                done += size
+                continue
+            self._buffers.clear()  # only here the failed batch has let go of what it had made
+        return self._read(torch.cat(finals))
+
+    def _final(self, state: CircuitState, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
+        """The stream the final norm reads. [K, tokens, d_model] -> [K, rows, d_model]"""
+        with self._phases("propagation"):
+            return Propagation(state, reader, delta, arithmetic, self._buffers).final()
+
+    def _read(self, final: Tensor) -> list[float]:
+        """Metrics of final streams. [K, rows, d_model] -> K values"""
+        self.evaluations += final.shape[0]
+        with self._phases("metric"):
+            values = self._readout(self._model.final_norm(final)).tolist()
+        return [checked(value, self._metric.name) for value in values]
