@@ -31,6 +31,7 @@ demo: $(STAMP)
 
 # `test` checks everything a user relies on, `test-all` every crossing of it besides; CONTRIBUTING.md has the tiers.
 test: TIER := -m "not exhaustive"
+test-all: TIER := --hypothesis-profile=exhaustive
 
 # The tests of pages need a browser; Debian's is installed where there is none (as root).
 test test-all: lint

@@ -33,11 +33,13 @@ from fetch_smollm2 import fetch, fetch_gguf
 from hypothesis import HealthCheck, settings
 
 from tests.models import FAMILIES
-from tests.tiers import mark_exhaustive
+from tests.tiers import ALL_EXAMPLES, QUICK_EXAMPLES, mark_exhaustive
 
 # No test depends on time: a loaded machine takes as long as it takes, for examples and for drawing them.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", untimed, max_examples=QUICK_EXAMPLES)
+settings.register_profile("exhaustive", untimed, max_examples=ALL_EXAMPLES)  # --hypothesis-profile=exhaustive
+settings.load_profile("quick")
 
 torch.set_num_threads(THREADS)
 

@@ -1,4 +1,7 @@
-"""Which tests of a product of parameters `make test` runs: enough that every value of each occurs."""
+"""What `make test` runs of a product of parameters, and how many examples of a property.
+
+Of a product, enough that every value of each parameter occurs; of examples, a quarter.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 Row = Mapping[str, Hashable]
+
+
+# Examples of a property that says nothing of their number, by tier; the profile of the same name has as many.
+QUICK_EXAMPLES, ALL_EXAMPLES = 25, 100
+
+
+def examples(number: int, **options: Any) -> settings:
+    """How many examples hypothesis draws: so many in `make test-all`, a quarter of them in `make test`."""
+    return settings(max_examples=max(5, number * settings().max_examples // ALL_EXAMPLES), **options)
 
 
 def covering(rows: Sequence[Row]) -> set[int]:

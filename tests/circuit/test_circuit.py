@@ -13,7 +13,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +23,7 @@ from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.errors import CircuitError, RunError
 from tests.circuit.small import small
 from tests.helpers import files_of, small_disk
+from tests.tiers import examples
 
 FILES = {"circuit.json", "scores.safetensors", "discovery.json", "circuit.png", "README.md"}
 
@@ -63,7 +64,7 @@ def saved(tmp_path: Path) -> Path:
 # -- round trip -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(circuits())
 def test_a_saved_circuit_comes_back_the_same(circuit: Circuit) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -81,7 +82,7 @@ def test_a_saved_circuit_comes_back_the_same(circuit: Circuit) -> None:
     assert again.nodes == circuit.nodes and again.edges == circuit.edges
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(circuits())
 def test_nodes_edges_and_live_edges_agree(circuit: Circuit) -> None:
     assert circuit.edge_count == len(circuit.edges) == int(circuit.kept.sum())

@@ -7,7 +7,7 @@ import re
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     BertConfig,
@@ -23,6 +23,7 @@ from transformers import (
 from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec, ReaderOrder, edge_list
 from pahq_hf.errors import CircuitError, ConfigError, UnsupportedModelError
 from pahq_hf.modeling.architectures.lookup import graph_spec
+from tests.tiers import examples
 
 GPT2_SMALL = GPT2Config()
 ATTENTION_ONLY = GPT2Config(n_layer=4, n_head=8, n_embd=512, n_inner=0)
@@ -115,7 +116,7 @@ def test_impossible_sizes_are_refused(layers: int, heads: int, groups: int) -> N
 
 
 @given(spec=specs())
-@settings(max_examples=60)
+@examples(60)
 def test_edges_are_those_whose_writer_writes_first(spec: GraphSpec) -> None:
     graph = Graph(spec)
     expected = [
@@ -128,7 +129,7 @@ def test_edges_are_those_whose_writer_writes_first(spec: GraphSpec) -> None:
 
 
 @given(spec=specs())
-@settings(max_examples=60)
+@examples(60)
 def test_every_component_is_written_and_read_once(spec: GraphSpec) -> None:
     graph = Graph(spec)
     heads = [f"a{layer}.h{head}" for layer in range(spec.layers) for head in range(spec.heads)]
@@ -150,7 +151,7 @@ def test_every_component_is_written_and_read_once(spec: GraphSpec) -> None:
 
 
 @given(spec=specs())
-@settings(max_examples=40)
+@examples(40)
 def test_heads_and_their_key_value_readers_agree(spec: GraphSpec) -> None:
     graph = Graph(spec)
     used = {head: kv for kv in range(spec.kv_readers) for head in graph.heads_of_kv(kv)}
@@ -163,7 +164,7 @@ def test_heads_and_their_key_value_readers_agree(spec: GraphSpec) -> None:
 
 
 @given(spec=specs())
-@settings(max_examples=40)
+@examples(40)
 def test_edge_names_round_trip(spec: GraphSpec) -> None:
     graph = Graph(spec)
     edges = edge_list(graph.all_edges)
@@ -215,7 +216,7 @@ def test_parallel_blocks_have_no_edge_from_heads_to_their_own_mlp() -> None:
 
 @pytest.mark.parametrize("order", ["acdc", "head"])
 @given(spec=specs())
-@settings(max_examples=40)
+@examples(40)
 def test_reader_order_visits_all_readers_from_output_to_input(order: ReaderOrder, spec: GraphSpec) -> None:
     graph = Graph(spec)
     visit = graph.reader_order(order)
@@ -273,7 +274,7 @@ def test_in_edges_come_latest_first() -> None:
 
 
 @given(spec=specs())
-@settings(max_examples=40)
+@examples(40)
 def test_in_edges_are_a_readers_edges(spec: GraphSpec) -> None:
     graph = Graph(spec)
     for reader in range(len(graph.readers)):
@@ -283,7 +284,7 @@ def test_in_edges_are_a_readers_edges(spec: GraphSpec) -> None:
 
 
 @given(spec=specs(), density=st.sampled_from([0.0, 0.03, 0.1, 0.3]), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60)
+@examples(60)
 def test_has_out_edge_asks_whether_anyone_reads_the_node(spec: GraphSpec, density: float, seed: int) -> None:
     graph = Graph(spec)
     kept = random_edges(graph, density, seed)
@@ -294,7 +295,7 @@ def test_has_out_edge_asks_whether_anyone_reads_the_node(spec: GraphSpec, densit
 
 
 @given(spec=specs(), density=st.sampled_from([0.02, 0.1, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=100)
+@examples(100)
 def test_live_edges_equal_brute_force_reachability(spec: GraphSpec, density: float, seed: int) -> None:
     graph = Graph(spec)
     kept = random_edges(graph, density, seed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,6 +21,7 @@ from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, random_edges, wrapped
 from tests.models import FAMILIES, random_task
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -248,7 +249,7 @@ def test_exact_differences_of_writers_are_exact() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama_split", "mistral_window"])
 def test_the_metric_depends_on_what_is_gone_not_on_how_it_went(name: str) -> None:
-    @settings(max_examples=15)
+    @examples(15)
     @given(
         data=st.data(),
         fmt=st.sampled_from(FORMATS),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
@@ -23,6 +23,7 @@ from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -41,7 +42,7 @@ def test_metric_of_random_circuits_is_the_hooks_engines(family: str, padding: st
     task = random_task(model.config.vocab_size, 3, 7, padding=padding, seed=3)
     patched = PatchedModel(model)
 
-    @settings(max_examples=12)
+    @examples(12)
     @given(
         share=st.sampled_from([0.05, 0.3, 0.7, 0.97, 1.0]),
         seed=st.integers(0, 10_000),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import MemorySource, ranges, weight_of
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -157,7 +158,7 @@ def test_runs_of_outputs_have_anchors_of_their_own(
     circuits=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=100)
+@examples(100)
 def test_low_precision_multiplies_only_the_difference(
     fmt: str, compute: torch.dtype, bias: bool, scale: float, circuits: int, seed: int
 ) -> None:
@@ -221,7 +222,7 @@ def test_a_raised_map_is_the_fp32_map(fmt: str, compute: torch.dtype, bias: bool
     rows=ranges(ROWS),
     cols=ranges(COLS),
 )
-@settings(max_examples=80)
+@examples(80)
 def test_whatever_is_raised_or_held_the_difference_meets_the_effective_weight(
     fmt: str,
     compute: torch.dtype,

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
@@ -23,6 +23,7 @@ from pahq_hf.precision.formats.mixed import lowered
 from pahq_hf.precision.formats.registry import LowWeight, known_formats, quantize, stored_bytes
 from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import ranges, weight_of
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -114,7 +115,7 @@ def assert_same_weight(ours: LowWeight, theirs: LowWeight) -> None:
     scales=st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_decode_e5m2_is_torchaos_dequantize_on_every_code(scales: list[float], seed: int) -> None:
     codes = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e5m2)
     codes = codes[torch.isfinite(codes.to(torch.float32))]
@@ -136,7 +137,7 @@ def test_decode_e5m2_is_torchaos_dequantize_on_every_code(scales: list[float], s
     dtype=st.sampled_from(DTYPES[:2]),
     transposed=st.booleans(),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_blocks_are_slices_of_torchaos_values(
     fmt: str, rows: slice, cols: slice, seed: int, spread: float, dtype: torch.dtype, transposed: bool
 ) -> None:
@@ -218,7 +219,7 @@ def test_rows_of_zeros_are_zeros_to_torchao_too(fmt: str) -> None:
     dtype=st.sampled_from(DTYPES),
     shape=st.sampled_from([(ROWS, COLS), (1, COLS), (ROWS, 2), (17, 5)]),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_a_few_rows_at_once_are_all_rows_at_once(
     fmt: str, elements: int, seed: int, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
@@ -270,7 +271,7 @@ def test_no_number_is_found_wherever_it_is(
     cols=ranges(COLS),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80)
+@examples(80)
 def test_pieces_are_rounded_by_themselves(
     cuts: tuple[int, int], formats: list[str], rows: slice, cols: slice, seed: int
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -31,6 +31,7 @@ from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
 from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import MemorySource, id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import FAMILIES, HEADS, KV_HEADS, VOCAB, WIDTH, padded_prompts, random_task
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -79,7 +80,7 @@ def assert_blocks(found: list[Tensor], wanted: list[Tensor]) -> None:
         max_size=5,
     )
 )
-@settings(max_examples=60)
+@examples(60)
 def test_the_first_pattern_that_matches_counts(policy: list[tuple[str, str]]) -> None:
     found = formats_of(NAMES, dict(policy), "mx")
     matches = {  # spelt out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
@@ -22,6 +22,7 @@ from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.products import resolve_compute
 from pahq_hf.precision.weight_block import WeightBlock
 from tests.helpers import MemorySource, ranges, weight_of
+from tests.tiers import examples
 
 FORMATS: tuple[str, ...] = ("fp8", "int8", "bf16")
 ROWS, COLS = 12, 10
@@ -50,7 +51,7 @@ def torchao_values(weight: Tensor, fmt: str) -> Tensor:
     scales=st.lists(st.floats(2**-100, 2**100, width=32), min_size=1, max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_decode_e4m3_is_torchaos_dequantize_on_every_code(scales: list[float], seed: int) -> None:
     codes = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[torch.isfinite(codes.to(torch.float32))]
@@ -70,7 +71,7 @@ def test_decode_e4m3_is_torchaos_dequantize_on_every_code(scales: list[float], s
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.0, 3.0, 15.0]),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_blocks_are_torchaos_dequantisation(
     fmt: str, rows: slice, cols: slice, seed: int, spread: float
 ) -> None:
@@ -190,7 +191,7 @@ def test_lower_keeps_only_the_low_precision_weight(fmt: str) -> None:
     cols=ranges(COLS),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=120)
+@examples(120)
 def test_raised_regions_are_fp32_and_the_rest_is_low(
     fmt: str, regions: list[WeightBlock], rows: slice, cols: slice, seed: int
 ) -> None:
@@ -250,7 +251,7 @@ def test_full_precision_reads_bf16_checkpoints_as_fp32() -> None:
     rows=ranges(ROWS),
     cols=ranges(COLS),
 )
-@settings(max_examples=80)
+@examples(80)
 def test_holding_a_decoded_weight_never_changes_a_value(
     regions: list[WeightBlock], steps: list[str], rows: slice, cols: slice
 ) -> None:

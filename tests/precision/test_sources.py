@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.precision.fp32.source import CheckpointSource, SourceBlock, SpillSource, WeightSource, byte_spans
 from tests.helpers import MemorySource, ranges, small_disk, weight_of
+from tests.tiers import examples
 
 ROWS, COLS = 12, 10
 
@@ -36,7 +37,7 @@ def segment_lists(draw: st.DrawFn, size: int = 14) -> tuple[tuple[int, int], ...
 
 
 @given(data=st.data(), transposed=st.booleans(), segments=segment_lists())
-@settings(max_examples=80)
+@examples(80)
 def test_source_block_is_the_concatenation_of_its_segments(
     data: st.DataObject, transposed: bool, segments: tuple[tuple[int, int], ...]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.tiers import covering
+from tests.tiers import covering, examples
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,8 @@ def command_of(target: str) -> str:
 
 def test_make_test_leaves_out_the_exhaustive_tests_only() -> None:
     assert '-m "not exhaustive"' in command_of("test")
-    assert command_of("test").replace(' -m "not exhaustive"', "") == command_of("test-all").replace("  ", " ")
+    quick, everything = '-m "not exhaustive"', "--hypothesis-profile=exhaustive"
+    assert command_of("test").replace(quick, everything) == command_of("test-all")
 
 
 @pytest.mark.exhaustive
@@ -62,6 +63,15 @@ def test_the_rest_is_exhaustive(first: str, second: int, request: pytest.Fixture
     whole = [item for item in request.session.items if item.originalname == request.node.originalname]
     if len(whole) == 6:  # all were asked for, and nothing deselected
         assert sum(item.get_closest_marker("exhaustive") is None for item in whole) == 3
+
+
+def test_a_quarter_of_the_examples_is_quick() -> None:
+    before, counts = settings.get_current_profile_name(), {}
+    for profile in ("quick", "exhaustive"):
+        settings.load_profile(profile)
+        counts[profile] = [settings().max_examples, *(examples(n).max_examples for n in (200, 60, 12))]
+    settings.load_profile(before)
+    assert counts == {"quick": [25, 50, 15, 5], "exhaustive": [100, 200, 60, 12]}
 
 
 def test_examples_may_take_as_long_as_they_take() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec
@@ -23,6 +23,7 @@ from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderReco
 from pahq_hf.search.acdc_options import ACDCConfig
 from tests.helpers import assert_same_search, referee, wrapped
 from tests.models import random_task
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -221,7 +222,7 @@ configs = st.builds(
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(graphs(), configs, seeds, st.lists(st.integers(1, 70), min_size=1, max_size=6), st.booleans())
 def test_any_batches_decide_like_the_plain_loop(
     graph: Graph, config: ACDCConfig, seed: int, sizes: list[int], jumps: bool
@@ -245,7 +246,7 @@ def test_any_batches_decide_like_the_plain_loop(
     assert toy.finished == 1
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(graphs(), configs, seeds, st.booleans())
 def test_a_search_continued_from_any_record_is_the_same(
     graph: Graph, config: ACDCConfig, seed: int, jumps: bool

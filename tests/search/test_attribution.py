@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from pahq_hf.search.attribution.selection import edges_from, top_edges
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32, wrapped
 from tests.models import FAMILIES, random_task, tiny_gpt2
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -263,7 +264,7 @@ SPECS = st.builds(
 
 
 @given(SPECS, st.integers(0, 1000), st.floats(0.01, 1))
-@settings(max_examples=40)
+@examples(40)
 def test_a_threshold_on_nodes_is_one_on_edges(spec: GraphSpec, seed: int, threshold: float) -> None:
     graph = Graph(spec)
     importance = np.random.default_rng(seed).random(len(graph.writers))
@@ -286,7 +287,7 @@ def test_edges_of_nodes_by_hand() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 200), st.booleans(), st.integers(1, 6))
-@settings(max_examples=60)
+@examples(60)
 def test_the_best_edges(seed: int, count: int, absolute: bool, levels: int) -> None:
     graph = Graph(GraphSpec(layers=2, heads=3, kv_groups=3))
     drawn = np.random.default_rng(seed).integers(-levels, levels + 1, graph.all_edges.shape)

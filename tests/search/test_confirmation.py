@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from pahq_hf.errors import UnverifiedWarning
 from pahq_hf.tasks.metrics import Metric, known_metrics
 from tests.helpers import FP32, run_main
 from tests.tasks.test_metrics import make_task
+from tests.tiers import examples
 
 DISCOVER = ("discover", "demo", "--task", "ioi", "--n", "2", "--precision", "fp32", "--readers", "logits")
 SWEEP = ("sweep", *DISCOVER[1:])
@@ -154,7 +155,7 @@ def test_engines_agree_in_low_precision(tmp_path: Path, regime: str) -> None:
 # -- how far rounding goes --------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(
     name=st.sampled_from(known_metrics()),
     seed=st.integers(0, 10_000),

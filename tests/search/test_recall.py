@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf.config import EngineConfig
@@ -22,6 +22,7 @@ from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.shared_answers import Answers, RecallingEngine
 from tests.helpers import unsealed, wrapped
 from tests.models import random_task
+from tests.tiers import examples
 
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 TAUS = (0.15, 0.1, 0.03, 0.003)
@@ -102,7 +103,7 @@ def test_a_recalling_search_is_the_one_that_recalls_nothing(
 taus = st.floats(0.0005, 0.5).map(lambda value: round(value, 4))
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(
     thresholds=st.lists(taus, min_size=2, max_size=4, unique=True),
     regime=st.sampled_from(["fp32", "pahq", "pahq-literal"]),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
@@ -36,6 +36,7 @@ from tests.helpers import (
     write_rows,
 )
 from tests.models import FAMILIES, random_task
+from tests.tiers import examples
 
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 TAU = 0.02
@@ -73,7 +74,7 @@ def plain_search(name: str, survivors: BoolArray) -> tuple[BoolArray, dict[tuple
 
 
 @given(st.sampled_from(["gpt2", "llama_split", "gpt_neox", "gemma2"]), st.floats(0, 1), st.integers(0, 99))
-@settings(max_examples=12)
+@examples(12)
 def test_the_search_is_the_plain_loop(name: str, share: float, seed: int) -> None:
     model = wrapped(name, dtype=torch.float64).patched
     survivors = random_edges(model.graph, share, seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq_hf import PAHQConfig, PAHQModel, load_task
@@ -25,6 +25,7 @@ from pahq_hf.search.journal import Journal
 from pahq_hf.search.replay import record_of, step_of
 from tests.helpers import wrapped
 from tests.models import FAMILIES, random_task
+from tests.tiers import examples
 
 pytestmark = pytest.mark.crossing
 
@@ -200,7 +201,7 @@ def check_record(engine: Noisy, record: ReaderRecord, exact: ReaderRecord, confi
         assert record.looks == len(near)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tau=st.sampled_from([0.003, 0.01, 0.02, 0.05]),

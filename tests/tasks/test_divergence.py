@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from pahq_hf.tasks.metrics import Metric
 from tests.helpers import wrapped
 from tests.models import random_task
 from tests.tasks.test_metrics import make_task
+from tests.tiers import examples
 
 ROWS, VOCAB, WIDTH = 3, 5000, 24  # more tokens than two blocks of the vocabulary
 TASK = make_task([0, 1, 2], ((),) * ROWS, ((),) * ROWS)
@@ -35,7 +36,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0, 40), step=st.floats(-6, 3), shift=st.floats(-50, 50))
 def test_kl_of_logits(seed: int, scale: float, step: float, shift: float) -> None:
     reference = drawn(ROWS, 200, seed=seed) * scale
@@ -81,7 +82,7 @@ def readout_of(clean: Tensor, weight: Tensor, bias: Tensor | None, scale: float 
     return KLReadout(logits * scale, unembedding, clean, scale=scale)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     spread=st.sampled_from([0.3, 3.0, 30.0]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from pahq_hf import Task
 from pahq_hf.errors import MetricError
 from pahq_hf.evaluation.greedy_accuracy import accuracy, chance
 from pahq_hf.tasks.metrics import Metric, check_metric, known_metrics
+from tests.tiers import examples
 
 Sets = tuple[tuple[int, ...], ...]
 
@@ -99,7 +100,7 @@ def test_several_runs_at_once() -> None:
 KL_TASK = make_task([0, 1], ((), ()), ((), ()))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.integers(0, 10_000), st.floats(0, 30), st.floats(-6, 2))
 def test_kl_is_zero_for_the_full_model_and_never_negative(seed: int, scale: float, step: float) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,6 +28,7 @@ from tests.task_tokenizers import (
     word_level,
     words_of,
 )
+from tests.tiers import examples
 
 NEW = ("docstring", "gendered_pronoun", "induction", "sva")
 
@@ -114,7 +115,7 @@ def test_docstring_asks_for_the_third_argument(tokenizer: PreTrainedTokenizerFas
         assert len(other.splitlines()) == len(clean.splitlines()) == 6
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 6))
 def test_every_token_of_the_second_copy_is_scored(seed: int, n: int) -> None:
     tokenizer = sentencepiece_like()  # with a BOS

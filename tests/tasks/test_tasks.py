@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +31,7 @@ from tests.task_tokenizers import (
     word_level,
     words_of,
 )
+from tests.tiers import examples
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_default_number_and_metrics(gpt2_like: PreTrainedTokenizerFast) -> None:
 
 
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 12))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@examples(15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_seed_decides_and_smaller_tasks_are_prefixes(
     gpt2_like: PreTrainedTokenizerFast, seed: int, n: int
 ) -> None:
