@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,17 @@ _PAIRS, _STEPS = 2, 2  # of attribution: its cost grows with both
 _CHANGED = 8  # position at which the prompts differ
 
 
-def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
+def measure(shape: Shape, device: torch.device, until: float = math.inf) -> dict[str, Any]:
     """Load, capture and pieces of a search, for each compute dtype, beside EAP-IG and the hooks engine.
 
     Args:
         shape: The model's.
         device: The card.
+        until: On `time.perf_counter`'s clock: no piece is begun after it.
 
     Returns:
-        Seconds and bytes by phase, a row for each reader under test, and a row for each rival.
+        Seconds and bytes by phase, a row for each reader under test, a row for each rival, and, if there are
+        any, the pieces there was no time for.
     """
     with tempfile.TemporaryDirectory(prefix="pahq-gpu-") as folder:
         started = time.perf_counter()
@@ -87,17 +91,29 @@ def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
             groups=shape.groups, d_mlp=shape.d_mlp, vocab=shape.vocab, tied=shape.tied, device=device,
         )  # fmt: skip
         result: dict[str, Any] = {"write_seconds": time.perf_counter() - started}
-        phases, readers, rivals = [], [], []
+        phases, readers, rivals, left_out = [], [], [], []
+
+        def begun(rows: list[dict[str, Any]], name: str, piece: Callable[[], dict[str, Any]]) -> None:
+            if time.perf_counter() < until:
+                rows.append(piece())
+            else:
+                left_out.append(name)
+
         for compute in shape.computes:
             search = _Pieces(shape, Path(folder), device, compute)
-            phases += search.phases
-            readers += search.readers()
+            for name in search.names():
+                begun(readers, f"{name} in {compute}", partial(search.reader, name))
+            search.engine.finish()
             if compute == shape.computes[0]:
                 result["edges"] = search.model.graph.edge_count
-                rivals = [search.drift(), search.hooks(), search.attribution()]
+                begun(rivals, "both engines", search.drift)
+                begun(rivals, "the hooks engine", search.hooks)
+                begun(rivals, "EAP-IG", search.attribution)
+            phases += search.phases
             del search
             _forget(device)
-    return result | {"phases": phases, "readers": readers, "rivals": rivals}
+    result |= {"phases": phases, "readers": readers, "rivals": rivals}
+    return result | ({"left_out": left_out} if left_out else {})
 
 
 def random_task(shape: Shape) -> Task:
@@ -147,23 +163,20 @@ class _Pieces:
         self.phases.append(row)
         return made
 
-    def readers(self) -> list[dict[str, Any]]:
-        """A row for each reader under test: focus, a batch of candidates, a second look."""
+    def names(self) -> tuple[str, ...]:
+        """Readers under test, from the top of the model to its bottom."""
         middle, top = self.shape.layers // 2, self.shape.layers - 1
-        names = ("logits", f"m{top}", f"m{middle}", f"a{middle}.h0<q>", "m0", "a0.h0<q>")
-        rows: list[dict[str, Any]] = []
-        self._phase("readers", lambda: rows.extend(self._reader(name) for name in names))
-        self.engine.finish()
-        return rows
+        return ("logits", f"m{top}", f"m{middle}", f"a{middle}.h0<q>", "m0", "a0.h0<q>")
 
-    def _reader(self, name: str) -> dict[str, Any]:
+    def reader(self, name: str) -> dict[str, Any]:
+        """Its row: taking up a circuit there, focus, a batch of candidates, a second look."""
         engine, graph = self.engine, self.model.graph
         reader = graph.reader_index(name)
         kept = graph.all_edges.copy()
         order = graph.reader_order()
         for above in order[: order.index(reader)]:
             kept[above] = self.kept[above]
-        engine.begin(kept)
+        begin = self._seconds(lambda: engine.begin(kept))
         focus = self._seconds(lambda: engine.focus(reader))
         edges = list(graph.in_edges(reader))[:_BATCH]
         candidates = [edges[: number + 1] for number in range(len(edges))]
@@ -174,6 +187,7 @@ class _Pieces:
         return {
             "compute": self.compute,
             "reader": name,
+            "begin_ms": 1000 * begin,
             "focus_ms": 1000 * focus,
             "candidates": len(candidates),
             "ms_per_edge": 1000 * batch / len(candidates),

@@ -71,6 +71,23 @@ def test_pieces_of_a_search_on_a_tiny_shape() -> None:
     assert attribution["ms"] > 0
 
 
+def test_pieces_without_time_are_named_and_the_step_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_scale, "SHAPES", (gpu_scale.TINY,))
+    clock = iter(range(10**6))  # a second for every look at it
+    monkeypatch.setattr(gpu_scale.time, "perf_counter", lambda: float(next(clock)))
+    file = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--json", str(file), "--steps", "tiny", "--minutes", "0.5"]
+    assert gpu.main(arguments) == 0
+    found = json.loads(file.read_text())["steps"]["tiny"]
+    assert [row["reader"] for row in found["readers"]] and "EAP-IG" in found["left_out"]
+    assert f"tiny: done but for {found['left_out'][0]}" in capsys.readouterr().err
+    assert gpu.main([*arguments[:-1], "1000"]) == 0
+    found = json.loads(file.read_text())["steps"]["tiny"]
+    assert "left_out" not in found and len(found["readers"]) == 6 and len(found["rivals"]) == 3
+
+
 def test_agreement_compares_circuits_and_repeats() -> None:
     suite = Suite((("fp32", "sparse"), ("pahq:compute=fp8", "sparse")), 4, 0.5, readers="logits,m*")
     first, second = agreement("demo", CPU, suite)["searches"]
