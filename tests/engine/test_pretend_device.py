@@ -8,6 +8,7 @@ import pytest
 
 from tests.families import ALL_FAMILIES
 from tests.pretend.form import can_compile
+from tests.pretend.paths import PATHS, fault, of_family
 from tests.pretend.process import BEST, rehearsed
 
 Scenario = dict[str, Any]
@@ -111,23 +112,8 @@ def test_without_a_compiler(name: str) -> None:
     check(rehearsed("pure", PURE, name))
 
 
-FAMILIES: dict[str, Scenario] = {
-    f"{family}, {dtype}, {what}": {
-        "model": family,
-        "dtype": dtype,
-        "config": config,
-        "command": command,
-        "search": {},
-    }
-    for family in ALL_FAMILIES
-    for dtype, config in (("float32", FULL), ("bfloat16", LOW))
-    for what, command in (("discover", "discover"), ("attribute", "attribute"))
-}
-
-
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_every_family(family: str) -> None:
-    own = {name: scenario for name, scenario in FAMILIES.items() if scenario["model"] == family}
-    for name in own:
-        check(rehearsed(BEST, own, name))
+def test_every_family_on_every_path(family: str, path: str) -> None:
+    assert fault(rehearsed(BEST, of_family(family), path), path) == ""

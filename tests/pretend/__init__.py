@@ -7,7 +7,8 @@
 * `rules.py` says what a GPU does not let pass.
 * `cuda.py` takes the place of `torch.cuda`, with an allocator that counts and can run out.
 * `rehearse.py` runs the product on it, in a process of its own: a form is chosen before torch is imported;
-  `process.py` starts it.
+  `process.py` starts it, `scenario.py` says what is run and what came of it.
+* `shortage.py` runs an engine with less memory than it takes; `paths.py` takes every family along every path.
 
 What it cannot tell: how exact and how fast a GPU's kernels are, and what its streams race for.
 """
