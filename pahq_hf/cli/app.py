@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -21,39 +21,18 @@ from pahq_hf.cli.discover import discover_command
 from pahq_hf.cli.evaluate import evaluate
 from pahq_hf.cli.export import export
 from pahq_hf.cli.extensions import load_extensions
+from pahq_hf.cli.families import families
 from pahq_hf.cli.import_ import import_
-from pahq_hf.cli.options import (
-    BudgetOption,
-    FormatOption,
-    GgufOption,
-    ModelArgument,
-    PolicyOption,
-    PrecisionOption,
-    RevisionOption,
-    SplitOption,
-    StoreOption,
-    TablesOption,
-    TokenOption,
-    TrustOption,
-    load_arguments,
-    read_bytes,
-    read_policy,
-)
-from pahq_hf.cli.output import (
-    ClosedPipe,
-    JsonOption,
-    print_json,
-    print_rich,
-    written_output,
-)
+from pahq_hf.cli.info import info
+from pahq_hf.cli.output import ClosedPipe, written_output
 from pahq_hf.cli.pull import pull
 from pahq_hf.cli.push import push
 from pahq_hf.cli.show import show
 from pahq_hf.cli.sweep import sweep_command
 from pahq_hf.cli.tasks import tasks
-from pahq_hf.errors import ConfigError, PAHQError, UnverifiedWarning
+from pahq_hf.errors import PAHQError, UnverifiedWarning
 from pahq_hf.precision.quiet import quiet_imports
-from pahq_hf.precision.threads import kept_threads, sleep_while_waiting, thread_facts
+from pahq_hf.precision.threads import kept_threads, sleep_while_waiting
 
 app = typer.Typer(
     name="pahq",
@@ -68,92 +47,8 @@ _INTERRUPTED = _SIGNALLED + 2
 _PIPE_CLOSED = _SIGNALLED + 13  # what a shell shows of commands that SIGPIPE ends
 
 
-@app.command()
-def info(
-    model: ModelArgument,
-    precision: PrecisionOption = "pahq",
-    fmt: FormatOption = "fp8",
-    policy: PolicyOption = None,
-    quantize_embeddings: TablesOption = False,
-    n: Annotated[int, typer.Option("--n", min=1, help="Prompt pairs of the run to plan.")] = 16,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 16,
-    memory_budget: BudgetOption = None,
-    activation_store: StoreOption = "ram",
-    split_kv_groups: SplitOption = False,
-    as_json: JsonOption = False,
-    gguf_file: GgufOption = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Size of a model's graph and of a run on it, from its config and the headers of its files."""
-    from pahq_hf.checkpoint.load import load_config, local_files
-    from pahq_hf.circuit.graph import Graph
-    from pahq_hf.cli.tables import facts_table, memory_table
-    from pahq_hf.config import PAHQConfig
-    from pahq_hf.modeling.architectures.lookup import graph_spec
-
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code)
-    pahq = PAHQConfig(
-        precision,
-        fmt,
-        split_kv_groups,
-        policy=read_policy(policy),
-        quantize_embeddings=quantize_embeddings,
-    )
-    budget = read_bytes(memory_budget)
-    config = load_config(model, **arguments)
-    graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
-    facts = {
-        "family": config.model_type,
-        "layers": graph.spec.layers,
-        "heads": graph.spec.heads,
-        "kv_groups": graph.spec.kv_groups,
-        "writers": len(graph.writers),
-        "readers": len(graph.readers),
-        "edges": graph.edge_count,
-    }
-    if not as_json:
-        print_rich(facts_table(facts))  # known at once; the plan takes longer
-    from pahq_hf.engine.memory_plan import empty_model, report
-    from pahq_hf.precision.fp32.source import CheckpointSource
-
-    files = local_files(model, **arguments)
-    needs = report(
-        empty_model(config, split_kv_groups=split_kv_groups, trust_remote_code=trust_remote_code),
-        pahq,
-        n=n,
-        length=length,
-        budget=budget,
-        stored=activation_store,
-        source=CheckpointSource(files) if files else None,
-    )
-    if as_json:
-        print_json({**facts, "memory": needs.to_dict(), "threads": thread_facts()})
-    else:
-        print_rich(memory_table(needs, n, length), facts_table({"threads": thread_facts()}))
-
-
-@app.command()
-def families(
-    family: Annotated[str | None, typer.Argument(help="Show where this one keeps its parts.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Supported model families, and how their blocks are read."""
-    from pahq_hf.cli.tables import facts_table, families_table
-    from pahq_hf.modeling.architectures.shipped import stored_families
-
-    facts = [row for row in stored_families() if family in (None, row.family)]
-    if not facts:
-        raise ConfigError(f"model family {family!r} is not supported; see: pahq families")
-    if as_json:
-        print_json({"families": [row.to_dict() for row in facts]})
-    elif family is None:
-        print_rich(families_table(facts))
-    else:
-        print_rich(*(facts_table(row.to_dict()) for row in facts))
-
-
+app.command("info")(info)
+app.command("families")(families)
 app.command("discover")(discover_command)
 app.command("attribute")(attribute_command)
 app.command("sweep")(sweep_command)

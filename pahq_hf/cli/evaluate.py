@@ -77,10 +77,12 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Judge a circuit on a task, in FP32."""
-    from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
+    from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.files import make_folder
+    from pahq_hf.config import PAHQConfig
     from pahq_hf.evaluation.report import reference_facts
-    from pahq_hf.tasks.loading import check_choice, is_generated
+    from pahq_hf.model import PAHQModel
+    from pahq_hf.tasks.loading import check_choice, is_generated, load_task
 
     # The seed of --completeness has a use of its own, whatever the prompts.
     drawn = None if completeness and not shuffle and not is_generated(task) else seed
@@ -131,7 +133,7 @@ def evaluate(
 
 def _read_reference(path: Path) -> Circuit:
     """A circuit's folder, or a file in EAP-IG's format."""
-    from pahq_hf import Circuit
+    from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.interchange import from_mib
 
     return from_mib(path) if path.is_file() else Circuit.from_pretrained(path)
