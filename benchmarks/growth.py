@@ -25,7 +25,8 @@ from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import PAHQError
-from pahq_hf.search.acdc import AdaptiveBatch, search
+from pahq_hf.search.acdc import search
+from pahq_hf.search.batches import AdaptiveBatch
 from pahq_hf.search.pipeline import versions
 from pahq_hf.tasks.base import Pair, Task, collate
 

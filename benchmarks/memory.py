@@ -22,8 +22,9 @@ from pahq_hf import PAHQModel, load_task
 from pahq_hf.config import EngineConfig
 from pahq_hf.errors import PAHQError
 from pahq_hf.precision.memory import PeakMemory, read_memory
-from pahq_hf.search.acdc import AdaptiveBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
 from pahq_hf.tasks.base import Task

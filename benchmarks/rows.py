@@ -14,8 +14,9 @@ from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.memory import PeakMemory, read_memory, trim
-from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.tasks.base import Task
 
 HOOKS, SEQUENTIAL, SPECULATIVE = ENGINES = ("hooks", "sequential", "speculative")

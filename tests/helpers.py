@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.cli.app import main
-from pahq_hf.search.acdc import ReaderRecord, Search
+from pahq_hf.search.state import ReaderRecord, Search
 from tests.families import ALL_FAMILIES
 from tests.models import FAMILIES
 from tests.referee import Edge, Referee, Result

@@ -72,7 +72,7 @@ def position_means(run: Activations, task: Task) -> dict[str, NDArray[np.float32
     return {BY_POSITION + name: values for name, values in found.items()}
 
 
-def kept_means(
+def circuit_means(
     model: PatchedModel, task: Task, run: Activations, ids: Tensor, *, by_position: bool
 ) -> dict[str, NDArray[np.float32]]:
     """The means that are kept with a circuit: pooled over tokens, and by position.
@@ -148,7 +148,7 @@ class MeanActivations:
 
     Args:
         model: The patched model, at the precision of the streams the means add up to.
-        means: From `means_of` or `kept_means`.
+        means: From `means_of` or `circuit_means`.
 
     Raises:
         CircuitError: If they are of another model.
@@ -186,7 +186,7 @@ def as_activations(model: PatchedModel, means: Means) -> Activations:
 
     Args:
         model: The patched model.
-        means: From `means_of` or `kept_means`.
+        means: From `means_of` or `circuit_means`.
 
     Returns:
         Activations with the streams they add up to, with a token for each position; with one token, where

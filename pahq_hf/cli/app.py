@@ -32,7 +32,7 @@ from pahq_hf.cli.sweep import sweep_command
 from pahq_hf.cli.tasks import tasks
 from pahq_hf.errors import PAHQError, UnverifiedWarning
 from pahq_hf.precision.quiet import quiet_imports
-from pahq_hf.precision.threads import kept_threads, sleep_while_waiting
+from pahq_hf.precision.threads import restored_threads, sleep_while_waiting
 
 app = typer.Typer(
     name="pahq",
@@ -76,7 +76,7 @@ def _run() -> int:
     """The command; its exit code."""
     try:
         # Without standalone mode Typer returns the code of its `Exit`s, the one it makes of Ctrl-C included.
-        with written_output(), quiet_imports(), kept_threads():  # commands import what they need
+        with written_output(), quiet_imports(), restored_threads():  # commands import what they need
             load_extensions()
             return app(standalone_mode=False) or 0
     except ClosedPipe:

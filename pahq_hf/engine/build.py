@@ -7,6 +7,7 @@ import logging
 from pahq_hf.capture.store import make_store
 from pahq_hf.config import Ablation, EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
+from pahq_hf.engine.hooks.gradient_runs import Runs
 from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse.engine import SparseEngine
@@ -91,6 +92,4 @@ def make_gradient_runs(setting: Setting) -> GradientRuns:
         TaskError: If the prompts do not fit the model.
         MetricError: If the task lacks what the metric needs, or the metric is NaN.
     """
-    from pahq_hf.engine.hooks.gradient_runs import Runs
-
     return Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture.mean_activations import Means, kept_means
+from pahq_hf.capture.mean_activations import Means, circuit_means
 from pahq_hf.circuit.ablation import CORRUPTED, FULL, plain_ablation
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import BoolArray, Graph
@@ -101,7 +101,7 @@ class Evaluator:
         """
         engine, task, by_mean = self._engine, self._task, self._ablation in ("mean", "mean-corrupted")
         one_length = int(task.attention_mask.sum(-1).unique().numel()) == 1
-        return kept_means(
+        return circuit_means(
             self._model,
             task,
             engine.substitute if by_mean else engine.corrupted,

@@ -186,7 +186,7 @@ def take_threads(asked: int | None = None, of_run: int | None = None) -> int:
 def thread_facts() -> dict[str, Any]:
     """What `pahq info` says about them: how many a run would take now, and why."""
     cores = find_cores()
-    with kept_threads():
+    with restored_threads():
         count = take_threads()
     waits = next((f"{name}={os.environ[name]}" for name in _WAITS if name in os.environ), "OpenMP's default")
     facts = {"count": count, "cores": cores.total, "usable": cores.usable, "busy": round(cores.busy, 1)}
@@ -201,13 +201,13 @@ def threads(count: int | None) -> Iterator[None]:
         return
     import torch
 
-    with kept_threads():
+    with restored_threads():
         torch.set_num_threads(count)
         yield
 
 
 @contextmanager
-def kept_threads() -> Iterator[None]:
+def restored_threads() -> Iterator[None]:
     """Give a program that has torch loaded its own number of threads back afterwards."""
     torch = sys.modules.get("torch")
     before = None if torch is None else torch.get_num_threads()

@@ -182,9 +182,9 @@ class WeightMatrix(nn.Module):
         for block, values in self._raised:
             if block.intersect(wanted) == wanted:
                 return self._raised_values(block, values, wanted)
-        weight, is_kept = self._stored(wanted)
-        if self._raised and is_kept:
-            weight = weight.clone()  # what is kept stays as it is stored
+        weight, is_stored = self._stored(wanted)
+        if self._raised and is_stored:
+            weight = weight.clone()  # what is stored stays as it is
         for block, values in self._raised:
             common = block.intersect(wanted)
             if common is not None:

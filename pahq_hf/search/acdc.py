@@ -1,146 +1,29 @@
 """ACDC: the greedy search over edges (Conmy et al. 2023; docs/semantics.md, section 3).
 
-The search knows engines only by a small protocol and nothing of models. It asks for batches of
-candidates: the k-th has the first k edges removed. As most edges go, most of a batch is accepted at
-once; the first edge that stays ends the batch. Decisions are those of the sequential loop.
+The search knows engines only by a small protocol and nothing of models. Of every reader, from the output to
+the input, in four phases:
 
-With a margin, an edge whose score lies next to the threshold gets a second look, in FP32. The search
-goes on meanwhile as if the first decision held, looks at a few such edges together, and goes back to the
-first whose decision changed.
+1. Cut: all its edges where nothing reads its node, else those that a screen has sorted out.
+2. Focus: the engine turns to it, and may measure again what tests start from.
+3. Batches: the k-th candidate lacks the next k edges. As most edges go, most of a batch is accepted at once;
+   the first edge that stays ends it. Decisions are those of the sequential loop.
+4. Second looks, with a margin: edges whose score lies next to the threshold are tested again in FP32. The
+   search goes on meanwhile as if the first decision held, looks at a few such edges together, and goes back
+   to the first whose decision changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import BatchSize, FixedBatch
+from pahq_hf.search.state import ReaderRecord, Search
 
-
-@dataclass(frozen=True)
-class ReaderRecord:
-    """What was decided about one reader.
-
-    Attributes:
-        reader: Its index.
-        searched: False when the reader was outside the search and keeps all its edges.
-        kept: Writers kept, ascending.
-        scores: `new - cur` of every tested edge by writer.
-        metric: The metric after the last decision.
-        looks: Edges tested again in FP32.
-        changed: Those whose decision that changed.
-    """
-
-    reader: int
-    searched: bool
-    kept: tuple[int, ...]
-    scores: dict[int, float]
-    metric: float
-    looks: int = 0
-    changed: int = 0
-
-
-@dataclass
-class Search:
-    """State of a search: what is decided so far.
-
-    Attributes:
-        graph: The model's graph.
-        kept: Edges not removed. [readers, writers]
-        scores: `new - cur` when an edge was tested, else 0. [readers, writers]
-        tested: Edges that were tested. [readers, writers]
-        metric: Metric of the current circuit.
-        records: Finished readers in order.
-    """
-
-    graph: Graph
-    kept: BoolArray
-    scores: NDArray[np.float64]
-    tested: BoolArray
-    metric: float = 0.0
-    records: list[ReaderRecord] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, graph: Graph) -> Search:
-        """Nothing decided yet."""
-        none = graph.no_edges()
-        return cls(graph, graph.all_edges.copy(), np.zeros(none.shape), none)
-
-    def apply(self, record: ReaderRecord) -> None:
-        """Take over a finished reader's decisions."""
-        reader = record.reader
-        if record.searched:
-            self.kept[reader] = False
-            self.kept[reader, list(record.kept)] = True
-        for writer, score in record.scores.items():
-            self.scores[reader, writer] = score
-            self.tested[reader, writer] = True
-        self.metric = record.metric
-        self.records.append(record)
-
-
-class BatchSize(Protocol):
-    """Chooses how many candidates to try at once."""
-
-    def next(self, remaining: int, keep_rate: float) -> int:
-        """Size of the next batch.
-
-        Args:
-            remaining: Edges of the reader not decided yet.
-            keep_rate: Estimated probability that the next edge stays.
-
-        Returns:
-            At least 1, at most `remaining`.
-        """
-
-
-class FixedBatch:
-    """Always the same number of candidates; 1 is the plain sequential loop.
-
-    Args:
-        size: Candidates per batch.
-    """
-
-    def __init__(self, size: int = 1) -> None:
-        self.size = size
-
-    def next(self, remaining: int, keep_rate: float) -> int:
-        """Size of the next batch."""
-        return min(self.size, remaining)
-
-
-class AdaptiveBatch:
-    """The batch that costs least per decided edge.
-
-    A batch of K candidates costs `overhead + K` (in units of one candidate's cost) and decides
-    `(1 - (1 - p)^K) / p` edges on average when each stays with probability p: what comes after the
-    first edge that stays has to be tried again. The choice depends on decisions alone, not on a clock,
-    so a run repeats to the bit.
-
-    Args:
-        most: Largest batch.
-        overhead: Cost of a batch beside its candidates.
-    """
-
-    def __init__(self, most: int = 64, overhead: float = 4.0) -> None:
-        self._sizes = np.arange(1, most + 1)
-        self._costs = overhead + self._sizes
-
-    def next(self, remaining: int, keep_rate: float) -> int:
-        """Size of the next batch."""
-        p = min(max(keep_rate, 1e-6), 1 - 1e-6)
-        decided = (1 - (1 - p) ** self._sizes) / p
-        return min(int(self._sizes[np.argmin(self._costs / decided)]), remaining)
-
-
-_RECENT = 16  # readers that tell how often edges stay
 _PRIOR_WEIGHT = 30.0  # edges their testimony counts for within a reader
 _LOOKS = 4  # edges looked at together: weights are read once for all, and little is undone on a change
 
@@ -218,7 +101,7 @@ def _search_reader(
     cur = engine.focus(reader)
     if cur is None:
         cur = engine.try_(reader, [screened]).values[0] if screened else state.metric
-    decided = _ReaderSearch(engine, config, reader, screened, cur, batch, _keep_rate(state), on_batch)
+    decided = _ReaderSearch(engine, config, reader, screened, cur, batch, state.keep_rate(), on_batch)
     return decided.run()
 
 
@@ -356,10 +239,3 @@ class _ReaderSearch:
     def _report(self, decided: int) -> None:
         if self._on_batch is not None and decided:
             self._on_batch(self._reader, decided)
-
-
-def _keep_rate(state: Search) -> float:
-    """Share of edges that stayed, over the readers searched last."""
-    recent = [record for record in state.records[-4 * _RECENT :] if record.scores][-_RECENT:]
-    tested = sum(len(record.scores) for record in recent)
-    return (sum(len(record.kept) for record in recent) + 1) / (tested + 50)

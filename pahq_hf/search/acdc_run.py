@@ -20,14 +20,16 @@ from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.precision.margin import default_margin
-from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.methods import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
+from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.expectation import search_progress
 from pahq_hf.search.kind import Found
 from pahq_hf.search.replay import replay, step_of
 from pahq_hf.search.screen import Screen, make_screen
+from pahq_hf.search.state import ReaderRecord, Search
 from pahq_hf.search.work import Work
 
 

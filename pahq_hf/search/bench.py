@@ -19,7 +19,7 @@ from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.progress import Progress, Silence
-from pahq_hf.search.shared_answers import Answers, RecallingEngine
+from pahq_hf.search.shared_answers import EngineCache, RecallingEngine
 from pahq_hf.search.verification import Judge
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Bench:
         limits: EngineConfig | None = None,
         progress: Progress | None = None,
         clock: RunClock | None = None,
-        answers: Answers | None = None,
+        answers: EngineCache | None = None,
         *,
         warns: bool = False,
     ) -> None:

@@ -105,7 +105,7 @@ class RunClock:
             self._write(folder)
 
     @contextmanager
-    def kept(self, folder: Callable[[], Path | None], check: Callable[[], None]) -> Iterator[None]:
+    def saving(self, folder: Callable[[], Path | None], check: Callable[[], None]) -> Iterator[None]:
         """Keep the seconds in a folder when what is inside ends, however it does.
 
         Args:

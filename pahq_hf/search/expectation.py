@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph, ReaderOrder
-from pahq_hf.search.acdc import ReaderRecord, Search
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.progress import Count, Progress
+from pahq_hf.search.state import ReaderRecord, Search
 
 _PRIOR_TESTS = 50  # tests that the first guess counts for
 _INTERVAL = 0.5  # seconds between two guesses

@@ -269,7 +269,10 @@ class Run(Generic[OptionsT]):
             RunError: If the folder cannot be written or holds another run.
         """
         work = self._work(folder, self._journal(folder, resume))
-        with self.clock.kept(lambda: work.journal_folder, self.check_lock), self.clock.phase(self.kind.phase):
+        with (
+            self.clock.saving(lambda: work.journal_folder, self.check_lock),
+            self.clock.phase(self.kind.phase),
+        ):
             found = self.kind.function(work)
             if found.final is None:
                 with self.clock.phase("evaluate"):

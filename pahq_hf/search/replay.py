@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.search.acdc import ReaderRecord, Search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.state import ReaderRecord, Search
 from pahq_hf.search.work import Work
 
 _ROUNDING = 1e-9  # of sums of metrics in double precision

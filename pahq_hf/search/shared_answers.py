@@ -36,8 +36,8 @@ Values = Sequence[float]
 _Kind = Literal["try", "look"]
 
 
-class Answers:
-    """Answers by a digest of what they depend on; also in a file that survives a crash, if one is given.
+class EngineCache:
+    """Answers of engines by a digest of what they depend on; if one is given in a file that survives a crash.
 
     A line of the file is a fact whatever follows it, so what a crash tore off costs time only. Each has a
     checksum; answers of earlier versions have none and are computed again.
@@ -48,7 +48,7 @@ class Answers:
         self._path: Path | None = None
 
     @classmethod
-    def open(cls, path: Path, header: Mapping[str, Any]) -> Answers:
+    def open(cls, path: Path, header: Mapping[str, Any]) -> EngineCache:
         """Read the answers in a file, and append what comes.
 
         Args:
@@ -143,7 +143,7 @@ class RecallingEngine:
         recalled_readers: Readers about which nothing had to be computed.
     """
 
-    def __init__(self, engine: Engine, answers: Answers, source: str) -> None:
+    def __init__(self, engine: Engine, answers: EngineCache, source: str) -> None:
         self._engine = engine
         self._answers = answers
         self._source = source

@@ -36,7 +36,7 @@ from pahq_hf.search.journal import DATA, check_header
 from pahq_hf.search.kind import OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.pipeline import Run, Searched, versions
-from pahq_hf.search.shared_answers import Answers
+from pahq_hf.search.shared_answers import EngineCache
 from pahq_hf.search.sweep_result import SWEEP_NAME, Sweep, check_thresholds, threshold_folder
 from pahq_hf.search.verification import Judge
 from pahq_hf.tasks.base import Task
@@ -142,7 +142,7 @@ class SweepRun(Generic[OptionsT]):
 
     def _run(self, folder: Path | None, resume: bool, take_over: bool) -> Sweep:
         folders = {tau: None if folder is None else threshold_folder(folder, tau) for tau in self._runs}
-        bench = self._share(Answers() if folder is None else self._answers(folder))
+        bench = self._share(EngineCache() if folder is None else self._answers(folder))
         found: dict[float, Circuit] = {}
         for tau, run in self._runs.items():
             circuit = run.finished(folders[tau], resume=resume)
@@ -177,7 +177,7 @@ class SweepRun(Generic[OptionsT]):
                 sweep.save(folder)
         return sweep
 
-    def _share(self, answers: Answers) -> Bench:
+    def _share(self, answers: EngineCache) -> Bench:
         """Give all runs one bench; what it captures is no search's own."""
         own = self._any.bench
         bench = Bench(own.setting, own.limits, own.progress, RunClock(), answers, warns=True)
@@ -224,6 +224,6 @@ class SweepRun(Generic[OptionsT]):
         check_header({**sweep.facts.get("header", {}), DATA: told}, self._told_header(), folder)
         return sweep if set(sweep) == set(self._runs) else None
 
-    def _answers(self, folder: Path) -> Answers:
+    def _answers(self, folder: Path) -> EngineCache:
         make_folder(folder)
-        return Answers.open(folder / ANSWERS_NAME, self._told_header())
+        return EngineCache.open(folder / ANSWERS_NAME, self._told_header())

@@ -11,8 +11,9 @@ import torch
 
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
-from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch, FixedBatch
 from tests.helpers import OTHER_GRAPHS, assert_same_search, named, random_edges, referee, wrapped
 from tests.models import random_task
 

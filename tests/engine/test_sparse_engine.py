@@ -19,8 +19,9 @@ from pahq_hf.engine.sparse.propagation import Propagation
 from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.errors import TaskError
 from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch, FixedBatch
 from tests.helpers import FP32, GRAPHS, assert_same_search, random_edges, referee, wrapped
 from tests.models import FAMILIES, random_task
 from tests.tiers import examples

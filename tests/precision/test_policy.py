@@ -27,8 +27,9 @@ from pahq_hf.precision.embeddings import EmbeddingMatrix, patch_embedding
 from pahq_hf.precision.formats.registry import quantize
 from pahq_hf.precision.fp32.source import SourceBlock
 from pahq_hf.precision.policy import formats_of
-from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch, FixedBatch
 from tests.helpers import MemorySource, id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import FAMILIES, HEADS, KV_HEADS, VOCAB, WIDTH, padded_prompts, random_task
 from tests.tiers import examples

@@ -15,8 +15,9 @@ from benchmarks.rows import ENGINES
 from pahq_hf import PAHQModel
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
-from pahq_hf.search.acdc import FixedBatch, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import FixedBatch
 from tests import helpers
 from tests.models import random_task, tiny_llama
 

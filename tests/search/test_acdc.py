@@ -19,8 +19,10 @@ from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, ReaderRecord, Search, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
+from pahq_hf.search.state import ReaderRecord, Search
 from tests.helpers import assert_same_search, referee, wrapped
 from tests.models import random_task
 from tests.tiers import examples

@@ -14,11 +14,11 @@ import pytest
 from pahq_hf import ACDCConfig, Circuit
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
-from pahq_hf.search.acdc import ReaderRecord
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.journal import Journal
 from pahq_hf.search.replay import record_of, replay, step_of
+from pahq_hf.search.state import ReaderRecord
 from pahq_hf.search.work import Work
 from tests.helpers import FP32, assert_same_circuit, files_of, journal_lines, unsealed, wrapped
 from tests.search.runs import TASK, TAU, discover, interrupted

@@ -16,7 +16,6 @@ from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.circuit.terminal import is_watched
 from pahq_hf.engine.setting import Setting
-from pahq_hf.search.acdc import ReaderRecord, Search
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
@@ -24,6 +23,7 @@ from pahq_hf.search.expectation import ExpectedTests
 from pahq_hf.search.journal import Journal, Step
 from pahq_hf.search.progress import Bars, Lines, Silence, make_progress
 from pahq_hf.search.replay import record_of
+from pahq_hf.search.state import ReaderRecord, Search
 from tests.helpers import FP32, files_of, wrapped
 from tests.models import random_task
 

@@ -20,9 +20,11 @@ from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import ConfigError, MetricError, RunError
-from pahq_hf.search.acdc import AdaptiveBatch, FixedBatch, Search, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.attribution.selection import top_edges
+from pahq_hf.search.batches import AdaptiveBatch, FixedBatch
+from pahq_hf.search.state import Search
 from tests.families import ALL_FAMILIES
 from tests.helpers import (
     assert_same_circuit,

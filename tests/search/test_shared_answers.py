@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import RunError
-from pahq_hf.search.acdc import AdaptiveBatch, BatchSize, FixedBatch, Search, search
+from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
-from pahq_hf.search.shared_answers import Answers, RecallingEngine
+from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
+from pahq_hf.search.shared_answers import EngineCache, RecallingEngine
+from pahq_hf.search.state import Search
 from tests.helpers import unsealed, wrapped
 from tests.models import random_task
 from tests.tiers import examples
@@ -70,7 +74,7 @@ def assert_same(ours: Search, theirs: Search) -> None:
 def test_a_recalling_search_is_the_one_that_recalls_nothing(
     name: str, regime: str, kind: str, margin: float | None
 ) -> None:
-    engine, answers = engine_of(name, regime, kind), Answers()
+    engine, answers = engine_of(name, regime, kind), EngineCache()
     recalled = looks = 0
     for tau in TAUS if kind == "sparse" else TAUS[:2]:
         config = ACDCConfig(tau, margin=margin)
@@ -115,7 +119,7 @@ taus = st.floats(0.0005, 0.5).map(lambda value: round(value, 4))
 def test_whatever_the_thresholds(
     thresholds: list[float], regime: str, absolute: bool, order: Any, margin: float | None, size: int | None
 ) -> None:
-    engine, answers = shared_engine("llama", regime), Answers()
+    engine, answers = shared_engine("llama", regime), EngineCache()
     batch: BatchSize = AdaptiveBatch() if size is None else FixedBatch(size)
     for tau in thresholds:
         margin = margin if regime == "pahq" else None
@@ -125,7 +129,7 @@ def test_whatever_the_thresholds(
 
 
 def test_thresholds_between_the_same_scores_compute_nothing() -> None:
-    engine, answers = engine_of("llama", "fp32"), Answers()
+    engine, answers = engine_of("llama", "fp32"), EngineCache()
     first = search(RecallingEngine(engine, answers, "here"), ACDCConfig(0.1), batch=AdaptiveBatch())
     scores = np.sort(np.abs(first.scores[first.tested] - 0.1))
     second, before = RecallingEngine(engine, answers, "here"), engine.evaluations
@@ -134,7 +138,7 @@ def test_thresholds_between_the_same_scores_compute_nothing() -> None:
 
 
 def test_answers_of_another_source_do_not_count() -> None:
-    engine, answers = engine_of("llama", "fp32"), Answers()
+    engine, answers = engine_of("llama", "fp32"), EngineCache()
     search(RecallingEngine(engine, answers, "here"), ACDCConfig(0.1))
     elsewhere = RecallingEngine(engine, answers, "there")
     search(elsewhere, ACDCConfig(0.1))
@@ -147,14 +151,16 @@ def test_answers_of_another_source_do_not_count() -> None:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     path = tmp_path / "answers.jsonl"
-    search(RecallingEngine(engine_of("llama", "fp32"), Answers.open(path, HEADER), "here"), ACDCConfig(0.1))
+    search(
+        RecallingEngine(engine_of("llama", "fp32"), EngineCache.open(path, HEADER), "here"), ACDCConfig(0.1)
+    )
     return path
 
 
 def test_answers_survive_their_process_to_the_bit(written: Path) -> None:
     engine = engine_of("llama", "fp32")
     before = engine.evaluations
-    found = search(RecallingEngine(engine, Answers.open(written, HEADER), "here"), ACDCConfig(0.1))
+    found = search(RecallingEngine(engine, EngineCache.open(written, HEADER), "here"), ACDCConfig(0.1))
     assert engine.evaluations == before
     assert_same(found, search(engine, ACDCConfig(0.1)))
 
@@ -165,19 +171,19 @@ def test_answers_survive_their_process_to_the_bit(written: Path) -> None:
 def test_what_a_crash_tore_off_is_dropped(written: Path, rest: bytes) -> None:
     lines = written.read_bytes().splitlines(keepends=True)
     written.write_bytes(b"".join(lines[:10]) + rest)
-    answers = Answers.open(written, HEADER)
+    answers = EngineCache.open(written, HEADER)
     assert len(answers) == 9
     assert written.read_bytes() == b"".join(lines[:10])
     answers.add("key", (0.1, 1 / 3))
-    assert list(Answers.open(written, HEADER).get("key") or ()) == [0.1, 1 / 3]
-    assert Answers.open(written, HEADER).get("other") is None
+    assert list(EngineCache.open(written, HEADER).get("key") or ()) == [0.1, 1 / 3]
+    assert EngineCache.open(written, HEADER).get("other") is None
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"model"'])
 def test_without_a_header_they_start_anew(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_bytes(torn)
-    assert len(Answers.open(path, HEADER)) == 0
+    assert len(EngineCache.open(path, HEADER)) == 0
     assert json.loads(unsealed([path.read_bytes()])[0]) == HEADER
 
 
@@ -190,7 +196,7 @@ def test_an_altered_answer_is_named(written: Path) -> None:
             text = json.dumps(wrong).encode() + b"\n"
             written.write_bytes(b"".join([*lines[:number], text, *lines[number + 1 :]]))
             with pytest.raises(RunError, match=rf"damaged \(the answer on line {number + 1} .*; remove it"):
-                Answers.open(written, HEADER)
+                EngineCache.open(written, HEADER)
 
 
 def test_answers_of_an_earlier_version_are_computed_again(
@@ -199,18 +205,34 @@ def test_answers_of_an_earlier_version_are_computed_again(
     first, *rest = written.read_bytes().splitlines()
     older = [json.dumps(json.loads(line)[:2]).encode() + b"\n" for line in rest]
     written.write_bytes(b"".join([*unsealed([first]), *older]))
-    assert len(Answers.open(written, HEADER)) == 0
+    assert len(EngineCache.open(written, HEADER)) == 0
     assert "answers.jsonl has no checksums, an earlier version wrote it" in caplog.text
     assert written.read_bytes().splitlines() == [first]
 
 
 def test_a_file_of_other_searches_is_refused(written: Path) -> None:
     with pytest.raises(RunError, match="its prompts are others"):
-        Answers.open(written, HEADER | {"task": "u"})
+        EngineCache.open(written, HEADER | {"task": "u"})
     written.write_bytes(b"[1]\n")
     with pytest.raises(RunError, match="damaged"):
-        Answers.open(written, HEADER)
+        EngineCache.open(written, HEADER)
     written.unlink()
     written.mkdir()
     with pytest.raises(RunError, match="cannot read"):
-        Answers.open(written, HEADER)
+        EngineCache.open(written, HEADER)
+
+
+def test_what_an_earlier_version_computed_is_not_computed_again(tmp_path: Path) -> None:
+    """Written at commit 0f3f08b: of a screened search, in which a second look changed a decision."""
+    path = tmp_path / "answers.jsonl"
+    shutil.copy(Path(__file__).parents[1] / "earlier/before_rooms/answers-with-second-looks.jsonl", path)
+    model = PAHQModel.from_pretrained("demo", PAHQConfig("pahq", "mx"))
+    task = load_task("greater_than", model.tokenizer, n=6)
+    setting = Setting(model.patched, task, "kl", "corrupted", model.pahq_config)
+    engine, graph = make_engine(setting, EngineConfig("sparse")), model.graph
+    survivors = graph.all_edges & (np.random.default_rng(0).random(graph.all_edges.shape) < 0.8)
+    recalling = RecallingEngine(engine, EngineCache.open(path, {"x": "pahq-0.9"}), "there")
+    config = ACDCConfig(0.002, margin=0.9, order="head")
+    found = search(recalling, config, batch=AdaptiveBatch(), survivors=survivors)
+    assert engine.evaluations == 0 and recalling.recalled == 364
+    assert sum(record.changed for record in found.records) == 1 and found.kept.sum() == 57
