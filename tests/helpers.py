@@ -6,14 +6,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.cli.app import main
 from pahq_hf.search.state import ReaderRecord, Search
 from tests.families import ALL_FAMILIES
+from tests.forked import PAHQ, Ended, Forked
 from tests.models import FAMILIES
 from tests.referee import Edge, Referee, Result
 
@@ -164,43 +164,14 @@ def small_disk(limit: int) -> Iterator[None]:
 # -- processes --------------------------------------------------------------------------------------
 
 
-def _take_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-class Ended(NamedTuple):
-    """What a process left."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-def start_pahq(*arguments: str) -> subprocess.Popen[str]:
-    """`python -m pahq_hf ...` in a process of its own, with as many threads as this one.
-
-    It takes Ctrl-C even where this process ignores it: shells start background jobs that way, and what
-    is ignored is inherited.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-m", "pahq_hf", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        preexec_fn=_take_interrupts,
-    )
-
-
 def signalled(arguments: Sequence[str], journal: Path, lines: int, number: signal.Signals) -> Ended:
     """Run `pahq` in a process of its own, and signal it once its journal has so many lines."""
-    process = start_pahq(*arguments)
+    process = Forked(PAHQ, *arguments)
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= lines):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.ended()
         time.sleep(0.002)
     os.kill(process.pid, number)
-    stdout, stderr = process.communicate()
-    return Ended(process.returncode, stdout, stderr)
+    return process.ended()
 
 
 def run_main(*arguments: str) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError, SelfCheckError
 from pahq_hf.model import PAHQModel
 from pahq_hf.search.journal import Journal
+from tests.forked import run_forked
 from tests.helpers import FP32, id_rows, run_main, write_rows
 from tests.models import padded_prompts, random_task, tiny_llama
 
@@ -339,9 +338,8 @@ sys.exit(0 if same else 3)
 def test_a_model_in_use_survives_truncation(dtype: torch.dtype, arguments: list[str], tmp_path: Path) -> None:
     """A mapped page whose file is gone kills the process (SIGBUS): none may be read unchecked."""
     tiny_llama(dtype=dtype).save_pretrained(tmp_path, max_shard_size="20KB")
-    command = [sys.executable, "-c", MAPPED, str(tmp_path), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+    ended = run_forked(MAPPED, str(tmp_path), *arguments)
+    assert ended.code == 0, (ended.code, ended.stderr[-2000:])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 100, 1000])

@@ -80,7 +80,9 @@ def loaded(folder: Path, tables: bool) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.skipif(not read_memory(), reason="reads /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.exhaustive)], ids=str
+)
 def test_loading_takes_little_more_than_what_stays(
     dtype: torch.dtype, large: Callable[[torch.dtype], Path]
 ) -> None:

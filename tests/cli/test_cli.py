@@ -231,8 +231,8 @@ def test_help(results: dict[str, Result]) -> None:
         assert option in results["help discover"].out, option
 
 
-def test_the_installed_script(world: World) -> None:
+def test_the_installed_script(world: World, results: dict[str, Result]) -> None:
     """`pahq` itself, as a user starts it."""
     script = Path(sys.executable).parent / "pahq"
-    ended = subprocess.run([script, "info", world.path("bare"), "--json"], capture_output=True, text=True)
-    assert only_json(Result(ended.returncode, ended.stdout, ended.stderr))["edges"] == 82
+    ended = subprocess.run([script, "show", world.path("run"), "--json"], capture_output=True, text=True)
+    assert only_json(Result(ended.returncode, ended.stdout, ended.stderr)) == only_json(results["show json"])

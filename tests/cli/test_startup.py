@@ -8,21 +8,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import pahq_hf.engine.memory_plan
 from pahq_hf import Circuit
 from pahq_hf.circuit.graph import Graph, GraphSpec
+from tests.helpers import run_main
 
 DRIVER = """
-import sys
+import contextlib, io, json, sys
 from pahq_hf.cli.app import main
-sys.argv = ["pahq", *sys.argv[1:]]
-try:
-    main()
-finally:
-    print("imported:", *(name for name in ("torch", "transformers") if name in sys.modules), file=sys.stderr)
+found = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv = ["pahq", *arguments]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main()
+    found[name] = [out.getvalue(), [name for name in ("torch", "transformers") if name in sys.modules]]
+print(json.dumps(found))
 """
 
 
@@ -64,60 +70,71 @@ LIGHT: dict[str, Callable[[Path], list[str]]] = {
         "csv",
     ],
     "help": lambda folder: ["discover", "--help"],
+    "a MIB graph": lambda folder: ["export", str(folder), "--out", str(folder.parent / "mib.json")],
+    "back": lambda folder: ["import", str(folder.parent / "mib.json"), "--out", str(folder.parent / "back")],
 }
 
 
+@pytest.fixture(scope="module")
+def light(circuit: Path) -> dict[str, tuple[str, list[str]]]:
+    """What each command of `LIGHT` printed, and what was imported by then: all in one process, in order."""
+    commands = {name: command(circuit) for name, command in LIGHT.items()}
+    found: dict[str, tuple[str, list[str]]] = json.loads(python(DRIVER, json.dumps(commands)).stdout)
+    return found
+
+
 @pytest.mark.parametrize("name", LIGHT)
-def test_commands_that_need_no_model_import_no_torch(name: str, circuit: Path) -> None:
-    done = python(DRIVER, *LIGHT[name](circuit))
-    assert done.stderr.splitlines()[-1] == "imported:", done.stderr
-    assert done.stdout or name in ("a page", "export")
+def test_commands_that_need_no_model_import_no_torch(
+    name: str, light: dict[str, tuple[str, list[str]]]
+) -> None:
+    printed, imported = light[name]
+    assert imported == []
+    assert printed or name in ("a page", "export", "a MIB graph", "back")
 
 
-def test_import_brings_a_mib_graph_without_torch(circuit: Path, tmp_path: Path) -> None:
-    python(DRIVER, "export", str(circuit), "--out", str(tmp_path / "mib.json"))
-    done = python(DRIVER, "import", str(tmp_path / "mib.json"), "--out", str(tmp_path / "back"))
-    assert done.stderr.splitlines()[-1] == "imported:"
-    assert Circuit.from_pretrained(tmp_path / "back").edges == Circuit.from_pretrained(circuit).edges
+def test_import_brings_a_mib_graph_without_torch(
+    circuit: Path, light: dict[str, tuple[str, list[str]]]
+) -> None:
+    assert light["back"][1] == []
+    assert Circuit.from_pretrained(circuit.parent / "back").edges == Circuit.from_pretrained(circuit).edges
 
 
-INFO = """
-import os, sys
-from pahq_hf import PAHQModel
-import pahq_hf.engine.memory_plan
-def fail(*args, **kwargs):
-    os.write(2, b"planning")
-    os._exit(3)  # nothing that is still in a buffer gets out
-pahq_hf.engine.memory_plan.report = fail
-from pahq_hf.cli.app import main
-sys.argv = ["pahq", "info", "demo", *sys.argv[1:]]
-main()
+def test_info_prints_the_graph_before_it_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is still in a buffer by then."""
+
+    class Planning(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise Planning
+
+    monkeypatch.setattr(pahq_hf.engine.memory_plan, "report", fail)
+    for more, said in ([], True), (["--json"], False):
+        with (tmp_path / "out").open("w") as out, redirect_stdout(out):
+            with pytest.raises(Planning):
+                run_main("info", "demo", *more)
+            printed = (tmp_path / "out").read_text()
+        assert ("edges" in printed and "479" in printed) if said else printed == ""
+
+
+LEVELS = """
+names = ("torchao", "torch.utils._pytree", "transformers")
+print(json.dumps([logging.getLogger(name).level for name in names]))
 """
-
-
-def test_info_prints_the_graph_before_it_plans() -> None:
-    done = subprocess.run([sys.executable, "-c", INFO], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (3, "planning")
-    assert "edges" in done.stdout and "479" in done.stdout
-    done = subprocess.run([sys.executable, "-c", INFO, "--json"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (3, "")
-
-
-QUIET = """
-import json, logging, sys
+PLAIN = "import json, logging, torch, transformers; from transformers import AutoModel" + LEVELS
+QUIET = f"""
+import json, logging
 from pahq_hf import PAHQConfig, PAHQModel
-PAHQModel.from_pretrained("demo", PAHQConfig(regime=sys.argv[1]))
-levels = [logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree", "transformers")]
-print(json.dumps(levels))
+PAHQModel.from_pretrained("demo", PAHQConfig(regime="fp32")){LEVELS}
+PAHQModel.from_pretrained("demo", PAHQConfig(regime="pahq")){LEVELS}
 """
 
 
-@pytest.mark.parametrize("regime", ["pahq", "fp32"])
-def test_python_is_as_quiet_as_the_command_line(regime: str) -> None:
+def test_python_is_as_quiet_as_the_command_line() -> None:
     loud = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHAO_", "HF_HUB_DIS"))}
-    done = python(QUIET, regime, env=loud)
+    done = python(QUIET, env=loud)
     assert done.stderr == ""
-    plain = "import json, logging, torch, transformers; from transformers import AutoModel\n"
-    plain += QUIET.splitlines()[-2] + "\n" + QUIET.splitlines()[-1]
-    assert json.loads(done.stdout)[0] == logging.NOTSET, "torchao may warn again once it is imported"
-    assert done.stdout == python(plain, env=loud).stdout, "loggers are left as they were"
+    levels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert levels[0][0] == levels[1][0] == logging.NOTSET, "torchao may warn again once it is imported"
+    plain = json.loads(python(PLAIN, env=loud).stdout)
+    assert levels == [plain, plain], "loggers are left as they were"

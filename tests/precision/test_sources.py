@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.precision.fp32.source import CheckpointSource, SourceBlock, SpillSource, WeightSource, byte_spans
+from tests.forked import run_forked
 from tests.helpers import MemorySource, ranges, small_disk, weight_of
 from tests.tiers import examples
 
@@ -185,9 +184,8 @@ os.kill(os.getpid(), int(sys.argv[1]))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_leaves_no_weights(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(int(number))]
-    run = subprocess.run(command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
-    assert run.returncode == -number, run.stderr[-2000:]
+    ended = run_forked(KILLED, str(int(number)), env={"TMPDIR": str(tmp_path)})
+    assert ended.code == -number, ended.stderr[-2000:]
     assert not list(tmp_path.iterdir())
 
 

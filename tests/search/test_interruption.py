@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pahq_hf import Circuit, PAHQModel, load_task
+from tests.forked import Ended
 from tests.helpers import (
     FILES,
     FP32,
-    Ended,
     assert_same_circuit,
     files_of,
     id_rows,
