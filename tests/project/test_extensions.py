@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pahq_hf import Circuit
+from pahq_hf.search.registry import _SEARCHES
 from pahq_hf.tasks.metrics import find_metric, known_metrics
 from tests.helpers import run_main
 
@@ -21,6 +23,30 @@ def miss(logits, targets):
 
 
 register_metric(MetricSpec("own_miss", miss, needs=("answers",)))
+"""
+
+
+SEARCH = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from pahq_hf import register_search
+from pahq_hf.search.kind import Found, SearchOptions
+
+
+@dataclass(frozen=True)
+class FewOptions(SearchOptions):
+    few: int = 50
+
+
+@register_search("own-few", FewOptions, title="few edges")
+def few(work):
+    scores = work.engine.drop_each(work.graph.all_edges)
+    kept = work.graph.no_edges()
+    order = np.argsort(np.where(work.graph.all_edges, -scores, np.inf), axis=None)
+    kept.flat[order[: work.options.few]] = True
+    return Found(kept, scores, work.graph.all_edges.copy())
 """
 
 
@@ -55,6 +81,22 @@ def test_an_installed_metric_is_searched_with(
     assert run_main(*search, "--metric", "own_miss", "--out", str(out)) == 0
     assert run_main("show", str(out)) == 0
     assert "own_miss" in capsys.readouterr().out
+
+
+def test_an_installed_search_brings_its_options(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, SEARCH)
+    try:
+        search = ("discover", "demo", "--task", "ioi", "--n", "2", "--precision", "fp32")
+        out = tmp_path / "run"
+        assert run_main(*search, "--search", "own-few", "--few", "7", "--out", str(out), "--json") == 0
+        assert Circuit.from_pretrained(out).edge_count == 7
+        capsys.readouterr()
+        assert run_main("discover", "--help") == 0
+        assert "--few" in capsys.readouterr().out
+    finally:
+        _SEARCHES.pop("own-few", None)
 
 
 def test_one_that_fails_is_told_of_and_ends_nothing(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
