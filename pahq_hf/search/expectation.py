@@ -15,6 +15,7 @@ from pahq_hf.search.progress import Count, Progress
 from pahq_hf.search.state import ReaderRecord, Search
 
 _PRIOR_TESTS = 50  # tests that the first guess counts for
+_PRIOR_SHARE = 0.02  # of all edges: tests that it counts for once there are some, in large graphs
 _INTERVAL = 0.5  # seconds between two guesses
 
 
@@ -48,7 +49,9 @@ class ExpectedTests:
         decided[[record.reader for record in state.records]] = True
         reached: BoolArray = np.any(state.kept[decided], axis=0)  # writers that somebody reads for good
         tests = sum(len(record.scores) for record in state.records)
-        rate = (int(reached.sum()) + 1) / (tests + _PRIOR_TESTS)
+        # The first readers find the most nodes that had none: in large graphs they say little of later ones.
+        prior = max(_PRIOR_TESTS, _PRIOR_SHARE * self._graph.edge_count) if tests else _PRIOR_TESTS
+        rate = (int(reached.sum()) + 1) / (tests + prior)
         total, above = 0.0, np.zeros(len(self._graph.writers))  # expected tests of each writer's edges
         for reader in self._order:
             if decided[reader]:

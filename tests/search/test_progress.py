@@ -211,9 +211,23 @@ def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(
     assert kept["search"] >= 0.6 and kept["capture"] > 0
     seconds = model.discover(TASK, resume=True, **options).discovery["seconds"]
     assert seconds["search"] >= kept["search"] and seconds["capture"] > kept["capture"]
+    parts = [name for name in kept if name.startswith("search.")]
+    assert parts and all(seconds[name] >= round(kept[name], 3) for name in parts)
     phases = [value for name, value in seconds.items() if name != "total" and "." not in name]
     assert seconds["total"] == pytest.approx(sum(phases), abs=0.01)
     assert "seconds.json" not in files_of(tmp_path), "the run's facts say it now"
+
+
+def test_a_second_counts_for_the_innermost_phase() -> None:
+    clock = RunClock()
+    with clock.phase("search"):
+        with clock.phase("capture"):
+            time.sleep(0.05)
+        with clock.elsewhere():
+            time.sleep(0.05)
+    seconds = clock.report()
+    assert seconds["capture"] >= 0.05 and seconds["search"] < 0.05
+    assert seconds["total"] == pytest.approx(seconds["search"] + seconds["capture"], abs=0.002)
 
 
 def test_a_killed_run_forgets_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
