@@ -6,6 +6,8 @@ The function is given a `Work`, which says what is asked for and has what a sear
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -14,12 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name
 from pahq_hf.errors import ConfigError, check_names
 
 if TYPE_CHECKING:  # a kind is known before torch is
     from pahq_hf.engine.setting import Setting
     from pahq_hf.search.work import Work
+
+logger = logging.getLogger(__name__)
+TOLD_FACTS = ("second_looks", "screen", "resumed_readers")  # fields of a record that a search fills
 
 
 class Options(Protocol):
@@ -97,6 +103,23 @@ class Found:
     searched: BoolArray | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = ""
+
+    def recordable(self) -> dict[str, Any]:
+        """Facts that the record of a run can hold; of the others there is a warning."""
+        own = RunRecord.names() - {*TOLD_FACTS}
+        left = {name: "the record has a field of that name" for name in self.facts if name in own}
+        left |= {name: "it is no JSON" for name, value in self.facts.items() if not _is_json(value)}
+        for name, reason in left.items():
+            logger.warning("fact %r of the search is left out of the record: %s", name, reason)
+        return {name: value for name, value in self.facts.items() if name not in left}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)

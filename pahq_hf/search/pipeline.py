@@ -48,7 +48,7 @@ from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.hardware import hardware_facts
 from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
-from pahq_hf.search.kind import Found, OptionsT, SearchKind
+from pahq_hf.search.kind import TOLD_FACTS, Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.verification import Judge
@@ -308,7 +308,7 @@ class Run(Generic[OptionsT]):
         if found.label is not None:
             announce(verdict, found.label or self.kind.name)
         weights, tested = self.setting.model.precision, int(found.tested.sum())
-        own = RunRecord.names()
+        facts = found.recordable()
         record = RunRecord(
             method=self.kind.name,
             title=self.kind.title,
@@ -337,8 +337,8 @@ class Run(Generic[OptionsT]):
             verdict=verdict,
             **hardware_facts(self.setting.model.device),
             **searched.engine,
-            **{name: value for name, value in found.facts.items() if name in own},
-            more={name: value for name, value in found.facts.items() if name not in own},
+            **{name: value for name, value in facts.items() if name in TOLD_FACTS},
+            more={name: value for name, value in facts.items() if name not in TOLD_FACTS},
         )
         return Circuit(
             graph, found.kept, found.scores, found.tested, self.identity.to_json(), record.to_json(), means

@@ -107,6 +107,27 @@ def test_it_runs_and_is_verified_and_recorded_as_any_search(tmp_path: Path) -> N
     assert names <= set(files_of(tmp_path / "run"))
 
 
+def test_a_fact_that_no_record_can_hold_costs_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that a run says itself, or a value that is no JSON; all else is saved."""
+
+    def boastful(work: Work[ReadersOptions]) -> Found:
+        kept = work.graph.all_edges.copy()
+        facts = {"seconds": 1, "verdict": "great", "rounds": 7, "edges_left": np.int64(3)}
+        return Found(kept, np.zeros(kept.shape), kept, facts=facts)
+
+    register_search("boastful", ReadersOptions, title="boasting")(boastful)
+    try:
+        circuit = discover(tmp_path / "run", search="boastful")
+    finally:
+        del _SEARCHES["boastful"]
+    assert circuit.record.more == {"rounds": 7}
+    assert circuit.record.seconds["total"] > 0 and circuit.verdict is not None
+    told = [message for message in caplog.messages if "left out of the record" in message]
+    assert [message.split("'")[1] for message in told] == ["seconds", "verdict", "edges_left"]
+
+
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, append, out = discover(), Journal.append, tmp_path / "run"
 
