@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pahq_hf.config import PAHQConfig
-from pahq_hf.engine.hooks.engine import buffer_bytes
+from pahq_hf.engine.hooks.passes import buffer_bytes
 from pahq_hf.engine.sparse.budget import BATCH_TOKENS, default_budget
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.formats.registry import stored_bytes

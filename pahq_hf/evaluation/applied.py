@@ -12,7 +12,7 @@ from pahq_hf.capture.partner import Partner
 from pahq_hf.capture.recording import answer_logits
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.hooks.apply import applied
-from pahq_hf.engine.hooks.engine import BUFFER_BYTES
+from pahq_hf.engine.hooks.passes import BUFFER_BYTES
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 

@@ -18,7 +18,7 @@ from pahq_hf.capture.recording import capture
 from pahq_hf.capture.store import DiskStore, MemoryStore, stored
 from pahq_hf.checkpoint.load import load_config
 from pahq_hf.config import EngineConfig
-from pahq_hf.engine.hooks import engine as hooks
+from pahq_hf.engine.hooks import passes
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.memory_plan import empty_model, report
 from pahq_hf.errors import ConfigError, RunError
@@ -136,7 +136,7 @@ def test_hooks_in_parts(name: str, regime: str, monkeypatch: pytest.MonkeyPatch)
         return [engine.logits(kept) for kept in edges], circuit.discovery["metric"]
 
     whole, metric = run()
-    monkeypatch.setattr(hooks, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(passes, "BUFFER_BYTES", 1)
     parts, metric_of_parts = run()
     for ours, theirs in zip(parts, whole, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)

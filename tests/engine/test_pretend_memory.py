@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pahq_hf.engine.hooks.engine import BUFFER_BYTES, buffer_bytes
+from pahq_hf.engine.hooks.passes import BUFFER_BYTES, buffer_bytes
 from pahq_hf.precision.device_memory import free_memory, out_of_memory
 from tests.pretend.process import BEST, rehearsed
 
