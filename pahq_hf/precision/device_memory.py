@@ -72,7 +72,7 @@ def ran_out(what: str, device: torch.device, said: str) -> OutOfMemoryError:
     """The error that says what did not fit where, and what to do.
 
     Args:
-        what: It, as in "no room for ...".
+        what: What did not fit, as in "no room for ...".
         device: Where.
         said: By whom memory was refused.
     """

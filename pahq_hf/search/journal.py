@@ -31,7 +31,7 @@ class Journal:
     Args:
         folder: The run's folder.
         header: What pins the run: model, data and arguments.
-        steps: Those of the search so far, in order.
+        steps: Steps of the search so far, in order.
         chain: Checksum of the lines on disk.
         size: Bytes of the lines on disk; what follows was not finished, and is overwritten.
 

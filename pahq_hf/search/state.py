@@ -23,7 +23,7 @@ class ReaderRecord:
         scores: `new - cur` of every tested edge by writer.
         metric: The metric after the last decision.
         looks: Edges tested again in FP32.
-        changed: Those whose decision that changed.
+        changed: Edges whose decision the second test changed.
     """
 
     reader: int

@@ -48,7 +48,7 @@ class SweepRun(Generic[OptionsT]):
     Args:
         kind: The search; its options have a `threshold`.
         options: What is asked of it, but for the thresholds.
-        thresholds: These.
+        thresholds: Values of tau.
         model: The patched model.
         identity: What identifies the base model, stored with circuits.
         task: The prompts.

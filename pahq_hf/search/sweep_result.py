@@ -35,7 +35,7 @@ class SweepRow:
     Attributes:
         threshold: tau.
         kept: Edges of its circuit.
-        live: Those on a path from `input` to `logits`.
+        live: Kept edges on a path from `input` to `logits`.
         tested: Edges that were tested.
         evaluations: Metric values computed for it; of the last session, if the sweep was interrupted.
         reused: Metric values that another threshold's search had computed.
@@ -104,7 +104,7 @@ class Sweep(Mapping[float, Circuit]):
     """The circuits of a sweep by threshold, ascending.
 
     Args:
-        circuits: They, each with the facts of its search.
+        circuits: The circuit of each threshold, with the facts of its search.
         facts: What the searches shared: `header`, `seconds`, `peak_memory`, `versions`.
     """
 

@@ -24,7 +24,7 @@ class Judge:
     """Measures what searches found. Its captured runs serve any number of circuits.
 
     Args:
-        setting: That of the searches.
+        setting: The setting of the searches.
     """
 
     def __init__(self, setting: Setting) -> None:

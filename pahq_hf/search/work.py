@@ -53,7 +53,7 @@ class Work(Generic[OptionsT]):
         bench: The captured runs, which may be other searches' too.
         clock: What counts the run's seconds.
         place: Where its journal is; None keeps none.
-        journal: That of an earlier part, which is continued.
+        journal: The journal of an earlier part, which is continued.
 
     Attributes:
         options: What is asked for.

@@ -26,7 +26,7 @@ class Focus:
     Args:
         reader: The reader.
         gone: Its edges that are gone in the state.
-        state: That circuit.
+        state: The state of that circuit.
         memory: Bounds how much is computed at once.
         buffers: Room for what is valid until the next trial.
         precision: The precision of what tested edges carry.
