@@ -46,7 +46,7 @@ class Propagation:
         self._circuits = delta.shape[0]
         self._changes: dict[int, Tensor] = {}  # node -> change of what it adds [K, tokens, d_model]
         self._narrowed: dict[int, Tensor] = {}  # the same at the answers, for wider nodes
-        self._start = {reader: delta}
+        self._start = {reader: delta}  # [K, tokens, d_model]
         self._first_layer = self._graph.readers[reader].layer
 
     def final(self) -> Tensor:
@@ -57,8 +57,8 @@ class Propagation:
             if spec.mlps:
                 self._through_mlp(layer)
         reader = self._graph.logits_reader
-        base = self._state.inputs[reader]
-        change = self._input_change(reader)
+        base = self._state.inputs[reader]  # [rows, d_model]
+        change = self._input_change(reader)  # [K, rows, d_model]
         return base.expand(self._circuits, -1, -1) if change is None else base + change
 
     # -- inputs -----------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ class Propagation:
         if reader in self._start:
             return self._start[reader]
         want = self._state.reader_liveness(reader)
-        total: Tensor | None = None
+        total: Tensor | None = None  # [K, tokens, d_model]
         owned = False
         for writer in self._state.kept_writers(reader):
-            change = self._change_at(writer, want)
+            change = self._change_at(writer, want)  # [K, tokens, d_model]
             if change is None:
                 continue
             if total is None:
@@ -84,6 +84,7 @@ class Propagation:
         return total
 
     def _change_at(self, writer: int, want: Liveness) -> Tensor | None:
+        """Change of what a node adds, at fewer tokens, or None. [K, tokens(want), d_model]"""
         change = self._changes.get(writer)
         have = self._state.liveness[writer]
         if change is None or have is want:
@@ -102,7 +103,7 @@ class Propagation:
         reader = graph.layer_readers(layer, "mlp")[0]
         change = self._input_change(reader)
         if change is not None:
-            out = self._buffers.take(node, change.shape)
+            out = self._buffers.take(node, change.shape)  # [K, tokens, d_model]
             self._arithmetic.mlp_change(layer, state.inputs[reader], change, state.outputs[node], out)
             self._changes[node] = out
 
@@ -135,9 +136,9 @@ class Propagation:
         own = [readers[i] for i in index]
         blocks = [state.weight_block(i) for i in index]
         reads = Reads(math, kind, own, blocks, [state.inputs[r] for r in own])
-        new = self._arithmetic.reread(reads, list(moved.values()))
+        new = self._arithmetic.reread(reads, list(moved.values()))  # [reader, K, tokens, d_head]
         attention = state.attention[layer]
-        base = attention.k if kind == "k" else attention.v
+        base = attention.k if kind == "k" else attention.v  # [reader, batch, pos, d_head]
         if kind == "k" and math.spans_heads:  # one new key moves all
             new, index = self._among_all(attention.raw["k"], new, index), list(range(len(readers)))
             blocks = [state.weight_block(i) for i in index]
@@ -170,15 +171,15 @@ class Propagation:
         tokens = self._plan.at(liveness)
         changes: dict[int, Tensor] = {}  # head -> change of its z [K, tokens, d_head]
         if looking:
-            q = self._queries(layer, liveness, looking, queries)
+            q = self._queries(layer, liveness, looking, queries)  # [head, K, tokens, d_head]
             k = self._shared(attention.k, keys, [kv[h] for h in looking])
             v = self._shared(attention.v, values, [kv[h] for h in looking])
-            z = math.read_out(math.attend(q, k, looking, tokens), v, tokens)
+            z = math.read_out(math.attend(q, k, looking, tokens), v, tokens)  # [head, K, tokens, d_head]
             before = attention.z[liveness][[slot[h] for h in looking]]
             changes |= zip(looking, z - before[:, None], strict=True)
         if carrying:  # the pattern stays, only what is carried changes
             slots = [slot[h] for h in carrying]
-            pattern = attention.probabilities[liveness][slots]
+            pattern = attention.probabilities[liveness][slots]  # [head, batch, width, pos]
             pattern = pattern[:, None].expand(-1, self._circuits, -1, -1, -1)
             v = self._shared(attention.v, values, [kv[h] for h in carrying])
             z = math.read_out(pattern, v, tokens)
@@ -202,7 +203,9 @@ class Propagation:
         own = [readers[head] for head in changing]
         tokens, math = self._plan.at(liveness), state.math[layer]
         reads = Reads(math, "q", own, changing, [state.inputs[r] for r in own])
-        raw = self._arithmetic.reread(reads, [queries[head] for head in changing])
+        raw = self._arithmetic.reread(
+            reads, [queries[head] for head in changing]
+        )  # [head, K, tokens, d_head]
         if math.spans_heads:  # then `heads` are all
             return math.finished(
                 "q", heads, self._among_all(state.attention[layer].raw["q"], raw, new), tokens
@@ -246,12 +249,12 @@ class Propagation:
         gain = attention.output.gain
         assert before is not None and gain is not None
         moved: dict[int, Tensor] = {}
-        total = before.total.expand(self._circuits, -1, -1).clone()
+        total = before.total.expand(self._circuits, -1, -1).clone()  # [K, tokens, d_model]
         for head, change in changes.items():
             moved[head] = self._room(("moved", head), change)  # wanted in this layer only
             contribute(self._arithmetic.contribution(layer, head), change, moved[head])
             total += moved[head]
-        scale = attention.output.scale(total)
+        scale = attention.output.scale(total)  # [K, tokens, 1]
         assert isinstance(scale, Tensor)
         for head in range(attention.n_heads):
             node = self._graph.head_writer(layer, head)

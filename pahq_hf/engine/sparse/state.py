@@ -97,7 +97,7 @@ class CircuitState:
         self.shifts: dict[int, Tensor] = {}  # node -> a_w - its clean value [tokens, d_model]
         self.attention: dict[int, AttentionState] = {}
         self.substitute_shifts: dict[int, Tensor] = {}  # node -> c_w - its captured value [window, d_model]
-        self._bases: dict[int, Tensor] = {}
+        self._bases: dict[int, Tensor] = {}  # reader -> its input without shifts [tokens, d_model]
         self._writers: dict[int, list[int]] = {}
         self._floor = len(self.graph.writers)
         self._tested: int | None = None
@@ -241,7 +241,7 @@ class CircuitState:
         if reader not in self._bases:
             self._bases[reader] = self.captured.base_input(reader, row, liveness)
             self._writers[reader] = [int(w) for w in np.flatnonzero(row)]
-        total = self._bases[reader]
+        total = self._bases[reader]  # [tokens, d_model]
         for writer in self._writers[reader]:
             shift = self.shifts.get(writer)
             if shift is not None:
@@ -263,7 +263,7 @@ class CircuitState:
             return
         if not self._refresh_input(reader, changed) and node not in changed and node in self.outputs:
             return
-        output = self.arithmetic.mlp(layer, self.inputs[reader])
+        output = self.arithmetic.mlp(layer, self.inputs[reader])  # [tokens, d_model]
         clean = self.plan.narrow(self.captured.mlp[layer], Liveness.WINDOW, liveness)
         self.outputs[node] = output
         self.shifts[node] = output - clean
@@ -325,11 +325,12 @@ class CircuitState:
             tokens = self.plan.at(liveness)
             own = [readers[head] for head in members]
             inputs = [self.inputs[reader] for reader in own]
-            raw = self.arithmetic.read(Reads(math, "q", own, members, inputs))
+            raw = self.arithmetic.read(Reads(math, "q", own, members, inputs))  # [head, tokens, d_head]
             if math.spans_heads:
                 state.raw["q"] = raw
-            q = math.finished("q", members, raw, tokens)
+            q = math.finished("q", members, raw, tokens)  # [head, tokens, d_head]
             kv = [self.graph.kv_of_head(head) for head in members]
+            # [head, 1, batch, width, pos]
             probabilities = math.attend(q[:, None], state.k[kv][:, None], members, tokens)
             state.q[liveness] = q
             state.probabilities[liveness] = probabilities[:, 0]
@@ -344,7 +345,7 @@ class CircuitState:
         blocks = [self.weight_block(index) for index in range(len(readers))]
         distinct = sorted(set(blocks))
         raw = math.raw(kind, distinct, [clean.flatten(0, 1)] * len(distinct))
-        projected = math.finished(kind, distinct, raw, None)
+        projected = math.finished(kind, distinct, raw, None)  # [block, batch * pos, d_head]
         base = projected.unflatten(1, clean.shape[:2])[[distinct.index(block) for block in blocks]]
         live = self.live_readers(layer, kind)
         if not live:
@@ -352,11 +353,11 @@ class CircuitState:
         index = [r - readers.start for r in live]
         own = [blocks[i] for i in index]
         inputs = [self.inputs[r] for r in live]
-        new = self.arithmetic.read(Reads(math, kind, live, own, inputs))
+        new = self.arithmetic.read(Reads(math, kind, live, own, inputs))  # [reader, window, d_head]
         if math.spans_heads:
             state.raw[kind] = new
         base = base.clone()
-        finished = math.finished(kind, own, new, self.plan.window)
+        finished = math.finished(kind, own, new, self.plan.window)  # [reader, window, d_head]
         base[index] = math.with_window(base[index], finished[:, None])[:, 0]
         return base
 
