@@ -13,7 +13,7 @@ from pahq_hf.errors import CircuitError
 
 GREEDY = "acdc"  # the method of files that name none
 # Titles of the methods there were before a record carried its own.
-_TITLES = {
+TITLES = {
     GREEDY: "ACDC with activation patching",
     "eap": "edge attribution patching (EAP)",
     "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
@@ -277,4 +277,4 @@ class RunRecord(Section):
 def _by_name(method: object) -> dict[str, Any]:
     """What a method's name tells of it where its record does not say."""
     name = method if isinstance(method, str) and method else GREEDY
-    return {"title": _TITLES.get(name, name), "ranks_kept_first": name == GREEDY}
+    return {"title": TITLES.get(name, name), "ranks_kept_first": name == GREEDY}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.options import AttributionConfig
@@ -120,17 +121,10 @@ def _resolve_attribution(options: AttributionConfig, setting: Setting) -> Attrib
     return resolve(options, setting)
 
 
-_METHODS = {
-    "eap": "edge attribution patching (EAP)",
-    "eap-ig": "edge attribution patching with integrated gradients (EAP-IG)",
-    "hisp": "head importance (HISP)",
-    "exact": "removing each edge alone",
-    "random": "random scores",
-}
 _SEARCHES: dict[str, SearchKind[Any]] = {
     "acdc": SearchKind(
         "acdc",
-        "ACDC with activation patching",
+        TITLES["acdc"],
         ACDCConfig,
         _acdc,
         ranks_kept_first=True,
@@ -148,6 +142,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
             command="attribute",
             resolve=_resolve_attribution,
         )
-        for name, title in _METHODS.items()
+        for name, title in TITLES.items()
+        if name != "acdc"
     },
 }
