@@ -113,7 +113,8 @@ def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, tel
     """What is wrong with a record's metric; None if nothing, or if it was measured afresh."""
     edges = list(before.graph.in_edges(record.reader))
     screened = survivors is not None and not survivors[record.reader, edges].all()
-    if not before.records or (record.scores and (screened or record.looks or not telescopes)):
+    tested = record.searched and before.graph.has_out_edge(before.kept, record.reader)
+    if not before.records or (tested and (screened or record.looks or not telescopes)):
         return None
     expected = before.metric + sum(s for w, s in record.scores.items() if w not in record.kept)
     if abs(record.metric - expected) <= _ROUNDING * max(1.0, abs(expected)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,21 @@ def test_a_resumed_run_has_the_same_survivors(
     assert_same_circuit(resumed, first)
     assert resumed.discovery["screen"] == first.discovery["screen"]
     assert journal_lines(folder) == journal_lines(whole)
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq"])
+def test_a_run_resumes_behind_readers_that_lost_all_edges_to_the_screen(regime: Any, tmp_path: Path) -> None:
+    """Their metric is measured afresh, though none of their edges is tested."""
+    first = run(low("llama", regime), "eap-ig:0.2", out=tmp_path / "whole")
+    steps = [json.loads(line) for line in journal_lines(tmp_path / "whole")[1:]]
+    lost = [
+        number
+        for number, (before, step) in enumerate(pairwise(steps), start=2)
+        if not step["scores"] and step["metric"] != before["metric"]
+    ]
+    assert lost
+    folder = cut(tmp_path / "whole", tmp_path / "cut", lost[0] + 1)
+    assert_same_circuit(run(low("llama", regime), "eap-ig:0.2", out=folder, resume=True), first)
 
 
 def test_another_screen_is_another_run(whole: Path, tmp_path: Path) -> None:

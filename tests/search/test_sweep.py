@@ -117,6 +117,20 @@ def test_a_screen_is_made_once_and_kept_with_every_run(
         assert load_file(ours)["score"].tobytes() == load_file(separate / ours.name)["score"].tobytes()
 
 
+def test_an_interrupted_sweep_goes_on_with_the_screen_it_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for thresholds whose turn had not come."""
+    whole = sweep(wrapped("llama"), tmp_path, screen="eap:0.3")
+    (tmp_path / "sweep.json").unlink()
+    first, *others = (tmp_path / f"tau-{tau}" for tau in sorted(TAUS, reverse=True))
+    (first / "circuit.json").unlink()
+    for folder in others:
+        shutil.rmtree(folder)
+    monkeypatch.setattr(pahq_hf.search.acdc_run, "make_screen", None)
+    assert_same_circuits(sweep(wrapped("llama"), tmp_path, screen="eap:0.3", resume=True), whole)
+
+
 def test_the_demos_circuits_are_those_of_separate_runs() -> None:
     model = PAHQModel.from_pretrained("demo", FP32)
     task = load_task("ioi", model.tokenizer, n=6)
