@@ -18,6 +18,8 @@ from pahq_hf.engine.setting import Setting
 from tests.helpers import random_edges, wrapped
 from tests.models import random_task
 
+pytestmark = pytest.mark.crossing
+
 TASK = random_task(batch=3, length=6, padding="right", seed=17)
 REGIMES = ("fp32", "pahq", "pahq-literal", "rtn")
 KINDS = ("sparse", "hooks")
