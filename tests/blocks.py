@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+FEW = 8  # examples of the blocks' tasks in `make test`
 _FENCE = re.compile(r"```(\w*)$")
 _MARK = re.compile(r"<!-- (not run|exhaustive): (.+) -->$")
 
@@ -101,17 +102,28 @@ def unfenced_code(file: str) -> list[str]:
     ]
 
 
+def fewer_examples(text: str) -> str:
+    """Code with tasks of at most `FEW` examples; nothing else is changed."""
+    return re.sub(r"(--n |\bn=)(\d+)\b", lambda found: f"{found[1]}{min(int(found[2]), FEW)}", text)
+
+
 def run_file(file: str, *, exhaustive: bool) -> None:
-    """Run a file's blocks in the working directory: Python in one namespace, commands one by one."""
+    """Run a file's blocks in the working directory: Python in one namespace, commands one by one.
+
+    Args:
+        file: Which.
+        exhaustive: As written, those marked so as well; else on fewer examples.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(file):
         if not block.runs or (block.mark and not exhaustive):
             continue
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.text, ROOT / file, "exec"), namespace)
+            text = block.text if exhaustive else fewer_examples(block.text)
+            exec(compile("\n" * (block.line - 1) + text, ROOT / file, "exec"), namespace)
             continue
         for command in block.commands:
-            code = _run_command(command)
+            code = _run_command(command if exhaustive else fewer_examples(command))
             if code:
                 raise SystemExit(f"{file}:{block.line}: `{command}` ended with exit code {code}")
 

@@ -5,7 +5,7 @@ Of a product, enough that every value of each parameter occurs; of examples, a q
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,18 @@ QUICK_EXAMPLES, ALL_EXAMPLES = 25, 100
 def examples(number: int, **options: Any) -> settings:
     """How many examples hypothesis draws: so many in `make test-all`, a quarter of them in `make test`."""
     return settings(max_examples=max(5, number * settings().max_examples // ALL_EXAMPLES), **options)
+
+
+def quick(values: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Values of a parameter, of which `make test` takes the chosen ones and `make test-all` all."""
+    every = list(values)
+    assert set(chosen) <= set(every)
+    return [value if value in chosen else exhaustive(value) for value in every]
+
+
+def exhaustive(*values: Any) -> Any:
+    """Values of parameters that only `make test-all` takes."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def covering(rows: Sequence[Row]) -> set[int]:
@@ -45,6 +57,7 @@ def mark_exhaustive(items: Sequence[pytest.Item]) -> None:
             isinstance(item, pytest.Function)
             and hasattr(item, "callspec")
             and item.get_closest_marker("crossing")
+            and not item.get_closest_marker("exhaustive")
         ):
             groups.setdefault((str(item.path), f"{item.cls}.{item.originalname}"), []).append(item)
     for group in groups.values():

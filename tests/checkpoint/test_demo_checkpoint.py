@@ -18,8 +18,9 @@ from pahq_hf.errors import TaskError
 from pahq_hf.tasks import induction, words
 from pahq_hf.tasks.loading import load_task
 from pahq_hf.tasks.metrics import Metric
+from tests.tiers import quick
 
-UNSEEN_SEEDS = (101, 202, 303)
+UNSEEN_SEEDS = quick([101, 202, 303], 101)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,7 @@ def test_generate_goes_on_in_its_language(model: GPT2LMHeadModel, tokenizer: Pre
     assert text.endswith(" gave a drink to Mary.")
 
 
+@pytest.mark.exhaustive
 def test_the_script_trains_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:

@@ -177,25 +177,23 @@ def test_several_circuits_in_one_repository(hub: HubServer, folder: Path, tmp_pa
     assert "subfolder='ioi'" in hub.repos["me/circuits"].files()["ioi/README.md"].decode()
 
 
-@pytest.mark.parametrize(
-    ("card", "kept"),
-    [
-        ("# My own words\n", True),
-        (signed("# Generated\n").replace("Generated", "Generated, then improved"), True),
-        (signed("# Generated\n"), False),
-        ("", False),
-    ],
-    ids=["written", "edited", "generated", "empty"],
-)
-def test_a_card_edited_by_hand_is_kept(
-    hub: HubServer, folder: Path, tmp_path: Path, card: str, kept: bool
-) -> None:
-    hub.create("me/circuit", {"README.md": card.encode()})
+CARDS = {
+    "written": ("# My own words\n", True),
+    "edited": (signed("# Generated\n").replace("Generated", "Generated, then improved"), True),
+    "generated": (signed("# Generated\n"), False),
+    "empty": ("", False),
+}
+
+
+def test_a_card_edited_by_hand_is_kept(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     client = Client(hub, tmp_path)
-    client.push(folder, "me/circuit")
-    assert (hub.repos["me/circuit"].files()["README.md"].decode() == card) == kept
-    client.push(folder, "me/circuit", overwrite_card=True)
-    assert b"library_name: pahq_hf" in hub.repos["me/circuit"].files()["README.md"]
+    for name, (card, kept) in CARDS.items():
+        repo = f"me/{name}"
+        hub.create(repo, {"README.md": card.encode()})
+        client.push(folder, repo)
+        assert (hub.repos[repo].files()["README.md"].decode() == card) == kept, name
+        client.push(folder, repo, overwrite_card=True)
+        assert b"library_name: pahq_hf" in hub.repos[repo].files()["README.md"], name
 
 
 def test_what_is_missing_or_refused_is_said_in_one_line(hub: HubServer, folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pahq_hf.precision.weight_cache import WeightCache
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, assert_same_circuit, random_edges, save_tiny, small_disk, wrapped
 from tests.models import PADDINGS, random_task, relative_error
+from tests.tiers import quick
 
 pytestmark = pytest.mark.crossing
 
@@ -116,7 +117,7 @@ def test_captured_in_parts_is_captured_at_once(
     assert len({id(mask) for mask in parts.masks}) == len({id(mask) for mask in whole.masks})
 
 
-@pytest.mark.parametrize("regime", ["fp32", "pahq", "pahq-literal"])
+@pytest.mark.parametrize("regime", quick(["fp32", "pahq", "pahq-literal"], "fp32", "pahq"))
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_hooks_in_parts(name: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every circuit's logits and the whole search are those of one forward pass for all."""
@@ -129,7 +130,7 @@ def test_hooks_in_parts(name: str, regime: str, monkeypatch: pytest.MonkeyPatch)
             TASK,
             threshold=0.03,
             metric="kl",
-            readers="logits,m*,a*<v>",  # of a slow engine
+            readers="logits,m*",  # of a slow engine
             progress=False,
             engine=EngineConfig(engine="hooks"),
         )
@@ -161,7 +162,7 @@ def test_rows_in_any_order_come_back_in_it(monkeypatch: pytest.MonkeyPatch) -> N
 # -- weights under a budget -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn", "pahq-literal"])
+@pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))
 def test_a_budget_changes_memory_and_nothing_else(regime: str) -> None:
     model = wrapped("llama", regime=regime)
     free = model.discover(TASK, threshold=0.02, metric="kl", progress=False)

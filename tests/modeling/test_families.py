@@ -27,6 +27,7 @@ from pahq_hf.precision.linear import PAHQLinear
 from tests.families import ALL_FAMILIES
 from tests.helpers import GRAPHS, OTHER_GRAPHS, assert_same_circuit, random_edges
 from tests.models import PADDINGS, padded_prompts, random_task, relative_error
+from tests.tiers import exhaustive, quick
 
 pytestmark = pytest.mark.crossing
 
@@ -40,10 +41,7 @@ ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
 families = pytest.mark.parametrize("family", ALL_FAMILIES)
 # One for each way in which a family can differ; the others' whole searches are left to the exhaustive tests.
 DIFFERENT = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "mixtral", "falcon", "bloom", "mistral_window")
-every_family_in_time = pytest.mark.parametrize(
-    "family",
-    [f if f in DIFFERENT else pytest.param(f, marks=pytest.mark.exhaustive) for f in ALL_FAMILIES],
-)
+every_family_in_time = pytest.mark.parametrize("family", quick(ALL_FAMILIES, *DIFFERENT))
 
 
 @cache
@@ -210,26 +208,42 @@ def searches(family: str, regime: Regime, split: bool, **options: Any) -> list[A
 COMPARED = {family for family, _ in (GRAPHS | OTHER_GRAPHS).values()}
 
 
-@pytest.mark.parametrize(
-    ("regime", "family"),
-    [
-        *(("pahq", family) for family in ALL_FAMILIES),
-        *(("fp32", family) for family in ALL_FAMILIES if family not in COMPARED),
-    ],
-)
-def test_searches_agree(family: str, regime: Regime) -> None:
-    options = {"margin": 0.0} if regime == "pahq" else {}
+def assert_searches_agree(family: str, regime: Regime, **options: Any) -> None:
+    options |= {"margin": 0.0} if regime == "pahq" else {}
     ours, theirs = searches(family, regime, False, **options)
     assert np.array_equal(ours.kept, theirs.kept)
     assert np.array_equal(ours.tested, theirs.tested) and ours.tested.any()
     assert np.abs(ours.scores - theirs.scores).max() < 1e-5
 
 
+@families
+def test_searches_of_some_readers_agree(family: str) -> None:
+    """In every family: of each kind a reader of the last layer, which reads all that the first writes."""
+    assert_searches_agree(family, "pahq", readers="logits,m1,a1.*0<*>")
+
+
 @pytest.mark.parametrize(
     ("regime", "family"),
     [
-        *(("pahq-literal", family) for family in (*COUPLED, *ROUTED, "falcon", "bloom", "granite")),
-        *(("rtn", family) for family in ("gemma3", "qwen2_moe", "falcon")),
+        *(("pahq", f) if f in DIFFERENT else exhaustive("pahq", f) for f in ALL_FAMILIES),
+        ("fp32", "bloom"),
+        *(exhaustive("fp32", f) for f in ALL_FAMILIES if f not in COMPARED and f != "bloom"),
+    ],
+)
+def test_searches_agree(family: str, regime: Regime) -> None:
+    assert_searches_agree(family, regime)
+
+
+@pytest.mark.parametrize(
+    ("regime", "family"),
+    [
+        *(("pahq-literal", family) for family in ("gemma2", "mixtral", "falcon")),
+        ("rtn", "gemma3"),
+        *(
+            exhaustive("pahq-literal", f)
+            for f in ("gemma3", "olmo2", "qwen2_moe", "qwen3_moe", "bloom", "granite")
+        ),
+        *(exhaustive("rtn", f) for f in ("qwen2_moe", "falcon")),
     ],
 )
 def test_searches_agree_without_anchors(family: str, regime: Regime) -> None:
@@ -238,7 +252,10 @@ def test_searches_agree_without_anchors(family: str, regime: Regime) -> None:
     assert np.abs(ours.scores - theirs.scores).max() < 1e-5
 
 
-@pytest.mark.parametrize("family", [*COUPLED, "mixtral", "falcon", "stablelm_parallel", "cohere_qk"])
+@pytest.mark.parametrize(
+    "family",
+    quick([*COUPLED, "mixtral", "falcon", "stablelm_parallel", "cohere_qk"], "gemma2", "mixtral", "falcon"),
+)
 def test_searches_agree_with_groups_split(family: str) -> None:
     ours, theirs = searches(family, "pahq", True)
     assert np.array_equal(ours.kept, theirs.kept)
@@ -379,7 +396,7 @@ def test_runs_repeat_to_the_bit_and_resume(tmp_path: Path) -> None:
     options: dict[str, Any] = {"threshold": 0.01, "progress": False}
     whole = model.discover(task, out=tmp_path / "whole", **options)
     lines = (tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    for count in range(2, len(lines), 4):
+    for count in range(2, len(lines), 8):
         folder = tmp_path / str(count)
         folder.mkdir()
         (folder / "journal.jsonl").write_bytes(b"".join(lines[:count]))

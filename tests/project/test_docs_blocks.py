@@ -1,4 +1,7 @@
-"""Every code block of the documentation runs as written; `gpt2` is a small model on a Hub on loopback."""
+"""Every code block of the documentation runs; `gpt2` is a small model on a Hub on loopback.
+
+As written in the exhaustive tests, in the others on fewer examples.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from typing import Any
 import pytest
 
 from pahq_hf.checkpoint.demo_path import demo_path
-from tests.blocks import ROOT, blocks_of, documents, mentioned_programs, run_file, unfenced_code
+from tests.blocks import (
+    ROOT,
+    blocks_of,
+    documents,
+    fewer_examples,
+    mentioned_programs,
+    run_file,
+    unfenced_code,
+)
 from tests.helpers import run_main
 from tests.hub_server import ClientProcess, HubServer, client_environment
 
@@ -55,13 +66,13 @@ def run(file: str, hub: HubServer, reader: ClientProcess, folder: Path, *, exhau
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if any(b.runs and not b.mark for b in blocks_of(f))])
-def test_blocks_run_as_written(file: str, hub: HubServer, reader: ClientProcess, tmp_path: Path) -> None:
+def test_blocks_run_on_few_examples(file: str, hub: HubServer, reader: ClientProcess, tmp_path: Path) -> None:
     run(file, hub, reader, tmp_path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("file", [f for f in FILES if any(b.mark == "exhaustive" for b in blocks_of(f))])
-def test_long_blocks_run_as_written(
+@pytest.mark.parametrize("file", [f for f in FILES if any(b.runs for b in blocks_of(f))])
+def test_blocks_run_as_written(
     file: str, hub: HubServer, reader: ClientProcess, tmp_path: Path, smollm2_path: Path
 ) -> None:
     run(file, hub, reader, tmp_path, exhaustive=True)
@@ -112,6 +123,11 @@ def test_make_demo_finds_the_circuit_and_shows_it(tmp_path: Path, capsys: pytest
     for step in steps:
         assert run_main(*step[1:]) == 0
     assert "a0.h" in capsys.readouterr().out
+
+
+def test_few_examples_are_all_that_is_changed() -> None:
+    line = "$ pahq discover gpt2 --n 50 --threshold 0.01 --topn 200; load_task('ioi', n=4), f(mean=30, n=20)"
+    assert fewer_examples(line) == line.replace("--n 50", "--n 8").replace(" n=20", " n=8")
 
 
 def test_a_block_that_fails_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_the_search_is_the_plain_loop(name: str, share: float, seed: int) -> Non
         assert abs(found.metric - judge(name).metric_of(kept)) < 1e-6
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("engine", [SparseEngine, HooksEngine])
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_looks_at_every_edge_decide_as_fp32_does(engine: Any, share: float) -> None:
@@ -136,6 +137,7 @@ def test_a_screen_that_everything_passes_changes_nothing(regime: Any) -> None:
     assert "screen" not in plain.discovery and "screen" not in plain.discovery["arguments"]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn", "pahq-literal"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_engines_agree_behind_a_screen(family: str, regime: Any) -> None:
