@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FEW = 8  # examples of the blocks' tasks in `make test`
+FEW = 4  # examples of the blocks' tasks in `make test`
 _FENCE = re.compile(r"```(\w*)$")
 _MARK = re.compile(r"<!-- (not run|exhaustive): (.+) -->$")
 

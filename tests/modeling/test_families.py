@@ -113,7 +113,7 @@ def test_generate_is_unchanged(family: str) -> None:
     assert torch.equal(patched(family).generate(**prompts, **options), expected)
 
 
-@families
+@every_family_in_time
 def test_attention_probabilities_are_still_there(family: str) -> None:
     ids = random_task().clean_ids
     found = patched(family)(ids, output_attentions=True, use_cache=False).attentions
@@ -333,7 +333,7 @@ def test_a_run_captured_in_parts_is_the_run(family: str, monkeypatch: pytest.Mon
 # -- precision --------------------------------------------------------------------------------------
 
 
-@families
+@every_family_in_time
 def test_the_active_head_is_exact_and_its_neighbours_are_not(family: str) -> None:
     full, low = patched(family), PAHQModel(ALL_FAMILIES[family](), PAHQConfig(compute="fp32"))
     low.activate("a1.h2")

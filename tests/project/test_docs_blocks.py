@@ -126,8 +126,8 @@ def test_make_demo_finds_the_circuit_and_shows_it(tmp_path: Path, capsys: pytest
 
 
 def test_few_examples_are_all_that_is_changed() -> None:
-    line = "$ pahq discover gpt2 --n 50 --threshold 0.01 --topn 200; load_task('ioi', n=4), f(mean=30, n=20)"
-    assert fewer_examples(line) == line.replace("--n 50", "--n 8").replace(" n=20", " n=8")
+    line = "$ pahq discover gpt2 --n 50 --threshold 0.01 --topn 200; load_task('ioi', n=3), f(mean=30, n=20)"
+    assert fewer_examples(line) == line.replace("--n 50", "--n 4").replace(" n=20", " n=4")
 
 
 def test_a_block_that_fails_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
