@@ -261,11 +261,10 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, family: str, tab
     policy: dict[str, str] = {"a0.h1": "int8", "a0.*": "fp8-e5m2", "m1": "mx", "m*": "bf16"}
     config = PAHQConfig("pahq", "fp8", policy=policy, quantize_embeddings=tables)
     model = PAHQModel(FAMILIES[family](), config).patched
-    for metric, threshold in (("kl", 0.003), ("logit_diff", 0.1)):
+    readers = "logits,m*" if kind == "hooks" else None  # it is slow
+    for metric, threshold in (("kl", 0.03 if readers else 0.003), ("logit_diff", 0.1)):
         chosen: Any = metric
-        options = ACDCConfig(threshold)
-        if kind == "hooks":  # it is slow
-            options = ACDCConfig(10 * threshold, readers="logits,m*")
+        options = ACDCConfig(threshold, readers=readers)
         exact = search(SparseEngine(wrapped(family).patched, TASK, chosen), options, batch=AdaptiveBatch())
         make: Any = SparseEngine if kind == "sparse" else HooksEngine
         engine = make(model, TASK, chosen, rule=RegimeRule.of(replace(config, compute="bf16"), model.device))
