@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import update_wrapper
 from typing import Annotated, Any, get_type_hints
@@ -15,6 +15,7 @@ from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchKind
 
+_PREFIX = "search_"
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
 
@@ -68,27 +69,28 @@ class Command:
         arguments |= {name: value for name, value in values.items() if name not in taken}
         if "options" in inspect.signature(self._command).parameters:
             context = values["context"]
-            arguments["options"] = {name: values[name] for name in searched if is_given(context, name)}
+            arguments["options"] = {
+                _field_name(name, self._plain): values[name] for name in searched if is_given(context, name)
+            }
         self._command(**arguments)
 
     def _searched(self) -> dict[str, inspect.Parameter]:
         """Options of the searches by the names of their parameters; the first that declares one says how."""
         found: dict[str, inspect.Parameter] = {}
         for kind in self._declared():
-            for name, parameter in options_of(kind).items():
+            for name, parameter in options_of(kind, self._plain).items():
                 if name not in self._without:
                     found.setdefault(name, parameter)
-        clash = next((name for name in found if name in self._plain), None)
-        if clash is not None:
-            raise ConfigError(
-                f"--{clash.replace('_', '-')} is an option of every search: let the field's metadata give "
-                "another name: told(..., name=...)"
-            )
         return found
 
 
-def options_of(kind: SearchKind[Any]) -> dict[str, inspect.Parameter]:
-    """The options of a search as parameters, by name."""
+def options_of(kind: SearchKind[Any], taken: Container[str] = ()) -> dict[str, inspect.Parameter]:
+    """The options of a search as parameters, by name.
+
+    Args:
+        kind: The search.
+        taken: Names of other options: one of the search that is called so gets `search_` before its name.
+    """
     hints = get_type_hints(kind.options)
     found = {}
     for entry in fields(kind.options):
@@ -96,6 +98,7 @@ def options_of(kind: SearchKind[Any]) -> dict[str, inspect.Parameter]:
             continue
         told, hint = entry.metadata, hints[entry.name]
         name, default = told.get("name", entry.name), None if entry.default is MISSING else entry.default
+        name = _PREFIX + name if name in taken else name
         annotation = _EVERY_SEARCH.get(entry.name)
         if annotation is None:
             flag = "--" + name.replace("_", "-")
@@ -126,6 +129,12 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
         if name not in names:
             raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
     return {names[name]: value for name, value in given.items()}
+
+
+def _field_name(name: str, taken: Container[str]) -> str:
+    """What a search calls one of `options_of`."""
+    own = name.removeprefix(_PREFIX)
+    return own if own in taken else name
 
 
 def _fields_of(group: type) -> dict[str, inspect.Parameter]:

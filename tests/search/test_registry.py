@@ -252,14 +252,25 @@ def test_options_of_another_search_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_option_of_every_search_needs_another_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_that_is_called_as_another_gets_a_prefix(
+    where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds = []
+
     @dataclass(frozen=True)
     class Seeded(SearchOptions):
         seed: int = 0
 
-    register_search("seeded", Seeded)(by_readers)
+    @register_search("seeded", Seeded)
+    def seeded(work: Work[Seeded]) -> Found:
+        seeds.append(work.options.seed)
+        every = work.graph.all_edges
+        return Found(every.copy(), np.zeros(every.shape), work.graph.no_edges())
+
     try:
-        assert run_main("discover", "--help") == 2
-        assert "--seed is an option of every search" in capsys.readouterr().err
+        command = ["discover", *where, "--search", "seeded", "--out", str(tmp_path / "run"), "--json"]
+        assert run_main(*command, "--search-seed", "7") == 0
+        assert seeds == [7]
+        assert json.loads(capsys.readouterr().out)["arguments"]["seed"] == 7
     finally:
         del _SEARCHES["seeded"]
