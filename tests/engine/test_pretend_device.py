@@ -10,6 +10,7 @@ from tests.families import ALL_FAMILIES
 from tests.pretend.form import can_compile
 from tests.pretend.paths import PATHS, fault, of_family
 from tests.pretend.process import BEST, rehearsed
+from tests.tiers import quick
 
 Scenario = dict[str, Any]
 FULL: Scenario = {"regime": "fp32"}
@@ -79,7 +80,8 @@ _QUICK = (
     *("hooks, fp32", "hooks, pahq", "apply", "generate", "eap-ig", "sweep", "command line, pahq"),
 )
 # In the form that needs no compiler, wherever the other one runs: enough to keep it working.
-PURE = {name: ALL[name] for name in ("direct, fp32", "direct, pahq", "to, pahq", "apply")}
+PURE = {name: ALL[name] for name in ("direct, pahq", "apply")}
+PURE_REST = {name: ALL[name] for name in ("direct, fp32", "to, pahq")}
 
 
 def check(outcome: dict[str, Any], *, relative: float = 1e-3) -> None:
@@ -107,9 +109,9 @@ def test_on_the_device_it_is_as_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.skipif(not can_compile(), reason="this form runs everything where there is no compiler")
-@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("name", quick([*PURE, *PURE_REST], *PURE))
 def test_without_a_compiler(name: str) -> None:
-    check(rehearsed("pure", PURE, name))
+    check(rehearsed("pure", PURE if name in PURE else PURE_REST, name))
 
 
 @pytest.mark.exhaustive
