@@ -16,7 +16,8 @@ LOW: dict[str, Any] = {"config": {"regime": "pahq", "compute": "bf16"}, "dtype":
 RTN: dict[str, Any] = {"config": {"regime": "rtn"}, "dtype": "bfloat16"}
 LITERAL: dict[str, Any] = {"config": {"regime": "pahq-literal"}, "dtype": "bfloat16"}
 FP8: dict[str, Any] = {"config": {"regime": "pahq", "compute": "fp8"}, "dtype": "bfloat16"}
-SOME = {"search": {"readers": "logits,m1"}}
+# Below the logits reader, of which nothing is cut then: whatever the threshold, both are live.
+SOME = {"search": {"readers": "m1,a1.h0<q>"}}
 HOOKS = {"engine": {"engine": "hooks"}}
 
 # A path by name: every regime, load, engine and command at least once; `direct` is streamed in low precision.
@@ -31,7 +32,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "discover, pahq-literal": LITERAL | SOME,
     "discover, fp32, hooks": FULL | SOME | HOOKS,
     "discover, pahq, hooks": LOW | SOME | HOOKS,
-    "screen": LOW | {"search": {"readers": "logits,m1", "screen": "eap-ig:0.5"}},
+    "screen": LOW | {"search": {"readers": "m1", "screen": "eap-ig:0.5"}},
     "sweep": LOW | SOME | {"command": "sweep"},
     "attribute, fp32": FULL | {"command": "attribute"},
     "attribute, pahq": LOW | {"command": "attribute"},
@@ -55,6 +56,8 @@ def fault(outcome: dict[str, Any], path: str) -> str:
         return f"ran on {outcome['device']}"
     if not outcome["same"] and path not in _ROUNDED:
         return "other edges or tokens than on the CPU"
+    if outcome["facts"].get("untested"):
+        return f"never tested {', '.join(outcome['facts']['untested'])}"
     limit = _ROUNDED.get(path, 1e-3) * outcome["scale"] + 1e-6
     return "" if outcome["error"] <= limit else f"off by {outcome['error']:.2g} of {outcome['scale']:.2g}"
 

@@ -82,8 +82,20 @@ def prompts(scenario: Scenario, model: PAHQModel) -> Task:
 
 
 def of_circuit(circuit: Circuit) -> Answer:
-    facts = {name: circuit.discovery.get(name) for name in ("hardware", "peak_memory", "versions")}
+    facts: dict[str, Any] = {
+        name: circuit.discovery.get(name) for name in ("hardware", "peak_memory", "versions")
+    }
     return Answer(circuit.kept, circuit.scores, facts)
+
+
+def discovered(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """A circuit, and which named readers had no edge tested: what is dead is not computed."""
+    circuit = discover(scenario, model, task)
+    found = of_circuit(circuit)
+    named = scenario.search.get("readers", "").split(",")
+    rows = {reader.name: circuit.tested[number].any() for number, reader in enumerate(circuit.graph.readers)}
+    found.facts["untested"] = [name for name in named if name and not rows[name]]
+    return found
 
 
 def discover(scenario: Scenario, model: PAHQModel, task: Task) -> Circuit:
@@ -167,7 +179,7 @@ def moved(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
 
 
 COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
-    "discover": lambda scenario, model, task: of_circuit(discover(scenario, model, task)),
+    "discover": discovered,
     "sweep": sweep,
     "attribute": attribute,
     "evaluate": evaluate,

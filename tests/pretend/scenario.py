@@ -51,7 +51,7 @@ class Outcome:
         scale: Largest of the CPU's.
         kept: Edges kept.
         device: Where the model was.
-        facts: Of the run's circuit: `hardware`, `peak_memory`.
+        facts: Of the run's circuit: `hardware`, `peak_memory`; `untested`, readers that were to be tested.
         launches: Kernels.
         crossings: Copies between host and device.
         sent: Bytes that were copied to the device, by dtype.

@@ -197,6 +197,10 @@ class Pretend(torch.Tensor):
     def record_stream(self, stream: Any) -> None:
         pass
 
+    def data_ptr(self) -> int:
+        """Of the values: what is made without storage is at address 0, all of it."""
+        return self.inner.data_ptr()
+
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert a device's tensor to numpy. Use Tensor.cpu() first")
 

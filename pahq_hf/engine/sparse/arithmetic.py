@@ -241,8 +241,7 @@ class Anchored:
         with streamed(self._model, rooms.mlp), self._model.precision.mode.recording(linears) as records:
             output: Tensor = rooms.mlp(rooms.mlp_norm(x))
         anchors = [records[linear][0] for linear in linears]
-        last = anchors[-1].y if anchors else None
-        ends = last is not None and last.data_ptr() == output.data_ptr()
+        ends = bool(anchors) and anchors[-1].y is output  # nothing came after the last projection
         self._mlps[number] = _MLPAnchors(anchors, ends)
         return output
 
