@@ -126,6 +126,7 @@ class Graph:
         self.writers = tuple(self._make_writers())
         self.readers = tuple(self._make_readers())
         self.prefix = np.array([self._prefix(reader) for reader in self.readers])
+        self.prefix.setflags(write=False)  # all who have the graph share it
         self._writer_index = {writer.name: i for i, writer in enumerate(self.writers)}
         self._reader_index = {reader.name: i for i, reader in enumerate(self.readers)}
 
@@ -216,8 +217,10 @@ class Graph:
 
     @cached_property
     def all_edges(self) -> BoolArray:
-        """Every edge. [readers, writers]"""
-        return np.arange(len(self.writers))[None, :] < self.prefix[:, None]
+        """Every edge; read-only, copy it to change it. [readers, writers]"""
+        edges: BoolArray = np.arange(len(self.writers))[None, :] < self.prefix[:, None]
+        edges.setflags(write=False)
+        return edges
 
     def no_edges(self) -> BoolArray:
         """An empty edge set. [readers, writers]"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -104,9 +104,13 @@ class Found:
     facts: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = ""
 
-    def recordable(self) -> dict[str, Any]:
-        """Facts that the record of a run can hold; of the others there is a warning."""
-        own = RunRecord.names() - {*TOLD_FACTS}
+    def recordable(self, told: Iterable[str] = ()) -> dict[str, Any]:
+        """Facts that the record of a run can hold; of the others there is a warning.
+
+        Args:
+            told: Fields of the record that the search may fill.
+        """
+        own = RunRecord.names() - {*told}
         left = {name: "the record has a field of that name" for name in self.facts if name in own}
         left |= {name: "it is no JSON" for name, value in self.facts.items() if not _is_json(value)}
         for name, reason in left.items():
@@ -139,6 +143,7 @@ class SearchKind(Generic[OptionsT]):
         resolve: Checks options against a setting before any work, and gives them with what is decided only
             there.
         check: Checks a finished circuit against the journal of its search.
+        is_own: Whether it is somebody's own, not the package's.
     """
 
     name: str
@@ -151,6 +156,12 @@ class SearchKind(Generic[OptionsT]):
     command: str = "discover"
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
+    is_own: bool = False
+
+    @property
+    def told_facts(self) -> tuple[str, ...]:
+        """Fields of a record that it may fill: they have a form, which searches of the package know."""
+        return () if self.is_own else TOLD_FACTS
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -45,10 +45,11 @@ from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.precision.threads import threads
 from pahq_hf.search.bench import Bench
+from pahq_hf.search.checked import checked
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.hardware import hardware_facts
 from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
-from pahq_hf.search.kind import TOLD_FACTS, Found, OptionsT, SearchKind
+from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.verification import Judge
@@ -267,13 +268,14 @@ class Run(Generic[OptionsT]):
 
         Raises:
             RunError: If the folder cannot be written or holds another run.
+            ConfigError: If what the search returns can be no circuit.
         """
         work = self._work(folder, self._journal(folder, resume))
         with (
             self.clock.saving(lambda: work.journal_folder, self.check_lock),
             self.clock.phase(self.kind.phase),
         ):
-            found = self.kind.function(work)
+            found = checked(self.kind.function(work), self.setting.graph, self.kind.name)
             if found.final is None:
                 with self.clock.phase("evaluate"):
                     found = replace(found, final=work.metric_of(found.kept))
@@ -308,7 +310,8 @@ class Run(Generic[OptionsT]):
         if found.label is not None:
             announce(verdict, found.label or self.kind.name)
         weights, tested = self.setting.model.precision, int(found.tested.sum())
-        facts = found.recordable()
+        told = self.kind.told_facts
+        facts = found.recordable(told)
         record = RunRecord(
             method=self.kind.name,
             title=self.kind.title,
@@ -337,8 +340,8 @@ class Run(Generic[OptionsT]):
             verdict=verdict,
             **hardware_facts(self.setting.model.device),
             **searched.engine,
-            **{name: value for name, value in facts.items() if name in TOLD_FACTS},
-            more={name: value for name, value in facts.items() if name not in TOLD_FACTS},
+            **{name: value for name, value in facts.items() if name in told},
+            more={name: value for name, value in facts.items() if name not in told},
         )
         return Circuit(
             graph, found.kept, found.scores, found.tested, self.identity.to_json(), record.to_json(), means

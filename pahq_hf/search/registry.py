@@ -65,7 +65,13 @@ def register_search(
 
     def registered(function: FunctionT) -> FunctionT:
         _SEARCHES[name] = SearchKind(
-            name, title or name, options, function, ranks_kept_first=ranks_kept_first, resolve=resolve
+            name,
+            title or name,
+            options,
+            function,
+            ranks_kept_first=ranks_kept_first,
+            resolve=resolve,
+            is_own=True,
         )
         return function
 
