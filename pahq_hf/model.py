@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -124,17 +125,27 @@ class PAHQModel(RunnableModel):
             wrapped.identity = wrapped.identity.with_base_model(base_model)
         return wrapped
 
-    def _resumed(self, out: str | Path | None, engine: EngineConfig | None) -> EngineConfig:
-        """Limits with what a run in a folder began with; `auto` products become what they were there."""
-        engine = engine or EngineConfig()
-        if out is None:
-            return engine
-        found = RunSettings.of_run(output_path(out))
-        low = self.pahq_config.regime == "pahq" and self._asked.compute == "auto"
-        if low and found.compute not in (None, self.pahq_config.compute):
-            self.pahq_config = resolved(replace(self._asked, compute=found.compute), self.patched.device)
-            self.patched.compute_in(compute_dtype(self.pahq_config, self.patched.device))
-        return replace(engine, engine=engine.engine or found.engine)
+    @contextmanager
+    def _resumed(
+        self, out: str | Path | None, engine: EngineConfig | None, resume: bool
+    ) -> Iterator[EngineConfig]:
+        """Limits with what a run in a folder began with; inside, `auto` products are what they were there."""
+        self._settle()
+        engine, own = engine or EngineConfig(), self.pahq_config
+        found = RunSettings.of_run(output_path(out)) if resume and out is not None else RunSettings()
+        low = own.regime == "pahq" and self._asked.compute == "auto"
+        if not low or found.compute in (None, own.compute):
+            yield replace(engine, engine=engine.engine or found.engine)
+            return
+        try:
+            self._compute_as(resolved(replace(self._asked, compute=found.compute), self.patched.device))
+            yield replace(engine, engine=engine.engine or found.engine)
+        finally:
+            self._compute_as(own)
+
+    def _compute_as(self, config: PAHQConfig) -> None:
+        self.pahq_config = config
+        self.patched.compute_in(compute_dtype(config, self.patched.device))
 
     # -- circuits ---------------------------------------------------------------------------------
 
@@ -246,12 +257,11 @@ class PAHQModel(RunnableModel):
             raise ConfigError("a sweep takes thresholds, not a threshold")
         kind = find_search("acdc")
         wanted = self._wanted(kind, task, config, engine, options, "sweep")
-        self._settle()
-        engine = self._resumed(out, engine) if resume else engine
-        where = self.patched, self.identity, task, self.pahq_config, engine
-        sweep = SweepRun(kind, wanted, thresholds, *where, progress=progress)
-        with self._at_work("the sweep"):
-            return sweep.run(out, resume=resume, take_over=take_over)
+        with self._resumed(out, engine, resume) as limits:
+            where = self.patched, self.identity, task, self.pahq_config, limits
+            sweep = SweepRun(kind, wanted, thresholds, *where, progress=progress)
+            with self._at_work("the sweep"):
+                return sweep.run(out, resume=resume, take_over=take_over)
 
     def attribute(
         self,
@@ -304,7 +314,7 @@ class PAHQModel(RunnableModel):
         check_task(task, method)
         if config is not None and given:
             raise ConfigError("give either config or its fields as keywords, not both")
-        return config if isinstance(config, kind.options) else kind.make_options(given)
+        return kind.settled(config) if isinstance(config, kind.options) else kind.make_options(given)
 
     def _run(
         self,
@@ -317,12 +327,11 @@ class PAHQModel(RunnableModel):
         take_over: bool,
         progress: bool,
     ) -> Circuit:
-        self._settle()
-        engine = self._resumed(out, engine) if resume else engine
-        where = self.patched, self.identity, task, self.pahq_config, engine
-        run = Run(kind, wanted, *where, progress=progress)
-        with self._at_work("the search"):
-            return run.run(out, resume=resume, take_over=take_over)
+        with self._resumed(out, engine, resume) as limits:
+            where = self.patched, self.identity, task, self.pahq_config, limits
+            run = Run(kind, wanted, *where, progress=progress)
+            with self._at_work("the search"):
+                return run.run(out, resume=resume, take_over=take_over)
 
     @exact_products()
     def evaluate(

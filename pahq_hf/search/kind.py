@@ -177,6 +177,21 @@ class SearchKind(Generic[OptionsT]):
         check_names(values, self.fields, f"search {self.name!r}")
         return self.options(**{**values, **self.fixed})
 
+    def settled(self, options: OptionsT) -> OptionsT:
+        """The same options with what the name decides.
+
+        Raises:
+            ConfigError: If they say otherwise.
+        """
+        defaults = {entry.name: entry.default for entry in fields(options)}  # type: ignore[arg-type]
+        for name, value in self.fixed.items():
+            said = getattr(options, name)
+            if said not in (value, defaults[name]):
+                raise ConfigError(
+                    f"search {self.name!r} has {name} {value!r}, its config {said!r}: leave {name} out of it"
+                )
+        return self.options(**{**_values(options), **self.fixed}) if self.fixed else options
+
     def with_option(self, options: OptionsT, name: str, value: object) -> OptionsT:
         """The same options but for one."""
         return self.options(**{**_values(options), name: value})

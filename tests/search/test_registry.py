@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from pahq_hf import Circuit, register_search
 from pahq_hf.circuit.card import render_card
 from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.journal import Journal, Step
 from pahq_hf.search.kind import Found, SearchOptions, told
 from pahq_hf.search.registry import _SEARCHES, find_search, searches
@@ -202,6 +203,20 @@ def test_a_method_of_attribution_is_a_search() -> None:
     ours = model.discover(TASK, search="eap", topn=9, progress=False)
     assert_same_circuit(ours, model.attribute(TASK, method="eap", topn=9, progress=False))
     assert find_search("eap").fields and "method" not in find_search("eap").fields
+
+
+def test_a_config_has_the_method_of_its_search_and_is_refused_with_another() -> None:
+    model, quiet = wrapped("llama"), cast("Any", {"progress": False})
+    by_config = model.discover(TASK, search="eap", config=AttributionConfig(topn=9), **quiet)
+    assert by_config.discovery["arguments"]["method"] == by_config.record.method == "eap"
+    assert_same_circuit(by_config, model.discover(TASK, search="eap", topn=9, **quiet))
+    named = AttributionConfig(method="hisp", topn=9)
+    assert_same_circuit(
+        model.discover(TASK, search="hisp", config=named, **quiet),
+        model.attribute(TASK, method="hisp", topn=9, **quiet),
+    )
+    with pytest.raises(ConfigError, match="search 'eap' has method 'eap', its config 'hisp'"):
+        model.discover(TASK, search="eap", config=named, **quiet)
 
 
 # -- the command line ----------------------------------------------------------------------------------------

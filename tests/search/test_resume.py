@@ -47,6 +47,20 @@ def test_resuming_at_any_reader_gives_the_same_run(finished: Path, tmp_path: Pat
         assert set(files_of(folder)) == FILES
 
 
+def test_what_a_continued_run_computes_in_lasts_for_that_run_alone(tmp_path: Path) -> None:
+    model, out = wrapped("llama", regime="pahq"), tmp_path / "run"
+    auto = model.pahq_config.compute
+    other = "bf16" if auto == "fp32" else "fp32"
+    whole, before = discover(wrapped("llama", regime="pahq", compute=other), out), discover(model)
+    assert_same_circuit(discover(model, out, resume=True), whole)
+    assert model.pahq_config.compute == auto
+    assert_same_circuit(discover(model), before)
+    with pytest.raises(RunError, match="another run"):
+        discover(model, out, resume=True, threshold=0.5)
+    assert model.pahq_config.compute == auto
+    assert_same_circuit(discover(model), before)
+
+
 def test_the_engine_changes_no_decision_and_may_change_on_the_way(finished: Path, tmp_path: Path) -> None:
     """One run by each engine, and one that goes from each to the other."""
     model, sparse = wrapped("llama"), Circuit.from_pretrained(finished)
