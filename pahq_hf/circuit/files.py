@@ -156,19 +156,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Path:
-    """`folder`, unless it holds a run.
+    """`folder`, unless it holds a run or a sweep.
 
     Args:
         folder: Where a run is to be written.
-        advice: What to do if there is one.
+        advice: What to do if there is a run; where there is a sweep, only another folder will do.
 
     Raises:
         RunError: If there is one.
     """
+    refuse_sweep(folder)
+    refuse_run(folder, advice)
+    return folder
+
+
+def refuse_sweep(folder: Path, advice: str = "choose another folder") -> None:
+    """Check that a folder holds no sweep, finished or not.
+
+    Raises:
+        RunError: If it does.
+    """
+    for name in (SWEEP_NAME, ANSWERS_NAME):
+        if os.path.exists(folder / name):
+            raise RunError(f"{folder} holds a sweep already ({name}); {advice}")
+
+
+def refuse_run(folder: Path, advice: str = "choose another folder") -> None:
+    """Check that a folder holds no run of a single search, finished or not.
+
+    Raises:
+        RunError: If it does.
+    """
     for name in (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME):
         if os.path.exists(folder / name) and not (name == DISCOVERY_NAME and _died_while_saving(folder)):
             raise RunError(f"{folder} holds a run already ({name}); {advice}")
-    return folder
 
 
 def _died_while_saving(folder: Path) -> bool:

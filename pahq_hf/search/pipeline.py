@@ -27,7 +27,7 @@ import pahq_hf
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
-from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite
+from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite, refuse_sweep
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
@@ -174,6 +174,7 @@ class Run(Generic[OptionsT]):
     def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Circuit:
         """Run in a folder that no other process works in."""
         check_free(folder, take_over=take_over)
+        refuse_sweep(folder)
         if resume:
             self.fingerprint = known_fingerprint(folder, self.setting.model, str(self.fingerprint))
         # A finished one is only read, unless it died over its picture: that is tidied up.

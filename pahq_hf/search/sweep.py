@@ -21,7 +21,14 @@ from typing import Any, Generic
 
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.circuit.files import ANSWERS_NAME, SWEEP_PREFIX, make_folder, output_path
+from pahq_hf.circuit.files import (
+    ANSWERS_NAME,
+    SWEEP_PREFIX,
+    make_folder,
+    output_path,
+    refuse_run,
+    refuse_sweep,
+)
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.errors import ConfigError, RunError
@@ -127,6 +134,7 @@ class SweepRun(Generic[OptionsT]):
     def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Sweep:
         """Run in a folder that no other process works in."""
         check_free(folder, take_over=take_over)
+        refuse_run(folder)
         if resume:
             known = known_fingerprint(folder, self._any.setting.model, str(self._any.fingerprint))
             for run in self._runs.values():
@@ -204,12 +212,8 @@ class SweepRun(Generic[OptionsT]):
         Raises:
             RunError: If the folder holds a sweep already, or any when there may be none.
         """
-        for name in (SWEEP_NAME, ANSWERS_NAME):
-            if os.path.exists(folder / name) and not resume:
-                raise RunError(
-                    f"{folder} holds a sweep already ({name}); continue it with --resume or choose another "
-                    "folder"
-                )
+        if not resume:
+            refuse_sweep(folder, "continue it with --resume or choose another folder")
         wanted = {threshold_folder(folder, tau).name for tau in self._runs}
         for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
             if path.name.startswith(SWEEP_PREFIX) and path.name not in wanted:

@@ -246,6 +246,23 @@ def test_a_damaged_sweep_is_refused(copied: Path, text: str) -> None:
         Sweep.from_pretrained(copied)
 
 
+def test_a_run_and_a_sweep_do_not_share_a_folder(copied: Path, tmp_path: Path) -> None:
+    """Whichever was there first stays as it was, with `resume` and without."""
+    model, run = wrapped("llama"), tmp_path / "run"
+    run.mkdir()
+    for name in ("circuit.json", "journal.jsonl"):
+        (run / name).write_bytes((copied / f"tau-{TAUS[0]}" / name).read_bytes())
+        before = files_of(run), files_of(copied)
+        for resume in (False, True):
+            with pytest.raises(RunError, match=rf"holds a run already \({name}\); choose another folder"):
+                sweep(model, run, resume=resume)
+            for method in (model.discover, model.attribute):
+                with pytest.raises(RunError, match=r"holds a sweep already \(sweep\.json\); choose another"):
+                    method(TASK, out=copied, resume=resume, progress=False)
+        assert (files_of(run), files_of(copied)) == before
+        (run / name).unlink()
+
+
 def test_a_circuit_of_no_sweep_has_no_row() -> None:
     with pytest.raises(CircuitError, match="not one of a sweep"):
         Sweep({0.05: alone(wrapped("llama"), 0.05)}, {})
