@@ -6,7 +6,8 @@ line and exits with code 2; anything else that escapes is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from os import PathLike
 
@@ -67,6 +68,31 @@ def first_line(error: Exception, longest: int = 300) -> str:
     """The first line of what an error says, for one line of our own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:longest] if lines else type(error).__name__
+
+
+_SOURCE = "__pahq_source__"
+
+
+@contextmanager
+def code_of(source: str) -> Iterator[None]:
+    """Run somebody's own code: what it raises is passed on as it is, and `source_of` tells where it is from.
+
+    Args:
+        source: Whose code it is, in words: `search 'mine'`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if source_of(error) is None:  # the innermost is nearest to it
+            with suppress(AttributeError):  # of one with slots it is not told
+                setattr(error, _SOURCE, source)
+        raise
+
+
+def source_of(error: BaseException) -> str | None:
+    """Whose code raised an exception, in words; None if it is nobody's own."""
+    found = getattr(error, _SOURCE, None)
+    return found if isinstance(found, str) else None
 
 
 def describe(value: object) -> str:

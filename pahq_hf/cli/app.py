@@ -1,14 +1,16 @@
 """The `pahq` command line.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 finished but not confirmed by the hooks
-engine (saved, marked), 2 bad usage or input, or a stdout that cannot be written (one line says why), 130
-interrupted by Ctrl-C (a run's journal keeps what was done), 143 by SIGTERM, 141 when a pipe's reader is gone.
+engine (saved, marked), 2 bad usage or input, a search or metric of one's own that fails, or a stdout that
+cannot be written (one line says why), 130 interrupted by Ctrl-C (a run's journal keeps what was done), 143 by
+SIGTERM, 141 when a pipe's reader is gone.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from typing import NoReturn
 
@@ -30,7 +32,7 @@ from pahq_hf.cli.push import push
 from pahq_hf.cli.show import show
 from pahq_hf.cli.sweep import sweep_command
 from pahq_hf.cli.tasks import tasks
-from pahq_hf.errors import PAHQError, UnverifiedWarning
+from pahq_hf.errors import PAHQError, UnverifiedWarning, first_line, source_of
 from pahq_hf.precision.quiet import quiet_imports
 from pahq_hf.precision.threads import restored_threads, sleep_while_waiting
 
@@ -42,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_TRACEBACK = "PAHQ_TRACEBACK"  # set to show where code that is not the package's failed
 _SIGNALLED = 128  # a signal's number is added
 _INTERRUPTED = _SIGNALLED + 2
 _PIPE_CLOSED = _SIGNALLED + 13  # what a shell shows of commands that SIGPIPE ends
@@ -87,6 +90,12 @@ def _run() -> int:
         return _INTERRUPTED
     except Exception as error:
         # Typer vendors or imports click by version; its usage errors know how to describe themselves.
+        source = source_of(error)
+        if source is not None:
+            if os.environ.get(_TRACEBACK):
+                traceback.print_exc()
+            rest = "" if os.environ.get(_TRACEBACK) else f"; {_TRACEBACK}=1 shows where"
+            _fail(f"{source} failed: {type(error).__name__}: {first_line(error)}{rest}")
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise

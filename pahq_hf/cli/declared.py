@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import update_wrapper
@@ -129,6 +130,24 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
         if name not in names:
             raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
     return {names[name]: value for name, value in given.items()}
+
+
+def threshold_of(kind: SearchKind[Any], options: Any) -> float | None:
+    """The threshold of a search, where it has one that another run could shift.
+
+    Args:
+        kind: The search.
+        options: Its options.
+
+    Returns:
+        The value of a field `threshold` that is declared as a number and called so on the command line.
+    """
+    declared = next((entry for entry in fields(kind.options) if entry.name == "threshold"), None)
+    if declared is None or declared.name not in kind.fields:
+        return None
+    value, hint = options.threshold, get_type_hints(kind.options)["threshold"]
+    is_number = hint in (float, float | None) and type(value) in (int, float) and math.isfinite(value)
+    return float(value) if is_number and value >= 0 and "name" not in declared.metadata else None
 
 
 def _field_name(name: str, taken: Container[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pahq_hf.circuit.files import CIRCUIT_NAME, output_path
-from pahq_hf.cli.declared import Command, chosen_options
+from pahq_hf.cli.declared import Command, chosen_options, threshold_of
 from pahq_hf.cli.ending import after, again, beside, evaluation, print_end, shifted
 from pahq_hf.cli.groups import EngineChoice, ModelChoice, PrecisionChoice, RunChoice, TaskChoice, begin
 from pahq_hf.cli.options import BatchOption
@@ -71,7 +71,7 @@ def discover(
             take_over=run.take_over,
             progress=not run.as_json,
         )
-    tau = getattr(wanted, "threshold", None)
+    tau = threshold_of(kind, wanted)
     command = after(
         circuit.verdict if tau is not None else None,
         good=lambda: evaluation(context, out, circuit),

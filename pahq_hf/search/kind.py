@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name
-from pahq_hf.errors import ConfigError, check_names
+from pahq_hf.errors import ConfigError, check_names, code_of, describe
 
 if TYPE_CHECKING:  # a kind is known before torch is
     from pahq_hf.engine.setting import Setting
@@ -175,7 +176,39 @@ class SearchKind(Generic[OptionsT]):
             ConfigError: If one is unknown or out of range.
         """
         check_names(values, self.fields, f"search {self.name!r}")
-        return self.options(**{**values, **self.fixed})
+        given = {**values, **self.fixed}
+        for entry in fields(self.options):  # type: ignore[arg-type]
+            required = entry.init and entry.default is MISSING and entry.default_factory is MISSING
+            if required and entry.name not in given:
+                raise ConfigError(f"search {self.name!r} needs option {entry.name!r}, which has no default")
+        with self.running():
+            return self.options(**given)
+
+    def resolved(self, options: OptionsT, setting: Setting) -> OptionsT:
+        """Options, checked against a setting and for what a journal can hold.
+
+        Raises:
+            ConfigError: If one cannot be.
+        """
+        with self.running():
+            options = options if self.resolve is None else self.resolve(options, setting)
+            values: Any = options.to_dict() if isinstance(options, self.options) else options
+        what = f"search {self.name!r}"
+        if not isinstance(options, self.options):
+            raise ConfigError(f"{what} must resolve to {self.options.__name__}; got {describe(options)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{what}: to_dict of its options must give a dict; got {describe(values)}")
+        for name, value in values.items():
+            if not (isinstance(name, str) and _is_json(value)):
+                raise ConfigError(
+                    f"{what}: its option {name!r} is no JSON, which the journal holds ({describe(value)}); "
+                    "give a string or numbers, or let to_dict do so"
+                )
+        return options
+
+    def running(self) -> AbstractContextManager[None]:
+        """Where the search's own code runs: what it raises is known for its own."""
+        return code_of(f"search {self.name!r}") if self.is_own else nullcontext()
 
     def settled(self, options: OptionsT) -> OptionsT:
         """The same options with what the name decides.

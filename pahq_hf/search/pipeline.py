@@ -111,7 +111,7 @@ class Run(Generic[OptionsT]):
         check_metric(metric, task)
         self.kind = kind
         self.setting = Setting(model, task, metric, options.ablation, precision)
-        self.options = options if kind.resolve is None else kind.resolve(options, self.setting)
+        self.options = kind.resolved(options, self.setting)
         self.identity = identity
         self.fingerprint = identity.fingerprint
         self.clock = RunClock()
@@ -276,7 +276,9 @@ class Run(Generic[OptionsT]):
             self.clock.saving(lambda: work.journal_folder, self.check_lock),
             self.clock.phase(self.kind.phase),
         ):
-            found = checked(self.kind.function(work), self.setting.graph, self.kind.name)
+            with self.kind.running():
+                returned = self.kind.function(work)
+            found = checked(returned, self.setting.graph, self.kind.name)
             if found.final is None:
                 with self.clock.phase("evaluate"):
                     found = replace(found, final=work.metric_of(found.kept))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pahq_hf.errors import ConfigError, MetricError, describe
+from pahq_hf.errors import ConfigError, MetricError, code_of, describe
 from pahq_hf.tasks.targets import FinalStream, Targets, TokenSets
 
 if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
@@ -271,7 +272,9 @@ class Metric:
 
         Logits in float64 may be more than rounded ones: `kl` is as exact as they differ from the reference.
         """
-        return self._checked_rows(self.spec.value(logits.double(), self.targets), logits.shape[:-1])
+        with self._running():
+            rows = self.spec.value(logits.double(), self.targets)
+        return self._checked_rows(rows, logits.shape[:-1])
 
     def rows_of_stream(self, stream: FinalStream, shape: Sequence[int]) -> Tensor:
         """The metric row by row from final streams, for a metric that has such a form.
@@ -284,9 +287,17 @@ class Metric:
             [batch, rows] in float64
         """
         assert self.spec.from_stream is not None
-        return self._checked_rows(self.spec.from_stream(stream, self.targets), shape)
+        with self._running():
+            rows = self.spec.from_stream(stream, self.targets)
+        return self._checked_rows(rows, shape)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Where the metric's own code runs: what somebody's metric raises is known for its own."""
+        return nullcontext() if self.name in _NAMES else code_of(f"metric {self.name!r}")
 
     def _checked_rows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        if not hasattr(rows, "double"):
+            raise MetricError(f"metric {self.name} must give a tensor, one value a row; got {describe(rows)}")
         if tuple(rows.shape) != tuple(shape):
             raise MetricError(
                 f"metric {self.name} gives values of shape {tuple(rows.shape)}; one a row is {tuple(shape)}"
@@ -343,7 +354,8 @@ class Metric:
             The distance.
         """
         if self.spec.rounding is not None:
-            return self.spec.rounding(value, error)
+            with self._running():
+                return self.spec.rounding(value, error)
         import torch
 
         with torch.enable_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from pahq_hf import Circuit, register_search
+from pahq_hf import Circuit, register_metric, register_search
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.errors import ConfigError, UnverifiedWarning
-from pahq_hf.search.kind import Found, SearchOptions
+from pahq_hf.search.kind import Found, SearchOptions, told
 from pahq_hf.search.registry import _SEARCHES
 from pahq_hf.search.work import Work
-from tests.helpers import wrapped
+from pahq_hf.tasks.metrics import _METRICS, MetricSpec
+from tests.helpers import id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import random_task
 
 TASK = random_task(batch=2, length=5, padding="right", seed=3, metric="logit_diff")
@@ -117,8 +119,8 @@ def test_sections_of_the_record_are_not_a_searchs_own(
     with registered(lambda work: replace(whole(work.graph), facts=facts)):
         discover(tmp_path / "run")
     assert Circuit.from_pretrained(tmp_path / "run").record.more == {"rounds": 7}
-    told = [message for message in caplog.messages if "left out of the record" in message]
-    assert [message.split("'")[1] for message in told] == ["screen", "second_looks", "resumed_readers"]
+    warned = [message for message in caplog.messages if "left out of the record" in message]
+    assert [message.split("'")[1] for message in warned] == ["screen", "second_looks", "resumed_readers"]
 
 
 def test_the_graph_cannot_be_altered() -> None:
@@ -132,3 +134,139 @@ def test_the_graph_cannot_be_altered() -> None:
     with pytest.raises(ValueError, match="read-only"):
         graph.prefix[0] = 0
     assert graph.all_edges.sum() == graph.edge_count
+
+
+# -- what a search raises, and options that cannot be -------------------------------------------------------
+
+
+def test_what_a_search_raises_is_passed_on() -> None:
+    error = KeyError("no such head")
+
+    def fails(work: Work[Any]) -> Found:
+        raise error
+
+    with registered(fails), pytest.raises(KeyError) as caught:
+        discover()
+    assert caught.value is error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needy(SearchOptions):
+    """One option without a default, one that is no JSON."""
+
+    edges: int
+    where: Any = None
+
+
+def test_options_that_cannot_be_are_refused_before_any_work(tmp_path: Path) -> None:
+    with registered(lambda work: whole(work.graph), Needy):
+        with pytest.raises(ConfigError, match="search 'mine' needs option 'edges'"):
+            discover(tmp_path / "run")
+        for odd in (Path("a"), {1, 2}, np.zeros(3), lambda: None):
+            with pytest.raises(ConfigError, match="search 'mine': its option 'where' is no JSON"):
+                discover(tmp_path / "run", edges=3, where=odd)
+        assert not (tmp_path / "run").exists()
+        assert discover(tmp_path / "run", edges=3, where=(1, 2)).record.arguments.more["edges"] == 3
+
+
+# -- the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of the search, but for its folder."""
+    folder = tmp_path_factory.mktemp("found")
+    save_tiny(folder / "model")
+    data = write_rows(folder / "task.jsonl", id_rows(TASK))
+    named = ["discover", str(folder / "model"), "--task", str(data), "--precision", "fp32"]
+    return [*named, "--metric", "logit_diff", "--search", "mine"]
+
+
+def test_a_search_that_fails_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(work: Work[Any]) -> Found:
+        work.engine.metric_of(work.graph.all_edges)
+        raise ValueError("no head\nhas this number")
+
+    out = tmp_path / "run"
+    with registered(fails):
+        assert run_main(*command, "--out", str(out)) == 2
+        shown = capsys.readouterr().err
+        assert "pahq: search 'mine' failed: ValueError: no head; PAHQ_TRACEBACK=1 shows where" in shown
+        assert "Traceback" not in shown and not (out / "circuit.json").exists()
+        monkeypatch.setenv("PAHQ_TRACEBACK", "1")
+        assert run_main(*command, "--out", str(tmp_path / "again")) == 2
+    shown = capsys.readouterr().err
+    assert "in fails" in shown and shown.endswith("pahq: search 'mine' failed: ValueError: no head\n")
+
+
+def test_a_metric_that_fails_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(logits: Any, targets: Any) -> Any:
+        return {}["margin"]
+
+    register_metric(MetricSpec("mine", fails))
+    register_metric(MetricSpec("number", lambda logits, targets: 0.5))
+    try:
+        assert run_main(*command[:-4], "--metric", "mine", "--out", str(tmp_path / "run")) == 2
+        assert "pahq: metric 'mine' failed: KeyError: 'margin';" in capsys.readouterr().err
+        assert run_main(*command[:-4], "--metric", "number", "--out", str(tmp_path / "run")) == 2
+        assert "metric number must give a tensor, one value a row; got float" in capsys.readouterr().err
+    finally:
+        del _METRICS["mine"], _METRICS["number"]
+
+
+def test_an_option_that_is_missing_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Counted(SearchOptions):
+        edges: int
+
+    with registered(lambda work: whole(work.graph), Counted):
+        assert run_main(*command, "--out", str(tmp_path / "run")) == 2
+    assert "search 'mine' needs option 'edges'" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Named(SearchOptions):
+    """A threshold that is no number."""
+
+    threshold: str = "mean"
+
+
+@dataclass(frozen=True)
+class Renamed(SearchOptions):
+    """A threshold that is called otherwise on the command line."""
+
+    threshold: float = field(default=0.5, metadata=told("Of scores.", name="cut"))
+
+
+@dataclass(frozen=True)
+class Numbered(SearchOptions):
+    """A threshold as ACDC has it."""
+
+    threshold: float = 0.5
+
+
+@pytest.mark.parametrize("share", [1, 0])
+@pytest.mark.parametrize("options", [SearchOptions, Named, Renamed, Numbered])
+def test_only_a_threshold_that_is_one_is_shifted(
+    options: type[Any], share: int, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All edges, of which fewer would do, and none, of which more are wanted."""
+
+    def found(work: Work[Any]) -> Found:
+        every = whole(work.graph)
+        return every if share else replace(every, kept=work.graph.no_edges())
+
+    with registered(found, options):
+        assert run_main(*command, "--out", str(tmp_path / "run"), "--json") == 0
+    following = json.loads(capsys.readouterr().out)["next"]
+    assert Circuit.from_pretrained(tmp_path / "run").edge_count >= 0
+    if options is Numbered:
+        assert following.startswith("pahq discover") and f"--threshold {1.5 if share else 0.17}" in following
+    else:
+        assert following.startswith(("pahq evaluate", "pahq show")) and "--threshold" not in following
