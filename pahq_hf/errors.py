@@ -64,7 +64,7 @@ class AblationWarning(UserWarning):
     """A circuit runs under another ablation than it was found under, or answers poorly under this one."""
 
 
-def first_line(error: Exception, longest: int = 300) -> str:
+def first_line(error: BaseException, longest: int = 300) -> str:
     """The first line of what an error says, for one line of our own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:longest] if lines else type(error).__name__

@@ -14,9 +14,9 @@ import typer
 from pahq_hf.cli.ending import is_given
 from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.declaration import PREFIX, option_name
 from pahq_hf.search.kind import SearchKind
 
-_PREFIX = "search_"
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
 
@@ -56,6 +56,18 @@ class Command:
                 self._plain[name] = _keyword(name, hints[name], parameter.default)
 
     @property
+    def _taken(self) -> set[str]:
+        """Names of the command's own parameters, and of the options they are: `as_json` is `--json`."""
+        flags = set()
+        for parameter in self._plain.values():
+            for fact in getattr(parameter.annotation, "__metadata__", ()):
+                # Inside `Annotated`, Typer takes what is called the default for the first flag.
+                for flags_of in (getattr(fact, "default", None), *(getattr(fact, "param_decls", None) or ())):
+                    if isinstance(flags_of, str):
+                        flags |= {flag.strip("-").replace("-", "_") for flag in flags_of.split("/")}
+        return {"help", *self._plain, *flags}
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.Signature([*self._plain.values(), *self._searched().values()])
 
@@ -71,7 +83,7 @@ class Command:
         if "options" in inspect.signature(self._command).parameters:
             context = values["context"]
             arguments["options"] = {
-                _field_name(name, self._plain): values[name] for name in searched if is_given(context, name)
+                _field_name(name, self._taken): values[name] for name in searched if is_given(context, name)
             }
         self._command(**arguments)
 
@@ -79,7 +91,7 @@ class Command:
         """Options of the searches by the names of their parameters; the first that declares one says how."""
         found: dict[str, inspect.Parameter] = {}
         for kind in self._declared():
-            for name, parameter in options_of(kind, self._plain).items():
+            for name, parameter in options_of(kind, self._taken).items():
                 if name not in self._without:
                     found.setdefault(name, parameter)
         return found
@@ -98,8 +110,8 @@ def options_of(kind: SearchKind[Any], taken: Container[str] = ()) -> dict[str, i
         if entry.name not in kind.fields:
             continue
         told, hint = entry.metadata, hints[entry.name]
-        name, default = told.get("name", entry.name), None if entry.default is MISSING else entry.default
-        name = _PREFIX + name if name in taken else name
+        name, default = option_name(entry), None if entry.default is MISSING else entry.default
+        name = PREFIX + name if name in taken else name
         annotation = _EVERY_SEARCH.get(entry.name)
         if annotation is None:
             flag = "--" + name.replace("_", "-")
@@ -121,11 +133,7 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
     Raises:
         ConfigError: If the search has no such option.
     """
-    names = {
-        entry.metadata.get("name", entry.name): entry.name
-        for entry in fields(kind.options)
-        if entry.name in kind.fields
-    }
+    names = {option_name(entry): entry.name for entry in fields(kind.options) if entry.name in kind.fields}
     for name in given:
         if name not in names:
             raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
@@ -152,7 +160,7 @@ def threshold_of(kind: SearchKind[Any], options: Any) -> float | None:
 
 def _field_name(name: str, taken: Container[str]) -> str:
     """What a search calls one of `options_of`."""
-    own = name.removeprefix(_PREFIX)
+    own = name.removeprefix(PREFIX)
     return own if own in taken else name
 
 

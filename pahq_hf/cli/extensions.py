@@ -19,8 +19,8 @@ def load_extensions() -> None:
     for entry in sorted(entry_points(group=GROUP)):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # one that exits would end the command
             package = entry.dist.name if entry.dist is not None else "an unknown package"
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error) if str(error) else 'no reason given'}"
             told = f"extension {entry.name} of {package} was not loaded: {reason}"
             sys.stderr.write(f"pahq: {printable(told)}\n")

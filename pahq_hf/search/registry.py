@@ -10,6 +10,7 @@ from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.declaration import check_declarations
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def register_search(
     if name in _SEARCHES:
         raise ConfigError(f"there is a search {name!r} already")
     check_options(options, name)
+    check_declarations(options, name)
 
     def registered(function: FunctionT) -> FunctionT:
         _SEARCHES[name] = SearchKind(

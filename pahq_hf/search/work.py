@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -165,9 +165,10 @@ class Work(Generic[OptionsT]):
         self._got_on = True
         if self._journal is None and self._place is not None:
             folder = make_folder(self._place.path)
-            self._journal = Journal.create(
-                folder, {**self._place.told, "settings": self.run_settings.to_dict()}
-            )
+            settings = self.run_settings
+            if settings.engine is None:  # not used yet: the one asked for, which a continued run takes
+                settings = replace(settings, engine=self.limits.engine)
+            self._journal = Journal.create(folder, {**self._place.told, "settings": settings.to_dict()})
 
     # -- for the pipeline -----------------------------------------------------------------------------
 

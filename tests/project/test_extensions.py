@@ -105,3 +105,53 @@ def test_one_that_fails_is_told_of_and_ends_nothing(site: Path, capsys: pytest.C
     assert capsys.readouterr().err == (
         "pahq: extension mine of own was not loaded: RuntimeError: no \\x1b[2J such\n"
     )
+
+
+BAD = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from pahq_hf import register_search
+from pahq_hf.search.kind import SearchOptions, told
+
+@dataclass(frozen=True)
+class Options(SearchOptions):
+    {}
+
+register_search("own-bad", Options)(lambda work: None)
+"""
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "x: Nothing = None",
+        "x: tuple = (1, 2)",
+        "x: int = 'a'",
+        "x: int = field(default=1, metadata=told('X', name='a b'))",
+        "x: int = field(default=1, metadata=told('X', name='class'))",
+        "x: int = 1; y: int = field(default=1, metadata=told('Y', name='x'))",
+        "raise SystemExit(3)",
+    ],
+)
+def test_a_bad_option_costs_its_extension_and_nothing_else(
+    site: Path, capsys: pytest.CaptureFixture[str], declared: str
+) -> None:
+    install(site, BAD.format(declared))
+    assert run_main("discover", "--help") == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("pahq: extension mine of own was not loaded: ") and told.err.count("\n") == 1
+    assert "--json" in told.out and "own-bad" not in _SEARCHES
+
+
+@pytest.mark.parametrize("name", ["seed", "task", "batch", "json", "cut-off", "help"])
+def test_an_option_called_as_the_commands_own_takes_nothing_from_it(
+    site: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    install(site, BAD.format(f"x: str = field(default='', metadata=told('Mine.', name={name!r}))"))
+    try:
+        assert run_main("discover", "--help") == 0
+        told = capsys.readouterr()
+        assert told.err == "" and "--json" in told.out and "--seed" in told.out
+        assert ("--cut-off" if name == "cut-off" else f"--search-{name}") in told.out
+    finally:
+        _SEARCHES.pop("own-bad", None)

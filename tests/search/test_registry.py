@@ -13,6 +13,7 @@ import pytest
 
 from pahq_hf import Circuit, register_search
 from pahq_hf.circuit.card import render_card
+from pahq_hf.config import EngineConfig
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.journal import Journal, Step
@@ -153,6 +154,24 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest
     assert_same_circuit(circuit, whole)
     evaluated = [run.record.evaluations for run in (circuit, whole)]
     assert evaluated[0] < evaluated[1]
+
+
+def test_a_step_before_the_engine_is_asked_pins_the_engine(tmp_path: Path) -> None:
+    def early(work: Work[ReadersOptions]) -> Found:
+        if not work.steps:
+            work.keep({"began": True})
+            raise KeyboardInterrupt
+        return Found(
+            every := work.graph.all_edges.copy(), np.zeros(every.shape), every, work.engine.metric_of(every)
+        )
+
+    register_search("early", ReadersOptions)(early)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            discover(tmp_path, search="early", engine=EngineConfig("hooks"))
+        assert discover(tmp_path, search="early", resume=True).record.engine == "hooks"
+    finally:
+        del _SEARCHES["early"]
 
 
 def test_a_finished_one_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
