@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pahq_hf.errors import CircuitError, ConfigError, RunError
+from pahq_hf.errors import CircuitError, ConfigError, RunError, describe
 
 # What a run's folder holds.
 CIRCUIT_NAME = "circuit.json"
@@ -46,8 +46,11 @@ def output_path(name: str | Path) -> Path:
     `Path("")` would be the current folder.
 
     Raises:
-        ConfigError: If it is empty.
+        ConfigError: If it is empty, or no path.
     """
+    given: object = name
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"an output takes the path of a folder or file; got {describe(given)}")
     if not str(name):
         raise ConfigError("the path of an output is empty; write . for the current folder")
     return Path(name)

@@ -12,7 +12,7 @@ from pahq_hf.circuit.ablation import APPLY
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import check_number
-from pahq_hf.errors import ConfigError, check_names
+from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.necessity import completeness, minimality
@@ -44,6 +44,11 @@ class EvaluationOptions:
         check_number("seed", self.seed, whole=True)
         if self.samples < 0:
             raise ConfigError(f"the number of samples must not be negative; got {self.samples}")
+        given: object = self.reference
+        if given is not None and not isinstance(given, Circuit):
+            raise ConfigError(
+                f"reference takes a Circuit (Circuit.from_pretrained(...)); got {describe(given)}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationOptions:

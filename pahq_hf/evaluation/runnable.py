@@ -63,6 +63,12 @@ class RunnableModel(WrappedModel):
         with memory_for(what, self.patched.device), self._guarded():
             yield
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What `copy` and `pickle` ask; a copy of a model that is applied would be so for ever."""
+        if "patched" in self.__dict__ and self.patched.is_applied:
+            raise ConfigError("a circuit is applied to this model: leave that block before you copy it")
+        return super().__reduce_ex__(protocol)
+
     # -- precision --------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RunnableModel:

@@ -86,7 +86,8 @@ def find_search(name: str) -> SearchKind[Any]:
     Raises:
         ConfigError: If there is none.
     """
-    if name not in _SEARCHES:
+    given: object = name
+    if not isinstance(given, str) or name not in _SEARCHES:
         raise ConfigError(f"there is no search {name!r}; there are {', '.join(_SEARCHES)}")
     return _SEARCHES[name]
 

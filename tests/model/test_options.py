@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -201,11 +202,23 @@ def test_methods_name_the_nearest(method: str, option: str, near: str) -> None:
         ("discover", {"config": {"threshold": 1}}, "config must be an instance of ACDCConfig"),
         ("attribute", {"topn": 2.5}, "topn must be a whole number; got 2.5"),
         ("evaluate", {"samples": "20"}, "samples must be a whole number"),
+        ("evaluate", {"reference": "x/acdc"}, "reference takes a Circuit .*; got str: 'x/acdc'"),
+        ("discover", {"search": ["acdc"]}, r"there is no search \['acdc'\]"),
+        ("discover", {"out": 3}, "an output takes the path of a folder or file; got int: 3"),
     ],
 )
 def test_values_of_another_type_are_one_line(method: str, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         METHODS[method](wrapped("llama"), **options)
+
+
+def test_a_model_is_not_copied_while_a_circuit_is_applied() -> None:
+    model = PAHQModel(tiny_llama(), FP32)
+    circuit = model.discover(random_task(seed=1), threshold=0.0, progress=False)
+    with model.apply(circuit), pytest.raises(ConfigError, match="a circuit is applied to this model"):
+        copy.deepcopy(model)
+    prompts = padded_prompts("right")
+    assert torch.equal(copy.deepcopy(model)(**prompts).logits, model(**prompts).logits)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
