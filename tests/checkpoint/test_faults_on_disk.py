@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pahq_hf
+import pahq_hf.tasks.loading
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError, SelfCheckError
 from pahq_hf.model import PAHQModel
@@ -298,13 +298,13 @@ def test_a_change_between_loading_and_the_search_on_the_command_line(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load_task = pahq_hf.load_task
+    load_task = pahq_hf.tasks.loading.load_task
 
     def load_and_change(*args: Any, **kwargs: Any) -> Any:
         change(folder)
         return load_task(*args, **kwargs)
 
-    monkeypatch.setattr(pahq_hf, "load_task", load_and_change)
+    monkeypatch.setattr(pahq_hf.tasks.loading, "load_task", load_and_change)
     code = run_main(*discover_command(folder, tmp_path / "out"))
     expect_one_line(code, capfd, words, str(folder))
     assert not (tmp_path / "out" / "circuit.json").exists()
