@@ -17,6 +17,7 @@ from pahq_hf.engine.protocol import Engine, Trial
 from pahq_hf.engine.setting import Setting
 from tests.helpers import random_edges, wrapped
 from tests.models import random_task
+from tests.tiers import quick
 
 pytestmark = pytest.mark.crossing
 
@@ -114,7 +115,7 @@ def take(engine: Engine, step: Step, kept: BoolArray) -> BoolArray:
     return kept
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", quick(REGIMES, "fp32", "pahq", "rtn"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_any_calls_a_trial_is_that_of_a_fresh_engine(kind: str, regime: str) -> None:
     engine, fresh = (make(kind, "llama", regime) for make in (engine_of, fresh_engine))
@@ -145,7 +146,7 @@ def test_after_any_calls_a_trial_is_that_of_a_fresh_engine(kind: str, regime: st
     check()
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", quick(REGIMES, "fp32", "pahq", "rtn"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> None:
     """Also one that brings edges back, one from before other trials, and one that another engine made."""
@@ -192,7 +193,7 @@ def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> No
     check()
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", quick(REGIMES, "fp32", "pahq", "rtn"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_measuring_spoils_nothing(kind: str, regime: str) -> None:
     engine = engine_of(kind, "llama", regime)
