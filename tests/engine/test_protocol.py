@@ -19,7 +19,7 @@ from tests.helpers import random_edges, wrapped
 from tests.models import random_task
 from tests.tiers import quick
 
-pytestmark = pytest.mark.crossing
+pytestmark = pytest.mark.exhaustive
 
 TASK = random_task(batch=3, length=6, padding="right", seed=17)
 REGIMES = ("fp32", "pahq", "pahq-literal", "rtn")
