@@ -226,6 +226,25 @@ def test_hooks_are_gone_after_a_run_and_after_an_exception(name: str) -> None:
     assert torch.equal(engine.logits(kept), expected)
 
 
+def test_a_search_goes_on_from_its_anchors_after_an_exception() -> None:
+    """What interrupts a look in between, be it at another circuit or in FP32, changes no test after it."""
+    model, task = wrapped("llama", regime="pahq"), random_task(seed=6)
+    engine = engine_of(model, task, rule=RegimeRule.of(model.pahq_config, model.patched.device))
+    graph = engine.graph
+    reader = graph.reader_index("m1")
+    engine.begin(random_edges(graph, 0.8, 0))
+    engine.focus(reader)
+    expected = engine.try_(reader, [[0], [1, 2]])
+    exact = engine.look_again(reader, [[0], [1, 2]])
+    for look in (lambda: engine.metric_of(graph.no_edges()), lambda: engine.look_again(reader, [[0]])):
+        handle = model.patched.final_norm.register_forward_hook(stop)
+        with pytest.raises(Stop):
+            look()
+        handle.remove()
+        assert engine.try_(reader, [[0], [1, 2]]) == expected
+    assert expected.values != exact.values  # low precision is at work: the anchors do matter
+
+
 def test_the_model_computes_as_before_after_runs() -> None:
     model, task = wrapped("llama"), random_task()
     before = answer_logits(model.patched, task, task.clean_ids)

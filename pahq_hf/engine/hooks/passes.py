@@ -114,13 +114,15 @@ class Passes:
         self._aside = [part.anchors for part in self._parts]
         removed = None if self._aside[0] is None else self._aside[0].removed
         self.drop_anchors()
-        yield
-        if self._aside:
-            for part, anchors in zip(self._parts, self._aside, strict=True):
-                part.anchors = anchors
-            self._aside = []
-        elif removed is not None:  # memory ran out meanwhile
-            self.anchor(removed)
+        try:
+            yield
+        finally:
+            if self._aside:
+                for part, anchors in zip(self._parts, self._aside, strict=True):
+                    part.anchors = anchors
+                self._aside = []
+            elif removed is not None:  # memory ran out meanwhile
+                self.anchor(removed)
 
     def fitting(self, run: Callable[[], T]) -> T:
         """What a run gives; when memory runs out, with half the examples in a pass.
