@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.capture.activations import Activations
-from pahq_hf.capture.recording import capture, exact_logits
+from pahq_hf.capture.recording import exact_logits
 from pahq_hf.capture.store import ActivationStore
-from pahq_hf.capture.substitutes import ablated
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.hooks.passes import Passes
@@ -25,10 +24,9 @@ from pahq_hf.engine.hooks.raised import RaisedSubstitute
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
+from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.precision.device_memory import memory_for
 from pahq_hf.tasks.base import Task
-from pahq_hf.tasks.metrics import Metric
 
 T = TypeVar("T")
 
@@ -66,16 +64,10 @@ class HooksEngine:
         self.task = task
         self.graph: Graph = model.graph
         self._rule = rule or RegimeRule()
-        what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
-        with self._rule.exactly(self.model), memory_for(what, model.device):
-            clean = capture(model, task, task.clean_ids, store)
-            self.corrupted = capture(model, task, task.corrupted_ids, store)
-            self.substitute: Activations = ablated(model, clean, self.corrupted, task, ablation, store)
-        self.clean_logits = clean.logits
+        runs = TaskRuns.of(model, task, metric, ablation, self._rule, store)
+        clean, self.corrupted, self.substitute = runs.clean, runs.corrupted, runs.substitute
+        self.metric, self.clean_logits = runs.metric, clean.logits
         self._clean = Activations(logits=clean.logits, final_out=clean.final_out)  # the rest may go
-        self.metric = Metric(metric, task, clean.logits, model.device)
-        for run in (clean, self.corrupted):
-            self.metric(run.logits)  # NaN fails here, before anything is searched or written
         self._removed = self.graph.no_edges()
         self._raised = RaisedSubstitute(model, self.corrupted, self.substitute, fixed=ablation != "corrupted")
         self._passes = Passes(model, task, self._rule, clean, self.substitute)

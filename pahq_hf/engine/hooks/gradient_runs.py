@@ -7,14 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pahq_hf.capture.activations import Activations
-from pahq_hf.capture.recording import capture
-from pahq_hf.capture.substitutes import ablated
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.regime_rule import RegimeRule
+from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric
@@ -49,13 +47,9 @@ class Runs:
         self.graph: Graph = model.graph
         self._task = task
         self._rule = rule
-        with rule.exactly(model):
-            self.clean: Activations = capture(model, task, task.clean_ids)
-            self.corrupted: Activations = capture(model, task, task.corrupted_ids)
-            self.substitute: Activations = ablated(model, self.clean, self.corrupted, task, ablation)
-        self.metric = Metric(metric, task, self.clean.logits, model.device)
-        for run in (self.clean, self.corrupted):
-            self.metric(run.logits)  # NaN fails here, before anything else is done
+        runs = TaskRuns.of(model, task, metric, ablation, rule)
+        self.clean, self.corrupted, self.substitute = runs.clean, runs.corrupted, runs.substitute
+        self.metric = runs.metric
 
     def parts(self, most: int | None = None) -> Iterator[Part]:
         """The task in runs of as many examples as memory allows.

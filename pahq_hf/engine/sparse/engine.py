@@ -24,9 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from pahq_hf.capture.activations import Activations
-from pahq_hf.capture.recording import capture
 from pahq_hf.capture.store import ActivationStore, MemoryStore
-from pahq_hf.capture.substitutes import ablated
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.phases import Phases
@@ -44,10 +42,10 @@ from pahq_hf.engine.sparse.positions import TokenPlan
 from pahq_hf.engine.sparse.raised import RaisedNode
 from pahq_hf.engine.sparse.readout import Readout
 from pahq_hf.engine.sparse.state import CircuitState
+from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.device_memory import memory_for, out_of_memory, until_it_fits
 from pahq_hf.tasks.base import Task
-from pahq_hf.tasks.metrics import Metric
 
 T = TypeVar("T")
 
@@ -90,12 +88,10 @@ class SparseEngine:
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
         self._memory.bound(model.precision)
-        what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
-        room = memory_for(what, model.device)
+        room = memory_for("what the sparse engine keeps of the clean run", model.device)
         with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model), room:
-            clean = capture(model, task, task.clean_ids, store)
-            corrupted = capture(model, task, task.corrupted_ids, store)
-            substitute = ablated(model, clean, corrupted, task, ablation, store)
+            runs = TaskRuns.of(model, task, metric, ablation, rule, store)
+            clean, corrupted, substitute = runs.clean, runs.corrupted, runs.substitute
             # Without anchors raising a component changes it at every token, also before the prompts differ.
             from_start = ablation != "corrupted" or (rule.raise_active and not rule.anchored)
             plan = (
@@ -103,10 +99,7 @@ class SparseEngine:
                 if liveness
                 else TokenPlan.everywhere(task, model.device)
             )
-            self.clean_logits = clean.logits
-            self.metric = Metric(metric, task, clean.logits, model.device)
-            for run in (clean, corrupted):
-                self.metric(run.logits)  # NaN fails here, before anything is searched or written
+            self.metric, self.clean_logits = runs.metric, clean.logits
             hold = self._memory.holds_vocabulary
             readout = Readout(self.metric, model, clean, hold=hold)
             self._captured = Captured(model, plan, clean, substitute, store)
