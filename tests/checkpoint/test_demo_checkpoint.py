@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import demo_texts
 import pytest
 import torch
 import train_demo
@@ -52,7 +53,7 @@ def test_shape_and_no_dropout(model: GPT2LMHeadModel) -> None:
 
 def test_tokenizer_is_the_one_the_script_builds(tokenizer: PreTrainedTokenizerFast) -> None:
     """So a word added to the lists without training again is noticed."""
-    assert tokenizer.get_vocab() == train_demo.build_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == demo_texts.build_tokenizer().get_vocab()
 
 
 def test_tokenizer_keeps_words_and_halves_of_years_whole(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -72,7 +73,7 @@ def test_tokenizer_keeps_words_and_halves_of_years_whole(tokenizer: PreTrainedTo
 
 
 def test_ioi_on_held_out_pairs_of_names(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    corpus = train_demo.Corpus(tokenizer, seed=0)
+    corpus = demo_texts.Corpus(tokenizer, seed=0)
     assert len(corpus.held_out) == len(words.NAMES) * (len(words.NAMES) - 1) // 20
     figures = train_demo.ioi_figures(model, corpus.held_out_ioi(1000))
     assert figures["accuracy"] >= 0.99 and figures["argmax"] >= 0.99
