@@ -10,8 +10,8 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ TOLD_FACTS = ("second_looks", "screen", "resumed_readers")  # fields of a record
 
 class Options(Protocol):
     """Options of any search: a frozen dataclass with these fields among others."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def metric(self) -> str | None:
@@ -167,7 +169,7 @@ class SearchKind(Generic[OptionsT]):
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the options that can be given."""
-        return tuple(entry.name for entry in fields(self.options) if entry.name not in self.fixed)  # type: ignore[arg-type]
+        return tuple(entry.name for entry in fields(self.options) if entry.name not in self.fixed)
 
     def make_options(self, values: Mapping[str, Any]) -> OptionsT:
         """Options by name.
@@ -177,7 +179,7 @@ class SearchKind(Generic[OptionsT]):
         """
         check_names(values, self.fields, f"search {self.name!r}")
         given = {**values, **self.fixed}
-        for entry in fields(self.options):  # type: ignore[arg-type]
+        for entry in fields(self.options):
             required = entry.init and entry.default is MISSING and entry.default_factory is MISSING
             if required and entry.name not in given:
                 raise ConfigError(f"search {self.name!r} needs option {entry.name!r}, which has no default")
@@ -216,7 +218,7 @@ class SearchKind(Generic[OptionsT]):
         Raises:
             ConfigError: If they say otherwise.
         """
-        defaults = {entry.name: entry.default for entry in fields(options)}  # type: ignore[arg-type]
+        defaults = {entry.name: entry.default for entry in fields(options)}
         for name, value in self.fixed.items():
             said = getattr(options, name)
             if said not in (value, defaults[name]):
@@ -230,7 +232,7 @@ class SearchKind(Generic[OptionsT]):
         return self.options(**{**_values(options), name: value})
 
 
-def _values(options: Any) -> dict[str, Any]:
+def _values(options: Options) -> dict[str, Any]:
     return {entry.name: getattr(options, entry.name) for entry in fields(options)}
 
 
