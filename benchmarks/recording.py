@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.engine.protocol import Engine, Trial
+from pahq_hf.engine.protocol import Engine, Slopes, Trial
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ class Recorder:
         trial = self._engine.look_again(reader, candidates)
         self.evaluations = self._engine.evaluations
         return trial
+
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        """Take gradients."""
+        self._decide(0)
+        slopes = self._engine.slopes(reader, candidates, writers)
+        self.evaluations = self._engine.evaluations
+        return slopes
 
     def accept(self, trial: Trial, k: int) -> None:
         """Write down what a batch decided, or what a second look undid: that will be decided again."""

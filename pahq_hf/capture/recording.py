@@ -43,6 +43,12 @@ def run_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> tuple[
     Returns:
         Hidden states after the final norm [rows, d_model], and logits [rows, vocab].
     """
+    with torch.no_grad():
+        return followed_to_answers(model, task, input_ids)
+
+
+def followed_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `run_to_answers`, with gradients where they are enabled."""
     rows, positions = task.answer_rows.to(model.device), task.answer_positions.to(model.device)
     normed: list[Tensor] = []
 
@@ -50,7 +56,7 @@ def run_to_answers(model: PatchedModel, task: Task, input_ids: Tensor) -> tuple[
         normed.append(output[rows, positions])
 
     handle = model.final_norm.register_forward_hook(keep_normed)
-    with torch.no_grad(), model.exact_embeddings(), hooks(handle):
+    with model.exact_embeddings(), hooks(handle):
         logits = forward_to_answers(model, task, input_ids)
     return normed[0], logits
 

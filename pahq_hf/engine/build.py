@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 from pahq_hf.capture.store import make_store
 from pahq_hf.config import Ablation, EngineConfig
@@ -37,7 +38,7 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
         )
     if config.engine == "hooks" or not model.arch.sparse:
         return HooksEngine(model, task, metric, ablation=ablation, rule=rule, store=store)
-    return SparseEngine(
+    sparse = SparseEngine(
         model,
         task,
         metric,
@@ -46,6 +47,7 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
         memory_budget=config.memory_budget,
         store=store,
     )
+    return cast(Engine, sparse)  # all but slopes, so far
 
 
 def make_referee(model: PatchedModel, task: Task, metric: str, ablation: Ablation) -> Referee:
@@ -79,7 +81,7 @@ def make_dropper(
     ordered = bool((task.answer_rows.diff() >= 0).all())
     if not model.arch.sparse or not ordered:
         return referee
-    return SparseEngine(model, task, metric, ablation=ablation)
+    return cast(Engine, SparseEngine(model, task, metric, ablation=ablation))
 
 
 def make_gradient_runs(setting: Setting) -> GradientRuns:

@@ -46,6 +46,23 @@ class Trial:
         return cls(reader, tuple(tuple(candidate) for candidate in candidates), tuple(values))
 
 
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """How the metric of circuits moves, to first order, as edges into one reader go.
+
+    Attributes:
+        trial: The circuits, and their metrics.
+        writers: Writers of the edges, gone or not.
+        effects: What removing each edge would add to each circuit's metric if the metric were linear: the
+            gradient of what the reader reads, times what the edge carries, `c_w - a_w`. Of an edge that is
+            gone it is what removing it once more would add. [candidates, writers]
+    """
+
+    trial: Trial
+    writers: tuple[int, ...]
+    effects: NDArray[np.float64]
+
+
 class Engine(Protocol):
     """Computes metrics of circuits, and keeps a current one from which the next differ in few edges.
 
@@ -111,6 +128,25 @@ class Engine(Protocol):
 
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32, whatever the precision of the model."""
+
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        """How the metrics of circuits as `try_` measures them move as edges into the reader go.
+
+        Like trials, it changes nothing, turns to the reader by itself, and counts one evaluation for each
+        candidate. In regime `pahq` gradients run backwards through the low-precision weights, from
+        activations that are exact where nothing was removed; what the edges carry is what tested ones do.
+
+        Args:
+            reader: The reader.
+            candidates: Writers of exactly the edges into it that are gone, for each circuit.
+            writers: Writers of edges into it whose effects are asked for, gone or not.
+
+        Returns:
+            The circuits, their metrics, and the effects of the edges.
+
+        Raises:
+            MetricError: If the metric has no gradient.
+        """
 
     def accept(self, trial: Trial, k: int) -> None:
         """Make a trial's k-th circuit, as to its reader, the current one.

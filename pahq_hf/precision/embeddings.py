@@ -30,6 +30,8 @@ class EmbeddingMatrix(WeightMatrix):
 
     def change(self, x: Tensor) -> Tensor:
         """What a change of the input changes, without the bias. [..., d_model] -> [..., vocab]"""
+        if self.low is not None and is_differentiated(x):
+            return differentiable(_Change(self), x)
         return self._scores(x, None)
 
     def _scores(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,6 +58,14 @@ class EmbeddingMatrix(WeightMatrix):
     def exact_rows(self, ids: Tensor) -> Tensor:
         """FP32 rows of some tokens, whatever the precision. [...] -> [..., d_model]"""
         return _each_once(self.exact, ids)
+
+
+class _Change:
+    """`EmbeddingMatrix.change` as a product that keeps no weight for its backward pass."""
+
+    def __init__(self, table: EmbeddingMatrix) -> None:
+        self.forward = table.change
+        self.transposed = table.transposed
 
 
 def _each_once(read: Callable[[slice], Tensor], ids: Tensor) -> Tensor:

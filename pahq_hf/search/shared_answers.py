@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.files import write_text
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.engine.protocol import Engine, Trial
+from pahq_hf.engine.protocol import Engine, Slopes, Trial
 from pahq_hf.errors import RunError
 from pahq_hf.search.journal import Chain, check_header
 
@@ -204,6 +204,16 @@ class RecallingEngine:
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32."""
         return self._ask("look", reader, candidates)
+
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        """How the metric moves, to first order, as edges into a reader go; it is computed."""
+        if reader != self._reader:
+            self.focus(reader)
+        self._catch_up()
+        found = self._engine.slopes(reader, candidates, writers)
+        self._computed = True
+        self.evaluations = self._engine.evaluations
+        return found
 
     def accept(self, trial: Trial, k: int) -> None:
         """Make a trial's k-th circuit, as to its reader, the current one."""

@@ -334,6 +334,7 @@ class Metric:
         Raises:
             MetricError: If it has no gradient.
         """
+        self.check_gradient()
         value = self.reduce(self.rows(logits))
         if not value.requires_grad:
             raise MetricError(
@@ -341,6 +342,17 @@ class Metric:
                 "is registered, and score edges by exact"
             )
         return value
+
+    def check_gradient(self) -> None:
+        """Check that the metric says it has a gradient.
+
+        Raises:
+            MetricError: If it says that it has none.
+        """
+        if not self.spec.differentiable:
+            raise MetricError(
+                f"metric {self.name} has no gradient: test its edges one by one, or take a metric such as kl"
+            )
 
     def rounding(self, logits: Tensor, value: float, error: float) -> float:
         """How far the metric moves at most, to first order, when no logit moves by more than an error.

@@ -24,7 +24,7 @@ from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.shared_answers import EngineCache, RecallingEngine
 from pahq_hf.search.state import Search
-from tests.helpers import unsealed, wrapped
+from tests.helpers import random_edges, unsealed, wrapped
 from tests.models import random_task
 from tests.tiers import examples
 
@@ -102,6 +102,33 @@ def test_a_recalling_search_is_the_one_that_recalls_nothing(
         assert again.recalled_readers == len(searched)
     assert recalled > 0
     assert (looks > 0) == (margin is not None)
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq"])
+def test_slopes_are_taken_of_the_circuit_that_was_recalled(regime: str) -> None:
+    engine, alone = (engine_of("llama", regime, "hooks") for _ in range(2))
+    graph, answers = engine.graph, EngineCache()
+    reader, kept = graph.layer_readers(1, "mlp")[0], random_edges(graph, 0.8, 3)
+    edges = list(graph.in_edges(reader))
+    for number in range(3):  # the last two times all but slopes is known already
+        recalling = RecallingEngine(engine, answers, "here")
+        if number < 2:
+            recalling.begin(kept)
+            recalling.accept(recalling.try_(reader, [edges[:2]]), 0)
+        else:  # nothing was asked of the reader, which comes into focus by itself
+            recalling.begin(kept)
+            recalling.cut(reader, edges[:2])
+        ours = recalling.slopes(reader, [edges[:2], edges[:3]], edges)
+        alone.begin(kept)
+        if number < 2:
+            alone.focus(reader)
+        alone.cut(reader, edges[:2])
+        theirs = alone.slopes(reader, [edges[:2], edges[:3]], edges)
+        assert np.array_equal(ours.effects, theirs.effects) and ours.trial == theirs.trial
+        assert recalling.evaluations == engine.evaluations
+        assert recalling.try_(reader, [edges[:3]]).values == theirs.trial.values[1:]
+        recalling.finish()
+    alone.finish()
 
 
 taus = st.floats(0.0005, 0.5).map(lambda value: round(value, 4))

@@ -22,11 +22,12 @@ from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.hooks.passes import Passes
 from pahq_hf.engine.hooks.raised import RaisedSubstitute
 from pahq_hf.engine.phases import Phases
-from pahq_hf.engine.protocol import Trial
+from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.metrics import checked
 
 T = TypeVar("T")
 
@@ -147,6 +148,20 @@ class HooksEngine:
             values = [self._measure(self._without(reader, writers)) for writers in candidates]
         return Trial.of(reader, candidates, values)
 
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        """How the metric moves, to first order, as edges into a reader go; two runs for each candidate."""
+        self.metric.check_gradient()
+        if reader != self._reader:
+            self.focus(reader)
+        values, effects = [], np.zeros((len(candidates), len(writers)))
+        for number, gone in enumerate(candidates):
+            self.evaluations += 1
+            removed = self._without(reader, gone)
+            value, gradient = self._followed(self._passes.run(removed))
+            values.append(value)
+            effects[number] = self._passes.effects(removed, reader, writers, gradient)
+        return Slopes(Trial.of(reader, candidates, values), tuple(writers), effects)
+
     def _without(self, reader: int, writers: Sequence[int]) -> BoolArray:
         """What is removed when exactly these edges into a reader are. [readers, writers]"""
         removed = self._removed.copy()
@@ -198,3 +213,15 @@ class HooksEngine:
 
     def _value(self, logits: Tensor) -> float:
         return self._passes.fitting(lambda: self.metric(logits))
+
+    def _followed(self, final: Tensor) -> tuple[float, Tensor]:
+        """The metric of hidden states after the final norm, and its gradient. [rows, d_model]"""
+
+        def follow() -> tuple[float, Tensor]:
+            with torch.enable_grad(), self.model.exact_embeddings():
+                at = final.detach().requires_grad_()
+                value = self.metric.followed(exact_logits(self.model, self._clean, at))
+                (gradient,) = torch.autograd.grad(value, at)
+            return checked(float(value.detach()), self.metric.name), gradient
+
+        return self._passes.fitting(follow)

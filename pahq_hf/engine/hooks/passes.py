@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.recording import run_to_answers
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.hooks.patched_run import PatchedRun, RunAnchors, record_linears
+from pahq_hf.engine.hooks.slopes import ProbedRun
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.budget import default_budget
 from pahq_hf.modeling.hooks import hooks
@@ -99,6 +100,21 @@ class Passes:
         """
         return self.fitting(lambda: self._one_run(removed))
 
+    def effects(self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor) -> Tensor:
+        """What removing edges into a reader would add to a metric if all between them were linear.
+
+        Args:
+            removed: Edges that are gone. [readers, writers]
+            reader: The reader.
+            writers: Writers of the edges, gone or not.
+            gradient: Of the metric with respect to where the model ends without the removed edges.
+                [rows, d_model]
+
+        Returns:
+            [writers] in float64
+        """
+        return self.fitting(lambda: self._one_slope(removed, reader, writers, gradient))
+
     def anchor(self, removed: BoolArray) -> Tensor:
         """The same exactly, and anchors of what follows from that run."""
         return self.fitting(lambda: self._exact_run(removed))
@@ -180,12 +196,20 @@ class Passes:
         """Where the model ends without some edges. [rows, d_model]"""
         final = torch.empty_like(self._final_out)
         for part in self._parts:
-            with ExitStack() as stack:
-                if part.anchors is not None:
-                    stack.enter_context(self._model.precision.mode.anchored(part.anchors.linears))
-                stack.enter_context(hooks(*self._patched(part, removed).register()))
+            linears = {} if part.anchors is None else part.anchors.linears
+            run = self._patched(part, removed)
+            with self._model.precision.mode.anchored(linears), hooks(*run.register()):
                 final[part.rows] = run_to_answers(self._model, part.task, part.task.clean_ids)[0]
         return final
+
+    def _one_slope(self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor) -> Tensor:
+        total = torch.zeros(len(writers), dtype=torch.float64)
+        for part in self._parts:
+            substitute = self._substitute.part(part.examples)
+            buffer = self._differences[:, : len(part.task)]
+            run = ProbedRun(self._model, substitute, removed, buffer, part.anchors, reader)
+            total += run.effects(part.task, writers, gradient[part.rows])
+        return total
 
     def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
         substitute = self._substitute.part(part.examples)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pahq_hf.capture.activations import Activations
@@ -160,7 +161,7 @@ class PatchedRun:
         heads = slice(start, start + attention.n_heads)
         if self._anchors is None:
             change = attention.contributions(written - self._substitute.z[number])
-            self._differences[heads] = change.permute(2, 0, 1, 3)
+            self._put(heads, change.permute(2, 0, 1, 3))
             if self._separate:
                 each = None if attention.output.norm is None else attention.head_outputs(z)
                 self.heads[number] = HeadAnchor(z, written, each, attention.output.scale(o))
@@ -173,7 +174,7 @@ class PatchedRun:
             assert isinstance(scale, Tensor) and isinstance(before.scale, Tensor) and gain is not None
             moved = attention.head_outputs(z - before.z)
             change = gain * (scale[..., None] * moved + (scale - before.scale)[..., None] * before.outputs)
-        self._differences[heads] = self._anchors.differences[heads] + change.permute(2, 0, 1, 3)
+        self._put(heads, self._anchors.differences[heads] + change.permute(2, 0, 1, 3))
 
     def _on_mlp_input(self, number: int, layer: Layer, reads: Tensor) -> Tensor | None:
         reader = self._graph.layer_readers(number, "mlp")[0]
@@ -188,13 +189,14 @@ class PatchedRun:
             self._mlp_runs[number] = (self._mlp_runs[number][0], adds)
         if anchor is not None:
             adds = anchor.output + (adds - anchor.low)
-        self._differences[self._graph.mlp_writer(number)] = adds - self._substitute.mlp[number]
+        writer = self._graph.mlp_writer(number)
+        self._put(slice(writer, writer + 1), (adds - self._substitute.mlp[number])[None])
         if self._separate and self._anchors is None:
             return adds.clone()  # Falcon adds to it in place, and it is an anchor's output
         return None if anchor is None else adds
 
     def _on_embedding(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._differences[0] = first_input(args, kwargs) - self._substitute.embedding
+        self._put(slice(0, 1), (first_input(args, kwargs) - self._substitute.embedding)[None])
 
     def _on_final(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         reader = self._graph.logits_reader
@@ -224,27 +226,37 @@ class PatchedRun:
         signs = np.where(mostly_kept[:, None], -removed.astype(np.int8), kept.astype(np.int8))
         columns = np.flatnonzero(signs.any(axis=0))
         device = self._differences.device
-        differences = self._differences[torch.from_numpy(columns).to(device)]
+        differences = self._of(columns)
         choose = torch.from_numpy(signs[:, columns]).to(self._differences)
         start = torch.from_numpy(mostly_kept).to(device)[:, None, None, None]
         streams = torch.where(start, stream, ablated) + torch.einsum("rw,wbpd->rbpd", choose, differences)
         return streams if self._anchors is None else self._with_tested_writers(readers, streams)
 
+    def _put(self, writers: slice, differences: Tensor) -> None:
+        """Note down `a_w - c_w` of consecutive writers. [writer, batch, pos, d_model]"""
+        self._differences[writers] = differences
+
+    def _of(self, writers: NDArray[np.intp]) -> Tensor:
+        """The same of some writers, in order. [writer, batch, pos, d_model]"""
+        return self._differences[torch.from_numpy(writers).to(self._differences.device)]
+
     def _with_tested_writers(self, readers: range, streams: Tensor) -> Tensor:
-        """Let edges that went or came back since the anchor carry what low weights make of `z - c`."""
+        """Let edges that went or came back since the anchor carry what tested edges do."""
         anchors = self._anchors
         assert anchors is not None
-        if anchors.full_writers:
-            return streams
         for number, reader in enumerate(readers):
             for writer in np.flatnonzero(self._removed[reader] != anchors.removed[reader]):
-                node = self._graph.writers[writer]
-                if node.head is None:
-                    continue
-                layer = self._model.layers[node.layer]
-                exact = anchors.heads[node.layer].written
-                z = (exact - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
-                low = layer.attention.stored_contributions(z, [node.head]).squeeze(-2)
-                sign = 1 if self._removed[reader, writer] else -1
-                streams[number] += sign * (anchors.differences[writer] - low)
+                low = self._low_difference(int(writer))
+                if low is not None:
+                    sign = 1 if self._removed[reader, writer] else -1
+                    streams[number] += sign * (anchors.differences[writer] - low)
         return streams
+
+    def _low_difference(self, writer: int) -> Tensor | None:
+        """What low weights make of a head's `z - c`, if tested edges carry that. [batch, pos, d_model]"""
+        node, anchors = self._graph.writers[writer], self._anchors
+        if anchors is None or anchors.full_writers or node.head is None:
+            return None
+        exact = anchors.heads[node.layer].written
+        z = (exact - self._substitute.z[node.layer])[:, :, node.head : node.head + 1]
+        return self._model.layers[node.layer].attention.stored_contributions(z, [node.head]).squeeze(-2)
