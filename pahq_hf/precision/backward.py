@@ -28,7 +28,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection) -> Tensor:
         ctx.projection = projection
-        return projection.forward(x)  # without gradients, as everywhere in here
+        y = projection.forward(x)  # without gradients, as everywhere in here
+        # Falcon adds to a product in place, which PyTorch forbids where it is a view made in here.
+        return y.clone() if y._is_view() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -287,6 +287,20 @@ def test_maps_that_share_an_input_share_its_origin() -> None:
                 assert torch.equal(case.linear(inputs[number]), case.at(inputs[number]))
 
 
+@pytest.mark.parametrize("compute", COMPUTES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_is_made_of_an_anchored_product_in_place_has_a_gradient(fmt: str, compute: torch.dtype) -> None:
+    """Falcon's blocks add the attention to what their MLP gives, in place. [batch, pos, in]"""
+    case = case_of(fmt, compute)
+    x = step_from(case.anchor.x, 0.1, seed=3).expand(2, -1, -1).clone().requires_grad_()
+    weights = weight_of(10, ROWS, seed=4).view(2, 5, ROWS)
+    with case.anchored():
+        y = case.linear(x)
+        y += 2 * y.detach()
+        (gradient,) = torch.autograd.grad(y, x, weights)
+    torch.testing.assert_close(gradient, weights @ case.low, atol=1e-5, rtol=1e-5)
+
+
 def test_recording_notes_every_product_and_ends() -> None:
     case = case_of()
     x, z = weight_of(3, COLS, 7), weight_of(6, COLS, 8).unflatten(0, (3, 2))
