@@ -43,15 +43,14 @@ class Command:
         self._declared = declared
         self._without = frozenset(without)
         self._plain: dict[str, inspect.Parameter] = {}
-        self._groups: dict[str, tuple[type, list[str]]] = {}
+        self._groups: dict[str, type] = {}
         hints = get_type_hints(command, include_extras=True)
         for name, parameter in inspect.signature(command).parameters.items():
             if name == "options":
                 continue
             if is_dataclass(hints[name]):
-                found = _fields_of(hints[name])
-                self._groups[name] = hints[name], list(found)
-                self._plain |= found
+                self._groups[name] = hints[name]
+                self._plain |= _fields_of(hints[name])
             else:
                 self._plain[name] = _keyword(name, hints[name], parameter.default)
 
@@ -76,9 +75,9 @@ class Command:
         searched = self._searched()
         arguments: dict[str, Any] = {}
         taken: set[str] = set(searched)
-        for name, (group, names) in self._groups.items():
-            arguments[name] = group(**{field: values[field] for field in names})
-            taken |= set(names)
+        for name, group in self._groups.items():
+            arguments[name] = _filled(group, values)
+            taken |= set(_fields_of(group))
         arguments |= {name: value for name, value in values.items() if name not in taken}
         if "options" in inspect.signature(self._command).parameters:
             context = values["context"]
@@ -165,12 +164,29 @@ def _field_name(name: str, taken: Container[str]) -> str:
 
 
 def _fields_of(group: type) -> dict[str, inspect.Parameter]:
+    """The options of a group, those of groups in it included."""
     hints = get_type_hints(group, include_extras=True)
-    found = {}
+    found: dict[str, inspect.Parameter] = {}
     for entry in fields(group):
+        if is_dataclass(hints[entry.name]):
+            found |= _fields_of(hints[entry.name])
+            continue
         default = _ABSENT if entry.default is MISSING else entry.default
         found[entry.name] = _keyword(entry.name, hints[entry.name], default)
     return found
+
+
+def _filled(group: type, values: Mapping[str, Any]) -> Any:
+    """A group with what was given of its options."""
+    hints = get_type_hints(group)
+    return group(
+        **{
+            entry.name: _filled(hints[entry.name], values)
+            if is_dataclass(hints[entry.name])
+            else values[entry.name]
+            for entry in fields(group)
+        }
+    )
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -1,9 +1,11 @@
-"""Options that belong together: the fields of each group are options of every command that takes it."""
+"""Options that belong together: the fields of each group are options of every command that takes it.
+
+A group may be one of groups.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,18 +37,13 @@ from pahq_hf.cli.options import (
     ThreadsOption,
     TokenOption,
     TrustOption,
-    load_arguments,
     read_bytes,
     read_policy,
 )
 from pahq_hf.cli.output import JsonOption
 from pahq_hf.config import EngineConfig, PAHQConfig
-from pahq_hf.precision.threads import take_threads
-from pahq_hf.search.progress import make_progress
-from pahq_hf.search.settings import RunSettings
 
 if TYPE_CHECKING:
-    from pahq_hf.model import PAHQModel
     from pahq_hf.tasks.base import Task
 
 
@@ -155,40 +152,12 @@ class RunChoice:
     as_json: JsonOption = False
 
 
-def begin(
-    model: ModelChoice, task: TaskChoice, precision: PAHQConfig, run: RunChoice, out: Path
-) -> tuple[PAHQModel, Task]:
-    """Load the model and the prompts of a run, after all that can fail before.
+@dataclass(frozen=True)
+class SearchChoice:
+    """What every command that searches takes."""
 
-    Args:
-        model: Which model.
-        task: Which prompts; they are checked already.
-        precision: How weights are kept and computed.
-        run: Whether a run is continued, and on which threads.
-        out: Its folder.
-
-    Returns:
-        Both.
-
-    Raises:
-        RunError: If another process works in the folder.
-    """
-    from pahq_hf.model import PAHQModel
-    from pahq_hf.search.lock import check_free
-
-    check_free(out, take_over=run.take_over)
-    found = RunSettings.of_run(out) if run.resume else RunSettings()
-    take_threads(run.threads, found.threads)
-    arguments = load_arguments(
-        model.gguf_file,
-        model.revision,
-        model.token,
-        model.trust_remote_code,
-        model.device,
-        model.dtype,
-        found,
-        base_model=model.base_model,
-    )
-    with make_progress(not run.as_json).phase(f"loading {model.model}"):
-        wrapped = PAHQModel.from_pretrained(model.model, precision, **arguments)
-    return wrapped, task.load(wrapped.tokenizer)
+    model: ModelChoice
+    task: TaskChoice
+    precision: PrecisionChoice
+    limits: EngineChoice
+    run: RunChoice

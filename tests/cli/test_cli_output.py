@@ -122,6 +122,29 @@ def test_a_sweep_is_not_one_circuit(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert error.endswith("give the folder of a threshold in it, one of tau-0.3, tau-0.5\n")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("command", ["discover", "attribute", "sweep"])
+def test_a_taken_folder_is_said_before_a_model_is_loaded(
+    command: str, resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, other = ("sweep", "run") if command == "sweep" else ("run", "sweep")
+    for what, name in (("run", "circuit.json"), ("sweep", "sweep.json")):
+        out = tmp_path / what
+        out.mkdir()
+        (out / name).write_text("{}")
+        where = [command, "./nomodel", "--task", "ioi", "--out", str(out), *(["--resume"] if resume else [])]
+        where += ["--thresholds", "0.1"] if command == "sweep" else []
+        assert run_main(*where) == 2
+        err = capsys.readouterr().err
+        if resume and what == own:
+            assert "cannot read the model './nomodel'" in err
+            continue
+        advice = (
+            "choose another folder" if what == other else "continue it with --resume or choose another folder"
+        )
+        assert err == f"pahq: {out} holds a {what} already ({name}); {advice}\n"
+
+
 def test_what_resume_finds_is_said(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["discover", "demo", "--task", "ioi", "--n", "2", "--threshold", "0.3", "--resume", "--json"]
     where += ["--out"]

@@ -1,0 +1,155 @@
+"""What commands that search have in common: from options to a loaded model, and what is said at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pahq_hf.circuit.files import CIRCUIT_NAME, SWEEP_NAME, read_json, refuse_run, refuse_sweep
+from pahq_hf.cli.declared import chosen_options
+from pahq_hf.cli.ending import print_end
+from pahq_hf.cli.groups import ModelChoice, RunChoice, SearchChoice
+from pahq_hf.cli.options import load_arguments
+from pahq_hf.cli.output import exit_unverified, print_json, print_rich, say_resumed
+from pahq_hf.config import PAHQConfig
+from pahq_hf.errors import CircuitError
+from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.kind import SearchKind
+from pahq_hf.search.progress import make_progress
+from pahq_hf.search.settings import RunSettings
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit.circuit import Circuit
+    from pahq_hf.model import PAHQModel
+    from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """A search that the command line asks for, ready to begin.
+
+    Attributes:
+        options: The search's.
+        model: The model, loaded.
+        task: The prompts, as its tokenizer reads them.
+        how: Keywords that `discover`, `attribute` and `sweep` of a model share.
+    """
+
+    options: Any
+    model: PAHQModel
+    task: Task
+    how: Mapping[str, Any]
+
+
+def prepare(
+    kind: SearchKind[Any],
+    given: Mapping[str, Any],
+    asked: SearchChoice,
+    out: Path,
+    *,
+    batch: int | None = None,
+    sweep: Sequence[float] | None = None,
+) -> Wanted:
+    """Check everything that can be checked without a model, then load it.
+
+    Args:
+        kind: The search.
+        given: What was given of its options.
+        asked: The model, the prompts, and how the run computes.
+        out: Its folder.
+        batch: Candidates tried at once.
+        sweep: Thresholds of a sweep; None for a run of one search.
+
+    Raises:
+        PAHQError: If an option is out of range, the folder is taken, or model or prompts cannot be loaded.
+    """
+    run, limits = asked.run, asked.limits
+    asked.task.check()
+    options, engine = kind.make_options(chosen_options(kind, given)), limits.config(batch)
+    precision = asked.precision.config()
+    _check_folder(out, run, is_sweep=sweep is not None)
+    model = _load(asked.model, precision, run, out)
+    task = asked.task.load(model.tokenizer)
+    if run.resume:
+        finished = (out / CIRCUIT_NAME).exists() if sweep is None else _holds(out, sweep)
+        what = "run" if sweep is None else "sweep"
+        say_resumed(out, what, finished=finished, engine=limits.engine, threads=run.threads)
+    how = {
+        "engine": engine,
+        "out": out,
+        "resume": run.resume,
+        "take_over": run.take_over,
+        "progress": not run.as_json,
+    }
+    return Wanted(options, model, task, how)
+
+
+def _check_folder(out: Path, run: RunChoice, *, is_sweep: bool) -> None:
+    """Check that a run or sweep may go into a folder, before anybody waits for a model.
+
+    Raises:
+        RunError: If not.
+    """
+    from pahq_hf.search.lock import check_free
+
+    check_free(out, take_over=run.take_over)
+    own, other = (refuse_sweep, refuse_run) if is_sweep else (refuse_run, refuse_sweep)
+    other(out)
+    if not run.resume:
+        own(out, "continue it with --resume or choose another folder")
+
+
+def _load(model: ModelChoice, precision: PAHQConfig, run: RunChoice, out: Path) -> PAHQModel:
+    from pahq_hf.model import PAHQModel
+
+    found = RunSettings.of_run(out) if run.resume else RunSettings()
+    take_threads(run.threads, found.threads)
+    arguments = load_arguments(
+        model.gguf_file,
+        model.revision,
+        model.token,
+        model.trust_remote_code,
+        model.device,
+        model.dtype,
+        found,
+        base_model=model.base_model,
+    )
+    with make_progress(not run.as_json).phase(f"loading {model.model}"):
+        return PAHQModel.from_pretrained(model.model, precision, **arguments)
+
+
+def _holds(out: Path, thresholds: Sequence[float]) -> bool:
+    """Whether a folder holds a finished sweep at just these thresholds."""
+    try:
+        rows = read_json(out / SWEEP_NAME).get("rows")
+        return {float(row["threshold"]) for row in rows or ()} == set(thresholds)
+    except (CircuitError, KeyError, TypeError, ValueError):
+        return False
+
+
+def conclude(
+    out: Path,
+    facts: Mapping[str, Any],
+    table: Callable[[], Any],
+    command: str,
+    *circuits: Circuit,
+    as_json: bool,
+) -> None:
+    """Print what was found, as JSON or for people; ends with exit code 1 where it is not confirmed.
+
+    Args:
+        out: Where it lies.
+        facts: What is said of it in JSON.
+        table: Makes the table for people.
+        command: What comes next.
+        *circuits: The circuits.
+        as_json: Whether JSON is printed.
+    """
+    if as_json:
+        print_json({"out": str(out), **facts, "next": command})
+    else:
+        print_rich(table())
+        print_end(out, command)
+    exit_unverified(*circuits)
