@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pahq_hf.search.sweep_result import Sweep
     from pahq_hf.tasks.base import Task
     from pahq_hf.tasks.loading import load_task
-    from pahq_hf.tasks.metrics import MetricSpec, register_metric
+    from pahq_hf.tasks.metric_spec import MetricSpec
+    from pahq_hf.tasks.metrics import register_metric
 
 __all__ = [
     "ACDCConfig",
@@ -53,7 +54,7 @@ _ROOMS = {
     "Circuit": "circuit.circuit",
     "EngineConfig": "config",
     "LowFormat": "precision.formats.registry",
-    "MetricSpec": "tasks.metrics",
+    "MetricSpec": "tasks.metric_spec",
     "PAHQConfig": "config",
     "PAHQError": "errors",
     "PAHQModel": "model",

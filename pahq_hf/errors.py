@@ -6,7 +6,8 @@ line and exits with code 2; anything else that escapes is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from os import PathLike
@@ -109,6 +110,27 @@ def check_place(name: object) -> None:
     """
     if not isinstance(name, (str, PathLike)):
         raise ConfigError(f"from_pretrained takes a name or a folder; got {describe(name)}")
+
+
+def check_registered(given: object, kind: type, what: str, built_in: Container[str]) -> None:
+    """Check what somebody registers under a name of its own.
+
+    Args:
+        given: What is registered.
+        kind: What it has to be.
+        what: What that is called: `register_...` takes it.
+        built_in: Names that are taken.
+
+    Raises:
+        ConfigError: If it is something else, its name is none, or that of one in the package.
+    """
+    if not isinstance(given, kind):
+        raise ConfigError(f"register_{what} takes a {kind.__name__}; got {describe(given)}")
+    name = getattr(given, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise ConfigError(f"a {what}'s name is of lower case letters, digits, _ and -; got {name!r}")
+    if name in built_in:
+        raise ConfigError(f"{what} {name!r} is built in: give yours another name")
 
 
 def check_names(

@@ -7,13 +7,12 @@ that is bound to a task.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pahq_hf.errors import ConfigError, MetricError, code_of, describe
+from pahq_hf.errors import ConfigError, MetricError, check_registered, code_of, describe
+from pahq_hf.tasks.metric_spec import MetricSpec, check_spec
 from pahq_hf.tasks.targets import FinalStream, Targets, TokenSets
 
 if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
@@ -21,39 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and names are checked withou
     from torch import Tensor
 
     from pahq_hf.tasks.base import Task
-
-Need = Literal["answers", "distractors", "reference"]
-
-
-# -- a metric ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MetricSpec:
-    """A metric: what is minimised.
-
-    Attributes:
-        name: Its name, in lower case.
-        value: Row by row from logits in float64: `[..., rows, vocab]` and targets to `[..., rows]`.
-        from_stream: The same from final streams, where it needs less than all logits; the sparse engine makes
-            logits for a metric without.
-        needs: What it takes of a task's rows (`answers`, `distractors`); `reference` are the full model's
-            logits.
-        differentiable: Whether `value` has a gradient, which attribution follows.
-        flat_at_full: Whether that is zero at the full model, as of a distance to it.
-        rounding: How far a value moves at most when no logit moves by more than an error, from both; by
-            default the error times the gradient, summed up.
-        tasks: Generated tasks that are usually scored with it.
-    """
-
-    name: str
-    value: Callable[[Tensor, Targets], Tensor]
-    from_stream: Callable[[FinalStream, Targets], Tensor] | None = None
-    needs: tuple[Need, ...] = ()
-    differentiable: bool = True
-    flat_at_full: bool = False
-    rounding: Callable[[float, float], float] | None = None
-    tasks: tuple[str, ...] = ()
 
 
 def _kl(logits: Tensor, targets: Targets) -> Tensor:
@@ -157,14 +123,8 @@ def register_metric(spec: MetricSpec) -> None:
         model.discover(task, metric="miss", threshold=0.05)
         ```
     """
-    if not isinstance(spec, MetricSpec):
-        raise ConfigError(f"register_metric takes a MetricSpec; got {describe(spec)}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(spec.name)):
-        raise ConfigError(f"a metric's name is of lower case letters, digits, _ and -; got {spec.name!r}")
-    if spec.name in _NAMES:
-        raise ConfigError(f"metric {spec.name!r} is built in: give yours another name")
-    if not callable(spec.value):
-        raise ConfigError(f"metric {spec.name!r} needs a function of logits and targets as its value")
+    check_registered(spec, MetricSpec, "metric", _NAMES)
+    check_spec(spec)
     for other in _METRICS.values():
         taken = set(spec.tasks) & set(other.tasks)
         if other.name != spec.name and taken:

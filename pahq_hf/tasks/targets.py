@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from pahq_hf.errors import MetricError
+
 if TYPE_CHECKING:  # torch takes seconds to import
     import torch
     from torch import Tensor
@@ -71,8 +73,16 @@ class Targets:
 
     @property
     def reference(self) -> Tensor:
-        """The full model's logits. [rows, vocab]"""
-        assert self.logits is not None
+        """The full model's logits. [rows, vocab]
+
+        Raises:
+            MetricError: If the metric does not need them.
+        """
+        if self.logits is None:
+            raise MetricError(
+                "a metric that compares with the full model's logits says so where it is registered: "
+                "needs=('reference',)"
+            )
         return self.logits
 
     def reference_log_probs(self) -> Tensor:

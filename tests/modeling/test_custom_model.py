@@ -89,6 +89,12 @@ def test_a_function_makes_rows_from_configs() -> None:
     assert PAHQModel(twin(), FP32).graph.spec.parallel
     with pytest.raises(ConfigError, match="model_type"):
         register_architecture(lambda config: ROW)
+    with pytest.raises(
+        ConfigError, match="takes an Architecture or a function that makes one; got str: 'mine'"
+    ):
+        register_architecture("mine")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model_type is the name in a model's config; got int: 3"):
+        register_architecture(ROW, 3)  # type: ignore[arg-type]
 
 
 def test_a_wrong_row_is_refused() -> None:

@@ -99,6 +99,11 @@ def test_a_policy_takes_it() -> None:
         (replace(INT4, name="fp32"), "format 'fp32' is built in"),
         (replace(INT4, name="INT 4"), "lower case letters, digits, _ and -; got 'INT 4'"),
         (replace(INT4, error=0.0), "needs its scores' error, above 0; got 0.0"),
+        (replace(INT4, error="x"), "needs its scores' error, above 0; got 'x'"),  # type: ignore[arg-type]
+        (replace(INT4, error=float("nan")), "needs its scores' error, above 0; got nan"),
+        (replace(INT4, fineness=None), "needs a number as its fineness; got None"),  # type: ignore[arg-type]
+        (replace(INT4, stored_bytes=lambda rows, cols: None), "above 0; got None"),  # type: ignore[arg-type]
+        (replace(INT4, stored_bytes=lambda rows: rows), r"stored_bytes\(64, 96\) fails \(TypeError: "),  # type: ignore[arg-type, misc]
         (replace(INT4, make=None), "needs a function as make"),  # type: ignore[arg-type]
         (Int4Weight, "register_format takes a LowFormat"),
     ],
@@ -117,9 +122,28 @@ class Careless(Int4Weight):
         return super().dense(slice(None), slice(None)).bfloat16()
 
 
+class Deaf(Int4Weight):
+    """One that gives as many rows as it is asked for, but always the first."""
+
+    def dense(self, rows: slice, cols: slice) -> Tensor:
+        """Rows from the first."""
+        return super().dense(slice(0, rows.stop - rows.start), cols)
+
+
+class Blind(Int4Weight):
+    """One that gives all columns whatever it is asked for."""
+
+    def dense(self, rows: slice, cols: slice) -> Tensor:
+        """All columns."""
+        return super().dense(rows, slice(None))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (Deaf, "format 'int4': dense must give the rows and columns it is asked for"),
+        (Blind, "format 'int4': dense must give the rows and columns it is asked for"),
+        (lambda weight: Int4Weight(weight * torch.inf), "format 'int4': dense gives NaN or infinity"),
         (Careless, r"gives torch.bfloat16 of shape \(\d+, 128\) as a row of 128 values in FP32"),
         (lambda weight: Int4Weight(weight.T), r"makes a weight of shape \(128, \d+\) of one of \(\d+, 128\)"),
         (lambda weight: weight.half(), "format 'int4' makes no torch.nn.Module, but Tensor"),
@@ -129,6 +153,17 @@ def test_what_makes_no_weights_is_refused_at_load(make: Any, message: str) -> No
     register_format(replace(INT4, make=make))
     with pytest.raises(ConfigError, match=message):
         PAHQModel.from_pretrained("demo", format="int4")
+
+
+def test_one_that_fails_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def fail(weight: Tensor) -> Any:
+        raise ValueError("no such luck")
+
+    register_format(replace(INT4, make=fail))
+    where = ("discover", "demo", "--task", "ioi", "--n", "2", "--out", str(tmp_path / "run"))
+    assert run_main(*where, "--format", "int4") == 2
+    said = "pahq: format 'int4' failed: ValueError: no such luck; PAHQ_TRACEBACK=1 shows where"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize("command", ["discover", "attribute", "sweep"])

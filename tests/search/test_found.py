@@ -20,7 +20,8 @@ from pahq_hf.errors import ConfigError, UnverifiedWarning
 from pahq_hf.search.kind import Found, SearchOptions, told
 from pahq_hf.search.registry import _SEARCHES
 from pahq_hf.search.work import Work
-from pahq_hf.tasks.metrics import _METRICS, MetricSpec
+from pahq_hf.tasks.metric_spec import MetricSpec
+from pahq_hf.tasks.metrics import _METRICS
 from tests.helpers import id_rows, run_main, save_tiny, wrapped, write_rows
 from tests.models import random_task
 

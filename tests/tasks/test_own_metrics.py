@@ -175,6 +175,13 @@ def test_a_metric_that_may_be_registered_again_is_the_last_one() -> None:
         (replace(MISS, name=""), "got ''"),
         (replace(MISS, tasks=("ioi",)), "task 'ioi' is usually scored with 'kl'"),
         (replace(MISS, value=None), "needs a function of logits and targets"),  # type: ignore[arg-type]
+        (replace(MISS, needs=("answer",)), "cannot need 'answer': did you mean 'answers'?"),  # type: ignore[arg-type]
+        (replace(MISS, needs=("gold",)), "cannot need 'gold': it can need answers, distractors, reference"),  # type: ignore[arg-type]
+        (replace(MISS, needs="answers"), "needs is a tuple of names; got str: 'answers'"),  # type: ignore[arg-type]
+        (replace(MISS, tasks="ioi"), "tasks is a tuple of names; got str: 'ioi'"),  # type: ignore[arg-type]
+        (replace(MISS, from_stream=3), "a function or None as from_stream; got int: 3"),  # type: ignore[arg-type]
+        (replace(MISS, rounding=0.1), "a function or None as rounding; got float: 0.1"),  # type: ignore[arg-type]
+        (replace(MISS, differentiable="no"), "differentiable is True or False; got 'no'"),  # type: ignore[arg-type]
         (miss, "register_metric takes a MetricSpec; got function"),
     ],
 )
@@ -188,6 +195,15 @@ def test_a_metric_of_the_wrong_shape_says_so() -> None:
     register_metric(replace(MISS, value=lambda logits, targets: logits.sum()))
     with pytest.raises(MetricError, match=r"metric miss gives values of shape \(\); one a row is \(2,\)"):
         Metric("miss", make_task([0, 1], ((0,), (1,)), ((), ())))(torch.zeros(2, 4))
+
+
+def test_a_metric_that_compares_with_the_full_model_and_does_not_say_so() -> None:
+    def apart(logits: Tensor, targets: Targets) -> Tensor:
+        return (logits - targets.reference).abs().amax(-1)
+
+    register_metric(MetricSpec("apart", apart))
+    with pytest.raises(MetricError, match=r"says so where it is registered: needs=\('reference',\)"):
+        Metric("apart", make_task([0, 1], ((0,), (1,)), ((), ())), torch.zeros(2, 4))(torch.zeros(2, 4))
 
 
 def test_methods_refuse_a_metric_without_a_gradient() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from pahq_hf.circuit.graph import GraphSpec
-from pahq_hf.errors import ConfigError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, UnsupportedModelError, describe
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
 from pahq_hf.modeling.architectures.describe import FamilyFacts, describe_families
 from pahq_hf.modeling.architectures.families import TABLE
@@ -40,7 +40,7 @@ def register_architecture(row: Architecture | RowOf, model_type: str | None = No
         model_type: Its `config.model_type`; that of the row by default.
 
     Raises:
-        ConfigError: If a function comes without a `model_type`.
+        ConfigError: If it is no row, or a function that comes without a `model_type`.
 
     Example:
         ```python
@@ -48,13 +48,20 @@ def register_architecture(row: Architecture | RowOf, model_type: str | None = No
         model = PAHQModel(MyForCausalLM(config))
         ```
     """
+    if not (isinstance(row, Architecture) or callable(row)):
+        raise ConfigError(
+            f"register_architecture takes an Architecture or a function that makes one; got {describe(row)}"
+        )
+    if model_type is None and not isinstance(row, Architecture):
+        raise ConfigError("register_architecture needs the model_type of a row that is a function")
+    name = model_type or getattr(row, "model_type", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"model_type is the name in a model's config; got {describe(name)}")
     if isinstance(row, Architecture):
         known = row
-        TABLE[model_type or row.model_type] = lambda config: known
-    elif model_type is None:
-        raise ConfigError("register_architecture needs the model_type of a row that is a function")
+        TABLE[name] = lambda config: known
     else:
-        TABLE[model_type] = row
+        TABLE[name] = row
 
 
 def find_architecture(config: PretrainedConfig) -> Architecture:
@@ -68,6 +75,7 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
 
     Raises:
         UnsupportedModelError: If the family is not in the table, or uses a feature that changes the graph.
+        ConfigError: If what was registered for it makes no row.
     """
     check_is_transformer(config)
     check_is_not_quantised(config)
@@ -78,7 +86,13 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
         if text is not None and getattr(text, "model_type", None) in TABLE:
             hint = f"; its text model is of family {text.model_type!r}: load that"
         raise unsupported(config.model_type, hint)
-    return row(config)
+    found = row(config)
+    if not isinstance(found, Architecture):
+        raise ConfigError(
+            f"the function registered for family {config.model_type!r} must make an Architecture; "
+            f"got {describe(found)}"
+        )
+    return found
 
 
 def unsupported(family: str, hint: str = "") -> UnsupportedModelError:

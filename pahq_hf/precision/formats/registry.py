@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import math
+import numbers
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pahq_hf.errors import ConfigError, ModelLoadError, describe
+from pahq_hf.errors import ConfigError, ModelLoadError, check_registered, code_of, describe, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import, and names are checked without it
     from torch import Tensor
@@ -106,7 +108,7 @@ _FORMATS = {
 }
 
 
-_BUILT_IN = frozenset(_FORMATS)
+_BUILT_IN = frozenset({*_FORMATS, "fp32"})
 
 
 def register_format(fmt: LowFormat) -> None:
@@ -124,18 +126,27 @@ def register_format(fmt: LowFormat) -> None:
         model = PAHQModel.from_pretrained("gpt2", format="int4")
         ```
     """
-    if not isinstance(fmt, LowFormat):
-        raise ConfigError(f"register_format takes a LowFormat; got {describe(fmt)}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(fmt.name)):
-        raise ConfigError(f"a format's name is of lower case letters, digits, _ and -; got {fmt.name!r}")
-    if fmt.name in _BUILT_IN or fmt.name == "fp32":
-        raise ConfigError(f"format {fmt.name!r} is built in: give yours another name")
+    check_registered(fmt, LowFormat, "format", _BUILT_IN)
     for name in ("make", "stored_bytes"):
         if not callable(getattr(fmt, name)):
             raise ConfigError(f"format {fmt.name!r} needs a function as {name}")
-    if not fmt.error > 0:
+    if not (_is_number(fmt.error) and 0 < fmt.error < math.inf):
         raise ConfigError(f"format {fmt.name!r} needs its scores' error, above 0; got {fmt.error!r}")
+    if not _is_number(fmt.fineness):
+        raise ConfigError(f"format {fmt.name!r} needs a number as its fineness; got {fmt.fineness!r}")
+    try:
+        size = fmt.stored_bytes(64, 96)
+    except Exception as error:  # whatever a function of somebody's own raises
+        raise ConfigError(
+            f"format {fmt.name!r}: stored_bytes(64, 96) fails ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    if not (_is_number(size) and size > 0):
+        raise ConfigError(f"format {fmt.name!r}: stored_bytes(64, 96) must be above 0; got {size!r}")
     _FORMATS[fmt.name] = fmt
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def known_formats() -> list[str]:
@@ -188,8 +199,9 @@ def quantize(weight: Tensor, fmt: str) -> LowWeight:
     make = find_format(fmt).make
     if not all_finite(weight):
         raise ModelLoadError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity")
-    made = make(weight.detach())
-    _check_made(made, weight, fmt)
+    with nullcontext() if fmt in _BUILT_IN else code_of(f"format {fmt!r}"):
+        made = make(weight.detach())
+        _check_made(made, weight, fmt)
     return made
 
 
@@ -204,7 +216,23 @@ def _check_made(made: LowWeight, weight: Tensor, fmt: str) -> None:
     if shape != (rows, cols):
         raise ConfigError(f"format {fmt!r} makes a weight of shape {shape} of one of {(rows, cols)}")
     row = made.dense(slice(rows - 1, rows), slice(0, cols))
+    if not isinstance(row, torch.Tensor):
+        raise ConfigError(f"format {fmt!r}: dense must give a tensor; got {describe(row)}")
     if tuple(row.shape) != (1, cols) or row.dtype != torch.float32:
         raise ConfigError(
             f"format {fmt!r} gives {row.dtype} of shape {tuple(row.shape)} as a row of {cols} values in FP32"
+        )
+    if fmt in _BUILT_IN:
+        return
+    if not row.isfinite().all():
+        raise ConfigError(f"format {fmt!r}: dense gives NaN or infinity")
+    if not _is_number(made.nbytes):
+        raise ConfigError(f"format {fmt!r}: nbytes must be a number; got {describe(made.nbytes)}")
+    # A block that is not the one asked for has the right shape.
+    first, half = max(0, rows - 2), cols // 2
+    block = made.dense(slice(first, rows), slice(half, cols))
+    if tuple(block.shape) != (rows - first, cols - half) or not torch.equal(block[-1], row[0, half:]):
+        raise ConfigError(
+            f"format {fmt!r}: dense must give the rows and columns it is asked for; the last row in "
+            f"dense({first}:{rows}, {half}:{cols}) is not that in dense({rows - 1}:{rows}, 0:{cols})"
         )
