@@ -14,7 +14,7 @@ import typer
 from pahq_hf.cli.ending import is_given
 from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.declaration import PREFIX, option_name
+from pahq_hf.search.declaration import PREFIX, option_name, plain_type
 from pahq_hf.search.kind import SearchKind
 
 _ABSENT = inspect.Parameter.empty
@@ -114,6 +114,8 @@ def options_of(kind: SearchKind[Any], taken: Container[str] = ()) -> dict[str, i
         annotation = _EVERY_SEARCH.get(entry.name)
         if annotation is None:
             flag = "--" + name.replace("_", "-")
+            if plain_type(hint) is bool:
+                flag += "/--no-" + name.replace("_", "-")
             option = typer.Option(
                 flag, help=told.get("help"), metavar=told.get("metavar"), min=told.get("min")
             )

@@ -39,6 +39,8 @@ def discover(
     from pahq_hf.cli.tables import run_table
 
     kind = find_search(search)
+    if kind.command is None:
+        raise ConfigError(f"search {search!r} is for Python alone: model.discover(task, search={search!r})")
     if kind.command != "discover":
         raise ConfigError(
             f"search {search!r} has a command of its own: pahq {kind.command} --method {search}"

@@ -117,6 +117,6 @@ def _words(parameter: Any, value: Any) -> list[str]:
         return [str(value)]
     option = max(parameter.opts, key=len)
     if parameter.is_flag:
-        return [option] if value else []
+        return [option] if value else parameter.secondary_opts[:1]
     values = value if isinstance(value, list | tuple) else [value]
     return [word for one in values for word in (option, str(one))]

@@ -45,24 +45,69 @@ def check_declarations(options: type, name: str) -> None:
                 f"{told} cannot be called {called!r} on the command line: letters, digits and '_', no word "
                 f"of Python and no {PREFIX!r} before it"
             )
-        if called in found:
-            raise ConfigError(f"{told} is called {called!r} on the command line, as another is")
-        found.add(called)
+        names = {called, f"no_{called}"} if plain_type(hints[entry.name]) is bool else {called}
+        if names & found:
+            raise ConfigError(f"{told} is called {min(names & found)!r} on the command line, as another is")
+        found |= names
         if entry.name not in _EVERY_SEARCH:
             _check_value(entry, hints[entry.name], told)
 
 
+def plain_type(hint: Any) -> Any:
+    """A type without its None; of several types the union of them."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    kinds = tuple(each for each in get_args(hint) if each is not NoneType)
+    return Union[kinds] if kinds else NoneType  # noqa: UP007
+
+
+def check_shared(options: type, name: str, other: type, known: str) -> None:
+    """Check that two searches mean the same where an option of the command line is both's.
+
+    Args:
+        options: The options of a search that is registered.
+        name: The search.
+        other: The options of one that is there.
+        known: Its name.
+
+    Raises:
+        ConfigError: If a value would be read as the other's.
+    """
+    read = _read_as(other)
+    for called, mine in _read_as(options).items():
+        if called in read and mine != read[called]:
+            raise ConfigError(
+                f"the options of search {name!r}, {options.__name__}: on the command line {called!r} is "
+                f"{_in_words(read[called])}, of search {known!r}, and cannot be {_in_words(mine)} too: give "
+                "yours another name there, told(..., name=...)"
+            )
+
+
+def _read_as(options: type) -> dict[str, tuple[Any, Any]]:
+    """Type and least value of each option, by its name on the command line."""
+    hints = get_type_hints(options)
+    return {
+        option_name(entry): (plain_type(hints[entry.name]), entry.metadata.get("min"))
+        for entry in fields(options)
+        if entry.name not in _EVERY_SEARCH
+    }
+
+
+def _in_words(read: tuple[Any, Any]) -> str:
+    kind, least = read
+    name = getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
+    return name.removeprefix("typing.") + ("" if least is None else f" from {least}")
+
+
 def _check_value(entry: Field[Any], hint: Any, told: str) -> None:
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kind = next((each for each in kinds if each is not NoneType), None)
+    kind = plain_type(hint)
     names = get_args(kind) if get_origin(kind) is Literal else ()
     is_enum = isinstance(kind, type) and issubclass(kind, Enum) and issubclass(kind, str)  # JSON
-    if len([each for each in kinds if each is not NoneType]) != 1 or not (
-        kind in _PLAIN or is_enum or (names and all(isinstance(each, str) for each in names))
-    ):
+    if not (kind in _PLAIN or is_enum or (names and all(isinstance(each, str) for each in names))):
         raise ConfigError(
             f"{told} is a {getattr(hint, '__name__', hint)}: an option is a bool, int, float, str, an Enum "
-            "or Literal of strings, or one of these or None"
+            "or Literal of strings, or one of these or None; a search for Python alone is registered with "
+            "command_line=False"
         )
     default = entry.default
     accepted: Any = (int, float) if kind is float else kind

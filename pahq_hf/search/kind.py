@@ -142,7 +142,7 @@ class SearchKind(Generic[OptionsT]):
             not compare.
         fixed: Options that the name decides.
         phase: What its seconds count for.
-        command: The command of `pahq` that runs it.
+        command: The command of `pahq` that runs it; None if it is for Python alone.
         resolve: Checks options against a setting before any work, and gives them with what is decided only
             there.
         check: Checks a finished circuit against the journal of its search.
@@ -156,7 +156,7 @@ class SearchKind(Generic[OptionsT]):
     ranks_kept_first: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     phase: str = "search"
-    command: str = "discover"
+    command: str | None = "discover"
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
     is_own: bool = False

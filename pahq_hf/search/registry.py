@@ -10,7 +10,7 @@ from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.options import AttributionConfig
-from pahq_hf.search.declaration import check_declarations
+from pahq_hf.search.declaration import check_declarations, check_shared
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def register_search(
     title: str | None = None,
     ranks_kept_first: bool = False,
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None,
+    command_line: bool = True,
 ) -> Callable[[FunctionT], FunctionT]:
     """Register a search of one's own: a decorator of the function that searches.
 
@@ -41,12 +42,15 @@ def register_search(
         title: What it is, in words, for model cards; the name by default.
         ranks_kept_first: Whether kept edges rank before all others: the scores of the two do not compare.
         resolve: Checks options against a `Setting` before any work, and returns them.
+        command_line: Whether `pahq discover` offers it. False allows options of any type, as long as their
+            `to_dict` is JSON.
 
     Returns:
         The decorator.
 
     Raises:
-        ConfigError: If the name is taken or is none, or the options are no such dataclass.
+        ConfigError: If the name is taken or is none, the options are no such dataclass, or one of them
+            cannot be an option of the command line, or is there another search's of another type.
 
     Example:
         ```python
@@ -63,7 +67,11 @@ def register_search(
     if name in _SEARCHES:
         raise ConfigError(f"there is a search {name!r} already")
     check_options(options, name)
-    check_declarations(options, name)
+    if command_line:
+        check_declarations(options, name)
+        for other in _SEARCHES.values():
+            if other.command == "discover":
+                check_shared(options, name, other.options, other.name)
 
     def registered(function: FunctionT) -> FunctionT:
         _SEARCHES[name] = SearchKind(
@@ -73,6 +81,7 @@ def register_search(
             function,
             ranks_kept_first=ranks_kept_first,
             resolve=resolve,
+            command="discover" if command_line else None,
             is_own=True,
         )
         return function

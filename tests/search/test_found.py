@@ -232,10 +232,10 @@ def test_an_option_that_is_missing_is_one_line(
 
 
 @dataclass(frozen=True)
-class Named(SearchOptions):
-    """A threshold that is no number."""
+class Unset(SearchOptions):
+    """A threshold that is no number unless it is given."""
 
-    threshold: str = "mean"
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Numbered(SearchOptions):
 
 
 @pytest.mark.parametrize("share", [1, 0])
-@pytest.mark.parametrize("options", [SearchOptions, Named, Renamed, Numbered])
+@pytest.mark.parametrize("options", [SearchOptions, Unset, Renamed, Numbered])
 def test_only_a_threshold_that_is_one_is_shifted(
     options: type[Any], share: int, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
