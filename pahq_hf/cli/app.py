@@ -2,8 +2,9 @@
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 finished but not confirmed by the hooks
 engine (saved, marked), 2 bad usage or input, a search or metric of one's own that fails, or a stdout that
-cannot be written (one line says why), 130 interrupted by Ctrl-C (a run's journal keeps what was done), 143 by
-SIGTERM, 141 when a pipe's reader is gone.
+cannot be written (one line says why), 70 an error of the package itself, 130 interrupted by Ctrl-C (a run's
+journal keeps what was done), 143 by SIGTERM, 141 when a pipe's reader is gone. With `PAHQ_TRACEBACK=1` in the
+environment a traceback comes before the line of what failed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_TRACEBACK = "PAHQ_TRACEBACK"  # set to show where code that is not the package's failed
+_TRACEBACK = "PAHQ_TRACEBACK"  # set to show where code failed
+_BAD_INPUT, _BUG = 2, 70  # EX_SOFTWARE of sysexits.h: nobody takes it for a finished run
 _SIGNALLED = 128  # a signal's number is added
 _INTERRUPTED = _SIGNALLED + 2
 _PIPE_CLOSED = _SIGNALLED + 13  # what a shell shows of commands that SIGPIPE ends
@@ -90,17 +92,14 @@ def _run() -> int:
         return _INTERRUPTED
     except Exception as error:
         # Typer vendors or imports click by version; its usage errors know how to describe themselves.
-        source = source_of(error)
-        if source is not None:
-            if os.environ.get(_TRACEBACK):
+        source, describe = source_of(error), getattr(error, "format_message", None)
+        if source is not None or describe is None:
+            shown = bool(os.environ.get(_TRACEBACK))
+            if shown:
                 traceback.print_exc()
-            rest = "" if os.environ.get(_TRACEBACK) else f"; {_TRACEBACK}=1 shows where"
-            _fail(f"{source} failed: {type(error).__name__}: {first_line(error)}{rest}")
-        describe = getattr(error, "format_message", None)
-        if describe is None:
-            raise
+            _fail(_unforeseen(error, source, shown=shown), _BUG if source is None else _BAD_INPUT)
         if len(sys.argv) == 1:  # the bare command, which has shown its help
-            sys.exit(2)
+            sys.exit(_BAD_INPUT)
         _fail(describe())
 
 
@@ -118,6 +117,19 @@ def _quiet_start() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def _fail(message: str) -> NoReturn:
+def _unforeseen(error: Exception, source: str | None, *, shown: bool) -> str:
+    """One line for an error that is not raised on purpose.
+
+    Args:
+        error: The error.
+        source: Whose code raised it; None if it is the package's.
+        shown: Whether its traceback is on the terminal.
+    """
+    begins = "internal error, please report it" if source is None else f"{source} failed"
+    rest = "" if shown else f"; {_TRACEBACK}=1 shows where"
+    return f"{begins}: {type(error).__name__}: {first_line(error)}{rest}"
+
+
+def _fail(message: str, code: int = _BAD_INPUT) -> NoReturn:
     sys.stderr.write("pahq: " + printable(" ".join(message.split())) + "\n")
-    sys.exit(2)
+    sys.exit(code)

@@ -201,15 +201,24 @@ def test_the_bare_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None
     assert captured.err == ""
 
 
-def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    """Only errors raised on purpose become one line; others keep their traceback."""
+def test_a_bug_has_an_exit_code_and_a_traceback_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 would say that a run is finished, 2 that somebody typed something wrong."""
 
     def bug(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("all edges\nare gone")
 
     monkeypatch.setattr(Circuit, "from_pretrained", bug)
-    with pytest.raises(ZeroDivisionError):
-        run_main("show", world.path("run"))
+    said = "pahq: internal error, please report it: ZeroDivisionError: all edges"
+    assert run_main("show", world.path("run"), "--json") == 70
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == f"{said}; PAHQ_TRACEBACK=1 shows where\n"
+    monkeypatch.setenv("PAHQ_TRACEBACK", "1")
+    assert run_main("show", world.path("run"), "--json") == 70
+    captured = capsys.readouterr()
+    assert "Traceback (most recent call last)" in captured.err and "in bug" in captured.err
+    assert captured.out == "" and captured.err.endswith(f"{said}\n")
 
 
 def test_an_interrupt_is_exit_code_130(

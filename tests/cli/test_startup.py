@@ -111,8 +111,7 @@ def test_info_prints_the_graph_before_it_plans(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pahq_hf.engine.memory_plan, "report", fail)
     for more, said in ([], True), (["--json"], False):
         with (tmp_path / "out").open("w") as out, redirect_stdout(out):
-            with pytest.raises(Planning):
-                run_main("info", "demo", *more)
+            assert run_main("info", "demo", *more) == 70  # of an error that is not foreseen
             printed = (tmp_path / "out").read_text()
         assert ("edges" in printed and "479" in printed) if said else printed == ""
 
