@@ -9,6 +9,7 @@ import typer
 
 from pahq_hf.circuit.files import output_path
 from pahq_hf.cli.circuit_options import CircuitArgument
+from pahq_hf.cli.output import JsonOption, print_json
 
 _ExportFormat = Literal["mib", "csv", "graphml", "dot"]
 
@@ -17,9 +18,13 @@ def export(
     folder: CircuitArgument,
     out: Annotated[Path, typer.Option(parser=output_path, metavar="<path>", help="File to write.")],
     fmt: Annotated[_ExportFormat, typer.Option("--format", help="File format.")] = "mib",
+    as_json: JsonOption = False,
 ) -> None:
     """Write a circuit for other tools: EAP-IG / MIB JSON, CSV, GraphML or Graphviz DOT."""
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.interchange import export as write
 
-    write(Circuit.from_pretrained(folder), out, fmt)
+    circuit = Circuit.from_pretrained(folder)
+    write(circuit, out, fmt)
+    if as_json:  # else a file that is stdout has nothing else on it
+        print_json({"out": str(out), "format": fmt, "edges": circuit.edge_count})

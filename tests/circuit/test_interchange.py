@@ -221,6 +221,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert run_main("export", str(tmp_path / "a"), "--format", fmt, "--out", str(out)) == 0
         assert out.stat().st_size
     capsys.readouterr()
+    for command, facts in (
+        (["export", str(tmp_path / "a")], {"out": mib, "format": "mib", "edges": a.edge_count}),
+        (["import", mib], {"out": f"{back}-2", "edges": Circuit.from_pretrained(back).edge_count}),
+    ):
+        assert run_main(*command, "--out", str(facts["out"]), "--json") == 0
+        assert json.loads(capsys.readouterr().out) == facts
     assert run_main("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == compare_circuits(a.scored, b.scored)

@@ -231,6 +231,16 @@ def test_help(results: dict[str, Result]) -> None:
         assert option in results["help discover"].out, option
 
 
+def test_every_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from pahq_hf.cli.app import app
+
+    names = [command.name for command in app.registered_commands]
+    assert len(names) == 13 and {"export", "import", "show"} <= set(names)
+    for name in names:
+        assert run_main(str(name), "--help") == 0
+        assert "--json" in capsys.readouterr().out, name
+
+
 def test_the_installed_script(world: World, results: dict[str, Result]) -> None:
     """`pahq` itself, as a user starts it."""
     script = Path(sys.executable).parent / "pahq"
