@@ -61,6 +61,12 @@ def told(
     return {key: value for key, value in facts.items() if value is not None}
 
 
+class Unsaid(str):
+    """A default that can be told from the same value when somebody gives it."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class SearchOptions(JsonConfig):
     """A beginning for the options of a search of one's own: a frozen dataclass that adds fields to these.
@@ -218,10 +224,9 @@ class SearchKind(Generic[OptionsT]):
         Raises:
             ConfigError: If they say otherwise.
         """
-        defaults = {entry.name: entry.default for entry in fields(options)}
         for name, value in self.fixed.items():
             said = getattr(options, name)
-            if said not in (value, defaults[name]):
+            if said != value and not isinstance(said, Unsaid):
                 raise ConfigError(
                     f"search {self.name!r} has {name} {value!r}, its config {said!r}: leave {name} out of it"
                 )

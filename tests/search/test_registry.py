@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -236,6 +237,16 @@ def test_a_config_has_the_method_of_its_search_and_is_refused_with_another() -> 
     )
     with pytest.raises(ConfigError, match="search 'eap' has method 'eap', its config 'hisp'"):
         model.discover(TASK, search="eap", config=named, **quiet)
+    assert AttributionConfig() == AttributionConfig(method="eap-ig")
+    assert repr(AttributionConfig()) == repr(AttributionConfig(method="eap-ig"))
+    for said in (
+        AttributionConfig(method="eap-ig", topn=9),
+        AttributionConfig.from_dict({"method": "eap-ig"}),
+    ):
+        with pytest.raises(ConfigError, match="search 'eap' has method 'eap', its config 'eap-ig'"):
+            model.discover(TASK, search="eap", config=said, **quiet)
+    for unsaid in (replace(AttributionConfig(), topn=9), copy.deepcopy(AttributionConfig(topn=9))):
+        assert_same_circuit(model.discover(TASK, search="eap", config=unsaid, **quiet), by_config)
 
 
 # -- the command line ----------------------------------------------------------------------------------------

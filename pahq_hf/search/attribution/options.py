@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import told
+from pahq_hf.search.kind import Unsaid, told
 
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 
@@ -29,7 +29,9 @@ class AttributionConfig(JsonConfig):
         seed: Of `random`.
     """
 
-    method: MethodName = field(default="eap-ig", metadata=told("How edges are scored."))
+    method: MethodName = field(
+        default=cast("MethodName", Unsaid("eap-ig")), metadata=told("How edges are scored.")
+    )
     metric: str | None = None
     steps: int = field(default=5, metadata=told("Runs whose gradients eap-ig averages.", min=1))
     topn: int | None = field(default=None, metadata=told("Keep so many edges; all if unset.", min=1))
