@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -64,10 +65,37 @@ class RunnableModel(WrappedModel):
             yield
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What `copy` and `pickle` ask; a copy of a model that is applied would be so for ever."""
-        if "patched" in self.__dict__ and self.patched.is_applied:
+        """What `pickle`, `torch.save` and other processes ask.
+
+        Raises:
+            ConfigError: Always: open files, hooks and classes that are made at load stay in a process.
+        """
+        raise ConfigError(
+            "a PAHQModel cannot be pickled: keep its configuration with save_pretrained, and load it with "
+            "PAHQModel.from_pretrained where it is wanted, in every process"
+        )
+
+    def __copy__(self) -> RunnableModel:
+        """A copy that shares everything, as of any module."""
+        twin = self._blank()
+        twin.__setstate__(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunnableModel:
+        """A copy that shares nothing but the checkpoint.
+
+        Raises:
+            ConfigError: While a circuit is applied: the copy would be restricted to it for ever.
+        """
+        twin = memo[id(self)] = self._blank()
+        twin.__setstate__(deepcopy(self.__dict__, memo))
+        return twin
+
+    def _blank(self) -> RunnableModel:
+        """Another one with nothing in it yet."""
+        if self.patched.is_applied:
             raise ConfigError("a circuit is applied to this model: leave that block before you copy it")
-        return super().__reduce_ex__(protocol)
+        return type(self).__new__(type(self))
 
     # -- precision --------------------------------------------------------------------------------
 

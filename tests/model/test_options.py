@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel
+from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel, load_task
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.report import EvaluationOptions
 from pahq_hf.search.arguments import AttributeOptions, DiscoverOptions, EvaluateOptions
@@ -219,6 +220,27 @@ def test_a_model_is_not_copied_while_a_circuit_is_applied() -> None:
         copy.deepcopy(model)
     prompts = padded_prompts("right")
     assert torch.equal(copy.deepcopy(model)(**prompts).logits, model(**prompts).logits)
+
+
+def test_a_model_that_is_pickled_says_what_to_do_instead(tmp_path: Path) -> None:
+    """Copies work; what goes to a file or another process is the configuration."""
+    model = PAHQModel.from_pretrained("demo")
+    prompts = {"input_ids": torch.tensor([[3, 5, 7]])}
+    logits = model(**prompts).logits
+    said = (
+        "cannot be pickled: keep its configuration with save_pretrained, and load it with PAHQModel.from_pre"
+    )
+    for act in (lambda: pickle.dumps(model), lambda: torch.save(model, tmp_path / "model.pt")):
+        with pytest.raises(ConfigError, match=said):
+            act()
+    deep, flat = copy.deepcopy(model), copy.copy(model)
+    assert flat.patched is model.patched and deep.patched is not model.patched
+    task = load_task("ioi", model.tokenizer, n=2)
+    scores = [each.attribute(task, topn=5, progress=False).scores for each in (model, deep, flat)]
+    assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
+    model.save_pretrained(tmp_path)
+    for other in (deep, flat, PAHQModel.from_pretrained(tmp_path)):
+        assert torch.equal(other(**prompts).logits, logits)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
