@@ -21,12 +21,12 @@ from pahq_hf.circuit.terminal import Terminated, printable, printable_notes, ter
 from pahq_hf.cli.attribute import attribute_command
 from pahq_hf.cli.compare import compare
 from pahq_hf.cli.discover import discover_command
-from pahq_hf.cli.evaluate import evaluate
+from pahq_hf.cli.evaluate import evaluate_command
 from pahq_hf.cli.export import export
 from pahq_hf.cli.extensions import load_extensions
 from pahq_hf.cli.families import families
 from pahq_hf.cli.import_ import import_
-from pahq_hf.cli.info import info
+from pahq_hf.cli.info import info_command
 from pahq_hf.cli.output import ClosedPipe, written_output
 from pahq_hf.cli.pull import pull
 from pahq_hf.cli.push import push
@@ -52,12 +52,13 @@ _INTERRUPTED = _SIGNALLED + 2
 _PIPE_CLOSED = _SIGNALLED + 13  # what a shell shows of commands that SIGPIPE ends
 
 
-app.command("info")(info)
+app.command("info")(info_command)
 app.command("families")(families)
 app.command("discover")(discover_command)
 app.command("attribute")(attribute_command)
 app.command("sweep")(sweep_command)
-for command in (evaluate, tasks, show, push, pull, export, import_, compare):
+app.command("evaluate")(evaluate_command)
+for command in (tasks, show, push, pull, export, import_, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

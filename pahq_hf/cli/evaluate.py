@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pahq_hf.circuit.files import output_path
-from pahq_hf.cli.options import (
-    CountOption,
-    DataSplitOption,
-    DeviceOption,
-    GgufOption,
-    JudgedMetricOption,
-    OffsetOption,
-    RevisionOption,
-    SeedOption,
-    ShuffleOption,
-    TaskOption,
-    ThreadsOption,
-    TokenOption,
-    TrustOption,
-    load_arguments,
-)
+from pahq_hf.cli.declared import Command
+from pahq_hf.cli.groups import SourceChoice, TaskChoice
+from pahq_hf.cli.options import DeviceOption, JudgedMetricOption, ThreadsOption
 from pahq_hf.cli.output import JsonOption, print_json, print_rich
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.threads import take_threads
@@ -36,12 +24,8 @@ if TYPE_CHECKING:
 def evaluate(
     circuit: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of a circuit.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'.")],
-    task: TaskOption,
-    n: CountOption = None,
-    seed: SeedOption = None,
-    split: DataSplitOption = None,
-    offset: OffsetOption = 0,
-    shuffle: ShuffleOption = False,
+    prompts: TaskChoice,
+    source: SourceChoice,
     metric: JudgedMetricOption = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="CPR, CMD and faithfulness over circuit size, by score.")
@@ -71,10 +55,6 @@ def evaluate(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-    gguf_file: GgufOption = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Judge a circuit on a task, in FP32."""
     from pahq_hf.circuit.circuit import Circuit
@@ -82,27 +62,28 @@ def evaluate(
     from pahq_hf.config import PAHQConfig
     from pahq_hf.evaluation.report import reference_facts
     from pahq_hf.model import PAHQModel
-    from pahq_hf.tasks.loading import check_choice, is_generated, load_task
+    from pahq_hf.tasks.loading import is_generated
 
-    # The seed of --completeness has a use of its own, whatever the prompts.
-    drawn = None if completeness and not shuffle and not is_generated(task) else seed
-    check_choice(
-        task, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle
-    )  # before a model is loaded
+    seed = prompts.seed or 0
+    if completeness and not prompts.shuffle and not is_generated(prompts.task):
+        prompts = replace(
+            prompts, seed=None
+        )  # that of --completeness has a use of its own, whatever the prompts
+    prompts.check()
     if plots is not None and not curve and reference is None:
         raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
-    found = Circuit.from_pretrained(circuit, token=token)
+    found = Circuit.from_pretrained(circuit, token=source.token)
     known = None if reference is None else _read_reference(reference)
     if known is not None:
         reference_facts(found, known)  # what does not fit should fail before the model runs
     if plots is not None:
         make_folder(plots)
     take_threads(threads)
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code, device)
+    arguments = source.arguments(device=device)
     pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
-    data = load_task(task, wrapped.tokenizer, n=n, seed=drawn, split=split, offset=offset, shuffle=shuffle)
+    data = prompts.load(wrapped.tokenizer)
     with make_progress(not as_json).phase("evaluating"):
         facts = wrapped.evaluate(
             found,
@@ -113,7 +94,7 @@ def evaluate(
             minimality=minimality,
             completeness=completeness,
             samples=samples,
-            seed=seed or 0,
+            seed=seed,
             reference=known,
         )
     if as_json:
@@ -129,6 +110,9 @@ def evaluate(
             from pahq_hf.circuit.render.plots import write_plots
 
             write_plots(facts, plots)
+
+
+evaluate_command = Command(evaluate)
 
 
 def _read_reference(path: Path) -> Circuit:

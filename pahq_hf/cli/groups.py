@@ -37,6 +37,7 @@ from pahq_hf.cli.options import (
     ThreadsOption,
     TokenOption,
     TrustOption,
+    load_arguments,
     read_bytes,
     read_policy,
 )
@@ -48,14 +49,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """Which model, and where it goes."""
+class SourceChoice:
+    """Which files of a model are read, and how."""
 
-    model: ModelArgument
     gguf_file: GgufOption = None
     revision: RevisionOption = None
     token: TokenOption = None
     trust_remote_code: TrustOption = False
+
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; `more` are further ones of `load_arguments`."""
+        return load_arguments(self.gguf_file, self.revision, self.token, self.trust_remote_code, **more)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and where it goes."""
+
+    model: ModelArgument
+    source: SourceChoice
     device: DeviceOption = None
     dtype: DtypeOption = "float32"
     base_model: BaseModelOption = None

@@ -6,20 +6,17 @@ from typing import Annotated
 
 import typer
 
+from pahq_hf.cli.declared import Command
+from pahq_hf.cli.groups import SourceChoice
 from pahq_hf.cli.options import (
     BudgetOption,
     FormatOption,
-    GgufOption,
     ModelArgument,
     PolicyOption,
     PrecisionOption,
-    RevisionOption,
     SplitOption,
     StoreOption,
     TablesOption,
-    TokenOption,
-    TrustOption,
-    load_arguments,
     read_bytes,
     read_policy,
 )
@@ -29,6 +26,7 @@ from pahq_hf.precision.threads import thread_facts
 
 def info(
     model: ModelArgument,
+    source: SourceChoice,
     precision: PrecisionOption = "pahq",
     fmt: FormatOption = "fp8",
     policy: PolicyOption = None,
@@ -39,10 +37,6 @@ def info(
     activation_store: StoreOption = "ram",
     split_kv_groups: SplitOption = False,
     as_json: JsonOption = False,
-    gguf_file: GgufOption = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Size of a model's graph and of a run on it, from its config and the headers of its files."""
     from pahq_hf.checkpoint.load import load_config, local_files
@@ -51,7 +45,7 @@ def info(
     from pahq_hf.config import PAHQConfig
     from pahq_hf.modeling.architectures.lookup import graph_spec
 
-    arguments = load_arguments(gguf_file, revision, token, trust_remote_code)
+    arguments = source.arguments()
     pahq = PAHQConfig(
         precision,
         fmt,
@@ -78,7 +72,7 @@ def info(
 
     files = local_files(model, **arguments)
     needs = report(
-        empty_model(config, split_kv_groups=split_kv_groups, trust_remote_code=trust_remote_code),
+        empty_model(config, split_kv_groups=split_kv_groups, trust_remote_code=source.trust_remote_code),
         pahq,
         n=n,
         length=length,
@@ -90,3 +84,6 @@ def info(
         print_json({**facts, "memory": needs.to_dict(), "threads": thread_facts()})
     else:
         print_rich(memory_table(needs, n, length), facts_table({"threads": thread_facts()}))
+
+
+info_command = Command(info)

@@ -11,7 +11,6 @@ from pahq_hf.circuit.files import CIRCUIT_NAME, SWEEP_NAME, read_json, refuse_ru
 from pahq_hf.cli.declared import chosen_options
 from pahq_hf.cli.ending import print_end
 from pahq_hf.cli.groups import ModelChoice, RunChoice, SearchChoice
-from pahq_hf.cli.options import load_arguments
 from pahq_hf.cli.output import exit_unverified, print_json, print_rich, say_resumed
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import CircuitError
@@ -106,15 +105,8 @@ def _load(model: ModelChoice, precision: PAHQConfig, run: RunChoice, out: Path) 
 
     found = RunSettings.of_run(out) if run.resume else RunSettings()
     take_threads(run.threads, found.threads)
-    arguments = load_arguments(
-        model.gguf_file,
-        model.revision,
-        model.token,
-        model.trust_remote_code,
-        model.device,
-        model.dtype,
-        found,
-        base_model=model.base_model,
+    arguments = model.source.arguments(
+        device=model.device, dtype=model.dtype, resumed=found, base_model=model.base_model
     )
     with make_progress(not run.as_json).phase(f"loading {model.model}"):
         return PAHQModel.from_pretrained(model.model, precision, **arguments)
