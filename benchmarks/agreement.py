@@ -27,6 +27,7 @@ from pahq_hf.errors import PAHQError
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
+from pahq_hf.search.subject import Subject
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\
@@ -188,8 +189,8 @@ def _discover(options: argparse.Namespace, variant: Variant) -> Circuit:
     model = PAHQModel.from_pretrained(options.model, variant.pahq)
     task: Task = load_task(options.task, model.tokenizer, n=options.n)
     acdc = ACDCConfig(threshold=options.threshold, metric=options.metric, margin=variant.margin)
-    where = model.patched, model.identity, task, model.pahq_config
-    run = Run(find_search("acdc"), acdc, *where, progress=False)
+    subject = Subject(model.patched, model.identity, task, model.pahq_config)
+    run = Run(find_search("acdc"), acdc, subject, progress=False)
     if variant.once:
         run.bench = _OnceBench(run.setting, clock=run.clock)
     circuit = run.run(folder, resume=True)

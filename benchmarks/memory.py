@@ -27,6 +27,7 @@ from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.batches import AdaptiveBatch
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
+from pahq_hf.search.subject import Subject
 from pahq_hf.tasks.base import Task
 
 _EPILOG = """\
@@ -80,8 +81,8 @@ def measure(options: argparse.Namespace, variant: Variant) -> MemoryRow:
         )
         budget = None if options.memory_budget is None else int(options.memory_budget * 1e6)
         engine = EngineConfig(memory_budget=budget, activation_store=options.activation_store)
-        where = model.patched, model.identity, task, model.pahq_config, engine
-        run = Run(find_search("acdc"), acdc, *where, progress=False)
+        subject = Subject(model.patched, model.identity, task, model.pahq_config, engine)
+        run = Run(find_search("acdc"), acdc, subject, progress=False)
         tests, kept, seconds = _search(run, options.stop_after)
     weights = model.patched.precision
     return MemoryRow(

@@ -42,6 +42,7 @@ from pahq_hf.search.kind import Options, OptionsT, SearchKind
 from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
 from pahq_hf.search.settings import RunSettings
+from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep import SweepRun
 from pahq_hf.search.sweep_result import Sweep
 from pahq_hf.tasks.base import Task
@@ -142,6 +143,9 @@ class PAHQModel(RunnableModel):
             yield replace(engine, engine=engine.engine or found.engine)
         finally:
             self._compute_as(own)
+
+    def _subject(self, task: Task, limits: EngineConfig) -> Subject:
+        return Subject(self.patched, self.identity, task, self.pahq_config, limits)
 
     def _compute_as(self, config: PAHQConfig) -> None:
         self.pahq_config = config
@@ -258,8 +262,7 @@ class PAHQModel(RunnableModel):
         kind = find_search("acdc")
         wanted = self._wanted(kind, task, config, engine, options, "sweep")
         with self._resumed(out, engine, resume) as limits:
-            where = self.patched, self.identity, task, self.pahq_config, limits
-            sweep = SweepRun(kind, wanted, thresholds, *where, progress=progress)
+            sweep = SweepRun(kind, wanted, thresholds, self._subject(task, limits), progress=progress)
             with self._at_work("the sweep"):
                 return sweep.run(out, resume=resume, take_over=take_over)
 
@@ -328,8 +331,7 @@ class PAHQModel(RunnableModel):
         progress: bool,
     ) -> Circuit:
         with self._resumed(out, engine, resume) as limits:
-            where = self.patched, self.identity, task, self.pahq_config, limits
-            run = Run(kind, wanted, *where, progress=progress)
+            run = Run(kind, wanted, self._subject(task, limits), progress=progress)
             with self._at_work("the search"):
                 return run.run(out, resume=resume, take_over=take_over)
 

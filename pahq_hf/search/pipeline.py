@@ -28,7 +28,6 @@ from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
 from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite, refuse_sweep
-from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
@@ -38,9 +37,7 @@ from pahq_hf.circuit.run_record import (
     TaskFacts,
 )
 from pahq_hf.circuit.verdict import announce
-from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.precision.threads import threads
@@ -52,9 +49,9 @@ from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
+from pahq_hf.search.subject import Subject
 from pahq_hf.search.verification import Judge
 from pahq_hf.search.work import RunFolder, Work
-from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import check_metric
 
 logger = logging.getLogger(__name__)
@@ -80,11 +77,7 @@ class Run(Generic[OptionsT]):
     Args:
         kind: The search.
         options: What is asked of it.
-        model: The patched model.
-        identity: What identifies the base model, stored with the circuit.
-        task: The prompts.
-        precision: The model's.
-        limits: Which engine computes metrics, and what it may take.
+        subject: The model on its prompts, and how it is computed.
         progress: Say on stderr how far it is.
 
     Attributes:
@@ -99,23 +92,20 @@ class Run(Generic[OptionsT]):
         self,
         kind: SearchKind[OptionsT],
         options: OptionsT,
-        model: PatchedModel,
-        identity: ModelIdentity,
-        task: Task,
-        precision: PAHQConfig,
-        limits: EngineConfig | None = None,
+        subject: Subject,
         *,
         progress: bool = True,
     ) -> None:
+        task = subject.task
         metric = options.metric or task.metric
         check_metric(metric, task)
         self.kind = kind
-        self.setting = Setting(model, task, metric, options.ablation, precision)
+        self.setting = Setting(subject.model, task, metric, options.ablation, subject.precision)
         self.options = kind.resolved(options, self.setting)
-        self.identity = identity
-        self.fingerprint = identity.fingerprint
+        self.identity = subject.identity
+        self.fingerprint = self.identity.fingerprint
         self.clock = RunClock()
-        self.limits = limits or EngineConfig()
+        self.limits = subject.limits
         self.lock: RunLock | None = None  # while it has a folder
         self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
 

@@ -29,10 +29,7 @@ from pahq_hf.circuit.files import (
     refuse_run,
     refuse_sweep,
 )
-from pahq_hf.circuit.identity import ModelIdentity
-from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.errors import ConfigError, RunError
-from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.precision.threads import threads
@@ -44,9 +41,9 @@ from pahq_hf.search.kind import OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.pipeline import Run, Searched, versions
 from pahq_hf.search.shared_answers import EngineCache
+from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep_result import SWEEP_NAME, Sweep, check_thresholds, threshold_folder
 from pahq_hf.search.verification import Judge
-from pahq_hf.tasks.base import Task
 
 
 class SweepRun(Generic[OptionsT]):
@@ -56,11 +53,7 @@ class SweepRun(Generic[OptionsT]):
         kind: The search; its options have a `threshold`.
         options: What is asked of it, but for the thresholds.
         thresholds: Values of tau.
-        model: The patched model.
-        identity: What identifies the base model, stored with circuits.
-        task: The prompts.
-        precision: The model's.
-        limits: Which engine computes metrics, and what it may take.
+        subject: The model on its prompts, and how it is computed.
         progress: Say on stderr how far it is.
 
     Raises:
@@ -74,20 +67,15 @@ class SweepRun(Generic[OptionsT]):
         kind: SearchKind[OptionsT],
         options: OptionsT,
         thresholds: Sequence[float],
-        model: PatchedModel,
-        identity: ModelIdentity,
-        task: Task,
-        precision: PAHQConfig,
-        limits: EngineConfig | None = None,
+        subject: Subject,
         *,
         progress: bool = True,
     ) -> None:
         if "threshold" not in kind.fields:
             raise ConfigError(f"search {kind.name!r} has no threshold to sweep over")
-        where = model, identity, task, precision, limits
         self._kind = kind
         self._runs = {
-            tau: Run(kind, kind.with_option(options, "threshold", tau), *where, progress=progress)
+            tau: Run(kind, kind.with_option(options, "threshold", tau), subject, progress=progress)
             for tau in check_thresholds(thresholds)
         }
         self._any = next(iter(self._runs.values()))
