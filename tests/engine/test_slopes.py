@@ -185,7 +185,7 @@ def test_every_family_has_slopes(kind: str, family: str) -> None:
     kept = random_edges(graph, 0.8, seed=2)
     engine.begin(kept)
     rounds = "moe" in family or family in ("mixtral", "cohere", "cohere_qk", "gptj")  # float32 in parts
-    step = 1e-2 if rounds else 1e-5
+    step = 1e-3 if rounds else 1e-5  # small enough that no token changes its experts
     ours, theirs = [], []
     for reader in some_readers(graph):
         candidates, writers = some_candidates(graph, reader)[:2], list(graph.in_edges(reader))[::3]
