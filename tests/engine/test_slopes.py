@@ -269,6 +269,7 @@ def test_slopes_change_nothing(kind: str, name: str, regime: str) -> None:
         assert slopes.trial.values == pytest.approx(before.values, rel=1e-6, abs=1e-7)
         assert engine.try_(reader, candidates) == before
         again = engine.slopes(reader, candidates, writers)
+        assert graphs_alive() == alive
         for other in (turned, again):
             assert np.array_equal(other.effects, slopes.effects) and other.trial == slopes.trial
         alone = engine.slopes(reader, candidates[1:2], writers[::2])
@@ -277,7 +278,6 @@ def test_slopes_change_nothing(kind: str, name: str, regime: str) -> None:
         engine.accept(slopes.trial, 1)
         after = engine.try_(reader, candidates[1:2])
         assert after.values == pytest.approx(before.values[1:2], rel=1e-5, abs=1e-6)
-    assert graphs_alive() == alive
     engine.finish()
 
 
