@@ -20,11 +20,25 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAHQ = "from pahq_hf.cli.app import main\nmain()"  # as `python -m pahq_hf` does
 _SERVER = """
-import atexit, json, os, signal, sys, tempfile, traceback
+import atexit, importlib, json, os, signal, sys, tempfile, traceback
+import huggingface_hub.constants, huggingface_hub.hf_api, huggingface_hub.file_download
 import torch, transformers, torchao
 import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 import transformers.models.gpt2.modeling_gpt2
+import matplotlib.backends.backend_agg, matplotlib.figure, safetensors.numpy
 import pahq_hf.cli.app, pahq_hf.model, pahq_hf.search.acdc, pahq_hf.engine.sparse.engine
+
+def reread_hub_settings():
+    # As huggingface_hub finds them in the environment when imported, everywhere they went by their name.
+    constants = huggingface_hub.constants
+    before = dict(vars(constants))
+    importlib.reload(constants)
+    new = {name: value for name, value in vars(constants).items() if name.isupper() and before[name] != value}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("huggingface_hub", "transformers"):
+            for setting in new.keys() & vars(module).keys():
+                setattr(module, setting, new[setting])
+    huggingface_hub.hf_api.api.endpoint = constants.ENDPOINT
 
 def child(code, arguments, environment, out, err):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the parent ignores it
@@ -32,6 +46,7 @@ def child(code, arguments, environment, out, err):
         os.dup2(os.open(path, os.O_RDWR if number else os.O_RDONLY), number)
     os.environ.clear()
     os.environ.update(environment)
+    reread_hub_settings()
     tempfile.tempdir = None  # of TMPDIR, whatever it was before
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = arguments
@@ -94,20 +109,24 @@ class Forked:
     Args:
         code: What it runs.
         *arguments: `sys.argv` after the program's name.
-        env: Added to the environment of this process.
+        env: Added to the environment of this process, or all of its own.
+        clean: Whether it is all.
     """
 
-    def __init__(self, code: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, code: str, *arguments: str, env: dict[str, str] | None = None, clean: bool = False
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
         for path in self._files:
             path.touch()
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        inherited = {} if clean else dict(os.environ)
         self.pid: int = _ask(
             {
                 "code": code,
                 "arguments": ["pahq", *arguments],
-                "environment": os.environ | threads | (env or {}),
+                "environment": inherited | threads | (env or {}),
                 "out": str(self._files[0]),
                 "err": str(self._files[1]),
             }
@@ -128,6 +147,6 @@ class Forked:
             return Ended(code, *(path.read_text() for path in self._files))
 
 
-def run_forked(code: str, *arguments: str, env: dict[str, str] | None = None) -> Ended:
+def run_forked(code: str, *arguments: str, env: dict[str, str] | None = None, clean: bool = False) -> Ended:
     """What code leaves that runs in a process of its own; arguments as `Forked`."""
-    return Forked(code, *arguments, env=env).ended()
+    return Forked(code, *arguments, env=env, clean=clean).ended()

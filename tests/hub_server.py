@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 import threading
 from dataclasses import dataclass, field
@@ -23,6 +21,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from huggingface_hub import RepoCard
 from yaml import YAMLError
+
+from tests.forked import Ended, run_forked
 
 Env = dict[str, str]
 _HEADS, _TAGS, _PULLS = "refs/heads/", "refs/tags/", "refs/pr/"
@@ -105,7 +105,6 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[tuple[str, str, int, str | None]] = []  # kind, text in the path, status, method
         self.lock = threading.RLock()
-        self.clients: list[ClientProcess] = []  # that end with the server
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -114,8 +113,6 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for client in self.clients:
-            client.close()
         self._http.shutdown()
         self._http.server_close()
 
@@ -354,42 +351,6 @@ def client_environment(hub: HubServer, home: Path, token: str | None = None, xet
     return env | {"HF_HUB_DISABLE_XET": str(int(not xet))} | ({"HF_TOKEN": token} if token else {})
 
 
-def run_client(code: str, env: Env) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own."""
-    command = (sys.executable, "-c", textwrap.dedent(code))
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-_ANSWER = """
-import contextlib, io, json, sys, traceback
-answers = sys.stdout
-for line in sys.stdin:
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            exec(json.loads(line), {"__name__": "__main__"})
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
-"""
-
-
-class ClientProcess:
-    """Runs one piece of Python code after another in a process of its own, as a notebook does."""
-
-    def __init__(self, env: Env) -> None:
-        pipe = subprocess.PIPE
-        command = (sys.executable, "-c", _ANSWER)
-        self._process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
-
-    def run(self, code: str) -> subprocess.CompletedProcess[str]:
-        """Run code, and wait for it."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(textwrap.dedent(code)) + "\n")
-        self._process.stdin.flush()
-        return subprocess.CompletedProcess(code, *json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
+def run_client(code: str, env: Env) -> Ended:
+    """Run Python code in a process of its own, which has read the environment and nothing from the Hub."""
+    return run_forked(textwrap.dedent(code), env=env, clean=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 
 from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.circuit.hub import signed
+from tests.forked import PAHQ, Ended, run_forked
 from tests.helpers import FP32, run_main
-from tests.hub_server import ClientProcess, HubServer, client_environment, run_client
+from tests.hub_server import HubServer, client_environment, run_client
 from tests.models import random_task, tiny_llama
 
 TOKENS = {"hf_mine": "me", "hf_other": "other"}
@@ -52,12 +55,10 @@ class Client:
         self, hub: HubServer, home: Path, token: str | None = "hf_mine", *, xet: bool = False
     ) -> None:
         self.env = client_environment(hub, home, token, xet)
-        self._process = ClientProcess(self.env)
-        hub.clients.append(self._process)
 
     def run(self, code: str) -> str:
-        done = self._process.run(code)
-        assert done.returncode == 0, done.stderr
+        done = run_client(code, self.env)
+        assert done.code == 0, done.stderr
         return done.stdout.strip()
 
     def fails(self, code: str) -> str:
@@ -282,7 +283,7 @@ def test_unknown_keys_warn_and_nothing_else_is_fetched(hub: HubServer, folder: P
     hub.create("me/newer", files | extra)
     client = Client(hub, tmp_path / "home")
     done = run_client(PULL.format(repo="me/newer", out=str(tmp_path / "out"), options={}), client.env)
-    assert done.returncode == 0 and "unknown keys in cfg are ignored: flavour" in done.stderr
+    assert done.code == 0 and "unknown keys in cfg are ignored: flavour" in done.stderr
     fetched = {request.path.rpartition("/")[2] for request in hub.requests if "resolve" in request.path}
     assert not fetched & {"evil.py", "x.pt"}
 
@@ -297,21 +298,23 @@ def test_a_pull_overwrites_nothing(hub: HubServer, folder: Path, tmp_path: Path)
 
 def test_the_command_line(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     client = Client(hub, tmp_path / "home")
-    command = "import sys; from pahq_hf.cli.app import main; sys.argv = {argv!r}; main()"
 
-    def pahq(*argv: str) -> Any:
-        return run_client(command.format(argv=["pahq", *argv]), client.env)
+    def pahq(*argv: str) -> Ended:
+        return run_forked(PAHQ, *argv, env=client.env, clean=True)
 
-    pushed = pahq("push", str(folder), "me/circuit", "--private", "--json")
+    command = [sys.executable, "-m", "pahq_hf", "push", str(folder), "me/circuit", "--private", "--json"]
+    pushed = subprocess.run(
+        command, env=client.env, capture_output=True, text=True
+    )  # one as a user starts it
     assert pushed.returncode == 0, pushed.stderr
     assert json.loads(pushed.stdout)["url"].startswith(hub.url) and hub.repos["me/circuit"].private
     pulled = pahq("pull", "me/circuit", "--out", str(tmp_path / "out"), "--json")
-    assert pulled.returncode == 0, pulled.stderr
+    assert pulled.code == 0, pulled.stderr
     same(Circuit.from_pretrained(tmp_path / "out"), Circuit.from_pretrained(folder))
     shown = pahq("show", "me/circuit", "--json")
     assert json.loads(shown.stdout)["cfg"]["n_layers"] == 2
     missing = pahq("pull", "me/nothing", "--out", str(tmp_path / "no"))
-    assert missing.returncode == 2 and missing.stdout == "" and not (tmp_path / "no").exists()
+    assert missing.code == 2 and missing.stdout == "" and not (tmp_path / "no").exists()
     assert len(missing.stderr.strip().splitlines()) == 1 and "no such repository" in missing.stderr
 
 

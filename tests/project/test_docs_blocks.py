@@ -10,7 +10,8 @@ import importlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from tests.blocks import (
     run_file,
     unfenced_code,
 )
+from tests.forked import Ended
 from tests.helpers import run_main
-from tests.hub_server import ClientProcess, HubServer, client_environment
+from tests.hub_server import HubServer, client_environment, run_client
+
+Reader = Callable[[str], Ended]
 
 FILES = documents()
 # Blocks that no test runs. Each says why in its file.
@@ -41,20 +45,19 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def reader(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> ClientProcess:
-    """A process of somebody logged in there, who has cloned the project."""
-    environment = client_environment(hub, tmp_path_factory.mktemp("home"), "token")
-    client = ClientProcess(environment | {"PYTHONPATH": str(ROOT)})
-    hub.clients.append(client)
-    return client
+@pytest.fixture
+def reader(hub: HubServer, tmp_path: Path) -> Reader:
+    """Somebody logged in there, who has cloned the project."""
+    return partial(
+        run_client, env=client_environment(hub, tmp_path / "home", "token") | {"PYTHONPATH": str(ROOT)}
+    )
 
 
-def run(file: str, hub: HubServer, reader: ClientProcess, folder: Path, *, exhaustive: bool = False) -> None:
+def run(file: str, hub: HubServer, reader: Reader, folder: Path, *, exhaustive: bool = False) -> None:
     """Run a file's blocks in an empty folder, with nothing on the Hub but the model."""
     hub.repos.clear()
     hub.create("gpt2", {path.name: path.read_bytes() for path in demo_path().iterdir() if path.is_file()})
-    ended = reader.run(
+    ended = reader(
         f"""
         import os
         from tests.blocks import run_file
@@ -62,18 +65,18 @@ def run(file: str, hub: HubServer, reader: ClientProcess, folder: Path, *, exhau
         run_file({file!r}, exhaustive={exhaustive})
         """
     )
-    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    assert ended.code == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if any(b.runs and not b.mark for b in blocks_of(f))])
-def test_blocks_run_on_few_examples(file: str, hub: HubServer, reader: ClientProcess, tmp_path: Path) -> None:
+def test_blocks_run_on_few_examples(file: str, hub: HubServer, reader: Reader, tmp_path: Path) -> None:
     run(file, hub, reader, tmp_path)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("file", [f for f in FILES if any(b.runs for b in blocks_of(f))])
 def test_blocks_run_as_written(
-    file: str, hub: HubServer, reader: ClientProcess, tmp_path: Path, smollm2_path: Path
+    file: str, hub: HubServer, reader: Reader, tmp_path: Path, smollm2_path: Path
 ) -> None:
     run(file, hub, reader, tmp_path, exhaustive=True)
 

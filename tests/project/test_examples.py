@@ -117,7 +117,7 @@ def test_share_on_hub(tmp_path: Path) -> None:
         runpy.run_path({str(EXAMPLES / "share_on_hub.py")!r}, run_name="__main__")
         """
         ended = run_client(code, client_environment(hub, tmp_path, "secret"))
-        assert ended.returncode == 0, ended.stderr
+        assert ended.code == 0, ended.stderr
         repo = hub.repos["me/demo-ioi"]
         assert repo.private and {"circuit.json", "README.md", "means.safetensors"} <= set(repo.files())
         assert figure("faithfulness on unseen prompts", ended.stdout) > 0.8

@@ -40,7 +40,7 @@ def client(hub: HubServer, home: Path, code: str, token: str | None = "hf_good",
     done = run_client(
         PRELUDE + code + "\nprint(json.dumps(result))", client_environment(hub, home, token, xet)
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
