@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,17 +49,15 @@ def fresh_engine(kind: str, name: str, regime: str) -> Engine:
     return new_engine(kind, name, regime)
 
 
-def without(kept: BoolArray, reader: int, gone: tuple[int, ...]) -> BoolArray:
+def without(graph: Graph, kept: BoolArray, reader: int, gone: Sequence[int]) -> BoolArray:
     """The circuit with exactly these edges into a reader gone."""
     fewer = kept.copy()
-    graph = engine_of("sparse", "llama", "fp32").graph
-    assert fewer.shape == graph.all_edges.shape
     fewer[reader] = graph.all_edges[reader]
     fewer[reader, list(gone)] = False
     return fewer
 
 
-def begun(engine: Engine, kept: BoolArray, reader: int, gone: tuple[int, ...]) -> float:
+def begun(engine: Engine, kept: BoolArray, reader: int, gone: Sequence[int]) -> float:
     """What an engine finds that knows of nothing but the circuit and the reader."""
     engine.begin(kept)
     return engine.try_(reader, [gone]).values[0]
@@ -93,21 +92,21 @@ def take(engine: Engine, step: Step, kept: BoolArray) -> BoolArray:
     elif step.call == "accept":
         trial = engine.try_(reader, sets)
         engine.accept(trial, len(sets) - 1)
-        return without(kept, reader, sets[-1])
+        return without(engine.graph, kept, reader, sets[-1])
     elif step.call == "cut":
         engine.cut(reader, sets[0])
-        return without(kept, reader, sets[0])
+        return without(engine.graph, kept, reader, sets[0])
     elif step.call == "look":
         engine.look_again(reader, sets)
     elif step.call == "focus":
         engine.focus(reader)
     elif step.call == "begin":
-        kept = without(kept, reader, sets[0])
+        kept = without(engine.graph, kept, reader, sets[0])
         engine.begin(kept)
     elif step.call == "finish":
         engine.finish()
     elif step.call == "metric_of":
-        engine.metric_of(without(kept, reader, sets[0]))
+        engine.metric_of(without(engine.graph, kept, reader, sets[0]))
     else:
         few = engine.graph.no_edges()
         few[reader, list(sets[0])] = True  # a whole circuit would take the hooks engine long
@@ -137,7 +136,7 @@ def test_after_any_calls_a_trial_is_that_of_a_fresh_engine(kind: str, regime: st
             expected = [begun(fresh, kept, last.reader, gone) for gone in trial.candidates]
             assert trial.values == pytest.approx(expected, abs=SLACK)
         looks = engine.look_again(last.reader, last.sets)
-        exact = [judge.metric_of(without(kept, last.reader, gone)) for gone in looks.candidates]
+        exact = [judge.metric_of(without(graph, kept, last.reader, gone)) for gone in looks.candidates]
         if regime in EXACT:
             assert looks.values == pytest.approx(exact, abs=5e-6)
         engine.finish()
@@ -164,10 +163,10 @@ def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> No
         engine.accept(trial, k)
         straight = engine.try_(first.reader, first.sets)
         assert straight.values[k] == pytest.approx(trial.values[k], abs=2e-6)
-        now = without(kept, first.reader, trial.candidates[k])
+        now = without(graph, kept, first.reader, trial.candidates[k])
         looks = engine.look_again(first.reader, first.sets)
         if regime in EXACT:
-            exact = [judge.metric_of(without(now, first.reader, gone)) for gone in looks.candidates]
+            exact = [judge.metric_of(without(graph, now, first.reader, gone)) for gone in looks.candidates]
             assert looks.values == pytest.approx(exact, abs=5e-6)
         if regime != "pahq":
             expected = [begun(fresh, now, first.reader, gone) for gone in straight.candidates]
@@ -183,7 +182,7 @@ def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> No
             again = engine.try_(first.reader, first.sets)
             assert again == straight if regime != "pahq-literal" else again.values == near(straight.values)
         engine.cut(other.reader, other.sets[0])
-        now = without(now, other.reader, other.sets[0])
+        now = without(graph, now, other.reader, other.sets[0])
         value = engine.try_(first.reader, first.sets[:1]).values[0]
         if (
             regime != "pahq" or other.reader != first.reader
@@ -227,6 +226,22 @@ def test_measuring_spoils_nothing(kind: str, regime: str) -> None:
         assert np.array_equal(engine.drop_each(few), effects)
 
     check()
+
+
+@pytest.mark.parametrize("kind", quick(KINDS, "sparse"))
+@pytest.mark.parametrize("name", quick(["gpt2", "llama_split", "gemma2"], "gpt2", "gemma2"))
+def test_edges_that_come_back_leave_nothing_of_their_absence(name: str, kind: str) -> None:
+    """Whatever reader is asked about next: what a node wrote without them is no part of what others read."""
+    engine, fresh = (make(kind, name, "fp32") for make in (engine_of, fresh_engine))
+    graph = engine.graph
+    for first in range(graph.logits_reader):
+        engine.begin(without(graph, graph.all_edges, first, graph.in_edges(first)))
+        engine.try_(first, [()])
+        engine.cut(first, ())
+        for reader in sorted({first + 1, graph.logits_reader}):
+            gone = graph.in_edges(reader)[:1]
+            expected = begun(fresh, graph.all_edges, reader, gone)
+            assert engine.try_(reader, [gone]).values == pytest.approx([expected], abs=SLACK), (first, reader)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_split", "gemma2"])

@@ -259,7 +259,7 @@ class CircuitState:
         node = self.graph.mlp_writer(layer)
         liveness = self.liveness[node]
         if liveness is Liveness.DEAD:
-            self._forget(node)
+            self._forget(node, changed)
             return
         if not self._refresh_input(reader, changed) and node not in changed and node in self.outputs:
             return
@@ -269,9 +269,11 @@ class CircuitState:
         self.shifts[node] = output - clean
         changed.add(node)
 
-    def _forget(self, node: int) -> None:
+    def _forget(self, node: int, changed: set[int]) -> None:
+        """Hold nothing of a node: nobody reads it, or it is below the floor now, where it is clean again."""
         self.outputs.pop(node, None)
-        self.shifts.pop(node, None)
+        if self.shifts.pop(node, None) is not None and self.is_read(node):
+            changed.add(node)
 
     # -- attention --------------------------------------------------------------------------------
 
@@ -281,7 +283,7 @@ class CircuitState:
         by_liveness: dict[Liveness, list[int]] = {}
         for head, node in enumerate(nodes):
             if self.liveness[node] is Liveness.DEAD:
-                self._forget(node)
+                self._forget(node, changed)
             else:
                 by_liveness.setdefault(self.liveness[node], []).append(head)
         if not by_liveness:
