@@ -10,6 +10,7 @@ from pahq_hf.config import Ablation, EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.hooks.gradient_runs import Runs
 from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
+from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -50,24 +51,32 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
     return cast(Engine, sparse)  # all but slopes, so far
 
 
-def make_referee(model: PatchedModel, task: Task, metric: str, ablation: Ablation) -> Referee:
-    """Build the engine that runs whole models, at the precision the model has now.
+def make_referee(
+    model: PatchedModel, task: Task, metric: str, ablation: Ablation, rule: RegimeRule | None = None
+) -> Referee:
+    """Build the engine that runs whole models.
 
     Args:
         model: The patched model.
         task: The prompts.
         metric: What to minimise.
         ablation: What stands in for removed edges.
+        rule: How low precision is used; by default everything is computed with weights as they are kept.
 
     Raises:
         TaskError: If the prompts do not fit the model.
         MetricError: If the task lacks what the metric needs, or a run's metric is NaN.
     """
-    return HooksEngine(model, task, metric, ablation=ablation)
+    return HooksEngine(model, task, metric, ablation=ablation, rule=rule)
 
 
 def make_dropper(
-    referee: Referee, model: PatchedModel, task: Task, metric: str, ablation: Ablation
+    referee: Referee,
+    model: PatchedModel,
+    task: Task,
+    metric: str,
+    ablation: Ablation,
+    rule: RegimeRule | None = None,
 ) -> Engine:
     """The engine that drops single edges of a circuit fastest: it computes only what each removal changes.
 
@@ -77,11 +86,12 @@ def make_dropper(
         task: The prompts.
         metric: What to minimise.
         ablation: What stands in for removed edges.
+        rule: How low precision is used, by the referee too.
     """
     ordered = bool((task.answer_rows.diff() >= 0).all())
     if not model.arch.sparse or not ordered:
         return referee
-    return cast(Engine, SparseEngine(model, task, metric, ablation=ablation))
+    return cast(Engine, SparseEngine(model, task, metric, ablation=ablation, rule=rule))
 
 
 def make_gradient_runs(setting: Setting) -> GradientRuns:

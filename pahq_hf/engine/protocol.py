@@ -2,7 +2,8 @@
 
 No order of calls is hidden in them. A removal set always says exactly which edges into a reader are gone,
 whatever went before; trying and measuring change nothing; only `begin`, `cut` and `accept` change the
-current circuit.
+current circuit. Nor does one engine notice another on the same model: what it raises to FP32, decodes and
+packs is its own, and in place inside its calls only (`engine.session`).
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class Engine(Protocol):
         """
 
     def finish(self) -> None:
-        """Leave the model as it was, and free what can be made again."""
+        """Free what can be made again; the model itself is as it was after every call."""
 
 
 class Referee(Engine, Protocol):

@@ -22,12 +22,14 @@ class RegimeRule:
             differences from it only.
         full_writers: Compute `a_w - c_w` of the tested edges' writers with FP32 weights too.
         compute: Dtype of products of low-precision weights with differences.
+        full: Compute everything in FP32, whatever weights are kept in.
     """
 
     raise_active: bool = False
     anchored: bool = False
     full_writers: bool = False
     compute: torch.dtype = torch.float32
+    full: bool = False
 
     @classmethod
     def of(cls, config: PAHQConfig, device: torch.device) -> RegimeRule:
@@ -42,3 +44,10 @@ class RegimeRule:
     def exactly(self, model: PatchedModel) -> AbstractContextManager[None]:
         """The precision of captured runs and of the current circuit."""
         return model.precision.full_precision() if self.anchored else nullcontext()
+
+    def always(self, model: PatchedModel) -> AbstractContextManager[None]:
+        """The precision of whatever an engine computes, where it says nothing else."""
+        return model.precision.full_precision() if self.full else nullcontext()
+
+
+EXACT = RegimeRule(full=True)

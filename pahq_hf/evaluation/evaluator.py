@@ -17,11 +17,13 @@ from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.config import Ablation
 from pahq_hf.engine.build import make_dropper, make_referee
 from pahq_hf.engine.hooks.apply import plain_substitute
+from pahq_hf.engine.regime_rule import EXACT
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.applied import applied_logits, partner_of
 from pahq_hf.evaluation.fits import check_shape
 from pahq_hf.evaluation.greedy_accuracy import accuracy
 from pahq_hf.modeling.patched_model import PatchedModel
+from pahq_hf.precision.holding import Holding
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric
 
@@ -45,9 +47,7 @@ class Evaluator:
             raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}; got {ablation!r}")
         self._model = model
         self._task = task
-        model.precision.deactivate()
-        with model.precision.full_precision():
-            self._engine = make_referee(model, task, metric, ablation)
+        self._engine = make_referee(model, task, metric, ablation, EXACT)
         self.metric: Metric = self._engine.metric
         self._ablation: Ablation = ablation
         self._kl = Metric("kl", task, self._engine.clean_logits, model.device)
@@ -66,13 +66,11 @@ class Evaluator:
 
     def logits(self, kept: BoolArray) -> Tensor:
         """Logits of an edge set. [rows, vocab]"""
-        with self._model.precision.full_precision():
-            return self._engine.logits(kept)
+        return self._engine.logits(kept)
 
     def metric_of(self, kept: BoolArray) -> float:
         """The metric of an edge set."""
-        with self._model.precision.full_precision():
-            return self._engine.metric_of(kept)
+        return self._engine.metric_of(kept)
 
     def drop_effects(self, kept: BoolArray) -> NDArray[np.float64]:
         """What removing each edge of a circuit alone adds to the metric.
@@ -85,12 +83,12 @@ class Evaluator:
         Returns:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
-        with self._model.precision.full_precision():
-            engine = make_dropper(self._engine, self._model, self._task, self.metric.name, self._ablation)
-            try:
-                return engine.drop_each(kept)
-            finally:
-                engine.finish()
+        name = self.metric.name
+        engine = make_dropper(self._engine, self._model, self._task, name, self._ablation, EXACT)
+        try:
+            return engine.drop_each(kept)
+        finally:
+            engine.finish()
 
     @cached_property
     def means(self) -> dict[str, NDArray[np.float32]]:
@@ -101,13 +99,14 @@ class Evaluator:
         """
         engine, task, by_mean = self._engine, self._task, self._ablation in ("mean", "mean-corrupted")
         one_length = int(task.attention_mask.sum(-1).unique().numel()) == 1
-        return circuit_means(
-            self._model,
-            task,
-            engine.substitute if by_mean else engine.corrupted,
-            task.clean_ids if self._ablation == "mean" else task.corrupted_ids,
-            by_position=by_mean or one_length,
-        )
+        with self._model.used_by(Holding()):  # whatever components somebody has in FP32
+            return circuit_means(
+                self._model,
+                task,
+                engine.substitute if by_mean else engine.corrupted,
+                task.clean_ids if self._ablation == "mean" else task.corrupted_ids,
+                by_position=by_mean or one_length,
+            )
 
     def applied(self, kept: BoolArray, found: str | None, means: Means | None, own: float) -> dict[str, Any]:
         """How well a circuit answers inside `PAHQModel.apply`, with corrupted prompts and without.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pahq_hf.circuit.graph import Graph
+from pahq_hf.errors import ConfigError
 from pahq_hf.modeling.architectures.architecture import Architecture
 from pahq_hf.modeling.architectures.lookup import find_architecture, graph_spec
 from pahq_hf.modeling.layers import Layer, patch_layer
@@ -18,6 +19,7 @@ from pahq_hf.modeling.norms import widen_norms
 from pahq_hf.modeling.untouched import check_supported, resident_device, token_embedding
 from pahq_hf.precision.active_components import ActiveComponents, Component, Part
 from pahq_hf.precision.embeddings import EmbeddingMatrix, patch_embedding
+from pahq_hf.precision.holding import Holding
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.weight_block import WeightBlock
 from pahq_hf.precision.weights import Shared
@@ -110,6 +112,21 @@ class PatchedModel:
         self.embedding_matrices = [top] if tied else [top, bottom]
         for table in self.embedding_matrices:
             table.shared = Shared(self.precision.mode)
+
+    @contextmanager
+    def used_by(self, holding: Holding) -> Iterator[None]:
+        """Inside, the model computes with what someone holds of its weights, and as they are kept.
+
+        Args:
+            holding: What is raised, decoded and packed; calls inside add to it.
+
+        Raises:
+            ConfigError: If a circuit is applied.
+        """
+        if self.is_applied:
+            raise ConfigError("a circuit is applied to this model: leave that block first")
+        with self.precision.mode.using(holding):
+            yield
 
     @contextmanager
     def exact_embeddings(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ Part = tuple[PAHQLinear, WeightBlock]
 
 
 class ActiveComponents:
-    """Raises one component at a time to FP32, or all of them.
+    """Raises one component at a time to FP32, or all of them, for whoever uses the model now.
 
     Args:
         parts: For every component (`a0.h1`, `m0`, ...) the weight blocks it owns, in the model's order.
@@ -28,7 +28,6 @@ class ActiveComponents:
         self._linears = linears
         self._names = list(parts)
         self._order = {name: place for place, name in enumerate(self._names)}
-        self._active: frozenset[Component] = frozenset()
         self.shared = Shared()
         for linear in linears:
             linear.shared = self.shared
@@ -46,7 +45,7 @@ class ActiveComponents:
     @property
     def active(self) -> frozenset[Component]:
         """Components that compute in FP32 now."""
-        return self._active
+        return self.mode.holding.active
 
     @property
     def is_low(self) -> bool:
@@ -70,10 +69,10 @@ class ActiveComponents:
             if name not in self._parts:
                 raise ConfigError(f"{name!r} is not a component of this model; they are named like a0.h1, m0")
         wanted = frozenset(components)
-        if wanted == self._active:
+        if wanted == self.active:
             return False
         self.deactivate()
-        self._active = wanted
+        self.mode.holding.active = wanted
         try:
             for name in wanted:
                 for linear, block in self._parts[name]:
@@ -87,17 +86,17 @@ class ActiveComponents:
     def _prefetch_next(self) -> None:
         """Read ahead what the search turns to next: the component before, in the order of the model."""
         self.shared.staging.forget()
-        places = [self._order[name] for name in self._active]
+        places = [self._order[name] for name in self.active]
         if places and min(places) > 0:
             for linear, block in self._parts[self._names[min(places) - 1]]:
                 linear.prefetch(block)
 
     def deactivate(self) -> None:
         """Free the FP32 weights of the active components."""
-        for name in self._active:
+        for name in self.active:
             for linear, _ in self._parts[name]:
                 linear.drop_raised()
-        self._active = frozenset()
+        self.mode.holding.active = frozenset()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -127,8 +126,7 @@ class ActiveComponents:
 
     def release(self) -> None:
         """Free the weights that stayed for another use."""
-        self.shared.cache.clear()
-        self.shared.full.allow(0)
+        self.mode.holding.release()
 
     def free_staging(self) -> None:
         """Give back the memory through which FP32 weights pass."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from pahq_hf.precision.anchors import Anchor
+from pahq_hf.precision.holding import Holding
 from pahq_hf.precision.products import Product
 
 Projection = TypeVar("Projection", bound=Hashable)
@@ -24,9 +25,11 @@ class Mode:
         anchors: Where projections start from.
         records: Where projections note down their products.
         streamed: FP32 products that were read for all that comes until their mode ends.
+        holding: What whoever uses the model now holds of its weights.
     """
 
     def __init__(self) -> None:
+        self.holding = Holding()
         self.is_full = False
         self.has_exact_embeddings = False
         self.anchors: dict[Hashable, Anchor] = {}
@@ -55,6 +58,11 @@ class Mode:
     def streaming(self, products: Mapping[Projection, Product]) -> AbstractContextManager[None]:
         """Inside full precision: let these serve for every product of their projections."""
         return self._with(streamed=self.streamed | dict(products.items()))
+
+    def using(self, holding: Holding) -> AbstractContextManager[None]:
+        """Inside, projections compute with what someone holds, in low precision, whatever the mode is now."""
+        plain = Mode()
+        return self._with(**(vars(plain) | {"holding": holding}))
 
     @contextmanager
     def _with(self, **attributes: Any) -> Iterator[None]:

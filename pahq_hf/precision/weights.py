@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, cast
@@ -27,15 +27,21 @@ class Shared:
 
     Attributes:
         mode: How projections compute at present.
-        cache: Decoded weights, and weights packed for products.
-        full: FP32 weights packed for products, which were read from the checkpoint; none by default.
         staging: The way of FP32 weights from the checkpoint.
     """
 
     mode: Mode = field(default_factory=Mode)
-    cache: WeightCache = field(default_factory=WeightCache)
-    full: WeightCache = field(default_factory=lambda: WeightCache(0))
     staging: Staging = field(default_factory=Staging)
+
+    @property
+    def cache(self) -> WeightCache:
+        """Decoded weights, and weights packed for products, of who uses the model now."""
+        return self.mode.holding.cache
+
+    @property
+    def full(self) -> WeightCache:
+        """FP32 weights packed for products, which were read from the checkpoint, likewise."""
+        return self.mode.holding.full
 
 
 class WeightMatrix(nn.Module):
@@ -60,7 +66,6 @@ class WeightMatrix(nn.Module):
         self.low: nn.Module | None = None
         self.shared = Shared()
         self.source_block: SourceBlock | None = None  # where FP32 values are read, if not resident
-        self._raised: list[tuple[WeightBlock, Tensor | None]] = []  # None: read when wanted
         self._compute = torch.float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -144,7 +149,7 @@ class WeightMatrix(nn.Module):
             values = self._source.view(block.rows, block.cols)  # fails if the checkpoint changed
             # On the CPU no copy is kept: products are packed from the mapped file.
             values = None if self._device.type == "cpu" else values.to(self._device)
-        self._raised.append((block, values))
+        self.shared.mode.holding.raised.setdefault(self, []).append((block, values))
 
     def prefetch(self, block: WeightBlock) -> None:
         """Let the FP32 values of a block come in the background: into memory, or to the GPU."""
@@ -159,9 +164,13 @@ class WeightMatrix(nn.Module):
 
     def drop_raised(self) -> None:
         """Free every FP32 block."""
-        if self._raised:
+        if self.shared.mode.holding.raised.pop(self, None):
             self.shared.cache.drop(self, "product")
-            self._raised.clear()
+
+    @property
+    def _raised(self) -> Sequence[tuple[WeightBlock, Tensor | None]]:
+        """FP32 blocks in use, and their values; None: read when wanted."""
+        return self.shared.mode.holding.raised.get(self, ())
 
     @property
     def is_raised(self) -> bool:

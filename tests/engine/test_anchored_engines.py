@@ -199,7 +199,7 @@ class Trio:
             for r in later[:1]:
                 assert near(engine.focus(r), self.judge.metric_of(kept))
             engine.finish()
-            assert not engine.model.precision.active
+            assert not engine.session.holding.active
 
 
 @pytest.mark.parametrize("kind", KINDS)

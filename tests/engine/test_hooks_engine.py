@@ -294,7 +294,6 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
     attention, d_head = literal.patched.layers[1].attention, literal.patched.layers[1].attention.d_head
     low = {kind: getattr(attention, f"{kind}_proj").dense() for kind in "qkvo"}
     low_corrupted = capture(literal.patched, task, task.corrupted_ids)
-    size = literal.patched.precision.nbytes
     assert engine.begin(engine.graph.all_edges) == pytest.approx(0, abs=1e-12)
     measured = engine.focus(engine.graph.reader_index(label))
     try:
@@ -302,7 +301,8 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
         for kind in "qkvo":
             # Rows of q, k, v (keys and values by group) and columns of o are FP32, exactly the active ones.
             mine = sorted({head // 2 for head in heads}) if kind in "kv" else heads
-            now = getattr(attention, f"{kind}_proj").dense()
+            with engine.session():
+                now = getattr(attention, f"{kind}_proj").dense()
             blocks, before, exact = (
                 (t.T if kind == "o" else t).unflatten(0, (-1, d_head)) for t in (now, low[kind], full[kind])
             )
@@ -310,11 +310,12 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
                 assert torch.equal(blocks[block], (exact if block in mine else before)[block])
                 assert not torch.equal(before[block], exact[block])
         # The metric is that of the full model so raised, against the reference of the run: all low.
-        raised = answer_logits(literal.patched, task, task.clean_ids)
+        with engine.session():
+            raised = answer_logits(literal.patched, task, task.clean_ids)
+            fresh = capture(literal.patched, task, task.corrupted_ids).z[1]
         assert measured == pytest.approx(Metric("kl", task, engine.clean_logits)(raised), abs=1e-7)
         assert measured is not None and measured > 1e-6
         # In the corrupted run too the active heads' outputs are those of FP32 weights ...
-        fresh = capture(literal.patched, task, task.corrupted_ids).z[1]
         assert distance(engine.substitute.z[1], fresh.double()) < 1e-6
         assert (fresh[:, :, heads] - low_corrupted.z[1][:, :, heads]).abs().max() > 1e-3
         # ... and everything else in it is the constant it was.
@@ -323,8 +324,7 @@ def test_focus_raises_the_active_heads_in_both_runs(literal: PAHQModel, label: s
         assert engine.focus(engine.graph.reader_index(label)) is None  # nothing changes the second time
     finally:
         engine.finish()
-    assert not literal.patched.precision.active
-    assert literal.patched.precision.nbytes == size
+    assert not engine.session.holding.active and not engine.session.holding.raised
     assert all(map(torch.equal, engine.substitute.z, low_corrupted.z))
     assert engine.metric_of(engine.graph.all_edges) == pytest.approx(0, abs=1e-12)
     for kind in "qkvo":
@@ -340,14 +340,15 @@ def test_focus_on_an_mlp_and_on_logits(literal: PAHQModel) -> None:
     try:
         assert engine.focus(graph.logits_reader) is None  # final norm and unembedding are FP32 anyway
         assert engine.focus(graph.reader_index("m0")) is not None
-        assert literal.patched.precision.active == {"m0"}
-        fresh = capture(literal.patched, task, task.corrupted_ids).mlp[0]
+        assert engine.session.holding.active == {"m0"}
+        with engine.session():
+            fresh = capture(literal.patched, task, task.corrupted_ids).mlp[0]
         assert torch.equal(engine.substitute.mlp[0], fresh)
         assert not torch.equal(fresh, low.mlp[0])
         # From one component to the next: the first goes back to what it was.
         assert engine.focus(graph.reader_index("a0.h1<q>")) is not None
         assert torch.equal(engine.substitute.mlp[0], low.mlp[0])
-        assert literal.patched.precision.active == {"a0.h1"}
+        assert engine.session.holding.active == {"a0.h1"}
         assert engine.focus(graph.logits_reader) == pytest.approx(0, abs=1e-12)
     finally:
         engine.finish()
@@ -368,4 +369,4 @@ def test_focus_leaves_fixed_ablations_alone(literal: PAHQModel, ablation: Any) -
 def test_without_raising_nothing_is_raised(literal: PAHQModel) -> None:
     engine = engine_of(literal, random_task())
     assert engine.focus(engine.graph.reader_index("a1.h2<q>")) is None
-    assert not literal.patched.precision.active
+    assert not engine.session.holding.active

@@ -20,7 +20,7 @@ from tests.helpers import random_edges, wrapped
 from tests.models import random_task
 from tests.tiers import quick
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = pytest.mark.crossing
 
 TASK = random_task(batch=3, length=6, padding="right", seed=17)
 REGIMES = ("fp32", "pahq", "pahq-literal", "rtn")
@@ -61,11 +61,6 @@ def begun(engine: Engine, kept: BoolArray, reader: int, gone: Sequence[int]) -> 
     """What an engine finds that knows of nothing but the circuit and the reader."""
     engine.begin(kept)
     return engine.try_(reader, [gone]).values[0]
-
-
-def near(values: tuple[float, ...]) -> Any:
-    """Equal but for the last bits."""
-    return pytest.approx(values, abs=1e-6)
 
 
 class Step(NamedTuple):
@@ -140,7 +135,6 @@ def test_after_any_calls_a_trial_is_that_of_a_fresh_engine(kind: str, regime: st
         if regime in EXACT:
             assert looks.values == pytest.approx(exact, abs=5e-6)
         engine.finish()
-        assert not wrapped("llama", regime=regime).patched.precision.active
 
     check()
 
@@ -171,7 +165,7 @@ def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> No
         if regime != "pahq":
             expected = [begun(fresh, now, first.reader, gone) for gone in straight.candidates]
             assert straight.values == pytest.approx(expected, abs=SLACK)
-        # The same when it was not the last trial, nor this engine's own; weights raised anew are packed anew.
+        # The same when it was not the last trial, nor this engine's own.
         foreign = Trial.of(first.reader, first.sets, [0.0] * len(first.sets))
         for late in (trial, foreign):
             engine.begin(kept)
@@ -180,7 +174,7 @@ def test_an_accepted_trial_is_the_circuit_it_tried(kind: str, regime: str) -> No
             engine.metric_of(random_edges(graph, 0.5, seed + 1))
             engine.accept(late, k)
             again = engine.try_(first.reader, first.sets)
-            assert again == straight if regime != "pahq-literal" else again.values == near(straight.values)
+            assert again == straight
         engine.cut(other.reader, other.sets[0])
         now = without(graph, now, other.reader, other.sets[0])
         value = engine.try_(first.reader, first.sets[:1]).values[0]

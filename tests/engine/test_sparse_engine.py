@@ -154,15 +154,14 @@ def test_low_precision_regimes_decide_as_the_hooks_engine_does(family: str, regi
     raised = regime == "pahq-literal"
     for order in ("acdc", "head"):
         acdc = ACDCConfig(threshold=0.02, order=order)
-        slow = search(HooksEngine(model.patched, task, "kl", rule=RegimeRule(raise_active=raised)), acdc)
-        fast = search(
-            SparseEngine(model.patched, task, "kl", rule=RegimeRule(raise_active=raised)),
-            acdc,
-            batch=AdaptiveBatch(),
-        )
+        rule = RegimeRule(raise_active=raised)
+        hooks = HooksEngine(model.patched, task, "kl", rule=rule)
+        sparse = SparseEngine(model.patched, task, "kl", rule=rule)
+        slow = search(hooks, acdc)
+        fast = search(sparse, acdc, batch=AdaptiveBatch())
         np.testing.assert_array_equal(slow.kept, fast.kept)
         np.testing.assert_allclose(slow.scores, fast.scores, atol=1e-5)
-        assert not model.patched.precision.active
+        assert not any(engine.session.holding.active for engine in (hooks, sparse))
 
 
 def test_a_search_resumed_anywhere_repeats_to_the_bit() -> None:

@@ -308,8 +308,9 @@ def test_a_literal_search_continued_from_any_record_is_the_same(order: Any) -> N
     """The paper's rule carries state from reader to reader: which component is FP32 now."""
     config = ACDCConfig(threshold=0.05, metric="kl", order=order)
     model = wrapped("gpt2", regime="pahq-literal").patched
-    whole = search(HooksEngine(model, TASK, "kl", rule=RegimeRule(raise_active=True)), config)
-    assert not model.precision.active
+    engine = HooksEngine(model, TASK, "kl", rule=RegimeRule(raise_active=True))
+    whole = search(engine, config)
+    assert not engine.session.holding.active
     for cut in range(0, len(whole.records) + 1, 4):
         engine = HooksEngine(model, TASK, "kl", rule=RegimeRule(raise_active=True))
         rest = search(engine, config, done=whole.records[:cut])

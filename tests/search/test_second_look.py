@@ -77,7 +77,7 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, compute: Any, na
         ours = search(engine, endless, batch=AdaptiveBatch() if kind == "sparse" else FixedBatch(3))
         assert_same_decisions(ours, exact)
         assert np.abs(ours.scores - exact.scores).max() <= 1e-5
-        assert not model.precision.active
+        assert not engine.session.holding.active
         for record in ours.records:
             assert record.looks >= len(record.scores)
             assert (record.looks == len(record.scores)) or record.changed

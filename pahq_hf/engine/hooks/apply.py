@@ -123,7 +123,6 @@ def plain_substitute(model: PatchedModel, found: str | None, means: Means | None
     chosen = zero_means(model) if found == "zero" else means
     if chosen is None:
         return None
-    model.precision.deactivate()
     with model.precision.full_precision():
         return MeanActivations(model, chosen)
 
@@ -163,7 +162,6 @@ def substitute_of(
         raise ConfigError("give either corrupted prompts or mean activations, not both")
     if corrupted is not None:
         ids, mask = read_prompts(corrupted, mask)
-        model.precision.deactivate()
         return Partner(model, ids, mask), CORRUPTED
     found = circuit.record.arguments.ablation if means is None else None
     carried = circuit.means if means is None else means

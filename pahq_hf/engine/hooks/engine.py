@@ -24,6 +24,7 @@ from pahq_hf.engine.hooks.raised import RaisedSubstitute
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.regime_rule import RegimeRule
+from pahq_hf.engine.session import Session, in_session
 from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -36,7 +37,7 @@ class HooksEngine:
     """Metric and logits of any circuit, by running the Hugging Face model with patched readers.
 
     Args:
-        model: The patched model. Its precision at construction is the one of the captured runs.
+        model: The patched model.
         task: The prompts.
         metric: What to minimise.
         ablation: What stands in for removed edges.
@@ -65,7 +66,9 @@ class HooksEngine:
         self.task = task
         self.graph: Graph = model.graph
         self._rule = rule or RegimeRule()
-        runs = TaskRuns.of(model, task, metric, ablation, self._rule, store)
+        self.session = Session(model, self._rule)
+        with self.session():
+            runs = TaskRuns.of(model, task, metric, ablation, self._rule, store)
         clean, self.corrupted, self.substitute = runs.clean, runs.corrupted, runs.substitute
         self.metric, self.clean_logits = runs.metric, clean.logits
         self._clean = Activations(logits=clean.logits, final_out=clean.final_out)  # the rest may go
@@ -78,6 +81,7 @@ class HooksEngine:
 
     # -- any circuit ------------------------------------------------------------------------------
 
+    @in_session
     def logits(self, kept: BoolArray) -> Tensor:
         """Logits of a circuit at the answer positions, exact in how they differ from the full model's.
 
@@ -92,6 +96,7 @@ class HooksEngine:
         with self._passes.without_anchors(), self._rule.exactly(self.model):
             return self._run(self.graph.all_edges & ~kept)
 
+    @in_session
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit."""
         return self._value(self.logits(kept))
@@ -114,12 +119,14 @@ class HooksEngine:
 
     # -- the current circuit ------------------------------------------------------------------------
 
+    @in_session
     def begin(self, kept: BoolArray) -> float:
         """Make an edge set the current circuit; its metric."""
         self._unraise()  # what is raised depends on the reader that comes into focus next
         self._removed = self.graph.all_edges & ~kept
         return self._measure_exactly() if self._rule.anchored else self._measure(self._removed)
 
+    @in_session
     def focus(self, reader: int) -> float | None:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
         self._reader = reader
@@ -134,12 +141,14 @@ class HooksEngine:
         self._passes.use(self._passes.fitting(lambda: self._raised.recompute(reader)))
         return self._measure(self._removed)
 
+    @in_session
     def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """Metric with exactly each candidate's edges into `reader` gone."""
         if reader != self._reader:
             self.focus(reader)
         return Trial.of(reader, candidates, [self._measure(self._without(reader, c)) for c in candidates])
 
+    @in_session
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32."""
         if reader != self._reader:
@@ -148,6 +157,7 @@ class HooksEngine:
             values = [self._measure(self._without(reader, writers)) for writers in candidates]
         return Trial.of(reader, candidates, values)
 
+    @in_session
     def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
         """How the metric moves, to first order, as edges into a reader go; two runs for each candidate."""
         self.metric.check_gradient()
@@ -180,14 +190,17 @@ class HooksEngine:
             self._reader = None  # tests start from another circuit now
 
     def finish(self) -> None:
-        """Leave the model as it was."""
-        self.model.precision.release()
-        self._unraise()
+        """Free what can be made again."""
+        self.session.end()
+        self._lose_focus()
 
     def _unraise(self) -> None:
         """Go back to where no reader is in focus."""
-        self._reader = None
         self.model.precision.deactivate()
+        self._lose_focus()
+
+    def _lose_focus(self) -> None:
+        self._reader = None
         self._raised.undo()
         self._passes.use(self.substitute)
         self._passes.drop_anchors()

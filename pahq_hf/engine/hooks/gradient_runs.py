@@ -12,6 +12,7 @@ from pahq_hf.config import Ablation
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.regime_rule import RegimeRule
+from pahq_hf.engine.session import Session, in_session
 from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
@@ -47,7 +48,9 @@ class Runs:
         self.graph: Graph = model.graph
         self._task = task
         self._rule = rule
-        runs = TaskRuns.of(model, task, metric, ablation, rule)
+        self.session = Session(model, rule)
+        with self.session():
+            runs = TaskRuns.of(model, task, metric, ablation, rule)
         self.clean, self.corrupted, self.substitute = runs.clean, runs.corrupted, runs.substitute
         self.metric = runs.metric
 
@@ -79,7 +82,7 @@ class Runs:
     def gradients(self, part: Part, embedding: Tensor) -> ReaderGradients:
         """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
         forward = self._rule.exactly(self.model)
-        return reader_gradients(self.model, part.task, part.metric, embedding, forward)
+        return reader_gradients(self.model, part.task, part.metric, embedding, self.session, forward)
 
     def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.
@@ -93,6 +96,7 @@ class Runs:
         for tokens in part.real.split(max(1, _DIFFERENCE_BYTES // per_token)):
             yield tokens, self._differences(part.examples, tokens)
 
+    @in_session
     @torch.no_grad()
     def _differences(self, examples: slice, tokens: Tensor) -> Tensor:
         clean, other = self.clean, self.substitute

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pahq_hf.capture.recording import forward_to_answers
 from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.engine.session import Session
 from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -32,7 +33,8 @@ class ReaderGradients:
     """Gradients of one backward pass.
 
     Attributes:
-        model: The patched model, at the precision that gradients run through whenever they are asked for.
+        model: The patched model.
+        session: Puts it into the precision that gradients run through.
         streams: Per layer, the stream its heads read. [batch, pos, d_model]
         heads: Per layer, gradients of queries, keys and values before norm and rotation, one entry for each
             reader. [batch, entry, pos, d_head]
@@ -41,6 +43,7 @@ class ReaderGradients:
     """
 
     model: PatchedModel
+    session: Session
     streams: list[Tensor] = field(default_factory=list)
     heads: list[dict[ReaderKind, Tensor]] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
@@ -63,7 +66,8 @@ class ReaderGradients:
             stream = self.streams[number].flatten(0, 1)[tokens]
             for kind in HEAD_KINDS:
                 y = self.heads[number][kind].transpose(0, 1).flatten(1, 2)[:, tokens]
-                gradients = _before_norm(model.layers[number], kind, stream, y)
+                with self.session():
+                    gradients = _before_norm(model.layers[number], kind, stream, y)
                 yield graph.layer_readers(number, kind), gradients
 
 
@@ -99,22 +103,24 @@ def reader_gradients(
     part: Task,
     metric: Metric,
     embedding: Tensor,
+    session: Session,
     forward: AbstractContextManager[None],
 ) -> ReaderGradients:
     """Gradients of a metric on some examples.
 
     Args:
-        model: The patched model. Gradients run through its weights at its precision outside of `forward`.
+        model: The patched model.
         part: The examples.
         metric: The metric of these examples.
         embedding: What the `input` writer writes, in place of the prompts' own. [batch, pos, d_model]
+        session: Puts the model into the precision that gradients run through.
         forward: The precision of the forward pass, and so of all activations.
 
     Returns:
         The gradients.
     """
-    taps = _Taps(model, embedding)
-    with model.exact_embeddings(), torch.enable_grad():
+    taps = _Taps(model, embedding, session)
+    with session(), model.exact_embeddings(), torch.enable_grad():
         with forward, hooks(*taps.register()):
             logits = forward_to_answers(model, part, part.clean_ids)
         value = metric.followed(logits)
@@ -125,10 +131,10 @@ def reader_gradients(
 class _Taps:
     """Hooks that note down the tensors where gradients are wanted, in one forward pass."""
 
-    def __init__(self, model: PatchedModel, embedding: Tensor) -> None:
+    def __init__(self, model: PatchedModel, embedding: Tensor, session: Session) -> None:
         self._model = model
         self._embedding = embedding.detach().clone().requires_grad_()
-        self._found = ReaderGradients(model)
+        self._found = ReaderGradients(model, session)
 
     def register(self) -> list[Any]:
         """Put all hooks in place; the caller removes them."""
@@ -151,6 +157,7 @@ class _Taps:
         """Gradients, in that order, in the place of what was noted down."""
         return ReaderGradients(
             self._model,
+            self._found.session,
             streams=self._found.streams,
             heads=[{kind: next(gradients) for kind in HEAD_KINDS} for _ in self._found.heads],
             mlps=[next(gradients) for _ in self._found.mlps],

@@ -30,6 +30,7 @@ from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Trial
 from pahq_hf.engine.regime_rule import RegimeRule
+from pahq_hf.engine.session import Session, in_session
 from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.engine.sparse.buffers import Buffers
@@ -54,7 +55,7 @@ class SparseEngine:
     """Computes only what an edge can change.
 
     Args:
-        model: The patched model. Its precision at construction is the one of the captured runs.
+        model: The patched model.
         task: The prompts.
         metric: What to minimise.
         ablation: What stands in for removed edges.
@@ -87,9 +88,10 @@ class SparseEngine:
         self._rule = rule = rule or RegimeRule()
         store = store or MemoryStore()
         self._memory = MemoryBudget(memory_budget, model)
-        self._memory.bound(model.precision)
+        self.session = Session(model, rule)
         room = memory_for("what the sparse engine keeps of the clean run", model.device)
-        with self.phases("capture"), torch.no_grad(), self._rule.exactly(self.model), room:
+        with self.phases("capture"), torch.no_grad(), self.session(), rule.exactly(model), room:
+            self._memory.bound(model.precision)
             runs = TaskRuns.of(model, task, metric, ablation, rule, store)
             clean, corrupted, substitute = runs.clean, runs.corrupted, runs.substitute
             # Without anchors raising a component changes it at every token, also before the prompts differ.
@@ -127,12 +129,14 @@ class SparseEngine:
 
     # -- any circuit ------------------------------------------------------------------------------
 
+    @in_session
     @torch.no_grad()
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit, from the live nodes only."""
-        with self._raised.lowered():
+        with self._raised.lowered(self._state):
             return self._fitting(lambda: self._measured(kept, self._floor_of(kept))[1])
 
+    @in_session
     @torch.no_grad()
     def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
         """What removing each edge of a circuit alone adds to the metric.
@@ -145,7 +149,7 @@ class SparseEngine:
         Returns:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
-        with self._raised.lowered():
+        with self._raised.lowered(self._state):
             # Of a finished circuit every node may differ from the clean run.
             state, before = self._fitting(lambda: self._measured(kept, 1))
             return drop_each(state, kept, before, self._measuring, self._memory, self._fitting)
@@ -195,6 +199,7 @@ class SparseEngine:
 
     # -- the current circuit ------------------------------------------------------------------------
 
+    @in_session
     @torch.no_grad()
     def begin(self, kept: BoolArray) -> float:
         """Make an edge set the current circuit; its metric."""
@@ -213,6 +218,7 @@ class SparseEngine:
         self._state = state
         return state
 
+    @in_session
     @torch.no_grad()
     def focus(self, reader: int) -> float | None:
         """Turn to a reader; the metric measured again when that changed what tests start from."""
@@ -248,6 +254,7 @@ class SparseEngine:
         assert self._focus is not None and self._state is not None
         return self._focus, self._state
 
+    @in_session
     @torch.no_grad()
     def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """Metric with exactly each candidate's edges into `reader` gone.
@@ -282,6 +289,7 @@ class SparseEngine:
             delta = focus.changes(candidates)
         return self._measuring.metrics(state, focus.reader, delta, state.arithmetic, focus.nbytes)
 
+    @in_session
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32.
@@ -305,6 +313,7 @@ class SparseEngine:
         """Remove exactly these edges into a reader from the current circuit."""
         self._move(reader, writers, [writers])
 
+    @in_session
     @torch.no_grad()
     def _move(self, reader: int, gone: Sequence[int], tried: Sequence[Sequence[int]]) -> None:
         self._kept[reader] = self.graph.all_edges[reader]
@@ -314,10 +323,8 @@ class SparseEngine:
         else:
             self._focus.move(gone, tried)
 
-    @torch.no_grad()
     def finish(self) -> None:
-        """Leave the model as it was."""
+        """Free what can be made again."""
         self._focus = self._state = None
-        self.model.precision.release()
+        self.session.end()
         self._buffers.clear()
-        self.model.precision.deactivate()

@@ -64,18 +64,22 @@ class RaisedNode:
         return before | touched
 
     @contextmanager
-    def lowered(self) -> Iterator[None]:
-        """Inside, no node is raised: what is measured does not depend on who is in focus."""
+    def lowered(self, state: CircuitState | None) -> Iterator[None]:
+        """Inside, no node is raised: what is measured does not depend on who is in focus.
+
+        Args:
+            state: That of the current circuit. What is packed for it is so afterwards: products that are
+                packed differ from others in their last bits.
+        """
         precision = self._model.precision
-        active = precision.active if self._rule.raise_active else frozenset[str]()
-        if not active:
-            yield
-            return
+        active = precision.active
         precision.deactivate()
         try:
             yield
         finally:
             precision.activate(*active)
+        if state is not None:
+            self._fitting(state.hold_weights)
 
     def _touched(self, components: frozenset[str]) -> set[int]:
         """Nodes that compute with weights of some components: heads share k, v and maybe a norm."""

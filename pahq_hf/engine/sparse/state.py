@@ -168,7 +168,7 @@ class CircuitState:
             self._floor, self._tested = floor, tested
             if moved or dirty:
                 dirty |= self._update_liveness()
-            self._hold_weights()
+            self.hold_weights()
             with self.arithmetic.state_precision():
                 self._refresh(dirty, set(changed_nodes))
         except BaseException:
@@ -183,7 +183,7 @@ class CircuitState:
         for held in (self.inputs, self.outputs, self.shifts, self.attention, self._bases, self._writers):
             held.clear()
 
-    def _hold_weights(self) -> None:
+    def hold_weights(self) -> None:
         """Keep decoded what every batch needs: live nodes' weights, and all output projections."""
         graph = self.graph
         self._cache.turn()

@@ -70,7 +70,6 @@ def edge_scores(
     check_gradient(method, setting.metric)
     if method == "random":
         return random_scores(setting.graph, seed)
-    setting.model.precision.deactivate()
     if method == "exact":
         engine, known = captures.engine, known or {}
         done = sum(map(len, known.values()))
