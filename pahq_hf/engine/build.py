@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import cast
 
 from pahq_hf.capture.store import make_store
 from pahq_hf.config import Ablation, EngineConfig
@@ -39,7 +38,7 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
         )
     if config.engine == "hooks" or not model.arch.sparse:
         return HooksEngine(model, task, metric, ablation=ablation, rule=rule, store=store)
-    sparse = SparseEngine(
+    return SparseEngine(
         model,
         task,
         metric,
@@ -48,7 +47,6 @@ def make_engine(setting: Setting, config: EngineConfig) -> Engine:
         memory_budget=config.memory_budget,
         store=store,
     )
-    return cast(Engine, sparse)  # all but slopes, so far
 
 
 def make_referee(
@@ -91,7 +89,7 @@ def make_dropper(
     ordered = bool((task.answer_rows.diff() >= 0).all())
     if not model.arch.sparse or not ordered:
         return referee
-    return cast(Engine, SparseEngine(model, task, metric, ablation=ablation, rule=rule))
+    return SparseEngine(model, task, metric, ablation=ablation, rule=rule)
 
 
 def make_gradient_runs(setting: Setting) -> GradientRuns:

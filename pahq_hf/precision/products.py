@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahq_hf.errors import ConfigError
-from pahq_hf.precision.backward import is_differentiated
+from pahq_hf.precision.backward import differentiable, is_differentiated
 
 ComputeName = Literal["fp32", "bf16", "fp8"]
 COMPUTE_DTYPES: dict[ComputeName, torch.dtype] = {
@@ -106,7 +106,10 @@ class DeltaProduct(Protocol):
         """In the dtype of `x`. [..., in] -> [..., out]"""
 
     def raw(self, x: Tensor) -> Tensor:
-        """In whatever dtype it computes. [..., in] -> [..., out]"""
+        """In whatever dtype it computes; in that of `x` where that has gradients. [..., in] -> [..., out]"""
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """`y W`, of a backward pass. [..., out] -> [..., in]"""
 
 
 class Product:
@@ -133,10 +136,18 @@ class Product:
         """[..., in] -> [..., out]"""
         return self.raw(x).to(x.dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, as its own backward pass calls it. [..., in] -> [..., out]"""
+        return self(x)
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """`y W`, of a backward pass, in the dtype of `y`. [..., out] -> [..., in]"""
+        return y @ (self._weight.to_dense() if self._packed else self._weight).to(y.dtype)
+
     def raw(self, x: Tensor) -> Tensor:
         """The same in the dtype of the weight: one pass over `y` less. [..., in] -> [..., out]"""
-        if self._packed and is_differentiated(x):
-            raise RuntimeError("packed products have no backward pass")  # oneDNN's would be zero, silently
+        if is_differentiated(x):  # oneDNN's own gradient would be zero, silently
+            return differentiable(self, x)
         x = x.to(self.dtype)
         if not self._packed:
             return F.linear(x, self._weight, self._bias)

@@ -38,7 +38,7 @@ from tests.tiers import quick
 
 pytestmark = pytest.mark.crossing
 
-KINDS = ("hooks",)
+KINDS = ("hooks", "sparse")
 METRICS = ("kl", "logit_diff", "nll", "prob_diff", "match_nll")
 QUICK_FAMILIES = ("gpt2", "llama", "gemma2", "olmo2", "falcon", "mixtral", "qwen3_moe", "bloom")
 REGIMES = ("fp32", "pahq", "pahq-literal", "rtn")

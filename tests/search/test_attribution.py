@@ -346,10 +346,13 @@ def test_gradients_through_packed_weights(regime: Any) -> None:
     assert packed.scores == pytest.approx(before.scores, rel=1e-5, abs=1e-6)
 
 
-def test_packed_products_refuse_gradients() -> None:
-    product = Product(torch.ones(3, 2))
-    with pytest.raises(RuntimeError, match="no backward pass"):
-        product(torch.ones(4, 2, requires_grad=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_have_the_gradient_of_their_weight(dtype: torch.dtype) -> None:
+    """OneDNN's own would be zero, silently."""
+    weight, x = torch.randn(3, 2).to(dtype), torch.randn(4, 2, requires_grad=True)
+    for product in (Product(weight).__call__, Product(weight).raw):
+        (gradient,) = torch.autograd.grad(product(x).sum(), x)
+        assert torch.allclose(gradient, weight.float().sum(0).expand(4, 2), atol=1e-6)
 
 
 @pytest.mark.parametrize("regime", ["pahq", "rtn"])

@@ -20,9 +20,12 @@ from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.modeling.layers import MLP
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.anchors import Anchor, Origin
+from pahq_hf.precision.backward import is_differentiated
 from pahq_hf.precision.products import DeltaProduct, Product, in_chunks
 
 _CHUNK = 448  # tokens at once: measured
+
+Room = Tensor | None  # where a result goes; None for memory of its own, through which gradients run
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Arithmetic(Protocol):
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state. [tokens, d_model] -> [tokens, d_model]"""
 
-    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Room) -> Tensor:
         """How that changes.
 
         Args:
@@ -92,6 +95,9 @@ class Arithmetic(Protocol):
             change: What is added to it. [K, tokens, d_model]
             output: The MLP's output in the state. [tokens, d_model]
             out: Where the result goes. [K, tokens, d_model]
+
+        Returns:
+            [K, tokens, d_model]
         """
 
     def contribution(self, number: int, head: int) -> DeltaProduct:
@@ -130,15 +136,15 @@ class Direct:
     def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs. [reader, K, tokens, d_head]"""
         math = reads.math
-        out = _empty(math, changes)
-        for number, (block, x, change) in enumerate(zip(reads.blocks, reads.inputs, changes, strict=True)):
+        rooms = _Rooms(math, changes)
+        for block, x, change in zip(reads.blocks, reads.inputs, changes, strict=True):
             product = math.product(reads.kind, block)
 
-            def projected(new: Tensor, _: slice, room: Tensor, f: Product = product) -> None:
-                room.copy_(f(math.norm(new)))
+            def projected(new: Tensor, _: slice, room: Room, f: Product = product) -> Tensor:
+                return _put(f(math.norm(new)), room)
 
-            over_tokens(projected, x, change, out[number])
-        return out
+            rooms.add(over_tokens(projected, x, change, rooms.next()))
+        return rooms.all()
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state. [tokens, d_model]"""
@@ -146,15 +152,15 @@ class Direct:
         with streamed(self._model, rooms.mlp):
             return in_chunks(lambda rows: rooms.mlp(rooms.mlp_norm(rows)), x)
 
-    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Room) -> Tensor:
         """How that changes. [K, tokens, d_model]"""
         rooms = self._model.layers[number]
 
-        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
-            torch.sub(rooms.mlp(rooms.mlp_norm(new)), output[tokens], out=room)
+        def changed(new: Tensor, tokens: slice, room: Room) -> Tensor:
+            return torch.sub(rooms.mlp(rooms.mlp_norm(new)), output[tokens], out=room)
 
         with streamed(self._model, rooms.mlp):
-            over_tokens(changed, x, change, out)
+            return over_tokens(changed, x, change, out)
 
     def contribution(self, number: int, head: int) -> DeltaProduct:
         """What makes a change of a head's contribution of a change of its z."""
@@ -213,23 +219,22 @@ class Anchored:
     def reread(self, reads: Reads, changes: Sequence[Tensor]) -> Tensor:
         """The same after changes of the inputs, by differences from the anchors."""
         math = reads.math
-        out = _empty(math, changes)
-        work = zip(reads.readers, reads.blocks, reads.inputs, changes, strict=True)
-        for number, (reader, block, x, change) in enumerate(work):
+        rooms = _Rooms(math, changes)
+        for reader, block, x, change in zip(reads.readers, reads.blocks, reads.inputs, changes, strict=True):
             product, anchor = math.difference(reads.kind, block), self._reads[reader]
 
             def moved(
                 new: Tensor,
                 rows: slice,
-                room: Tensor,
+                room: Room,
                 f: DeltaProduct = product,
                 anchor: tuple[Tensor, Tensor] = anchor,
-            ) -> None:
+            ) -> Tensor:
                 x0, y0 = anchor
-                torch.add(f(math.norm(new).sub_(x0[rows])), y0[rows], out=room)
+                return torch.add(f(math.norm(new).sub_(x0[rows])), y0[rows], out=room)
 
-            over_tokens(moved, x, change, out[number])
-        return out
+            rooms.add(over_tokens(moved, x, change, rooms.next()))
+        return rooms.all()
 
     def mlp(self, number: int, x: Tensor) -> Tensor:
         """What a layer's MLP adds in the state; each of its linears gets its anchor."""
@@ -245,28 +250,24 @@ class Anchored:
         self._mlps[number] = _MLPAnchors(anchors, ends)
         return output
 
-    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Tensor) -> None:
+    def mlp_change(self, number: int, x: Tensor, change: Tensor, output: Tensor, out: Room) -> Tensor:
         """How that changes, by differences from the anchors. [K, tokens, d_model]"""
         rooms = self._model.layers[number]
         if rooms.mlp.is_routed:
-            self._routed_change(number, x, change, out)
-            return
+            return self._routed_change(number, x, change, out)
         linears, state = self._model.mlp_linears(rooms), self._mlps[number]
 
-        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
+        def changed(new: Tensor, tokens: slice, room: Room) -> Tensor:
             anchors = _at(state.linears, tokens)
             if state.ends:
                 anchors[-1] = Anchor(anchors[-1].origin, None)
             with self._model.precision.mode.anchored(dict(zip(linears, anchors, strict=True))):
                 result: Tensor = rooms.mlp(rooms.mlp_norm(new))
-            if state.ends:
-                room.copy_(result)
-            else:
-                torch.sub(result, output[tokens], out=room)
+            return _put(result, room) if state.ends else torch.sub(result, output[tokens], out=room)
 
-        over_tokens(changed, x, change, out)
+        return over_tokens(changed, x, change, out)
 
-    def _routed_change(self, number: int, x: Tensor, change: Tensor, out: Tensor) -> None:
+    def _routed_change(self, number: int, x: Tensor, change: Tensor, out: Room) -> Tensor:
         """A mixture of experts is anchored as one: its tokens may meet other weights than the anchor's."""
         rooms = self._model.layers[number]
         raised = any(linear.is_raised for linear in rooms.mlp.linears)
@@ -275,19 +276,41 @@ class Anchored:
             self._routed[number] = made, raised
         anchor = self._routed[number][0]
 
-        def changed(new: Tensor, tokens: slice, room: Tensor) -> None:
-            torch.sub(rooms.mlp(rooms.mlp_norm(new)), anchor[tokens], out=room)
+        def changed(new: Tensor, tokens: slice, room: Room) -> Tensor:
+            return torch.sub(rooms.mlp(rooms.mlp_norm(new)), anchor[tokens], out=room)
 
-        over_tokens(changed, x, change, out)
+        return over_tokens(changed, x, change, out)
 
     def contribution(self, number: int, head: int) -> DeltaProduct:
         """What makes a change of a head's contribution of a change of its z."""
         return self._model.layers[number].attention.packed_output_difference(head)
 
 
-def _empty(math: HeadMath, changes: Sequence[Tensor]) -> Tensor:
-    """Room for what readers read. [reader, K, tokens, d_head]"""
-    return changes[0].new_empty(len(changes), *changes[0].shape[:2], math.attention.d_head)
+class _Rooms:
+    """What readers read after changes, one after the other: in one room, or apart where it has gradients."""
+
+    def __init__(self, math: HeadMath, changes: Sequence[Tensor]) -> None:
+        shape = len(changes), *changes[0].shape[:2], math.attention.d_head
+        follows = any(map(is_differentiated, changes))
+        self._room = None if follows else changes[0].new_empty(shape)  # [reader, K, tokens, d_head]
+        self._filled: list[Tensor] = []
+
+    def next(self) -> Room:
+        """Room for the next reader's. [K, tokens, d_head]"""
+        return None if self._room is None else self._room[len(self._filled)]
+
+    def add(self, values: Tensor) -> None:
+        """Take the next reader's, which are in their room if there is one."""
+        self._filled.append(values)
+
+    def all(self) -> Tensor:
+        """[reader, K, tokens, d_head]"""
+        return torch.stack(self._filled) if self._room is None else self._room
+
+
+def _put(values: Tensor, room: Room) -> Tensor:
+    """Values, in a room if there is one."""
+    return values if room is None else room.copy_(values)
 
 
 def _at(anchors: Sequence[Anchor], tokens: slice) -> list[Anchor]:
@@ -301,37 +324,47 @@ def _at(anchors: Sequence[Anchor], tokens: slice) -> list[Anchor]:
 
 
 def over_tokens(
-    function: Callable[[Tensor, slice, Tensor], None], x: Tensor, change: Tensor, out: Tensor
-) -> None:
+    function: Callable[[Tensor, slice, Room], Tensor], x: Tensor, change: Tensor, out: Room
+) -> Tensor:
     """Apply a token-wise function to `x + change` in pieces whose activations stay in cache.
 
     Args:
         function: Gets new inputs [k, tokens, d], which of the tokens they are, and where to write.
         x: [tokens, d]
         change: [K, tokens, d]
-        out: Where the results go. [K, tokens, out]
+        out: Where the results go; without, as where they have gradients, all are made at once.
+            [K, tokens, out]
+
+    Returns:
+        [K, tokens, out]
     """
     circuits, count = change.shape[:2]
-    if x.device.type != "cpu":
-        function(x + change, slice(0, count), out)
-        return
+    if out is None or x.device.type != "cpu":
+        return function(x + change, slice(0, count), out)
     step = max(1, _CHUNK // max(1, count))
     for tokens in _ranges(count, _CHUNK + _CHUNK // 2):
         for some in _ranges(circuits, step):
             function(x[tokens] + change[some, tokens], tokens, out[some, tokens])
+    return out
 
 
-def contribute(product: DeltaProduct, change: Tensor, out: Tensor) -> None:
+def contribute(product: DeltaProduct, change: Tensor, out: Room) -> Tensor:
     """Changes of a head's contribution, in pieces.
 
     Args:
         product: `W_O[h]`.
         change: Changes of its z. [K, tokens, d_head]
         out: Where the result goes. [K, tokens, d_model]
+
+    Returns:
+        [K, tokens, d_model]
     """
+    if out is None:
+        return product(change)
     step = max(1, 2 * _CHUNK // max(1, change.shape[1]))
     for some in _ranges(change.shape[0], step):
         out[some] = product.raw(change[some])
+    return out
 
 
 def _ranges(count: int, size: int) -> Iterator[slice]:

@@ -89,6 +89,17 @@ class MemoryBudget:
         # More tokens at once are 4 % faster at best, and their buffers the most of what a search holds.
         return max(1, min(self._most, fits, BATCH_TOKENS // max(1, widest)))
 
+    def followed(self, state: CircuitState, reader: int) -> int:
+        """Candidates of a reader that fit when all of their activations stay for a backward pass.
+
+        Args:
+            state: The current circuit.
+            reader: The reader.
+        """
+        tokens = sum(len(state.plan.at(live)) for live in state.liveness if live is not Liveness.DEAD)
+        each = tokens * (_COPIES * self._hidden + _COPIES * self._width)
+        return max(1, min(self._most, self.limit // max(1, each * self._size)))
+
     def give_way(self) -> bool:
         """After memory ran out: allow fewer weights that are kept for speed, and fewer writers at once.
 

@@ -1,11 +1,29 @@
-"""Buffers that outlive a batch: page faults of fresh memory cost more than the sums do."""
+"""Where results go: buffers that outlive a batch, as page faults of fresh memory cost more than the sums do.
+
+Gradients run through no buffer: what they run through is kept until the backward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Rooms(Protocol):
+    """Gives room for results."""
+
+    def take(self, name: Hashable, shape: Sequence[int]) -> Tensor | None:
+        """Room for one, with whatever is in it; None for memory of its own."""
+
+
+class NoBuffers:
+    """Every result gets memory of its own, through which gradients run."""
+
+    def take(self, name: Hashable, shape: Sequence[int]) -> None:
+        """None: memory of its own."""
 
 
 class Buffers:

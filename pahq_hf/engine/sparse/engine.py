@@ -22,13 +22,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.store import ActivationStore, MemoryStore
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.phases import Phases
-from pahq_hf.engine.protocol import Trial
+from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.session import Session, in_session
 from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
@@ -290,6 +291,46 @@ class SparseEngine:
         return self._measuring.metrics(state, focus.reader, delta, state.arithmetic, focus.nbytes)
 
     @in_session
+    @torch.no_grad()
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        """How the metric moves, to first order, as edges into `reader` go, where each candidate's are gone.
+
+        Forwards and backwards through live nodes at live tokens, along kept edges.
+
+        Raises:
+            MetricError: If the metric has no gradient.
+            OutOfMemoryError: If one candidate does not fit.
+        """
+        self.metric.check_gradient()
+        focus, state = self._focused(reader)
+        values: list[float] = []
+        effects: list[Tensor] = []
+        while len(values) < len(candidates):
+            rest = candidates[len(values) :]
+            more, moved = self._fitting(partial(self._follow_some, focus, state, rest, writers))
+            values += more
+            effects.append(moved)
+        found = torch.cat(effects).cpu().numpy()  # [candidates, writers]
+        return Slopes(Trial.of(reader, candidates, values), tuple(writers), found)
+
+    def _follow_some(
+        self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]], writers: Sequence[int]
+    ) -> tuple[list[float], Tensor]:
+        """Metrics and slopes of the first candidates, as many as fit."""
+        while True:
+            size = min(self._memory.followed(state, focus.reader), focus.together, len(candidates))
+            try:
+                with self.phases("node"):
+                    delta = focus.changes(candidates[:size])
+                values, gradients = self._measuring.followed(state, focus.reader, delta, state.arithmetic)
+                with self.phases("node"):
+                    return values, focus.effects(gradients, writers)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not out_of_memory(error) or not self._memory.halve(size):
+                    raise
+                focus.forget()
+            self._buffers.clear()
+
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32.

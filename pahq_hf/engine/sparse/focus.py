@@ -53,6 +53,7 @@ class Focus:
         self._gone = set(gone)
         self._taken: Tensor | None = None  # what edges that went since then took away. [tokens, d_model]
         self._tried: tuple[list[int], Tensor] | None = None  # writers, and what their edges carry
+        self._all: tuple[dict[int, int], Tensor] | None = None  # writer -> row, what slopes were asked of
         self._liveness = state.reader_liveness(reader)
 
     @property
@@ -63,11 +64,11 @@ class Focus:
     @property
     def nbytes(self) -> int:
         """Bytes of what tested edges carry, as far as that is at hand."""
-        return 0 if self._tried is None else self._tried[1].nbytes
+        return sum(held[1].nbytes for held in (self._tried, self._all) if held is not None)
 
     def forget(self) -> None:
         """Let go of what tested edges carry; it can be computed again."""
-        self._tried = None
+        self._tried = self._all = None
 
     def changes(self, candidates: Sequence[Sequence[int]]) -> Tensor:
         """Change of the reader's input in every candidate, in memory that the next call uses again.
@@ -96,6 +97,30 @@ class Focus:
             if len(some) == len(writers):
                 self._tried = (writers, differences)
         return change if self._taken is None else change.sub_(self._taken)
+
+    def effects(self, gradients: Tensor, writers: Sequence[int]) -> Tensor:
+        """What removing each edge would add to a metric that is linear in what the reader reads.
+
+        Args:
+            gradients: Of the metric in some circuits. [K, tokens, d_model]
+            writers: The edges' writers.
+
+        Returns:
+            [K, writers] in float64
+        """
+        few, flat = self.together, gradients.flatten(1)
+        if self._all is None and len(writers) <= few:  # asked once, they will be again
+            numbers = {writer: number for number, writer in enumerate(writers)}
+            self._all = numbers, self._carried(writers)
+        if self._all is not None and self._all[0].keys() >= set(writers):
+            numbers, carried = self._all
+            every = torch.mm(flat, carried.flatten(1).T)
+            return -every[:, [numbers[writer] for writer in writers]].to(torch.float64)
+        parts = []
+        for start in range(0, len(writers), few):
+            carried = self._carried(writers[start : start + few])
+            parts.append(torch.mm(flat, carried.flatten(1).T))
+        return -torch.cat(parts, dim=1).to(torch.float64)
 
     def changes_from_start(self, candidates: Sequence[Sequence[int]]) -> Tensor:
         """The same at the present precision, whatever went since the reader came into focus.
@@ -148,6 +173,10 @@ class Focus:
 
     def _carried(self, writers: Sequence[int], out: Tensor | None = None) -> Tensor:
         """`a_w - c_w` of tested edges. [writer, tokens, d_model]"""
+        if self._all is not None and self._all[0].keys() >= set(writers):
+            numbers, carried = self._all
+            rows = torch.tensor([numbers[w] for w in writers], dtype=torch.long, device=carried.device)
+            return torch.index_select(carried, 0, rows, out=out)  # the same bits as computed anew
         with self._precision():
             return self._state.carried(writers, self._liveness, out)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.engine.sparse.vocabulary import BLOCK, Blocks, in_batches
+from pahq_hf.engine.sparse.vocabulary import BLOCK, Blocks, at_once, in_batches, over_vocabulary
 from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.tasks.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 
 _FAR = 16  # rows at once whose logits are all held
+_HELD = 1 << 24  # logits' changes at once that are kept for a gradient
+_NEAR = 8.0  # a ratio's logarithm up to which it is taken of `p` itself
 
 
 class KLReadout:
@@ -53,9 +57,55 @@ class KLReadout:
 
     def rows(self, x: Tensor) -> Tensor:
         """KL row by row. [batch, rows, d_model] -> [batch, rows] in float64"""
+        return over_vocabulary(self, x)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The same, of streams without gradients."""
         return in_batches(self._few, x)
 
-    def _few(self, x: Tensor) -> Tensor:
+    def followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and gradients: the unembedding under `q - p`, without the cancellation of that.
+
+        With the logits' change less its mean, u, that is `p (exp(u - KL) - 1)`.
+
+        Args:
+            x: Hidden states after the final norm. [batch, rows, d_model]
+
+        Returns:
+            [batch, rows] in float64, and [batch, rows, d_model]
+        """
+        few = min(at_once(x), max(1, _HELD // (x.shape[1] * self._p.shape[1])))
+        parts = [self._few_followed(some) for some in x.split(few)]
+        return torch.cat([values for values, _ in parts]), torch.cat([gradients for _, gradients in parts])
+
+    def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        held: list[Tensor] = []  # u of every block: the unembedding is read once less
+        values = self._few(x, held)
+        log_ratio = values.to(x.dtype)[..., None]
+        total = torch.zeros_like(x.flatten(0, 1))
+        parts = zip(
+            held,
+            self._blocks.weights(),
+            self._p.split(BLOCK, dim=-1),
+            self._log_p.split(BLOCK, dim=-1),
+            strict=True,
+        )
+        for u, weight, p, log_p in parts:
+            u.sub_(log_ratio)
+            if bool((u <= _NEAR).all()):
+                moved = u.expm1_().mul_(p)
+            else:  # what is far more likely than in the full model may be 0 in `p`, and its ratio no number
+                moved = torch.where(u <= _NEAR, torch.expm1(u).mul_(p), (log_p + u).exp_().sub_(p))
+            total += moved.flatten(0, 1) @ weight
+        return values, total.mul_(self._scale).view(x.shape)
+
+    @cached_property
+    def _log_p(self) -> Tensor:
+        """The full model's log probabilities. [rows, vocab]"""
+        return self._reference.to(torch.float64).log_softmax(-1).to(self._p.dtype)
+
+    def _few(self, x: Tensor, held: list[Tensor] | None = None) -> Tensor:
+        """KL row by row of a few streams; the logits' change less its mean is left in `held`, by blocks."""
         batch, rows, _ = x.shape
         change = (x - self._clean) * self._scale
         mean = (change.to(torch.float64) * self._mean).sum(-1)
@@ -65,6 +115,8 @@ class KLReadout:
         total, largest = torch.zeros_like(mean), torch.zeros_like(mean)
         for product, p in zip(self._blocks, self._p.split(BLOCK, dim=-1), strict=True):
             u = product(flat).view(batch, rows, -1).sub_(shift)
+            if held is not None:
+                held.append(u.clone())
             if not furthest <= LARGEST:
                 largest = torch.maximum(largest, u.amax(-1))
             total += measure(u).mul_(p).sum(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.sparse.arithmetic import Arithmetic
 from pahq_hf.engine.sparse.budget import MemoryBudget
-from pahq_hf.engine.sparse.buffers import Buffers
+from pahq_hf.engine.sparse.buffers import Buffers, NoBuffers
 from pahq_hf.engine.sparse.propagation import Propagation
 from pahq_hf.engine.sparse.readout import Readout
 from pahq_hf.engine.sparse.state import CircuitState
@@ -87,6 +87,34 @@ class Measuring:
             self._buffers.clear()  # only here the failed batch has let go of what it had made
         return self._read(torch.cat(finals))
 
+    def followed(
+        self, state: CircuitState, reader: int, delta: Tensor, arithmetic: Arithmetic
+    ) -> tuple[list[float], Tensor]:
+        """Metrics after changes of a reader's input, and their gradients with respect to it.
+
+        Args:
+            state: What they are changes of.
+            reader: The reader.
+            delta: Changes at its tokens, as many as fit with what a backward pass needs.
+                [K, tokens, d_model]
+            arithmetic: How changes are computed.
+
+        Returns:
+            K values, and gradients. [K, tokens, d_model]
+        """
+        self.evaluations += delta.shape[0]
+        with torch.enable_grad():
+            at = delta.detach().clone().requires_grad_()
+            with self._phases("propagation"):
+                final = Propagation(state, reader, at, arithmetic, NoBuffers()).final()
+            with self._phases("metric"):
+                values = self._readout(self._model.final_norm(final))
+        if not values.requires_grad:  # nothing that reads the node reaches the metric
+            return self._checked(values), torch.zeros_like(delta)
+        with self._phases("backward"), self._model.exact_embeddings():  # as forwards
+            (gradient,) = torch.autograd.grad(values, at, torch.ones_like(values))
+        return self._checked(values.detach()), gradient
+
     def _final(self, state: CircuitState, reader: int, delta: Tensor, arithmetic: Arithmetic) -> Tensor:
         """The stream the final norm reads. [K, tokens, d_model] -> [K, rows, d_model]"""
         with self._phases("propagation"):
@@ -96,5 +124,7 @@ class Measuring:
         """Metrics of final streams. [K, rows, d_model] -> K values"""
         self.evaluations += final.shape[0]
         with self._phases("metric"):
-            values = self._readout(self._model.final_norm(final)).tolist()
-        return [checked(value, self._metric.name) for value in values]
+            return self._checked(self._readout(self._model.final_norm(final)))
+
+    def _checked(self, values: Tensor) -> list[float]:
+        return [checked(value, self._metric.name) for value in values.tolist()]

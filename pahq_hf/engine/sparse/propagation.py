@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pahq_hf.circuit.graph import ReaderKind
-from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads, contribute
-from pahq_hf.engine.sparse.buffers import Buffers
+from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads, Room, contribute
+from pahq_hf.engine.sparse.buffers import Rooms
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.engine.sparse.state import HEAD_KINDS, CircuitState
 
@@ -27,7 +27,8 @@ class Propagation:
         reader: The reader whose input changes.
         delta: The change, at the reader's tokens. [K, tokens, d_model]
         arithmetic: How changes are computed.
-        buffers: Buffers; they are in use until `final` returns.
+        buffers: Where results go; in use until `final` returns. Without any, gradients of the result run
+            back to `delta`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Propagation:
         reader: int,
         delta: Tensor,
         arithmetic: Arithmetic,
-        buffers: Buffers,
+        buffers: Rooms,
     ) -> None:
         self._state = state
         self._arithmetic = arithmetic
@@ -104,8 +105,9 @@ class Propagation:
         change = self._input_change(reader)
         if change is not None:
             out = self._buffers.take(node, change.shape)  # [K, tokens, d_model]
-            self._arithmetic.mlp_change(layer, state.inputs[reader], change, state.outputs[node], out)
-            self._changes[node] = out
+            self._changes[node] = self._arithmetic.mlp_change(
+                layer, state.inputs[reader], change, state.outputs[node], out
+            )
 
     def _through_attention(self, layer: int) -> None:
         state = self._state
@@ -233,10 +235,9 @@ class Propagation:
             return
         for head, moved in changes.items():
             node = self._graph.head_writer(layer, head)
-            out = self._room(node, moved)
             scaled = moved if output.multiplier == 1.0 else moved * output.multiplier
-            contribute(self._arithmetic.contribution(layer, head), scaled, out)
-            self._changes[node] = out
+            product = self._arithmetic.contribution(layer, head)
+            self._changes[node] = contribute(product, scaled, self._room(node, moved))
 
     def _write_normed(self, layer: int, changes: dict[int, Tensor]) -> None:
         """The same where a norm follows: every head's contribution changes with the norm's scale.
@@ -251,8 +252,8 @@ class Propagation:
         moved: dict[int, Tensor] = {}
         total = before.total.expand(self._circuits, -1, -1).clone()  # [K, tokens, d_model]
         for head, change in changes.items():
-            moved[head] = self._room(("moved", head), change)  # wanted in this layer only
-            contribute(self._arithmetic.contribution(layer, head), change, moved[head])
+            room = self._room(("moved", head), change)  # wanted in this layer only
+            moved[head] = contribute(self._arithmetic.contribution(layer, head), change, room)
             total += moved[head]
         scale = attention.output.scale(total)  # [K, tokens, 1]
         assert isinstance(scale, Tensor)
@@ -260,12 +261,12 @@ class Propagation:
             node = self._graph.head_writer(layer, head)
             if not state.is_read(node):
                 continue
-            out = self._room(node, next(iter(changes.values())))
-            torch.mul(scale - before.scale, before.heads[head], out=out)
+            room = self._room(node, next(iter(changes.values())))
+            out = torch.mul(scale - before.scale, before.heads[head], out=room)
             if head in moved:
                 out.addcmul_(scale.expand_as(out), moved[head])
             self._changes[node] = out.mul_(gain)
 
-    def _room(self, name: Hashable, change: Tensor) -> Tensor:
+    def _room(self, name: Hashable, change: Tensor) -> Room:
         """Room for changes at the tokens of another. [K, tokens, d_model]"""
         return self._buffers.take(name, (*change.shape[:2], self._state.captured.width))

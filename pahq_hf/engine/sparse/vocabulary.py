@@ -1,12 +1,17 @@
-"""Sums over the vocabulary, in blocks that stay in cache; logits are never stored."""
+"""Sums over the vocabulary, in blocks that stay in cache; logits are never stored.
+
+Their gradients come from a second pass over the blocks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pahq_hf.precision.backward import is_differentiated
 from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.precision.products import Product
 
@@ -31,6 +36,9 @@ class Blocks:
         self._hold = hold
         self._held: list[Product] = []
 
+    def __len__(self) -> int:
+        return -(-self._unembedding.out_features // BLOCK)
+
     def __iter__(self) -> Iterator[Product]:
         """The blocks, each of `BLOCK` tokens, in order."""
         if not self._hold:
@@ -42,12 +50,18 @@ class Blocks:
         """Scores of all tokens. [n, d_model] -> [n, vocab]"""
         return torch.cat([product(x) for product in self], dim=-1)
 
+    def weights(self) -> Iterator[Tensor]:
+        """The blocks' rows of the unembedding, as they are. Each [tokens, d_model]"""
+        return (exact_block(self._unembedding, rows) for rows in self._rows())
+
     def _packed(self) -> Iterator[Product]:
-        vocab = self._unembedding.out_features
-        for start in range(0, vocab, BLOCK):
-            rows = slice(start, min(start + BLOCK, vocab))
+        for rows in self._rows():
             bias = None if self._bias is None else self._bias[rows]
             yield Product(exact_block(self._unembedding, rows), bias)
+
+    def _rows(self) -> Iterator[slice]:
+        vocab = self._unembedding.out_features
+        return (slice(start, min(start + BLOCK, vocab)) for start in range(0, vocab, BLOCK))
 
 
 class Vocabulary:
@@ -73,7 +87,30 @@ class Vocabulary:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[batch, rows, d_model] -> [batch, rows] in float64"""
+        return over_vocabulary(self, x)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The same, of streams without gradients."""
         return in_batches(self._few, x)
+
+    def followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and gradients: the unembedding's mean under each row's softmax.
+
+        Args:
+            x: [batch, rows, d_model]
+
+        Returns:
+            [batch, rows] in float64, and [batch, rows, d_model]
+        """
+        parts = [self._few_followed(some) for some in x.split(at_once(x))]
+        return torch.cat([values for values, _ in parts]), torch.cat([gradients for _, gradients in parts])
+
+    def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, flat = self._few(x), x.flatten(0, 1)
+        level, total = values.flatten().to(x.dtype)[:, None], torch.zeros_like(flat)
+        for product, weight in zip(self._blocks, self._blocks.weights(), strict=True):
+            total += product(flat).sub_(level).exp_() @ weight
+        return values, total.view(x.shape)
 
     def _few(self, x: Tensor) -> Tensor:
         batch, rows, _ = x.shape
@@ -89,6 +126,38 @@ class Vocabulary:
         return result.view(batch, rows)
 
 
+class OfStreams(Protocol):
+    """A sum over the vocabulary, row by row of final streams."""
+
+    def values(self, x: Tensor) -> Tensor:
+        """[batch, rows, d_model] -> [batch, rows]"""
+
+    def followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and each value's gradient with respect to its stream. [batch, rows, d_model]"""
+
+
+class _OverVocabulary(torch.autograd.Function):
+    """A sum over the vocabulary that keeps no logits for its backward pass: rows do not mix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: OfStreams) -> Tensor:
+        values, gradients = function.followed(x)
+        ctx.save_for_backward(gradients)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (own,) = ctx.saved_tensors
+        return own * gradient[..., None].to(own.dtype), None
+
+
+def over_vocabulary(function: OfStreams, x: Tensor) -> Tensor:
+    """A sum over the vocabulary, differentiable where `x` is. [batch, rows, d_model] -> [batch, rows]"""
+    values: Tensor = _OverVocabulary.apply(x, function) if is_differentiated(x) else function.values(x)
+    return values
+
+
 def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function to some batch entries at a time, so that a block of their logits stays in cache.
 
@@ -99,4 +168,9 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Returns:
         [batch, rows]
     """
-    return torch.cat([function(some) for some in x.split(max(1, _ROWS // max(1, x.shape[1])))])
+    return torch.cat([function(some) for some in x.split(at_once(x))])
+
+
+def at_once(x: Tensor) -> int:
+    """Batch entries whose logits in a block stay in cache."""
+    return max(1, _ROWS // max(1, x.shape[1]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchao.quantization import Float8Tensor, PerRow
 
+from pahq_hf.precision.backward import differentiable, is_differentiated
 from pahq_hf.precision.formats.by_rows import by_rows
 from pahq_hf.precision.formats.per_row import SMALLEST, PerRowWeight
 
@@ -88,8 +89,18 @@ class DynamicFloat8Product:
         """[..., in] -> [..., out]"""
         return self.raw(x).to(x.dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The same, as its own backward pass calls it. [..., in] -> [..., out]"""
+        return self(x)
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """`y W`, of a backward pass. [..., out] -> [..., in]"""
+        return y @ decode_e4m3(self._codes, self._scale).to(y.dtype)
+
     def raw(self, x: Tensor) -> Tensor:
         """The same in BF16. [..., in] -> [..., out]"""
+        if is_differentiated(x):
+            return differentiable(self, x)
         rows = x.flatten(0, -2)
         largest = rows.abs().amax(-1, keepdim=True).to(torch.float32)
         scale = largest.clamp_min(SMALLEST) / _LARGEST
