@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import told
+
+Tests = Literal["all", "verified"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class ACDCConfig(JsonConfig):
         screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
             this fraction of them, those with the largest magnitudes. The others are removed untested when
             their reader is visited. None tests all.
+        tests: `all` tests every edge; `verified` decides most by estimates from the metric's slopes, whose
+            sums are measured (docs/verified-estimates.md).
+        audit: Share of estimated edges that are drawn at random and tested.
     """
 
     threshold: float = field(
@@ -53,6 +58,14 @@ class ACDCConfig(JsonConfig):
         ),
     )
 
+    tests: Tests = field(
+        default="all",
+        metadata=told("Test all edges, or decide most by verified estimates: 5 to 10 times fewer tests."),
+    )
+    audit: float = field(
+        default=0.02, metadata=told("Share of estimated edges that are drawn at random and tested.")
+    )
+
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         check_number("threshold", self.threshold)
@@ -64,6 +77,10 @@ class ACDCConfig(JsonConfig):
             check_metric_name(self.metric)
         check_choice("order", self.order, ReaderOrder)
         check_choice("ablation", self.ablation, Ablation)
+        check_choice("tests", self.tests, Tests)
+        check_number("audit", self.audit)
+        if not 0 <= self.audit <= 1:
+            raise ConfigError(f"audit must be a share from 0 to 1; got {self.audit}")
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
         if self.screen is not None:
@@ -78,6 +95,8 @@ class ACDCConfig(JsonConfig):
         values = asdict(self)
         if self.screen is None:
             del values["screen"]
+        if self.tests == "all":
+            del values["tests"], values["audit"]
         return values | {"margin": "inf"} if self.margin == math.inf else values
 
     @classmethod

@@ -18,7 +18,7 @@ import numpy as np
 from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, RunError
+from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.precision.margin import default_margin
 from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
@@ -31,6 +31,7 @@ from pahq_hf.search.replay import replay, step_of
 from pahq_hf.search.screen import Screen, make_screen
 from pahq_hf.search.state import ReaderRecord, Search
 from pahq_hf.search.work import Work
+from pahq_hf.tasks.metrics import find_metric
 
 
 def acdc(work: Work[ACDCConfig]) -> Found:
@@ -74,11 +75,13 @@ def resolve(options: ACDCConfig, setting: Setting) -> ACDCConfig:
 
     Raises:
         ConfigError: If no reader matches, or there is a margin where there is no second look.
-        MetricError: If the screen's method means nothing for the metric.
+        MetricError: If the screen's method means nothing for the metric, or estimates have no gradient.
     """
     setting.graph.match_readers(options.readers)  # a wrong glob fails before any work
     if options.screen is not None:
         check_gradient(parse_screen(options.screen)[0], setting.metric)
+    if options.tests == "verified" and not find_metric(setting.metric).differentiable:
+        raise MetricError(f"metric {setting.metric} has no gradient, which estimates follow: use tests all")
     return with_margin(options, setting.precision)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.search.acdc_options import ACDCConfig
-from pahq_hf.search.state import ReaderRecord, Search
+from pahq_hf.search.state import Counts, ReaderRecord, Search
 from pahq_hf.search.work import Work
 
 _ROUNDING = 1e-9  # of sums of metrics in double precision
@@ -17,7 +17,10 @@ _ROUNDING = 1e-9  # of sums of metrics in double precision
 
 def step_of(record: ReaderRecord) -> dict[str, Any]:
     """A finished reader as a step of the journal."""
-    return asdict(record) | {"scores": {str(writer): score for writer, score in record.scores.items()}}
+    step = asdict(record) | {"scores": {str(writer): score for writer, score in record.scores.items()}}
+    if record.counts == Counts():  # decided by tests alone
+        del step["estimated"], step["counts"]
+    return step
 
 
 def record_of(step: Mapping[str, Any]) -> ReaderRecord:
@@ -27,7 +30,15 @@ def record_of(step: Mapping[str, Any]) -> ReaderRecord:
         ValueError: If a value is missing or of another type; or TypeError, KeyError or AttributeError.
     """
     kept, scores = step["kept"], step["scores"]
-    counts = [step["reader"], step.get("looks", 0), step.get("changed", 0), *kept]
+    estimated, taken = step.get("estimated", ()), step.get("counts", {})
+    counts = [
+        step["reader"],
+        step.get("looks", 0),
+        step.get("changed", 0),
+        *kept,
+        *estimated,
+        *taken.values(),
+    ]
     numbers = [step["metric"], *scores.values()]
     # Python takes true for 1 and 3.7 for 3: a step has to be what it says.
     if not isinstance(step["searched"], bool) or any(type(count) is not int for count in counts):
@@ -42,6 +53,8 @@ def record_of(step: Mapping[str, Any]) -> ReaderRecord:
         metric=float(step["metric"]),
         looks=step.get("looks", 0),
         changed=step.get("changed", 0),
+        estimated=tuple(estimated),
+        counts=Counts(**taken),
     )
 
 
@@ -104,6 +117,8 @@ def _inconsistency(
     kept = {writer for writer, score in record.scores.items() if config.stays(score)}
     if tuple(sorted(kept)) != record.kept:
         return f"the edges it keeps are not those whose scores reach the threshold {config.threshold:g}"
+    if not {*record.estimated} <= record.scores.keys() - {*record.kept}:
+        return "an edge whose score is an estimate was kept, or has none"
     if not 0 <= record.changed <= record.looks or (record.looks and not config.margin):
         return f"{record.changed} of {record.looks} second looks changed a decision"
     return None
@@ -114,7 +129,8 @@ def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, tel
     edges = list(before.graph.in_edges(record.reader))
     screened = survivors is not None and not survivors[record.reader, edges].all()
     tested = record.searched and before.graph.has_out_edge(before.kept, record.reader)
-    if not before.records or (tested and (screened or record.looks or not telescopes)):
+    afresh = screened or record.looks or record.counts.wrong or not telescopes
+    if not before.records or (tested and afresh):
         return None
     expected = before.metric + sum(s for w, s in record.scores.items() if w not in record.kept)
     if abs(record.metric - expected) <= _ROUNDING * max(1.0, abs(expected)):

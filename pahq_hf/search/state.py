@@ -13,6 +13,21 @@ _RECENT = 16  # readers that tell how often edges stay
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What deciding by estimates took.
+
+    Attributes:
+        gradients: Circuits whose slopes were measured.
+        audited: Estimated edges that were drawn and tested.
+        wrong: Those among them whose decision was wrong, and is mended.
+    """
+
+    gradients: int = 0
+    audited: int = 0
+    wrong: int = 0
+
+
+@dataclass(frozen=True)
 class ReaderRecord:
     """What was decided about one reader.
 
@@ -24,6 +39,8 @@ class ReaderRecord:
         metric: The metric after the last decision.
         looks: Edges tested again in FP32.
         changed: Edges whose decision the second test changed.
+        estimated: Writers among `scores` whose score is an estimate, ascending.
+        counts: What the estimates took.
     """
 
     reader: int
@@ -33,6 +50,8 @@ class ReaderRecord:
     metric: float
     looks: int = 0
     changed: int = 0
+    estimated: tuple[int, ...] = ()
+    counts: Counts = Counts()
 
 
 @dataclass

@@ -1,0 +1,81 @@
+"""ACDC with verified estimates decides as ACDC that tests every edge, with fewer tests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pahq_hf.config import EngineConfig
+from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.setting import Setting
+from pahq_hf.search.acdc import search
+from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_run import with_margin
+from pahq_hf.search.audit import Audit, most_wrong
+from pahq_hf.search.batches import AdaptiveBatch
+from pahq_hf.search.intervals import Estimates
+from pahq_hf.search.state import Search
+from tests.helpers import wrapped
+from tests.models import random_task
+
+
+def found(regime: str, metric: str, tests: Any, audit: float = 0.02, kind: Any = "sparse") -> Search:
+    model = wrapped("llama", regime=regime)
+    task = random_task(batch=3, length=6, padding="right", seed=17)
+    setting = Setting(model.patched, task, metric, "corrupted", model.pahq_config)
+    config = with_margin(ACDCConfig(threshold=0.02, tests=tests, audit=audit), model.pahq_config)
+    return search(make_engine(setting, EngineConfig(kind)), config, batch=AdaptiveBatch())
+
+
+@pytest.mark.parametrize("metric", ["kl", "logit_diff"])
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn"])
+def test_decisions_are_those_of_testing_every_edge(regime: str, metric: str) -> None:
+    every, ours = (found(regime, metric, tests) for tests in ("all", "verified"))
+    assert np.array_equal(every.kept, ours.kept) and np.array_equal(every.tested, ours.tested)
+    assert ours.metric == pytest.approx(every.metric, abs=1e-5)
+    assert not any(record.estimated for record in every.records)
+
+
+def test_scores_of_a_reader_add_up_to_what_it_moved_the_metric_by() -> None:
+    search, before = found("fp32", "logit_diff", "verified", audit=0.0), None
+    for record in search.records:
+        if before is not None:
+            removed = sum(score for writer, score in record.scores.items() if writer not in record.kept)
+            assert record.metric == pytest.approx(before + removed, abs=1e-9)
+        before = record.metric
+
+
+def test_estimates_are_exact_where_the_metric_is_quadratic_along_one_direction() -> None:
+    steps = np.array([0.3, -0.1, 0.4, 0.2])
+    ends = np.cumsum(steps)
+    starts = ends - steps
+    # m(t) = 2 t + 3 t^2 of how far the way went
+    slopes = [steps * (2 + 6 * at) for at in (0.0, ends[-1])]
+    estimates = Estimates.between(*slopes)
+    exact = 2 * steps + 3 * (ends**2 - starts**2)
+    np.testing.assert_allclose(estimates.scores, exact, atol=1e-12)
+    assert estimates.adding_up(slice(1, 3), 5.0).sum() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("audited", "wrong", "limit"),
+    [(300, 0, 1 - 0.05 ** (1 / 300)), (60, 0, 1 - 0.05 ** (1 / 60)), (100, 1, 0.04656), (20, 3, 0.34366)],
+)
+def test_the_limit_is_that_of_clopper_and_pearson(audited: int, wrong: int, limit: float) -> None:
+    assert most_wrong(audited, wrong) == pytest.approx(limit, abs=1e-5)
+    at_limit = sum(math.comb(audited, k) * limit**k * (1 - limit) ** (audited - k) for k in range(wrong + 1))
+    assert at_limit == pytest.approx(0.05, abs=1e-4)
+    assert most_wrong(0, 0) == 1.0
+
+
+def test_an_edge_is_drawn_or_not_whatever_else_is_asked() -> None:
+    audit = Audit.of(0.3, edges=10_000)
+    drawn = audit.drawn(7, range(200))
+    assert 30 < len(drawn) < 90
+    assert audit.drawn(7, [*drawn, 300])[: len(drawn)] == drawn
+    assert audit.drawn(8, range(200)) != drawn
+    assert Audit.of(0.0, edges=10).drawn(0, range(10)) == []
+    assert Audit.of(0.02, edges=10).drawn(0, range(10)) == list(range(10))
