@@ -331,6 +331,7 @@ class SparseEngine:
                 focus.forget()
             self._buffers.clear()
 
+    @in_session
     @torch.no_grad()
     def look_again(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
         """The same in FP32.
