@@ -235,18 +235,20 @@ class IntervalSearch(ReaderSearch):
             return True
         change, allowed = value - self._cur, self._rule.residual * self._config.threshold
         missed = abs(change - float(estimates.scores[some].sum()))
+        scores = estimates.adding_up(some, change)
         # What two slopes leave out grows with the third power of the length.
         longer = 0.9 * (allowed / max(missed, 1e-9 * allowed, 1e-300)) ** (1 / 3)
-        if missed > allowed:
+        if missed > allowed or any(map(self._config.stays, scores.tolist())):
             self._reach = size * min(max(longer, 0.1), 0.5)
             if not self._measured:
                 self._slopes = None
             return False
         self._reach = max(self._reach, size * min(max(longer, 1.0), 8.0))
-        for writer, score in zip(edges[some], estimates.adding_up(some, change).tolist(), strict=True):
+        for writer, score in zip(edges[some], scores.tolist(), strict=True):
             self._scores[writer] = score
-            self._estimated.add(writer)
             self._removed.append(writer)
+        if size > 1:  # one edge between two measured circuits is tested
+            self._estimated.update(edges[some])
         self._position += size
         self._cur = value
         return True
@@ -272,6 +274,10 @@ class IntervalSearch(ReaderSearch):
         for number, writer in enumerate(drawn):
             cur, new = values[2 * number], values[2 * number + 1]
             self._audited.add(writer)
+            if self._is_near(new - cur):
+                self._looks += 1
+                again = self._engine.look_again(self._reader, candidates[2 * number : 2 * number + 2])
+                cur, new = again.values
             if self._config.stays(new - cur):
                 self._wrong += 1
                 self._scores[writer] = new - cur

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.setting import Setting
 from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.acdc_run import with_margin
 from pahq_hf.search.audit import Audit, most_wrong
 from pahq_hf.search.batches import AdaptiveBatch
-from pahq_hf.search.intervals import Estimates
-from pahq_hf.search.state import Search
+from pahq_hf.search.intervals import Estimates, Floats, IntervalSearch
+from pahq_hf.search.reader_search import Deciding
+from pahq_hf.search.state import ReaderRecord, Search
 from tests.helpers import wrapped
 from tests.models import random_task
 
 
-def found(regime: str, metric: str, tests: Any, audit: float = 0.02, kind: Any = "sparse") -> Search:
+def found(
+    regime: str,
+    metric: str,
+    tests: Any,
+    audit: float = 0.02,
+    kind: Any = "sparse",
+) -> Search:
     model = wrapped("llama", regime=regime)
     task = random_task(batch=3, length=6, padding="right", seed=17)
     setting = Setting(model.patched, task, metric, "corrupted", model.pahq_config)
@@ -46,6 +56,66 @@ def test_scores_of_a_reader_add_up_to_what_it_moved_the_metric_by() -> None:
             removed = sum(score for writer, score in record.scores.items() if writer not in record.kept)
             assert record.metric == pytest.approx(before + removed, abs=1e-9)
         before = record.metric
+
+
+class Lying:
+    """An engine of which every edge has a score of its own, and whose slopes are what it says they are.
+
+    Attributes:
+        graph: The graph.
+        scores: What removing each of a reader's edges adds. [edges]
+        said: What its slopes say. [edges]
+    """
+
+    def __init__(self, graph: Graph, scores: Floats, said: Floats) -> None:
+        self.graph, self.scores, self.said = graph, scores, said
+
+    def _metric(self, gone: Sequence[int]) -> float:
+        return float(self.scores[list(gone)].sum())
+
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        return Trial.of(reader, candidates, [self._metric(gone) for gone in candidates])
+
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        steps = np.linspace(1.0, 1.01, len(candidates))[:, None]  # they change a little on the way
+        effects = steps * self.said[list(writers)]
+        return Slopes(self.try_(reader, candidates), tuple(writers), effects)
+
+    def accept(self, trial: Trial, k: int) -> None:
+        pass
+
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        pass
+
+
+def decided(engine: Lying, share: float) -> ReaderRecord:
+    reader = engine.graph.logits_reader
+    config = ACDCConfig(threshold=1.0, tests="verified", audit=share)
+    work = Deciding(engine, config, reader, (), 0.0, AdaptiveBatch(), 0.01, Audit(share))  # type: ignore[arg-type]
+    return IntervalSearch(work).run()
+
+
+def test_an_edge_that_its_correction_takes_to_the_threshold_stays() -> None:
+    """What the estimates miss in all, less than is allowed, is one edge's."""
+    graph = wrapped("llama").patched.graph
+    scores = np.zeros(len(graph.writers))
+    said = scores.copy()
+    scores[5], said[5] = 1.02, 0.69
+    record = decided(Lying(graph, scores, said), share=0.0)
+    assert record.kept == (5,) and record.scores[5] == pytest.approx(1.02)
+
+
+def test_the_audit_mends_what_estimates_got_wrong() -> None:
+    """Two errors that cancel: no sum tells, but whoever tests one of them knows."""
+    graph = wrapped("llama").patched.graph
+    scores = np.zeros(len(graph.writers))
+    said = scores.copy()
+    scores[5], scores[6] = 1.5, -1.5
+    blind, audited = (decided(Lying(graph, scores, said), share) for share in (0.0, 1.0))
+    assert blind.kept == () and blind.counts.wrong == 0
+    assert audited.kept == (5,) and audited.counts.wrong == 1
+    assert audited.scores[6] == pytest.approx(-1.5) or 6 in audited.estimated
+    assert audited.counts.audited >= len(audited.estimated)
 
 
 def test_estimates_are_exact_where_the_metric_is_quadratic_along_one_direction() -> None:
