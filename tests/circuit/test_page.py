@@ -18,6 +18,7 @@ from pahq_hf.circuit.render.page import circuit_page, compare_page
 from pahq_hf.circuit.render.picture import draw
 from pahq_hf.errors import CircuitError
 from tests.browser import SMALL, Opened, chromium, opened, random_circuit
+from tests.tiers import quick
 
 
 def stronger(circuit: Circuit, cut: float) -> nx.MultiDiGraph:
@@ -35,6 +36,12 @@ def through(graph: nx.MultiDiGraph, node: str) -> tuple[set[str], list[list[str]
         [f"{a}->{reader}", b] for a, b, reader in graph.edges(data="reader") if {a, b} <= up or {a, b} <= down
     ]
     return up | down, sorted(edges)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every page goes: the browser has compiled the scripts of one at the same address."""
+    return tmp_path_factory.mktemp("pages")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +63,8 @@ def circuit() -> Circuit:
 
 
 @pytest.fixture
-def shown(browser: Browser, circuit: Circuit, tmp_path: Path) -> Iterator[Opened]:
-    with opened(browser, circuit_page(circuit), tmp_path) as page:
+def shown(browser: Browser, circuit: Circuit, pages: Path) -> Iterator[Opened]:
+    with opened(browser, circuit_page(circuit), pages) as page:
         yield page
         assert page.troubles == []
         assert set(page.requests) == {page.url}
@@ -199,7 +206,7 @@ def test_search(shown: Opened, circuit: Circuit) -> None:
     assert shown.page.locator("#details h2").text_content() == "m1"
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", quick([0.0, 0.5], 0.5))
 def test_click_highlights_what_runs_through_a_node(shown: Opened, circuit: Circuit, share: float) -> None:
     graph = stronger(circuit, move_slider(shown, share))
     for name in circuit.nodes:
@@ -317,11 +324,11 @@ def test_the_still_picture_has_the_colours_of_the_page(
         assert [colour for colour in colours if f"{name}: {colour}" not in still] == []
 
 
-@pytest.mark.parametrize("system", ["light", "dark"])
-def test_light_and_dark(browser: Browser, circuit: Circuit, tmp_path: Path, system: Any) -> None:
+@pytest.mark.parametrize("system", quick(["light", "dark"], "dark"))
+def test_light_and_dark(browser: Browser, circuit: Circuit, pages: Path, system: Any) -> None:
     other = {"light": "dark", "dark": "light"}[system]
     grounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
-    with opened(browser, circuit_page(circuit), tmp_path, color_scheme=system) as shown:
+    with opened(browser, circuit_page(circuit), pages, color_scheme=system) as shown:
 
         def ground() -> list[str]:
             return shown.page.evaluate(
@@ -339,11 +346,11 @@ def test_light_and_dark(browser: Browser, circuit: Circuit, tmp_path: Path, syst
 # -- two circuits -------------------------------------------------------------------------------------
 
 
-def test_compare_colours_three_sets(browser: Browser, tmp_path: Path) -> None:
+def test_compare_colours_three_sets(browser: Browser, pages: Path) -> None:
     a, b = random_circuit(SMALL, 90, 1), random_circuit(SMALL, 120, 2)
     graphs = a.to_networkx(), b.to_networkx()
     lines = [{(u, v, reader) for u, v, reader in graph.edges(data="reader")} for graph in graphs]
-    with opened(browser, compare_page(a, b), tmp_path) as shown:
+    with opened(browser, compare_page(a, b), pages) as shown:
         colours = shown.page.locator("#legend i").evaluate_all(
             "(swatches) => swatches.map((swatch) => getComputedStyle(swatch).backgroundColor)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pahq_hf.circuit.render.page import circuit_page, compare_page
 from pahq_hf.circuit.render.palette import DARK, LIGHT
 from pahq_hf.errors import ConfigError
 from tests.browser import SMALL, chromium, opened, random_circuit
+from tests.tiers import exhaustive, quick
 
 SMOLLM2 = GraphSpec(layers=30, heads=9, kv_groups=3)
 HOSTILE = [
@@ -32,18 +33,24 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every page goes: the browser has compiled the scripts of one at the same address."""
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as result:
         yield result
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_names_are_inert(browser: Browser, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", quick(HOSTILE, HOSTILE[0], HOSTILE[4]))
+def test_hostile_names_are_inert(browser: Browser, pages: Path, text: str) -> None:
     run: dict[str, Any] = {"task": {"name": text}, "metric": {"name": text, "final": text}}
     run |= {"arguments": {"threshold": text}, "precision": {"regime": {"<script>": text}}}
     circuit = random_circuit(SMALL, 30, model={"base_model": text, "revision": text}, discovery=run)
     for html in (circuit_page(circuit), compare_page(circuit, circuit)):
-        with opened(browser, html, tmp_path) as shown:
+        with opened(browser, html, pages) as shown:
             assert shown.drawn_lines() == circuit.to_networkx().number_of_edges()
             assert shown.page.locator("script").count() == 3
             assert shown.page.locator("#facts :is(img, svg, b, a, script), h1 > *").count() == 0
@@ -68,10 +75,10 @@ def test_data_cannot_end_its_script() -> None:
     assert json.loads(data)["readers"]
 
 
-def test_browser_refuses_other_scripts_and_the_network(browser: Browser, tmp_path: Path) -> None:
+def test_browser_refuses_other_scripts_and_the_network(browser: Browser, pages: Path) -> None:
     page = circuit_page(random_circuit(SMALL, 30))
     html = page.replace("<main>", "<script>window.intruder = true</script><main>")
-    with opened(browser, html, tmp_path) as shown:
+    with opened(browser, html, pages) as shown:
         assert shown.page.evaluate("window.intruder") is None
         assert any("Content Security Policy" in trouble for trouble in shown.troubles)
         blocked = shown.page.evaluate(
@@ -90,11 +97,11 @@ def test_browser_refuses_other_scripts_and_the_network(browser: Browser, tmp_pat
 # -- size ---------------------------------------------------------------------------------------------
 
 
-def test_a_large_circuit_opens(browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_large_circuit_opens(browser: Browser, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says how fast; slow machines are no failure."""
     circuit = random_circuit(SMOLLM2, 2000)
     assert circuit.graph.edge_count == 70_651
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
+    with opened(browser, circuit_page(circuit), pages) as shown:
         seconds = shown.ask("openedAfter") / 1000
         assert shown.drawn_lines() == circuit.to_networkx().number_of_edges()
         assert shown.drawn_nodes() == len(circuit.nodes)
@@ -103,9 +110,9 @@ def test_a_large_circuit_opens(browser: Browser, tmp_path: Path, capsys: pytest.
         print(f"\n2,000 of 70,651 edges: open after {seconds:.2f} s")
 
 
-def test_starts_with_the_strongest_of_very_many(browser: Browser, tmp_path: Path) -> None:
+def test_starts_with_the_strongest_of_very_many(browser: Browser, pages: Path) -> None:
     circuit = random_circuit(SMOLLM2, 12_000)
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
+    with opened(browser, circuit_page(circuit), pages) as shown:
         cut = shown.ask("cut")
         expected = [name for name, score in circuit.edges if abs(score) >= cut]
         assert shown.ask("visibleEdges") == expected
@@ -113,19 +120,21 @@ def test_starts_with_the_strongest_of_very_many(browser: Browser, tmp_path: Path
         assert f"{len(expected):,} of 12,000" in (shown.page.locator("#count").text_content() or "")
 
 
-@pytest.mark.parametrize("scores", [np.nan, np.inf, 0.0])
-def test_odd_scores(browser: Browser, tmp_path: Path, scores: float) -> None:
+@pytest.mark.parametrize(
+    "scores", [(np.nan, np.inf, 0.0), exhaustive([np.nan]), exhaustive([np.inf]), exhaustive([0.0])]
+)
+def test_odd_scores(browser: Browser, pages: Path, scores: Sequence[float]) -> None:
     circuit = random_circuit(SMALL, 20)
-    circuit.scores[circuit.kept] = scores
+    circuit.scores[circuit.kept] = np.resize(scores, 20)
     circuit.tested[:] = False
-    with opened(browser, circuit_page(circuit), tmp_path) as shown:
+    with opened(browser, circuit_page(circuit), pages) as shown:
         assert len(shown.ask("visibleEdges")) == 20
         assert shown.page.locator("#top span:last-child").first.text_content() == "not tested"
         assert shown.troubles == []
 
 
-def test_empty_circuit(browser: Browser, tmp_path: Path) -> None:
-    with opened(browser, circuit_page(random_circuit(SMALL, 0)), tmp_path) as shown:
+def test_empty_circuit(browser: Browser, pages: Path) -> None:
+    with opened(browser, circuit_page(random_circuit(SMALL, 0)), pages) as shown:
         assert (shown.drawn_nodes(), shown.drawn_lines()) == (0, 0)
         assert shown.page.locator("#count").text_content() == "0 of 0 edges shown"
         assert shown.page.title() == "Circuit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def check_arithmetic(document: dict[str, Any]) -> None:
 def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # BF16 products of whole batches and of single tests are not rounded alike.
     anchored = "pahq:compute=fp32"
-    regimes = ["--readers", "logits,m*,a*<v>", "--regimes", f"fp32,{anchored},rtn,pahq-literal"]
+    regimes = ["--readers", "logits,m3,a3*<v>", "--regimes", f"fp32,{anchored},rtn,pahq-literal"]
     document = speed(tmp_path, *regimes, "--hooks-regimes", f"fp32,{anchored}")
     rows = document["rows"]
     assert [(row["regime"], row["engine"]) for row in rows] == [
@@ -126,10 +127,11 @@ def test_a_wrong_engine_is_noticed() -> None:
     assert not repeat_tests(HooksEngine(model, other, "kl"), recorder.log, 5, warm=True).agrees
 
 
-def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(growth, "Setting", partial(growth.Setting, examples=2, layers=2, width=64))
     file = tmp_path / "growth.json"
     axes = ["--length", "8", "12", "--layers", "1", "2", "--examples", "--width"]
-    assert growth.main([*axes, "--sample", "2", "--json", str(file)]) == 0
+    assert growth.main([*axes, "--sample", "2", "--kept", "2", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [(r["axis"], r["setting"][r["axis"]]) for r in rows] == [
         ("length", 8), ("length", 12), ("layers", 1), ("layers", 2)
