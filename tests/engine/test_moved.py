@@ -14,6 +14,7 @@ MOVES = {
     compute: {
         "command": "moved",
         "config": {"regime": "pahq"} if compute == "auto" else {"regime": "pahq", "compute": compute},
+        "search": {"readers": "logits,m2"},
     }
     for compute in ("auto", "fp32")
 }
@@ -22,7 +23,7 @@ MOVES = {
 @pytest.mark.parametrize("compute", MOVES)
 def test_products_follow_the_model_unless_they_were_asked_for_by_name(compute: str) -> None:
     """A model that ran on the CPU, where `auto` is made FP32, is moved to a device that has BF16."""
-    outcome = rehearsed(BEST, MOVES, compute)
+    outcome = rehearsed(BEST, MOVES[compute])
     assert not outcome["failed"], outcome["failed"]
     assert outcome["facts"] == (
         {"before": "fp32", "moved": "bf16", "found": "bf16"}

@@ -10,6 +10,7 @@ import torch
 from pahq_hf.engine.hooks.passes import BUFFER_BYTES, buffer_bytes
 from pahq_hf.precision.device_memory import free_memory, out_of_memory
 from tests.pretend.process import BEST, rehearsed
+from tests.tiers import quick
 
 WORK = ("recording", "capture", "begin", "focus", "batch", "look", "decision", "next focus")
 
@@ -64,7 +65,7 @@ HOPELESS = {
 
 @pytest.mark.parametrize("name", HOPELESS)
 def test_what_does_not_fit_at_all_is_said_in_one_line(name: str) -> None:
-    failed = rehearsed(BEST, HOPELESS, name)["failed"].strip().splitlines()
+    failed = rehearsed(BEST, HOPELESS[name])["failed"].strip().splitlines()
     assert failed[-1].startswith("pahq_hf.errors.OutOfMemoryError: "), failed[-1]
     assert "has no room for" in failed[-1] and "take fewer or shorter prompts" in failed[-1]
     assert not failed[-2].startswith("torch")
@@ -72,19 +73,15 @@ def test_what_does_not_fit_at_all_is_said_in_one_line(name: str) -> None:
 
 _QUICK = (
     *("sparse: recording", "sparse: batch", "sparse, raised: focus"),
-    *(f"sparse, anchored: {step}" for step in ("begin", "focus", "look", "decision")),
-    *("hooks: capture", "hooks, anchored: batch", "hooks, anchored: look"),
+    *(f"sparse, anchored: {step}" for step in ("begin", "look", "decision")),
+    "hooks: batch",
 )
-QUICK = {name: SHORT[name] for name in _QUICK}
-REST = {name: scenario for name, scenario in SHORT.items() if name not in _QUICK}
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in REST)]
-)
+@pytest.mark.parametrize("name", quick(SHORT, *_QUICK))
 def test_what_does_not_fit_is_computed_in_parts(name: str) -> None:
     """The values are the CPU's, with a share of the memory that a step takes where it has all it wants."""
-    outcome = rehearsed(BEST, QUICK if name in QUICK else REST, name)
+    outcome = rehearsed(BEST, SHORT[name])
     assert not outcome["failed"], outcome["failed"]
     assert outcome["error"] < 1e-6
 

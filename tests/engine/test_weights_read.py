@@ -18,13 +18,11 @@ from pahq_hf.precision.fp32.source import SourceBlock
 from tests.models import random_task
 from tests.pretend.process import BEST, rehearsed
 
-BF16: dict[str, dict[str, Any]] = {
-    "search": {
-        "model": "llama",
-        "dtype": "bfloat16",
-        "config": {"regime": "pahq", "compute": "bf16"},
-        "search": {"readers": "logits,m1,a1.kv0<v>"},
-    }
+BF16: dict[str, Any] = {
+    "model": "llama",
+    "dtype": "bfloat16",
+    "config": {"regime": "pahq", "compute": "bf16"},
+    "search": {"readers": "logits,m1,a1.kv0<v>"},
 }
 
 
@@ -52,7 +50,7 @@ def test_a_circuit_reads_of_output_projections_what_its_edges_need(
 
 def test_weights_reach_a_gpu_as_they_lie_in_the_checkpoint() -> None:
     """In half the bytes, and widened there: the CPU would take three times as long as the copy."""
-    outcome = rehearsed(BEST, BF16, "search")
+    outcome = rehearsed(BEST, BF16)
     assert not outcome["failed"], outcome["failed"]
     assert outcome["same"]
     assert outcome["sent"]["float32"] < outcome["sent"]["bfloat16"] / 10

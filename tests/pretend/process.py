@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,35 @@ ROOT = Path(__file__).parents[2]
 BEST: Form = "cuda" if can_compile() else "pure"
 
 
-def rehearsed(form: Form, scenarios: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """What came of one of some scenarios, which all run when the first is asked for.
+def rehearsed(form: Form, scenario: dict[str, Any]) -> dict[str, Any]:
+    """What came of a scenario.
 
     Args:
         form: Of the device.
-        scenarios: Fields of `rehearse.Scenario` by name.
-        name: Which.
+        scenario: Fields of `rehearse.Scenario`.
 
     Returns:
         Fields of `rehearse.Outcome`.
     """
-    return _outcomes(form, json.dumps(list(scenarios.values())))[list(scenarios).index(name)]
+    outcome: dict[str, Any] = json.loads(_outcome(form, json.dumps(scenario)))
+    return outcome
 
 
 @cache
-def _outcomes(form: Form, scenarios: str) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scenarios.json"
-        path.write_text(scenarios)
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.pretend.rehearse", form, str(path)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def _outcome(form: Form, scenario: str) -> str:
+    process = _process(form)
+    assert process.stdin and process.stdout
+    process.stdin.write(scenario + "\n")
+    process.stdin.flush()
+    outcome = process.stdout.readline()
+    assert outcome, f"the rehearsal of {scenario} ended with exit code {process.wait()}"
+    return outcome
+
+
+@cache
+def _process(form: Form) -> subprocess.Popen[str]:
+    """The process that has the device; it ends with this one."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "tests.pretend.rehearse", form]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)

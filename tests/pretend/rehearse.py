@@ -1,8 +1,8 @@
 """Run the product on the pretended device, and on the CPU to compare. A process of its own:
 
-    python -m tests.pretend.rehearse FORM FILE
+    python -m tests.pretend.rehearse FORM
 
-FILE holds a JSON list of scenarios, fields of `Scenario`. An `Outcome` for each goes to stdout, a JSON line.
+Scenarios come from stdin, each a JSON line with fields of `Scenario`; an `Outcome` for each goes to stdout.
 """
 
 # ruff: noqa: E402
@@ -260,8 +260,8 @@ def rehearse(scenario: Scenario) -> Outcome:
 def main() -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what runs say is not the answer
-        for scenario in json.loads(Path(sys.argv[2]).read_text()):
-            print(json.dumps(asdict(rehearse(Scenario(**scenario)))), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(asdict(rehearse(Scenario(**json.loads(line))))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
