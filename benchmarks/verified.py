@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.variants import Variant
 from pahq_hf import PAHQModel, load_task
+from pahq_hf.circuit.estimates import most_wrong
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.protocol import Engine
@@ -28,7 +29,6 @@ from pahq_hf.errors import PAHQError
 from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.acdc_run import with_margin
-from pahq_hf.search.audit import most_wrong
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.state import Search
 
@@ -153,8 +153,9 @@ def _compared(model: PAHQModel, job: Job, args: argparse.Namespace) -> dict[str,
     sides: dict[str, Side] = {}
     found: dict[str, Search] = {}
     for tests in ("all", "verified"):
+        audit = args.audit if tests == "verified" else None
         config = with_margin(
-            ACDCConfig(job.threshold, job.metric, readers=args.readers, tests=tests, audit=args.audit),
+            ACDCConfig(job.threshold, job.metric, readers=args.readers, tests=tests, audit=audit),
             model.pahq_config,
         )
         start, cpu = time.perf_counter(), time.process_time()

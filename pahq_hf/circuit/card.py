@@ -63,6 +63,7 @@ def render_card(
         kept=edges.edge_count,
         live=int(edges.live.sum()),
         tested=run.edges.tested or 0,
+        estimates=run.estimates,
         total=edges.graph.edge_count,
         full=metric.full,
         final=metric.fp32,

@@ -46,11 +46,12 @@ class Circuit:
         graph: The model's whole graph.
         kept: Edges of the circuit. [readers, writers]
         scores: What removing an edge did to the metric when it was tested, else 0. [readers, writers]
-        tested: Edges that were tested. [readers, writers]
+        tested: Edges that were tested, or decided by an estimate. [readers, writers]
         model: What identifies the base model: id, revision, family, width, fingerprint; where it is `local`,
             the id is the name of a folder. A path is cut to that.
         discovery: What ran and what came out (`discovery.json`).
         means: Mean activations, for `PAHQModel.apply` without corrupted prompts (`mean_activations`).
+        estimated: Edges whose score is an estimate; None where the search takes none. [readers, writers]
     """
 
     graph: Graph
@@ -60,6 +61,7 @@ class Circuit:
     model: dict[str, Any] = field(default_factory=dict)
     discovery: dict[str, Any] = field(default_factory=dict)
     means: dict[str, NDArray[np.float32]] | None = None
+    estimated: BoolArray | None = None
 
     def __post_init__(self) -> None:
         self.model = without_place(self.model)
@@ -69,7 +71,7 @@ class Circuit:
     @property
     def scored(self) -> ScoredEdges:
         """The edges alone: what pictures, pages and comparisons take."""
-        return ScoredEdges(self.graph, self.kept, self.scores, self.tested)
+        return ScoredEdges(self.graph, self.kept, self.scores, self.tested, self.estimated)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -272,5 +274,12 @@ class Circuit:
         stored = read_circuit(folder)
         edges = stored.edges
         return cls(
-            edges.graph, edges.kept, edges.scores, edges.tested, stored.model, stored.discovery, stored.means
+            edges.graph,
+            edges.kept,
+            edges.scores,
+            edges.tested,
+            stored.model,
+            stored.discovery,
+            stored.means,
+            edges.estimated,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pahq_hf.circuit.confirmation import Confirmation
+from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.sections import Section
 from pahq_hf.circuit.verdict import Verdict
 from pahq_hf.errors import CircuitError
@@ -65,8 +66,8 @@ class EdgeCounts(Section):
 
     Attributes:
         total: In the graph.
-        tested: Whose score was measured.
-        untested: Whose score was not.
+        tested: That were decided by their score, measured or estimated (`EstimateFacts` tells how many).
+        untested: That have none: those into readers that nobody reads, or that a screen passed over.
         kept: In the circuit.
         live: Kept edges on a path from `input` to `logits`.
     """
@@ -184,6 +185,7 @@ class RunRecord(Section):
         hardware: The GPU.
         edges: How many were tested, kept, ...
         second_looks: Tests made again in FP32.
+        estimates: Decisions taken by estimates, and their audit.
         screen: What a screen passed over.
         resumed_readers: Readers that an interrupted run had decided.
         evaluations: Values of the metric that were computed.
@@ -210,6 +212,7 @@ class RunRecord(Section):
     hardware: Mapping[str, Any] = field(default_factory=dict)
     edges: EdgeCounts = field(default_factory=EdgeCounts)
     second_looks: Mapping[str, Any] = field(default_factory=dict)
+    estimates: EstimateFacts = field(default_factory=EstimateFacts)
     screen: Mapping[str, Any] = field(default_factory=dict)
     peak_memory: Mapping[str, Any] = field(default_factory=dict)
     resumed_readers: int | None = None

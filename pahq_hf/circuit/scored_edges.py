@@ -20,18 +20,25 @@ class ScoredEdges:
         graph: The model's whole graph.
         kept: Edges of the circuit. [readers, writers]
         scores: The score of every edge, 0 where there is none. [readers, writers]
-        tested: Edges whose score was measured. [readers, writers]
+        tested: Edges whose score was measured, or estimated. [readers, writers]
+        estimated: Edges among them whose score is an estimate; None where the search takes none.
+            [readers, writers]
     """
 
     graph: Graph
     kept: BoolArray
     scores: NDArray[np.float64]
     tested: BoolArray
+    estimated: BoolArray | None = None
 
     @property
     def edge_count(self) -> int:
         """Number of kept edges."""
         return int(self.kept.sum())
+
+    def is_estimate(self, reader: int, writer: int) -> bool:
+        """Whether an edge's score is an estimate."""
+        return self.estimated is not None and bool(self.estimated[reader, writer])
 
     @cached_property
     def live(self) -> BoolArray:

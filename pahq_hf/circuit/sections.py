@@ -37,6 +37,12 @@ class Section:
         return cls(**known, more=more, keys=tuple(document))
 
     @classmethod
+    def read(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Some fields, by name, from the JSON values of their keys."""
+        kinds = _kinds(cls)
+        return {key: kinds[key].read(value) for key, value in values.items()}
+
+    @classmethod
     def names(cls) -> frozenset[str]:
         """Keys that have a field."""
         return frozenset(_kinds(cls))

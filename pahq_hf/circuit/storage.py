@@ -36,6 +36,7 @@ from pahq_hf.errors import CircuitError, ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
+_SCORE_NAMES = ("score", "tested", "in_graph")
 
 _SPEC_KEYS = (
     "format_version",
@@ -128,6 +129,8 @@ def _write_scores(edges: ScoredEdges, path: Path) -> None:
         "tested": edges.tested.astype(np.uint8),
         "exists": graph.all_edges.astype(np.uint8),
     }
+    if edges.estimated is not None:
+        tensors["estimated"] = edges.estimated.astype(np.uint8)
     layout = {
         "axes": "readers, writers",
         "readers": [reader.name for reader in graph.readers],
@@ -169,8 +172,12 @@ def read_circuit(folder: Path) -> StoredCircuit:
             raise CircuitError(f"{folder}: {SCORES_NAME} and {CIRCUIT_NAME} disagree on the score of {name}")
     if not np.array_equal(tensors["in_graph"].astype(bool), kept):
         raise CircuitError(f"{folder}: {SCORES_NAME} and {CIRCUIT_NAME} disagree on the kept edges")
+    tested = tensors["tested"].astype(bool)
+    estimated = tensors["estimated"].astype(bool) if "estimated" in tensors else None
+    if estimated is not None and (estimated & ~tested).any():
+        raise CircuitError(f"{folder / SCORES_NAME}: an edge is marked as estimated and not as tested")
     return StoredCircuit(
-        ScoredEdges(graph, kept, tensors["score"].astype(np.float64), tensors["tested"].astype(bool)),
+        ScoredEdges(graph, kept, tensors["score"].astype(np.float64), tested, estimated),
         model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
         discovery=discovery,
         means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
@@ -220,10 +227,12 @@ def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
 def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     """The tensors of a circuit, checked against the shape of its graph before that is built."""
     tensors = _load_tensors(path)
-    missing = [name for name in ("score", "tested", "in_graph") if name not in tensors]
+    missing = [name for name in _SCORE_NAMES if name not in tensors]
     if missing:
         raise CircuitError(f"cannot read {path}: it has no {missing[0]!r}")
-    found = {name: tensors[name] for name in ("score", "tested", "in_graph")}
+    # Only searches that take estimates mark them; earlier versions had none.
+    names = [*_SCORE_NAMES, *(["estimated"] if "estimated" in tensors else [])]
+    found = {name: tensors[name] for name in names}
     mlp = int(spec.mlps)
     shape = (
         1 + spec.layers * (spec.heads + 2 * spec.kv_readers + mlp),

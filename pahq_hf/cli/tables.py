@@ -116,7 +116,8 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
     table.add_column("score", justify="right")
     for number in order:
         r, w = pairs[number]
-        table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}")
+        mark = " (estimate)" if circuit.scored.is_estimate(r, w) else ""
+        table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}{mark}")
     return table
 
 

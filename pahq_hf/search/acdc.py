@@ -60,7 +60,7 @@ def search(
     for record in done:
         state.apply(record)
     finished = {record.reader for record in done}
-    audit = Audit.of(config.audit, int(graph.all_edges[chosen].sum()))
+    audit = Audit.of(config.audited, int(graph.all_edges[chosen].sum()))
     try:
         measured = engine.begin(state.kept)
         if not done:

@@ -13,6 +13,7 @@ from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import told
 
 Tests = Literal["all", "verified"]
+DEFAULT_AUDIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ACDCConfig(JsonConfig):
             their reader is visited. None tests all.
         tests: `all` tests every edge; `verified` decides most by estimates from the metric's slopes, whose
             sums are measured (docs/verified-estimates.md).
-        audit: Share of estimated edges that are drawn at random and tested.
+        audit: Share of estimated edges that are drawn at random and tested, more of few; 0 for none. None
+            takes 2 % where there are estimates.
     """
 
     threshold: float = field(
@@ -62,8 +64,9 @@ class ACDCConfig(JsonConfig):
         default="all",
         metadata=told("Test all edges, or decide most by verified estimates: 5 to 10 times fewer tests."),
     )
-    audit: float = field(
-        default=0.02, metadata=told("Share of estimated edges that are drawn at random and tested.")
+    audit: float | None = field(
+        default=None,
+        metadata=told("With --tests verified: share of estimated edges that are drawn and tested. [2 %]"),
     )
 
     def validate(self) -> None:
@@ -78,13 +81,21 @@ class ACDCConfig(JsonConfig):
         check_choice("order", self.order, ReaderOrder)
         check_choice("ablation", self.ablation, Ablation)
         check_choice("tests", self.tests, Tests)
-        check_number("audit", self.audit)
-        if not 0 <= self.audit <= 1:
-            raise ConfigError(f"audit must be a share from 0 to 1; got {self.audit}")
+        if self.audit is not None:
+            check_number("audit", self.audit)
+            if not 0 <= self.audit <= 1:
+                raise ConfigError(f"audit must be a share from 0 to 1; got {self.audit}")
+            if self.tests == "all":
+                raise ConfigError("an audit draws from estimated edges: it needs tests verified")
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
         if self.screen is not None:
             parse_screen(self.screen)
+
+    @property
+    def audited(self) -> float:
+        """Share of estimated edges that are drawn and tested."""
+        return DEFAULT_AUDIT if self.audit is None else self.audit
 
     def stays(self, score: float) -> bool:
         """Whether an edge with this score is kept."""
@@ -97,6 +108,8 @@ class ACDCConfig(JsonConfig):
             del values["screen"]
         if self.tests == "all":
             del values["tests"], values["audit"]
+        else:
+            values["audit"] = self.audited
         return values | {"margin": "inf"} if self.margin == math.inf else values
 
     @classmethod

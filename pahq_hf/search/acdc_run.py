@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pahq_hf.circuit.estimates import EstimateFacts, most_wrong
 from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
@@ -120,7 +121,8 @@ def check(work: Work[ACDCConfig], found: Found) -> None:
     if len(state.records) < len(state.graph.readers):
         return
     ours, theirs = (found.kept, found.scores, found.tested), (state.kept, state.scores, state.tested)
-    if not all(map(np.array_equal, ours, theirs)):
+    marked = np.zeros_like(state.estimated) if found.estimated is None else found.estimated
+    if not (np.array_equal(marked, state.estimated) and all(map(np.array_equal, ours, theirs))):
         raise RunError(
             f"the circuit in {folder} is not the one its {JOURNAL_NAME} tells of: one of them was changed; "
             f"remove {CIRCUIT_NAME} and --resume to make it again from the journal"
@@ -162,6 +164,7 @@ def _found(work: Work[ACDCConfig], state: Search, screen: Screen | None) -> Foun
             "tests": sum(record.looks for record in state.records),
             "changed": sum(record.changed for record in state.records),
         },
+        **({} if options.tests == "all" else {"estimates": _estimates(state).to_json()}),
         **({} if screen is None else {"screen": screen.facts()}),
         "resumed_readers": len(work.steps),
     }
@@ -175,4 +178,19 @@ def _found(work: Work[ACDCConfig], state: Search, screen: Screen | None) -> Foun
         searched=None if options.readers is None else work.graph.match_readers(options.readers),
         facts=facts,
         label=f"tau {options.threshold:g}",
+        estimated=None if options.tests == "all" else state.estimated,
+    )
+
+
+def _estimates(state: Search) -> EstimateFacts:
+    counts = [record.counts for record in state.records]
+    estimated = int(state.estimated.sum())
+    audited, wrong = sum(each.audited for each in counts), sum(each.wrong for each in counts)
+    return EstimateFacts(
+        tests=int(state.tested.sum()) - estimated,
+        estimated=estimated,
+        gradients=sum(each.gradients for each in counts),
+        audited=audited,
+        wrong=wrong,
+        at_most=most_wrong(audited, wrong) if estimated else 0.0,
     )

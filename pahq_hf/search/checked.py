@@ -45,6 +45,7 @@ def checked(found: object, graph: Graph, search: str) -> Found:
             kept=kept,
             scores=np.where(edges, scores, 0.0),
             tested=_edges("tested", found.tested, graph),
+            estimated=None if found.estimated is None else _estimated(found, graph),
             searched=None
             if found.searched is None
             else _array("searched", found.searched, readers, np.dtype(np.bool_), "readers"),
@@ -76,6 +77,13 @@ def _edges(name: str, value: object, graph: Graph) -> NDArray[np.bool_]:
             f"{graph.edge_name(int(reader), int(writer))}: take it & work.graph.all_edges"
         )
     return edges
+
+
+def _estimated(found: Found, graph: Graph) -> NDArray[np.bool_]:
+    estimated = _edges("estimated", found.estimated, graph)
+    if (estimated & ~found.tested).any():
+        raise ConfigError("estimated has edges that tested does not have: an estimate is a score")
+    return estimated
 
 
 def _final(value: object) -> float | None:

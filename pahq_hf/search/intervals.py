@@ -263,10 +263,11 @@ class IntervalSearch(ReaderSearch):
 
     def _is_done(self) -> bool:
         """Test some estimated edges, each in its own circuit, and go back to the first that was wrong."""
+        order = {writer: number for number, writer in enumerate(self._removed)}
         drawn = self._audit.drawn(self._reader, self._estimated - self._audited)
+        drawn.sort(key=order.__getitem__)
         if not drawn:
             return True
-        order = {writer: number for number, writer in enumerate(self._removed)}
         candidates: list[list[int]] = []
         for writer in drawn:
             candidates += [self._removed[: order[writer]], self._removed[: order[writer] + 1]]

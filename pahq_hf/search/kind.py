@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # a kind is known before torch is
     from pahq_hf.search.work import Work
 
 logger = logging.getLogger(__name__)
-TOLD_FACTS = ("second_looks", "screen", "resumed_readers")  # fields of a record that a search fills
+# Fields of a record that a search fills.
+TOLD_FACTS = ("second_looks", "estimates", "screen", "resumed_readers")
 
 
 class Options(Protocol):
@@ -98,11 +99,12 @@ class Found:
     Attributes:
         kept: Edges of the circuit. [readers, writers]
         scores: The score of every edge; 0 where there is none. [readers, writers]
-        tested: Edges whose score was measured. [readers, writers]
+        tested: Edges whose score was measured, or estimated. [readers, writers]
         final: The circuit's metric by the search's engine; None has that engine measure it, if there is one.
         searched: Readers that were searched, where others keep all edges whatever they are. [readers]
         facts: What the search says of itself in discovery.json.
         label: What tells it from others in a log; None has its verdict not logged.
+        estimated: Tested edges whose score is an estimate; None if the search takes none. [readers, writers]
     """
 
     kept: BoolArray
@@ -112,6 +114,7 @@ class Found:
     searched: BoolArray | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = ""
+    estimated: BoolArray | None = None
 
     def recordable(self, told: Iterable[str] = ()) -> dict[str, Any]:
         """Facts that the record of a run can hold; of the others there is a warning.

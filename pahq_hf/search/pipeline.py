@@ -221,7 +221,7 @@ class Run(Generic[OptionsT]):
         journal = Journal.read(folder)
         if journal is not None:
             check_header(journal.header, self.told_header(), folder)
-            found = Found(circuit.kept, circuit.scores, circuit.tested)
+            found = Found(circuit.kept, circuit.scores, circuit.tested, estimated=circuit.estimated)
             self.kind.check(self._work(folder, journal), found)
 
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
@@ -333,11 +333,18 @@ class Run(Generic[OptionsT]):
             verdict=verdict,
             **hardware_facts(self.setting.model.device),
             **searched.engine,
-            **{name: value for name, value in facts.items() if name in told},
+            **RunRecord.read({name: value for name, value in facts.items() if name in told}),
             more={name: value for name, value in facts.items() if name not in told},
         )
         return Circuit(
-            graph, found.kept, found.scores, found.tested, self.identity.to_json(), record.to_json(), means
+            graph,
+            found.kept,
+            found.scores,
+            found.tested,
+            self.identity.to_json(),
+            record.to_json(),
+            means,
+            found.estimated,
         )
 
     # -- 5. save --------------------------------------------------------------------------------------

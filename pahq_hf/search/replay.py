@@ -117,10 +117,27 @@ def _inconsistency(
     kept = {writer for writer, score in record.scores.items() if config.stays(score)}
     if tuple(sorted(kept)) != record.kept:
         return f"the edges it keeps are not those whose scores reach the threshold {config.threshold:g}"
-    if not {*record.estimated} <= record.scores.keys() - {*record.kept}:
-        return "an edge whose score is an estimate was kept, or has none"
+    mistaken = _wrong_estimates(record, config)
+    if mistaken is not None:
+        return mistaken
     if not 0 <= record.changed <= record.looks or (record.looks and not config.margin):
         return f"{record.changed} of {record.looks} second looks changed a decision"
+    return None
+
+
+def _wrong_estimates(record: ReaderRecord, config: ACDCConfig) -> str | None:
+    """What is wrong with what a record says of estimates; None if nothing."""
+    estimated, counts = record.estimated, record.counts
+    if config.tests == "all" and (estimated or counts != Counts()):
+        return "it has estimates, and the search tests every edge"
+    if tuple(sorted(set(estimated))) != estimated:
+        return "edges whose score is an estimate are not in order"
+    if not {*estimated} <= record.scores.keys() - {*record.kept}:
+        return "an edge whose score is an estimate was kept, or has none"
+    # What is wrong is kept and no estimate any more; all else that was audited still is one.
+    fits = 0 <= counts.wrong <= counts.audited <= len(estimated) + counts.wrong
+    if not fits or counts.wrong > len(record.kept) or counts.gradients < (1 if estimated else 0):
+        return f"its counts do not fit its {len(estimated)} estimates: {counts}"
     return None
 
 

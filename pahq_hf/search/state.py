@@ -62,7 +62,8 @@ class Search:
         graph: The model's graph.
         kept: Edges not removed.
         scores: `new - cur` when an edge was tested, else 0.
-        tested: Edges that were tested.
+        tested: Edges that were tested, or decided by an estimate.
+        estimated: Edges among them whose score is an estimate.
         metric: Metric of the current circuit.
         records: Finished readers in order.
     """
@@ -71,6 +72,7 @@ class Search:
     kept: BoolArray  # [readers, writers]
     scores: NDArray[np.float64]  # [readers, writers]
     tested: BoolArray  # [readers, writers]
+    estimated: BoolArray  # [readers, writers]
     metric: float = 0.0
     records: list[ReaderRecord] = field(default_factory=list)
 
@@ -78,7 +80,7 @@ class Search:
     def start(cls, graph: Graph) -> Search:
         """Nothing decided yet."""
         none = graph.no_edges()
-        return cls(graph, graph.all_edges.copy(), np.zeros(none.shape), none)
+        return cls(graph, graph.all_edges.copy(), np.zeros(none.shape), none, none.copy())
 
     def apply(self, record: ReaderRecord) -> None:
         """Take over a finished reader's decisions."""
@@ -89,6 +91,7 @@ class Search:
         for writer, score in record.scores.items():
             self.scores[reader, writer] = score
             self.tested[reader, writer] = True
+        self.estimated[reader, list(record.estimated)] = True
         self.metric = record.metric
         self.records.append(record)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pahq_hf.circuit.estimates import most_wrong
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_engine
@@ -17,7 +18,7 @@ from pahq_hf.engine.setting import Setting
 from pahq_hf.search.acdc import search
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.acdc_run import with_margin
-from pahq_hf.search.audit import Audit, most_wrong
+from pahq_hf.search.audit import Audit
 from pahq_hf.search.batches import AdaptiveBatch
 from pahq_hf.search.intervals import Estimates, Floats, IntervalSearch
 from pahq_hf.search.reader_search import Deciding
@@ -30,7 +31,7 @@ def found(
     regime: str,
     metric: str,
     tests: Any,
-    audit: float = 0.02,
+    audit: float | None = None,
     kind: Any = "sparse",
 ) -> Search:
     model = wrapped("llama", regime=regime)

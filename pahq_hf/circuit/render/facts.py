@@ -56,6 +56,8 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "searched": None if verdict is None else verdict.part,
         "edges live": int(edges.live.sum()),
         "edges tested": run.edges.tested,
+        "of which by": run.estimates.shares,
+        "decisions like ACDC's": run.estimates.text,
         "metric": metric.name,
         "full model": metric.full,
         "no edges": metric.empty,

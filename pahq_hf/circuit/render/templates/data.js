@@ -19,6 +19,7 @@ const edges = drawing.edges.writer.map((writer, i) => {
     bends: drawing.edges.bends[i],
     scores,
     tested: drawing.edges.tested.map((column) => column[i] === 1),
+    estimated: drawing.edges.estimated.map((column) => column[i] === 1),
     score,
     strength: Math.abs(score),
     group,
@@ -89,6 +90,9 @@ function number(value) {
 }
 
 function scoreText(edge) {
-  const one = (i) => (edge.scores[i] === null || edge.tested[i] ? number(edge.scores[i]) : "not tested");
+  const one = (i) => {
+    if (edge.scores[i] !== null && !edge.tested[i]) return "not tested";
+    return number(edge.scores[i]) + (edge.estimated[i] ? " (estimate)" : "");
+  };
   return compares ? `A ${one(0)}, B ${one(1)}` : one(0);
 }
