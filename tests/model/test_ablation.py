@@ -26,6 +26,7 @@ from pahq_hf.errors import AblationWarning
 from tests.helpers import FP32, wrapped
 from tests.models import random_task, relative_error
 from tests.plain import answers
+from tests.tiers import quick
 
 FEW = 3  # tokens that circuits say here
 
@@ -92,7 +93,7 @@ def test_plain_apply_is_the_ablation_it_was_found_under(ablation: Any, padding: 
         assert relative_error(answers(model, task), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ioi", "sva", "gendered_pronoun", "greater_than"])
+@pytest.mark.parametrize("name", quick(["ioi", "sva", "gendered_pronoun", "greater_than"], "ioi", "sva"))
 def test_a_circuit_found_under_means_speaks_as_the_model_on_unseen_prompts(name: str) -> None:
     circuit = demo().discover(demo_task(name, n=24), threshold=0.01, ablation="mean", progress=False)
     unseen = demo_task(name, seed=5, n=20)
@@ -134,7 +135,7 @@ def test_means_by_position_are_those_of_the_prompts_and_go_on_behind_them() -> N
     assert ragged.means is not None and set(ragged.means) == {"embedding", "z", "mlp"}
 
 
-@pytest.mark.parametrize("name", ["ioi", "sva", "gendered_pronoun", "greater_than"])
+@pytest.mark.parametrize("name", quick(["ioi", "sva", "gendered_pronoun", "greater_than"], "ioi", "sva"))
 def test_a_circuit_of_the_default_ablation_speaks_sensibly_too(name: str) -> None:
     """Means over all tokens made these say "Nick Nick Nick"; means by position leave the task its answers."""
     circuit = demo().discover(demo_task(name, n=24), threshold=0.01, progress=False)

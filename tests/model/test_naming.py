@@ -41,6 +41,7 @@ def front(card: str) -> str:
     return card.split("---")[1]
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("command", ["discover", "attribute", "sweep"])
 @pytest.mark.parametrize("hub", [None, "owner/name"])
 def test_no_path_in_what_a_run_writes(

@@ -26,7 +26,7 @@ from pahq_hf.search.shared_answers import EngineCache, RecallingEngine
 from pahq_hf.search.state import Search
 from tests.helpers import random_edges, unsealed, wrapped
 from tests.models import random_task
-from tests.tiers import examples
+from tests.tiers import examples, exhaustive
 
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 TAUS = (0.15, 0.1, 0.03, 0.003)
@@ -62,13 +62,13 @@ def assert_same(ours: Search, theirs: Search) -> None:
     [
         ("llama", "fp32", "sparse", None),
         ("gpt2", "fp32", "hooks", None),
-        ("llama", "rtn", "sparse", None),
-        ("llama", "rtn", "hooks", None),
+        exhaustive("llama", "rtn", "sparse", None),
+        exhaustive("llama", "rtn", "hooks", None),
         ("gpt2", "pahq", "sparse", 0.2),
-        ("llama", "pahq", "sparse", math.inf),
+        exhaustive("llama", "pahq", "sparse", math.inf),
         ("llama", "pahq", "hooks", 0.5),
         ("llama", "pahq-literal", "sparse", None),
-        ("gpt2", "pahq-literal", "hooks", None),
+        exhaustive("gpt2", "pahq-literal", "hooks", None),
     ],
 )
 def test_a_recalling_search_is_the_one_that_recalls_nothing(
