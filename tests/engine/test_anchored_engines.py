@@ -21,7 +21,7 @@ from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.base import Task
 from tests.helpers import GRAPHS, random_edges, wrapped
 from tests.models import FAMILIES, random_task
-from tests.tiers import examples
+from tests.tiers import examples, quick
 
 pytestmark = pytest.mark.crossing
 
@@ -350,7 +350,7 @@ def test_bf16_products_cost_little_whatever_the_effects_size(metric: Any, epsilo
     assert strayed.max() > 1e-4  # it was BF16
 
 
-@pytest.mark.parametrize("fmt", ["fp8", "int8"])
+@pytest.mark.parametrize("fmt", quick(["fp8", "int8"], "fp8"))
 def test_errors_of_anchored_scores_shrink_with_the_effects(fmt: str) -> None:
     """A hundredth of the effect, a hundredth of the error."""
     task = random_task(batch=3, length=7, seed=3)
@@ -375,7 +375,7 @@ def demo_scores(regime: Any, compute: Any = "fp32") -> NDArray[np.float64]:
     return scores(SparseEngine(demo(regime, compute).patched, task, "kl", rule=rule), step=2)
 
 
-@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("compute", quick(COMPUTES, "bf16"))
 def test_anchored_scores_of_the_demo_are_closer_than_rounded_ones(compute: str) -> None:
     exact = demo_scores("fp32")
     for least in (1e-4, 3e-4):

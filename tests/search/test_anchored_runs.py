@@ -26,6 +26,7 @@ from tests.helpers import (
     write_rows,
 )
 from tests.models import FAMILIES, random_task
+from tests.tiers import quick
 
 TASK = random_task(batch=3, seed=21)
 TAU = 0.03
@@ -108,7 +109,7 @@ def test_the_default_margin_looks_at_some_edges(active: Any) -> None:
     assert blind.discovery["second_looks"] == {"margin": 0.0, "tests": 0, "changed": 0}
 
 
-@pytest.mark.parametrize("margin", [0.2, math.inf])
+@pytest.mark.parametrize("margin", quick([0.2, math.inf], 0.2))
 def test_the_hooks_engine_runs_the_anchored_regime_too(margin: float) -> None:
     sparse, hooks = (
         discover(model_of(), engine=EngineConfig(engine=kind), margin=margin)  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(finished: Path, tmp_p
     assert journal_lines(tmp_path / "out") == lines
 
 
-@pytest.mark.parametrize("regime", ["pahq", "pahq-literal", "rtn"])
+@pytest.mark.parametrize("regime", quick(["pahq", "pahq-literal", "rtn"], "pahq"))
 def test_low_precision_runs_resume_too(tmp_path: Path, regime: Any) -> None:
     model = wrapped("llama", regime=regime)
     whole = discover(model, tmp_path / "whole", order="head")

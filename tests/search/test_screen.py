@@ -39,7 +39,7 @@ from tests.helpers import (
     write_rows,
 )
 from tests.models import FAMILIES, random_task
-from tests.tiers import examples
+from tests.tiers import examples, quick
 
 TASK = random_task(batch=3, length=7, padding="right", seed=11)
 TAU = 0.02
@@ -128,7 +128,7 @@ def run(model: PAHQModel, screen: str | None, engine: Any = "sparse", **options:
     )
 
 
-@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn", "pahq-literal"])
+@pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))
 def test_a_screen_that_everything_passes_changes_nothing(regime: Any) -> None:
     plain, screened = (run(low("llama", regime), screen) for screen in (None, "eap-ig:1"))
     for field in ("kept", "tested", "scores"):
@@ -138,7 +138,7 @@ def test_a_screen_that_everything_passes_changes_nothing(regime: Any) -> None:
 
 
 @pytest.mark.crossing
-@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn", "pahq-literal"])
+@pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_engines_agree_behind_a_screen(family: str, regime: Any) -> None:
     model = low(family, regime)

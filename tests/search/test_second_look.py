@@ -27,7 +27,7 @@ from pahq_hf.search.replay import record_of, step_of
 from pahq_hf.search.state import ReaderRecord, Search
 from tests.helpers import wrapped
 from tests.models import FAMILIES, random_task
-from tests.tiers import examples
+from tests.tiers import examples, exhaustive
 
 pytestmark = pytest.mark.crossing
 
@@ -85,7 +85,7 @@ def test_with_an_infinite_margin_decisions_are_fp32s(kind: str, compute: Any, na
     assert changed > 0 or kind == "hooks"  # or low precision had nothing to change
 
 
-@pytest.mark.parametrize(("metric", "threshold"), [("kl", 0.005), ("logit_diff", 0.02)])
+@pytest.mark.parametrize(("metric", "threshold"), [("kl", 0.005), exhaustive("logit_diff", 0.02)])
 def test_with_an_infinite_margin_the_demos_circuit_is_fp32s(metric: Any, threshold: float) -> None:
     fp32, pahq = demo("fp32"), demo("pahq")
     task = load_task("ioi", fp32.tokenizer, n=12)
@@ -149,8 +149,8 @@ def first_scores(engine: Noisy, exact: ReaderRecord) -> dict[int, float]:
 
 # Seeds whose noise does change decisions.
 CASES = [
-    ("llama", 0.02, False, "acdc", 6), ("llama", 0.03, True, "head", 3), ("gpt2", 0.01, True, "acdc", 6),
-    ("gpt2", 0.03, False, "head", 6),
+    ("llama", 0.02, False, "acdc", 6), ("llama", 0.03, True, "head", 3),
+    exhaustive("gpt2", 0.01, True, "acdc", 6), exhaustive("gpt2", 0.03, False, "head", 6),
 ]  # fmt: skip
 each_case = pytest.mark.parametrize(("name", "tau", "absolute", "order", "seed"), CASES)
 

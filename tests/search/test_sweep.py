@@ -320,11 +320,12 @@ def cut(folder: Path, records: dict[float, int], answers: int, rest: bytes = b""
     ("records", "answers", "rest"),
     [
         exhaustive({}, 1, b""),
-        ({0.2: 3}, 12, b'["torn'),
+        exhaustive({0.2: 3}, 12, b'["torn'),
         exhaustive({0.2: 99, 0.05: 0}, 9999, b""),
-        ({0.2: 99, 0.05: 8}, 2, b""),
+        ({0.2: 99, 0.05: 8}, 2, b'["torn'),
+        exhaustive({0.2: 99, 0.05: 8}, 2, b""),
         exhaustive({0.2: 99, 0.05: 99, 0.02: 2}, 0, b""),
-        ({0.2: 99, 0.05: 99, 0.02: 99}, 9999, b'{"torn'),
+        exhaustive({0.2: 99, 0.05: 99, 0.02: 99}, 9999, b'{"torn'),
     ],
 )
 def test_a_sweep_goes_on_from_anywhere(
@@ -435,7 +436,7 @@ def test_the_benchmark_compares_ways_to_the_same_circuits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "sweep.json"
-    small = ["demo", "--n=2", "--thresholds=0.5,0.2", "--readers=logits,m*", "--repeats=2", "--no-commands"]
+    small = ["demo", "--n=2", "--thresholds=0.5,0.2", "--readers=logits,m3", "--repeats=2", "--no-commands"]
     assert benchmarks.sweep.main([*small, "--json", str(file)]) == 0
     document = json.loads(file.read_text())
     ours, theirs = document["ways"]
