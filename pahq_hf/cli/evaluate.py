@@ -37,6 +37,14 @@ def evaluate(
         bool, typer.Option("--completeness", help="The complement, and damage to circuit and model alike.")
     ] = False,
     samples: Annotated[int, typer.Option(min=0, help="Random subsets for --completeness.")] = 20,
+    audit: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Test N removed edges again, in FP32, where the search decided them, on its prompts.",
+        ),
+    ] = 0,
     reference: Annotated[
         Path | None,
         typer.Option(help="A known circuit (folder, or EAP-IG / MIB JSON): ROC, precision and recall."),
@@ -60,15 +68,16 @@ def evaluate(
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.files import make_folder
     from pahq_hf.config import PAHQConfig
+    from pahq_hf.evaluation.audit import check_auditable
     from pahq_hf.evaluation.report import reference_facts
     from pahq_hf.model import PAHQModel
     from pahq_hf.tasks.loading import is_generated
 
     seed = prompts.seed or 0
-    if completeness and not prompts.shuffle and not is_generated(prompts.task):
+    if (completeness or audit) and not prompts.shuffle and not is_generated(prompts.task):
         prompts = replace(
             prompts, seed=None
-        )  # that of --completeness has a use of its own, whatever the prompts
+        )  # that of --completeness and --audit has a use of its own, whatever the prompts
     prompts.check()
     if plots is not None and not curve and reference is None:
         raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
@@ -76,6 +85,8 @@ def evaluate(
     known = None if reference is None else _read_reference(reference)
     if known is not None:
         reference_facts(found, known)  # what does not fit should fail before the model runs
+    if audit:
+        check_auditable(found)
     if plots is not None:
         make_folder(plots)
     take_threads(threads)
@@ -93,6 +104,7 @@ def evaluate(
             curve=curve,
             minimality=minimality,
             completeness=completeness,
+            audit=audit,
             samples=samples,
             seed=seed,
             reference=known,

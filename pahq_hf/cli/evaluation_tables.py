@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pahq_hf.cli.tables import facts_table
+from pahq_hf.evaluation.audit import Audited
 
 _ENDS = 5  # edges shown at each end of the drop-one effects
-_OWN_TABLE = ("curve", "minimality", "completeness", "reference")
+_OWN_TABLE = ("curve", "minimality", "completeness", "audit", "reference")
 
 
 def evaluation_tables(facts: dict[str, Any]) -> list[Table]:
@@ -31,6 +32,8 @@ def evaluation_tables(facts: dict[str, Any]) -> list[Table]:
         table = facts_table(facts["completeness"])
         table.title, table.title_justify = "Completeness", "left"
         tables.append(table)
+    if "audit" in facts:
+        tables.append(_audit_table(Audited(**facts["audit"])))
     if "reference" in facts:
         tables.append(_reference_table(facts["reference"]))
     return tables
@@ -63,6 +66,17 @@ def _minimality_table(found: dict[str, Any]) -> Table:
             table.add_row(Text(item[0]), f"{item[1]:+.4g}")
     if found["could_go"] is not None:
         table.caption = f"edges that could go (effect below {found['threshold']:g}): {found['could_go']:,}"
+    return table
+
+
+def _audit_table(found: Audited) -> Table:
+    table = Table(title="Removed edges, tested again in FP32 where they were decided", title_justify="left")
+    table.add_column("decided otherwise")
+    for title in ("score", "exact"):
+        table.add_column(title, justify="right")
+    for name, scores in found.edges.items():
+        table.add_row(Text(name), f"{scores['score']:+.4g}", f"{scores['exact']:+.4g}")
+    table.caption = f"decisions like ACDC's: {found.text} ({found.estimated:,} were estimates)"
     return table
 
 

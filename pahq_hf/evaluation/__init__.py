@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _FILES = {
+    "Audited": "pahq_hf.evaluation.audit",
     "Completeness": "pahq_hf.evaluation.necessity",
     "Curve": "pahq_hf.evaluation.curves",
     "EvaluationOptions": "pahq_hf.evaluation.report",
@@ -12,6 +13,7 @@ _FILES = {
     "Minimality": "pahq_hf.evaluation.necessity",
     "Roc": "pahq_hf.evaluation.roc",
     "accuracy": "pahq_hf.evaluation.greedy_accuracy",
+    "audit": "pahq_hf.evaluation.audit",
     "chance": "pahq_hf.evaluation.greedy_accuracy",
     "check_fits": "pahq_hf.evaluation.fits",
     "check_shape": "pahq_hf.evaluation.fits",

@@ -17,6 +17,7 @@ from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.config import Ablation
 from pahq_hf.engine.build import make_dropper, make_referee
 from pahq_hf.engine.hooks.apply import plain_substitute
+from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.regime_rule import EXACT
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.applied import applied_logits, partner_of
@@ -89,6 +90,23 @@ class Evaluator:
             return engine.drop_each(kept)
         finally:
             engine.finish()
+
+    @property
+    def prompts(self) -> str:
+        """What identifies the prompts (`Task.fingerprint`)."""
+        return self._task.fingerprint()
+
+    def tester(self, metric: str, ablation: Ablation) -> Engine:
+        """An engine that tests edges in FP32 as a search does, the sparse one where it can.
+
+        Args:
+            metric: What the search minimised.
+            ablation: What stood in for removed edges.
+        """
+        model, task, referee = self._model, self._task, self._engine
+        if (metric, ablation) != (self.metric.name, self._ablation):
+            referee = make_referee(model, task, metric, ablation, EXACT)
+        return make_dropper(referee, model, task, metric, ablation, EXACT)
 
     @cached_property
     def means(self) -> dict[str, NDArray[np.float32]]:

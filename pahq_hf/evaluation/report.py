@@ -13,6 +13,7 @@ from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError, check_names, describe
+from pahq_hf.evaluation.audit import audit
 from pahq_hf.evaluation.curves import faithfulness_curve, rank_edges
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.necessity import completeness, minimality
@@ -30,6 +31,7 @@ class EvaluationOptions:
         samples: How many.
         seed: What they are drawn from.
         reference: A known circuit of the same graph to score against: ROC, precision, recall.
+        audit: So many removed edges, drawn at random, are tested again where they were decided; 0 for none.
     """
 
     curve: bool = False
@@ -38,10 +40,14 @@ class EvaluationOptions:
     samples: int = 20
     seed: int = 0
     reference: Circuit | None = None
+    audit: int = 0
 
     def __post_init__(self) -> None:
         check_number("samples", self.samples, whole=True)
         check_number("seed", self.seed, whole=True)
+        check_number("audit", self.audit, whole=True)
+        if self.audit < 0:
+            raise ConfigError(f"the number of edges to audit must not be negative; got {self.audit}")
         if self.samples < 0:
             raise ConfigError(f"the number of samples must not be negative; got {self.samples}")
         given: object = self.reference
@@ -70,14 +76,15 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
         options: What to measure besides the usual.
 
     Returns:
-        `Evaluator.report` and `apply` (`Evaluator.applied`), with `curve`, `minimality`, `completeness` and
-        `reference` as asked.
+        `Evaluator.report` and `apply` (`Evaluator.applied`), with `curve`, `minimality`, `completeness`,
+        `audit` and `reference` as asked.
 
     Raises:
-        CircuitError: If the circuit or the reference is of another graph.
+        CircuitError: If the circuit or the reference is of another graph, or the circuit cannot be audited.
         ConfigError: If the reference holds no edge, or all of them.
         MetricError: If a curve is asked and the metric does not tell the full model from no edges.
     """
+    audited = audit(evaluator, circuit, options.audit, options.seed) if options.audit else None
     facts = evaluator.report(circuit)
     run = circuit.record
     facts[APPLY] = evaluator.applied(circuit.kept, run.arguments.ablation, circuit.means, facts["accuracy"])
@@ -89,6 +96,8 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
         facts["minimality"] = minimality(evaluator, circuit.kept, tau).to_dict()
     if options.completeness:
         facts["completeness"] = completeness(evaluator, circuit.kept, options.samples, options.seed).to_dict()
+    if audited is not None:
+        facts["audit"] = audited.to_dict()
     if options.reference is not None:
         facts["reference"] = reference_facts(circuit, options.reference)
     return facts

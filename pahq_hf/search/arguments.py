@@ -54,6 +54,7 @@ class EvaluateOptions(TypedDict, total=False):
     samples: int
     seed: int
     reference: Circuit | None
+    audit: int
 
 
 _AT_LOADING = "precision is chosen when the model is loaded: PAHQModel.from_pretrained(..., {}=...)"
