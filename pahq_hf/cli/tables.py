@@ -144,8 +144,12 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
             "" if row.verdict is None else _verdict_word(row.verdict),
         )
     doubtful = [f"{row.threshold:g}" for row in rows if row.verified is False]
-    if doubtful:
-        table.caption = f"NOT VERIFIED by the hooks engine: tau {', '.join(doubtful)}"
+    notes = [f"NOT VERIFIED by the hooks engine: tau {', '.join(doubtful)}"] if doubtful else []
+    audits = [f"  tau {row.threshold:g}: {row.estimates.text}" for row in rows if row.estimates is not None]
+    if audits:
+        notes += ["Decisions like ACDC's:", *audits]
+    if notes:
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 
 

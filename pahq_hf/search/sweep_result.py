@@ -12,6 +12,7 @@ from typing import Any
 
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
+from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.extras import spared
 from pahq_hf.circuit.files import (
     SWEEP_NAME,
@@ -26,6 +27,7 @@ from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError, ConfigError
 
 _PLOT_NAME = "pareto"
+_SECTIONS = ("verdict", "estimates")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class SweepRow:
         seconds: Search and evaluation; what all thresholds share is not in it.
         verdict: Whether the circuit does what the model does; None if an earlier version found it.
         verified: Whether the hooks engine confirmed its metric; None if an earlier version found it.
+        estimates: Decisions taken by estimates, and their audit; None where all were tested.
     """
 
     threshold: float
@@ -61,6 +64,7 @@ class SweepRow:
     seconds: float
     verdict: Verdict | None = None
     verified: bool | None = None
+    estimates: EstimateFacts | None = None
 
     @classmethod
     def of(cls, circuit: Circuit) -> SweepRow:
@@ -91,13 +95,16 @@ class SweepRow:
             faithfulness=faithfulness(metric.fp32, metric.full, metric.empty),
             verdict=run.verdict,
             verified=circuit.verified,
+            estimates=None if run.estimates.text is None else run.estimates,
             **measured,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, for JSON."""
         verdict = {} if self.verdict is None else {"verdict": self.verdict.to_dict()}
-        return {name: value for name, value in asdict(self).items() if name != "verdict"} | verdict
+        estimates = {} if self.estimates is None else {"estimates": self.estimates.to_json()}
+        values = {name: value for name, value in asdict(self).items() if name not in _SECTIONS}
+        return values | verdict | estimates
 
 
 class Sweep(Mapping[float, Circuit]):

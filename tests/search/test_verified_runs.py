@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pahq_hf import Circuit, PAHQModel
+from pahq_hf import Circuit, PAHQModel, Sweep
 from pahq_hf.circuit.card import render_card
 from pahq_hf.circuit.estimates import EstimateFacts, most_wrong, percent
 from pahq_hf.circuit.render.page import circuit_page
+from pahq_hf.config import EngineConfig
 from pahq_hf.errors import CircuitError, RunError
 from tests.helpers import (
     FILES,
@@ -270,6 +271,50 @@ def test_a_finished_run_is_held_against_its_journal(verified: Path, tmp_path: Pa
     circuit.save_pretrained(folder)
     with pytest.raises(RunError, match="is not the one its journal"):
         discover(deep(), folder, resume=True)
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("regime", "options"),
+    [
+        ("fp32", {}),
+        ("pahq", {"screen": "eap-ig:0.6", "audit": 0.5}),
+        exhaustive("pahq", {"absolute": True, "order": "head"}),
+        exhaustive("rtn", {"engine": EngineConfig("hooks"), "readers": "logits,m*"}),
+    ],
+)
+def test_a_sweeps_circuits_are_those_of_separate_runs(
+    regime: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, taus = wrapped("llama", layers=4, regime=regime), [0.05, 0.08, 0.3]
+    options = {"tests": "verified", **options}
+    found = model.sweep(TASK, thresholds=taus, out=tmp_path / "sweep", progress=False, **options)
+    for tau, row in zip(taus, found.rows, strict=True):
+        alone = discover(model, tmp_path / str(tau), **options, threshold=tau)
+        assert_same_circuit(found[tau], alone)
+        assert found[tau].discovery["estimates"] == alone.discovery["estimates"]
+        for name in ("scores.safetensors", "journal.jsonl"):
+            ours = tmp_path / "sweep" / f"tau-{tau}" / name
+            assert ours.read_bytes() == (tmp_path / str(tau) / name).read_bytes()
+        assert row.estimates == alone.record.estimates and row.evaluations > 0
+    assert sum(row.reused for row in found.rows) > 0
+    again = Sweep.from_pretrained(tmp_path / "sweep")
+    assert [row.estimates for row in again.rows] == [row.estimates for row in found.rows]
+
+
+def test_a_sweep_says_its_audits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "demo", "--task", "ioi", "--n", "2", "--thresholds", "0.1,0.3"]
+    out = tmp_path / "out"
+    assert run_main(*command, "--tests", "verified", "--out", str(out)) == 0
+    shown = capsys.readouterr().out
+    for row in Sweep.from_pretrained(out).rows:
+        assert row.estimates is not None and row.estimates.text is not None
+        assert f"tau {row.threshold:g}: {row.estimates.text}" in shown
+    rows = json.loads((out / "sweep.json").read_text())["rows"]
+    assert all(row["estimates"]["audited"] > 0 for row in rows)
+    assert run_main(*command, "--out", str(out), "--resume") == 2  # a sweep of another kind
 
 
 # -- options ---------------------------------------------------------------------------------------------
