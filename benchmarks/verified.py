@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +28,14 @@ from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import PAHQError
 from pahq_hf.search.acdc import search
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_options import ACDCConfig, Tests
 from pahq_hf.search.acdc_run import with_margin
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.state import Search
 
 _DESCRIPTION = """\
 Search the same circuit twice, with every edge tested and with verified estimates, and compare. Rows that are
-in --out already are not searched again."""
+in --out already are not searched again, nor is what `all` found, which is kept beside it."""
 
 _EPILOG = """\
 figures
@@ -138,7 +139,9 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> Iterator[dict[str, Any]]
             gc.collect()
             config = Variant.parse(job.precision).pahq
             models[job.precision] = PAHQModel.from_pretrained(args.model, config)
-        row = key | {"processor": _processor()} | _compared(models[job.precision], job, args)
+        name = f"{Path(args.model).name}-{job.task}-{job.metric}-{job.threshold:g}-{job.precision}-n{args.n}"
+        kept = out.with_suffix("") / f"{name}-{args.seed}.npz"
+        row = key | {"processor": _processor()} | _compared(models[job.precision], job, args, kept)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -146,41 +149,28 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> Iterator[dict[str, Any]]
         yield row
 
 
-def _compared(model: PAHQModel, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+def _compared(model: PAHQModel, job: Job, args: argparse.Namespace, kept: Path) -> dict[str, Any]:
+    """A row: both searches, that of all edges taken from an earlier attempt where there is one."""
     task = load_task(job.task, model.tokenizer, n=args.n, seed=args.seed)
     setting = Setting(model.patched, task, job.metric, "corrupted", model.pahq_config)
-    plain = ACDCConfig(job.threshold, job.metric, readers=args.readers)
-    sides: dict[str, Side] = {}
-    found: dict[str, Search] = {}
-    for tests in ("all", "verified"):
-        audit = args.audit if tests == "verified" else None
-        config = with_margin(
-            ACDCConfig(job.threshold, job.metric, readers=args.readers, tests=tests, audit=audit),
-            model.pahq_config,
-        )
-        start, cpu = time.perf_counter(), time.process_time()
-        engine = make_engine(setting, EngineConfig())
-        found[tests] = search(engine, config, batch=_batch(engine))
-        sides[tests] = Side(
-            int(found[tests].kept.sum()),
-            engine.evaluations,
-            round(time.perf_counter() - start, 2),
-            round(time.process_time() - cpu, 2),
-            found[tests].metric,
-            {phase: round(seconds, 2) for phase, seconds in engine.phases.take().items()},
-        )
-        del engine
-        gc.collect()
-    every, ours = found["all"], found["verified"]
+    chosen = model.graph.match_readers(args.readers)[:, None] & model.graph.all_edges
+    if kept.exists():
+        with np.load(kept) as held:
+            every, tested, side = held["kept"], int(held["tested"].sum()), json.loads(str(held["side"]))
+    else:
+        found, side = _searched(setting, job, args, "all")
+        every, tested = found.kept, int(found.tested.sum())
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, kept=every, tested=found.tested, scores=found.scores, side=json.dumps(side))
+    ours, own_side = _searched(setting, job, args, "verified")
     counts = [record.counts for record in ours.records]
     estimated = sum(len(record.estimated) for record in ours.records)
     audited, wrong = sum(c.audited for c in counts), sum(c.wrong for c in counts)
-    chosen = model.graph.match_readers(plain.readers)[:, None] & model.graph.all_edges
-    both, either = every.kept & ours.kept & chosen, (every.kept | ours.kept) & chosen
+    both, either = every & ours.kept & chosen, (every | ours.kept) & chosen
     return {
-        "tested": int(every.tested.sum()),
-        "kept": [int((side.kept & chosen).sum()) for side in (every, ours)],
-        "flips": int((every.kept != ours.kept).sum()),
+        "tested": tested,
+        "kept": [int((side & chosen).sum()) for side in (every, ours.kept)],
+        "flips": int((every != ours.kept).sum()),
         "jaccard": float(both.sum() / max(1, either.sum())),
         "slopes": sum(c.gradients for c in counts),
         "exact": int(ours.tested.sum()) - estimated,
@@ -188,8 +178,31 @@ def _compared(model: PAHQModel, job: Job, args: argparse.Namespace) -> dict[str,
         "audited": audited,
         "wrong": wrong,
         "at_most": most_wrong(audited, wrong),
-        "sides": {name: asdict(side) for name, side in sides.items()},
+        "sides": {"all": side, "verified": own_side},
     }
+
+
+def _searched(
+    setting: Setting, job: Job, args: argparse.Namespace, tests: Tests
+) -> tuple[Search, dict[str, Any]]:
+    """One search, and what it took."""
+    audit = args.audit if tests == "verified" else None
+    plain = ACDCConfig(job.threshold, job.metric, readers=args.readers, tests=tests, audit=audit)
+    config = with_margin(plain, setting.precision)
+    start, cpu = time.perf_counter(), time.process_time()
+    engine = make_engine(setting, EngineConfig())
+    found = search(engine, config, batch=_batch(engine))
+    side = Side(
+        int(found.kept.sum()),
+        engine.evaluations,
+        round(time.perf_counter() - start, 2),
+        round(time.process_time() - cpu, 2),
+        found.metric,
+        {phase: round(seconds, 2) for phase, seconds in engine.phases.take().items()},
+    )
+    del engine
+    gc.collect()
+    return found, asdict(side)
 
 
 def _processor() -> str:

@@ -33,14 +33,17 @@ class IntervalRule:
     Attributes:
         margin: m; an edge is tested if it may score (1 - m) tau or more.
         residual: r; estimates may miss what the metric moved by, in all, by r tau.
+        bend: Slopes may move by so many tau, all together, between two measured circuits: what moves more may
+            hide errors that cancel.
         few: So many edges are tested one by one: they cost less than slopes.
-        together: Edges of an interval that are tested at once.
+        together: Circuits of an interval that are measured at once.
     """
 
     margin: float = 0.3
     residual: float = 0.34
+    bend: float = 1.0
     few: int = 6
-    together: int = 8
+    together: int = 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,19 @@ class Estimates:
         share = weight / total if total > 0 else np.full(len(scores), 1 / max(1, len(scores)))
         corrected: Floats = scores + (change - float(scores.sum())) * share
         return corrected
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place inside an interval where the circuit is measured.
+
+    Attributes:
+        place: So many of its edges are gone there.
+        is_test: Whether the next edge is tested there.
+    """
+
+    place: int
+    is_test: bool
 
 
 class IntervalSearch(ReaderSearch):
@@ -179,23 +195,22 @@ class IntervalSearch(ReaderSearch):
             ((value, end),) = self._slopes_of([[*self._removed, *edges]])
         inside = slice(first, first + size)
         estimates = Estimates.between(start[inside], end[inside])
-        highest = estimates.furthest if self._config.absolute else estimates.highest
-        hot = np.flatnonzero(self._may_stay(highest)).tolist()
-        tests = self._tests(edges, hot[: self._rule.together])
-        # Every stop is a measured circuit on the way; without tests beyond, the last is the interval's end.
-        done, share = 0, 0.0
-        goes_on = True
-        for place, prefix, without in tests:
-            goes_on = self._go(estimates, edges, slice(done, place), prefix)
+        stops = self._stops(estimates)
+        measured = self._measured_stops(edges, stops[: self._rule.together])
+        done, share, goes_on = 0, 0.0, True
+        for stop, prefix, without in measured:
+            goes_on = self._go(estimates, edges, slice(done, stop.place), prefix)
             if not goes_on:
                 break
-            stays = self._decide(edges[place], without)
-            self._position += 1
-            done, share = place + 1, float(estimates.reached[place])
-            if stays:
-                goes_on = False
+            done = stop.place
+            if stop.is_test:
+                goes_on = not self._decide(edges[done], without)
+                self._position += 1
+                done += 1
+            share = float(estimates.reached[done - 1]) if done else 0.0
+            if not goes_on:
                 break
-        goes_on = goes_on and len(hot) == len(tests)
+        goes_on = goes_on and len(stops) == len(measured)
         if goes_on and self._go(estimates, edges, slice(done, size), value):
             done, share = size, 1.0
         if len(self._removed) > gone:
@@ -203,20 +218,43 @@ class IntervalSearch(ReaderSearch):
         if done == 0:
             return
         self._report(self._position - first)
-        on_the_way = start + (end - start) * share
-        self._slopes, self._measured = on_the_way, done == size and not tests
+        # If all went, slopes here are those at the end; else those that the way had here.
+        self._slopes = start + (end - start) * share
+        self._measured = done == size and not any(stop.is_test for stop in stops)
 
-    def _tests(self, edges: Sequence[int], places: Sequence[int]) -> list[tuple[int, float, float]]:
-        """Test edges of an interval, all before each gone: place, and the metric with it and without it."""
-        if not places:
-            return []
+    def _stops(self, estimates: Estimates) -> list[Stop]:
+        """Where circuits of an interval are measured: at edges that may stay, and before slopes move far."""
+        highest = estimates.furthest if self._config.absolute else estimates.highest
+        hot = self._may_stay(highest)
+        moved = np.abs(estimates.end - estimates.start)
+        allowed = self._rule.bend * self._config.threshold
+        found, total = [], 0.0
+        for place in range(len(moved)):
+            if hot[place]:
+                found.append(Stop(place, True))
+                total = 0.0
+                continue
+            total += float(moved[place])
+            if total > allowed and place + 1 < len(moved):
+                if not hot[place + 1]:
+                    found.append(Stop(place + 1, False))
+                total = 0.0
+        return found
+
+    def _measured_stops(self, edges: Sequence[int], stops: Sequence[Stop]) -> list[tuple[Stop, float, float]]:
+        """Measure circuits of an interval, with all edges before each stop gone, and without its own too."""
         candidates = []
-        for place in places:
-            if place:
-                candidates.append([*self._removed, *edges[:place]])
-            candidates.append([*self._removed, *edges[: place + 1]])
+        for stop in stops:
+            candidates += [[*self._removed, *edges[: stop.place]]] if stop.place else []
+            candidates += [[*self._removed, *edges[: stop.place + 1]]] if stop.is_test else []
+        if not candidates:
+            return []
         values = iter(self._engine.try_(self._reader, candidates).values)
-        return [(place, next(values) if place else self._cur, next(values)) for place in places]
+        measured = []
+        for stop in stops:
+            prefix = next(values) if stop.place else self._cur
+            measured.append((stop, prefix, next(values) if stop.is_test else prefix))
+        return measured
 
     def _go(self, estimates: Estimates, edges: Sequence[int], some: slice, value: float) -> bool:
         """Let edges between two measured circuits go, if their estimates add up to what the metric moved by.

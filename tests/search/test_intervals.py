@@ -66,10 +66,11 @@ class Lying:
         graph: The graph.
         scores: What removing each of a reader's edges adds. [edges]
         said: What its slopes say. [edges]
+        moved: By what share they move from one circuit to the next.
     """
 
-    def __init__(self, graph: Graph, scores: Floats, said: Floats) -> None:
-        self.graph, self.scores, self.said = graph, scores, said
+    def __init__(self, graph: Graph, scores: Floats, said: Floats, moved: float = 0.01) -> None:
+        self.graph, self.scores, self.said, self.moved = graph, scores, said, moved
 
     def _metric(self, gone: Sequence[int]) -> float:
         return float(self.scores[list(gone)].sum())
@@ -78,7 +79,7 @@ class Lying:
         return Trial.of(reader, candidates, [self._metric(gone) for gone in candidates])
 
     def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
-        steps = np.linspace(1.0, 1.01, len(candidates))[:, None]  # they change a little on the way
+        steps = np.linspace(1 - self.moved / 2, 1 + self.moved / 2, len(candidates))[:, None]
         effects = steps * self.said[list(writers)]
         return Slopes(self.try_(reader, candidates), tuple(writers), effects)
 
@@ -117,6 +118,19 @@ def test_the_audit_mends_what_estimates_got_wrong() -> None:
     assert audited.kept == (5,) and audited.counts.wrong == 1
     assert audited.scores[6] == pytest.approx(-1.5) or 6 in audited.estimated
     assert audited.counts.audited >= len(audited.estimated)
+
+
+def test_errors_that_cancel_are_seen_where_slopes_move_far() -> None:
+    """Between two measured circuits slopes may not move by more than the threshold, all together."""
+    graph = wrapped("llama").patched.graph
+    scores, said = np.zeros(len(graph.writers)), np.zeros(len(graph.writers))
+    last = max(graph.in_edges(graph.logits_reader))
+    scores[1], scores[last] = -1.5, 1.5  # they cancel, at either end of the way
+    said[2 : last - 1] = 0.3  # halves of it cancel too, and slopes move on the way
+    said[2 : last - 1 : 2] *= -1
+    scores += said
+    record = decided(Lying(graph, scores, said, moved=2.0), share=0.0)
+    assert record.kept == (last,)
 
 
 def test_estimates_are_exact_where_the_metric_is_quadratic_along_one_direction() -> None:
