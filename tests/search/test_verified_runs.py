@@ -327,7 +327,6 @@ def test_a_sweep_says_its_audits(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--tests", "all", "--audit", "0"], "an audit draws from estimated edges: it needs tests verified"),
         (["--tests", "verified", "--audit", "1.5"], "audit must be a share from 0 to 1; got 1.5"),
         (["--tests", "verified", "--audit", "nan"], "audit must be a share from 0 to 1; got nan"),
-        (["--tests", "verified", "--metric", "accuracy_of_mine"], "metric"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -296,3 +296,15 @@ def test_help_names_every_built_in_metric(command: str, capsys: pytest.CaptureFi
     assert run_main(command, "--help") == 0
     shown = "".join(c for c in capsys.readouterr().out if c.isalnum() or c in "_,")
     assert ",".join(BUILT_IN) in shown
+
+
+def test_estimates_need_a_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(logits: Tensor, targets: Targets) -> Tensor:
+        return (logits.argmax(-1) != targets.answers.ids[:, 0]).double()
+
+    register_metric(MetricSpec("wrong", wrong, needs=("answers",), differentiable=False))
+    command = ["discover", "demo", "--task", "ioi", "--n", "2", "--metric", "wrong", "--tests", "verified"]
+    assert run_main(*command, "--out", str(tmp_path / "out")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "pahq: metric wrong has no gradient, which estimates follow: use tests all"
+    assert not (tmp_path / "out").exists()
