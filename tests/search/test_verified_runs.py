@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pahq_hf.circuit.card import render_card
 from pahq_hf.circuit.estimates import EstimateFacts, most_wrong, percent
 from pahq_hf.circuit.render.page import circuit_page
 from pahq_hf.config import EngineConfig
+from pahq_hf.engine.protocol import Slopes
+from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import CircuitError, RunError
 from tests.helpers import (
     FILES,
@@ -192,8 +195,6 @@ def test_a_run_that_ends_within_a_readers_intervals_goes_on(
     verified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """At a measurement of slopes: the reader is decided again from its beginning, and alike."""
-    from pahq_hf.engine.sparse.engine import SparseEngine
-
     left, slopes = [after], SparseEngine.slopes
 
     def ending(self: Any, *arguments: Any) -> Any:
@@ -271,6 +272,34 @@ def test_a_finished_run_is_held_against_its_journal(verified: Path, tmp_path: Pa
     circuit.save_pretrained(folder)
     with pytest.raises(RunError, match="is not the one its journal"):
         discover(deep(), folder, resume=True)
+
+
+# -- the audit -------------------------------------------------------------------------------------------
+
+
+def test_an_audit_finds_and_mends_what_slopes_that_lie_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each edge has the slopes of another one: their sums are right, and say nothing."""
+    told = SparseEngine.slopes
+
+    def lying(self: Any, *arguments: Any) -> Slopes:
+        found = told(self, *arguments)
+        return replace(found, effects=np.roll(found.effects, 3, axis=1))
+
+    every = discover(deep(), tests="all")
+    monkeypatch.setattr(SparseEngine, "slopes", lying)
+    blind = discover(deep(), audit=0.0)
+    audited = discover(deep(), tmp_path / "out", audit=1.0)
+    assert not np.array_equal(blind.kept, every.kept)
+    assert np.array_equal(audited.kept, every.kept)
+    facts = audited.record.estimates
+    assert facts.wrong and facts.audited and facts.at_most is not None and facts.text is not None
+    assert facts.at_most == most_wrong(facts.audited, facts.wrong) > facts.wrong / facts.audited
+    assert run_main("show", str(tmp_path / "out")) == 0
+    assert f"{facts.wrong} of {facts.audited} audited w" in capsys.readouterr().out
+    again = deep().evaluate(audited, TASK, audit=10_000)["audit"]
+    assert again["wrong"] == 0 and again["estimated"] == facts.estimated
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------
