@@ -57,11 +57,13 @@ class Slopes:
         effects: What removing each edge would add to each circuit's metric if the metric were linear: the
             gradient of what the reader reads, times what the edge carries, `c_w - a_w`. Of an edge that is
             gone it is what removing it once more would add. [candidates, writers]
+        sizes: The length of what each edge carries, over the tokens that the engine computes. [writers]
     """
 
     trial: Trial
     writers: tuple[int, ...]
     effects: NDArray[np.float64]
+    sizes: NDArray[np.float64]
 
 
 class Engine(Protocol):

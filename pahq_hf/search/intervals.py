@@ -35,13 +35,15 @@ class IntervalRule:
         residual: r; estimates may miss what the metric moved by, in all, by r tau.
         bend: Slopes may move by so many tau, all together, between two measured circuits: what moves more may
             hide errors that cancel.
+        heavy: An edge that carries so much of what an interval carries, squared, is tested where slopes move.
         few: So many edges are tested one by one: they cost less than slopes.
         together: Circuits of an interval that are measured at once.
     """
 
-    margin: float = 0.3
+    margin: float = 0.5
     residual: float = 0.34
     bend: float = 1.0
+    heavy: float = 0.1
     few: int = 6
     together: int = 16
 
@@ -98,6 +100,21 @@ class Estimates:
 
 
 @dataclass(frozen=True)
+class End:
+    """A measured circuit at an end of an interval.
+
+    Attributes:
+        position: The reader's edges before it are decided there.
+        value: Its metric.
+        slopes: Of the reader's edges; NaN where they were decided before. [edges]
+    """
+
+    position: int
+    value: float
+    slopes: Floats
+
+
+@dataclass(frozen=True)
 class Stop:
     """A place inside an interval where the circuit is measured.
 
@@ -123,7 +140,8 @@ class IntervalSearch(ReaderSearch):
         self._rule = rule or IntervalRule()
         self._audit = work.audit
         self._slopes: Floats | None = None  # of all edges from `position` on, at the current circuit
-        self._end: tuple[int, float, Floats] | None = None  # the same where so many more are gone, if known
+        self._sizes: dict[int, float] = {}  # writer -> length of what its edge carries
+        self._ends: list[End] = []  # the same where the next intervals end, as far as it is known
         self._measured = False  # whether they are, and not interpolated
         self._reach = float(len(self._edges))  # how long an interval may be
         self._estimated: set[int] = set()
@@ -153,16 +171,34 @@ class IntervalSearch(ReaderSearch):
     # -- what is measured -------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Measure slopes here, and with them where the longest interval would end."""
+        """Measure slopes here, and with them where the next intervals would end."""
         size = min(int(self._reach), len(self._edges) - self._position)
-        ahead = self._edges[self._position : self._position + size]
-        (_, self._slopes), end = self._slopes_of([self._removed, [*self._removed, *ahead]])
-        self._measured, self._end = True, (size, *end)
+        here, *self._ends = self._ends_of([0, *self._halves(size)])
+        self._slopes = here.slopes
+        self._measured = True
+
+    def _next_end(self, size: int) -> End:
+        """The end of the next interval, measured now if it is not known: half way first."""
+        self._ends = [end for end in self._ends if self._position < end.position <= self._position + size]
+        if not self._ends:
+            self._ends = self._ends_of(self._halves(size))
+        return self._ends.pop(0)
+
+    def _halves(self, size: int) -> list[int]:
+        """Slopes may be steeper on the way than at both ends: an interval is cut in two."""
+        return [size // 2, size] if size >= 2 * self._rule.few else [size]
+
+    def _ends_of(self, sizes: Sequence[int]) -> list[End]:
+        """Measure circuits with so many of the next edges gone."""
+        ahead = self._edges[self._position :]
+        found = self._slopes_of([[*self._removed, *ahead[:size]] for size in sizes])
+        return [End(self._position + size, *own) for size, own in zip(sizes, found, strict=True)]
 
     def _slopes_of(self, circuits: Sequence[Sequence[int]]) -> list[tuple[float, Floats]]:
         """Metrics of circuits, and slopes of the edges that are not decided; NaN for others. Each [edges]"""
         found = self._engine.slopes(self._reader, circuits, self._edges[self._position :])
         self._gradients += len(circuits)
+        self._sizes.update(zip(found.writers, found.sizes.tolist(), strict=True))
         slopes = np.full((len(circuits), len(self._edges)), np.nan)
         slopes[:, self._position :] = found.effects
         return list(zip(found.trial.values, slopes, strict=True))
@@ -173,11 +209,13 @@ class IntervalSearch(ReaderSearch):
 
     def _test(self, count: int) -> None:
         """Test the next edges, up to the first that stays."""
-        before, gone = self._cur, len(self._removed)
+        before, gone, kept = self._cur, len(self._removed), len(self._kept)
         self._try_batch(count)
         self._reach = max(self._reach, 4.0 * self._rule.few)
+        if len(self._kept) > kept:
+            self._ends = []  # the way goes on without this edge
         if len(self._removed) > gone:
-            self._measured, self._end = False, None
+            self._measured = False
             if abs(self._cur - before) > self._rule.residual * self._config.threshold:
                 self._slopes = None
 
@@ -187,15 +225,12 @@ class IntervalSearch(ReaderSearch):
         """Decide as many of the next edges as estimates allow."""
         first, gone, start = self._position, len(self._removed), self._slopes
         assert start is not None
-        edges = self._edges[first : first + size]
-        known, self._end = self._end, None
-        if known is not None and known[0] == size:
-            _, value, end = known
-        else:
-            ((value, end),) = self._slopes_of([[*self._removed, *edges]])
-        inside = slice(first, first + size)
-        estimates = Estimates.between(start[inside], end[inside])
-        stops = self._stops(estimates)
+        end = self._next_end(size)
+        size = end.position - first
+        inside = slice(first, end.position)
+        edges = self._edges[inside]
+        estimates = Estimates.between(start[inside], end.slopes[inside])
+        stops = self._stops(estimates, np.array([self._sizes[writer] for writer in edges]))
         measured = self._measured_stops(edges, stops[: self._rule.together])
         done, share, goes_on = 0, 0.0, True
         for stop, prefix, without in measured:
@@ -209,9 +244,11 @@ class IntervalSearch(ReaderSearch):
                 done += 1
             share = float(estimates.reached[done - 1]) if done else 0.0
             if not goes_on:
+                self._ends = []
                 break
         goes_on = goes_on and len(stops) == len(measured)
-        if goes_on and self._go(estimates, edges, slice(done, size), value):
+        all_went = goes_on and self._go(estimates, edges, slice(done, size), end.value)
+        if all_went:
             done, share = size, 1.0
         if len(self._removed) > gone:
             self._engine.cut(self._reader, self._removed)
@@ -219,15 +256,21 @@ class IntervalSearch(ReaderSearch):
             return
         self._report(self._position - first)
         # If all went, slopes here are those at the end; else those that the way had here.
-        self._slopes = start + (end - start) * share
-        self._measured = done == size and not any(stop.is_test for stop in stops)
+        self._slopes = start + (end.slopes - start) * share
+        self._measured = all_went
 
-    def _stops(self, estimates: Estimates) -> list[Stop]:
-        """Where circuits of an interval are measured: at edges that may stay, and before slopes move far."""
+    def _stops(self, estimates: Estimates, sizes: Floats) -> list[Stop]:
+        """Where circuits of an interval are measured.
+
+        Edges are tested that may stay, and where slopes move also those that carry much: they bend the way by
+        themselves. Others are measured before slopes move too far.
+        """
         highest = estimates.furthest if self._config.absolute else estimates.highest
         hot = self._may_stay(highest)
         moved = np.abs(estimates.end - estimates.start)
         allowed = self._rule.bend * self._config.threshold
+        if float(moved.sum()) > allowed:
+            hot |= sizes**2 >= self._rule.heavy * float((sizes**2).sum())
         found, total = [], 0.0
         for place in range(len(moved)):
             if hot[place]:
@@ -295,7 +338,7 @@ class IntervalSearch(ReaderSearch):
         super()._return_to(look)
         self._estimated.intersection_update(self._scores)
         self._estimated.discard(self._edges[look.position])
-        self._slopes = self._end = None
+        self._slopes, self._ends = None, []
 
     # -- the audit --------------------------------------------------------------------------------
 

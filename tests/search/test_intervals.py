@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pahq_hf.capture.recording import capture
 from pahq_hf.circuit.estimates import most_wrong
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import EngineConfig
@@ -67,10 +68,12 @@ class Lying:
         scores: What removing each of a reader's edges adds. [edges]
         said: What its slopes say. [edges]
         moved: By what share they move from one circuit to the next.
+        sizes: Lengths of what edges carry. [edges]
     """
 
     def __init__(self, graph: Graph, scores: Floats, said: Floats, moved: float = 0.01) -> None:
         self.graph, self.scores, self.said, self.moved = graph, scores, said, moved
+        self.sizes = np.ones(len(scores))
 
     def _metric(self, gone: Sequence[int]) -> float:
         return float(self.scores[list(gone)].sum())
@@ -81,7 +84,7 @@ class Lying:
     def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
         steps = np.linspace(1 - self.moved / 2, 1 + self.moved / 2, len(candidates))[:, None]
         effects = steps * self.said[list(writers)]
-        return Slopes(self.try_(reader, candidates), tuple(writers), effects)
+        return Slopes(self.try_(reader, candidates), tuple(writers), effects, self.sizes[list(writers)])
 
     def accept(self, trial: Trial, k: int) -> None:
         pass
@@ -164,3 +167,36 @@ def test_an_edge_is_drawn_or_not_whatever_else_is_asked() -> None:
     assert audit.drawn(8, range(200)) != drawn
     assert Audit.of(0.0, edges=10).drawn(0, range(10)) == []
     assert Audit.of(0.02, edges=10).drawn(0, range(10)) == list(range(10))
+
+
+def test_an_edge_that_carries_much_is_tested_where_slopes_move() -> None:
+    """It bends the way by itself, which slopes at the ends do not tell, and another error hides it."""
+    graph = wrapped("llama").patched.graph
+    edges = list(graph.in_edges(graph.logits_reader))
+    scores, said = np.zeros(len(graph.writers)), np.zeros(len(graph.writers))
+    scores[edges[2]], scores[edges[3]] = 1.5, -1.5
+    said[edges[4:]] = 0.3
+    scores += said
+    engine = Lying(graph, scores, said, moved=2.0)
+    blind = decided(engine, share=0.0)
+    engine.sizes[edges[2]] = 10.0
+    assert edges[2] not in blind.kept and edges[2] in decided(engine, share=0.0).kept
+
+
+@pytest.mark.parametrize("kind", ["sparse", "hooks"])
+def test_slopes_tell_how_much_edges_carry(kind: Any) -> None:
+    model = wrapped("gpt2")
+    task = random_task(batch=2, length=5, padding="none", seed=3)
+    engine = make_engine(
+        Setting(model.patched, task, "nll", "corrupted", model.pahq_config), EngineConfig(kind)
+    )
+    graph = engine.graph
+    reader, writers = graph.logits_reader, list(graph.in_edges(graph.logits_reader))
+    sizes = engine.slopes(reader, [[]], writers).sizes
+    clean, corrupted = (capture(model.patched, task, ids) for ids in (task.clean_ids, task.corrupted_ids))
+    last = (clean.mlp[-1] - corrupted.mlp[-1])[task.answer_rows, task.answer_positions]
+    number = writers.index(graph.mlp_writer(graph.spec.layers - 1))
+    whole = (clean.mlp[-1] - corrupted.mlp[-1]).norm()
+    expected = last.norm() if kind == "sparse" else whole  # the sparse engine computes answers alone there
+    assert sizes[number] == pytest.approx(float(expected), rel=1e-5)
+    assert sizes.shape == (len(writers),) and (sizes > 0).all()

@@ -164,13 +164,14 @@ class HooksEngine:
         if reader != self._reader:
             self.focus(reader)
         values, effects = [], np.zeros((len(candidates), len(writers)))
+        sizes = np.zeros(len(writers))
         for number, gone in enumerate(candidates):
             self.evaluations += 1
             removed = self._without(reader, gone)
             value, gradient = self._followed(self._passes.run(removed))
             values.append(value)
-            effects[number] = self._passes.effects(removed, reader, writers, gradient)
-        return Slopes(Trial.of(reader, candidates, values), tuple(writers), effects)
+            effects[number], sizes[:] = self._passes.effects(removed, reader, writers, gradient)
+        return Slopes(Trial.of(reader, candidates, values), tuple(writers), effects, sizes)
 
     def _without(self, reader: int, writers: Sequence[int]) -> BoolArray:
         """What is removed when exactly these edges into a reader are. [readers, writers]"""

@@ -100,7 +100,9 @@ class Passes:
         """
         return self.fitting(lambda: self._one_run(removed))
 
-    def effects(self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor) -> Tensor:
+    def effects(
+        self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What removing edges into a reader would add to a metric if all between them were linear.
 
         Args:
@@ -111,7 +113,7 @@ class Passes:
                 [rows, d_model]
 
         Returns:
-            [writers] in float64
+            That, and the length of what each edge carries. Both [writers] in float64
         """
         return self.fitting(lambda: self._one_slope(removed, reader, writers, gradient))
 
@@ -202,14 +204,17 @@ class Passes:
                 final[part.rows] = run_to_answers(self._model, part.task, part.task.clean_ids)[0]
         return final
 
-    def _one_slope(self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor) -> Tensor:
-        total = torch.zeros(len(writers), dtype=torch.float64)
+    def _one_slope(
+        self, removed: BoolArray, reader: int, writers: Sequence[int], gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total, squares = torch.zeros(2, len(writers), dtype=torch.float64)
         for part in self._parts:
             substitute = self._substitute.part(part.examples)
             buffer = self._differences[:, : len(part.task)]
             run = ProbedRun(self._model, substitute, removed, buffer, part.anchors, reader)
-            total += run.effects(part.task, writers, gradient[part.rows])
-        return total
+            effects, lengths = run.effects(part.task, writers, gradient[part.rows])
+            total, squares = total + effects, squares + lengths
+        return total, squares.sqrt()
 
     def _patched(self, part: _Part, removed: BoolArray, *, separate: bool = False) -> PatchedRun:
         substitute = self._substitute.part(part.examples)

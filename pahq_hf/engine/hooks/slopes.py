@@ -51,7 +51,7 @@ class ProbedRun(PatchedRun):
         # nothing that holds on to this run may stay. [writer, batch, pos, d_model]
         self._after: dict[int, Tensor] = {}
 
-    def effects(self, task: Task, writers: Sequence[int], gradient: Tensor) -> Tensor:
+    def effects(self, task: Task, writers: Sequence[int], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Run forwards and backwards: what removing each edge into the reader adds if all is linear.
 
         Args:
@@ -60,7 +60,7 @@ class ProbedRun(PatchedRun):
             gradient: Of what is minimised, with respect to where the model ends. [rows, d_model]
 
         Returns:
-            [writers] in float64
+            That, and the squared length of what each edge carries. Both [writers] in float64
         """
         linears = {} if self._anchors is None else self._anchors.linears
         # Origins remember the last input they met, and with it all it came from: these go with the run.
@@ -73,8 +73,12 @@ class ProbedRun(PatchedRun):
             final = followed_to_answers(self._model, task, task.clean_ids)[0]
             (slope,) = torch.autograd.grad(final, self._probe, gradient)
         slope = slope.double()
-        found = [-(slope * self._carried(writer).double()).sum() for writer in writers]
-        return torch.stack(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+        found, squares = [], []
+        for writer in writers:
+            carried = self._carried(writer).detach().double()
+            found.append(-float((slope * carried).sum()))
+            squares.append(float(carried.square().sum()))
+        return torch.tensor(found, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
 
     def _carried(self, writer: int) -> Tensor:
         """What the writer's edge into the reader carries when it is tested. [batch, pos, d_model]"""

@@ -311,7 +311,8 @@ class SparseEngine:
             values += more
             effects.append(moved)
         found = torch.cat(effects).cpu().numpy()  # [candidates, writers]
-        return Slopes(Trial.of(reader, candidates, values), tuple(writers), found)
+        sizes = self._fitting(lambda: focus.sizes(writers)).numpy()
+        return Slopes(Trial.of(reader, candidates, values), tuple(writers), found, sizes)
 
     def _follow_some(
         self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]], writers: Sequence[int]

@@ -55,6 +55,7 @@ class Focus:
         self._tried: tuple[list[int], Tensor] | None = None  # writers, and what their edges carry
         self._all: tuple[dict[int, int], Tensor] | None = None  # writer -> row, what slopes were asked of
         self._liveness = state.reader_liveness(reader)
+        self._sizes: dict[int, float] = {}
 
     @property
     def together(self) -> int:
@@ -121,6 +122,15 @@ class Focus:
             carried = self._carried(writers[start : start + few])
             parts.append(torch.mm(flat, carried.flatten(1).T))
         return -torch.cat(parts, dim=1).to(torch.float64)
+
+    def sizes(self, writers: Sequence[int]) -> Tensor:
+        """The length of what each edge carries, over all tokens. [writers] in float64"""
+        for writer in writers:
+            if writer not in self._sizes:
+                few = [w for w in writers if w not in self._sizes][: self.together]
+                lengths = torch.linalg.vector_norm(self._carried(few).flatten(1), dim=1)
+                self._sizes.update(zip(few, lengths.tolist(), strict=True))
+        return torch.tensor([self._sizes[writer] for writer in writers], dtype=torch.float64)
 
     def changes_from_start(self, candidates: Sequence[Sequence[int]]) -> Tensor:
         """The same at the present precision, whatever went since the reader came into focus.
