@@ -22,6 +22,8 @@ from pahq_hf.config import EngineConfig
 from pahq_hf.engine.protocol import Slopes
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import CircuitError, RunError
+from pahq_hf.search import intervals
+from pahq_hf.search.intervals import IntervalRule
 from tests.helpers import (
     FILES,
     assert_same_circuit,
@@ -280,15 +282,18 @@ def test_a_finished_run_is_held_against_its_journal(verified: Path, tmp_path: Pa
 def test_an_audit_finds_and_mends_what_slopes_that_lie_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each edge has the slopes of another one: their sums are right, and say nothing."""
+    """All edges have the mean of their slopes, and nobody checks what they add up to."""
     told = SparseEngine.slopes
 
     def lying(self: Any, *arguments: Any) -> Slopes:
         found = told(self, *arguments)
-        return replace(found, effects=np.roll(found.effects, 3, axis=1))
+        means = np.broadcast_to(found.effects.mean(axis=1, keepdims=True), found.effects.shape)
+        return replace(found, effects=means, sizes=np.ones(len(found.writers)))
 
     every = discover(deep(), tests="all")
     monkeypatch.setattr(SparseEngine, "slopes", lying)
+    trusting = IntervalRule(margin=-10.0, residual=1e9, bend=1e9)
+    monkeypatch.setattr(intervals, "IntervalRule", lambda: trusting)
     blind = discover(deep(), audit=0.0)
     audited = discover(deep(), tmp_path / "out", audit=1.0)
     assert not np.array_equal(blind.kept, every.kept)
