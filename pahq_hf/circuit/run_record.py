@@ -66,8 +66,8 @@ class EdgeCounts(Section):
 
     Attributes:
         total: In the graph.
-        tested: That were decided by their score, measured or estimated (`EstimateFacts` tells how many).
-        untested: That have none: those into readers that nobody reads, or that a screen passed over.
+        tested: Edges decided by their score, measured or estimated (`EstimateFacts` tells how many).
+        untested: Edges without a score: into readers that nobody reads, or passed over by a screen.
         kept: In the circuit.
         live: Kept edges on a path from `input` to `logits`.
     """

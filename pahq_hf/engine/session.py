@@ -55,7 +55,7 @@ class HasSession(Protocol):
 
     @property
     def session(self) -> Session:
-        """Its use of the model."""
+        """How the engine uses the model."""
 
 
 EngineT = TypeVar("EngineT", bound=HasSession)

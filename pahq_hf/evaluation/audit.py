@@ -28,9 +28,9 @@ class Audited:
 
     Attributes:
         removed: Edges that the search removed by their scores.
-        audited: Those among them that were drawn and tested.
-        estimated: Those among these whose score is an estimate.
-        wrong: Those among the audited that FP32 keeps in the circuit in which they were decided.
+        audited: Removed edges that were drawn and tested.
+        estimated: Audited edges whose score is an estimate.
+        wrong: Audited edges that FP32 keeps in the circuit in which they were decided.
         at_most: Upper confidence limit (one-sided, 95 %) of the share of wrong ones among all removed edges;
             their share itself where all were audited.
         regime: The search's precision, where that is known.

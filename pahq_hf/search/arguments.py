@@ -10,6 +10,7 @@ from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation
 from pahq_hf.errors import ConfigError, check_names, describe
+from pahq_hf.search.acdc_options import Tests
 from pahq_hf.search.attribution.options import MethodName
 from pahq_hf.tasks.base import Task
 
@@ -24,6 +25,8 @@ class SweepOptions(TypedDict, total=False):
     readers: str | None
     margin: float | None
     screen: str | None
+    tests: Tests
+    audit: float | None
 
 
 class DiscoverOptions(SweepOptions, total=False):

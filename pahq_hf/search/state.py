@@ -19,7 +19,7 @@ class Counts:
     Attributes:
         gradients: Circuits whose slopes were measured.
         audited: Estimated edges that were drawn and tested.
-        wrong: Those among them whose decision was wrong, and is mended.
+        wrong: Audited edges whose decision was wrong, and is mended.
     """
 
     gradients: int = 0

@@ -197,7 +197,8 @@ def test_slopes_are_those_of_the_dequantised_weights(
         candidates, writers = some_candidates(graph, reader), list(graph.in_edges(reader))
         slopes = engine.slopes(reader, candidates, writers)
         ours.append(slopes.effects.flatten())
-        judge = Judge.of(name, model, metric)
+        with engine.session():  # what it raises is its own
+            judge = Judge.of(name, model, metric)
         with monkeypatch.context() as patch:
             patch.setattr(PAHQLinear, "forward", plain_forward)
             for gone, value in zip(candidates, slopes.trial.values, strict=True):

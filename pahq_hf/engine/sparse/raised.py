@@ -68,7 +68,7 @@ class RaisedNode:
         """Inside, no node is raised: what is measured does not depend on who is in focus.
 
         Args:
-            state: That of the current circuit. What is packed for it is so afterwards: products that are
+            state: State of the current circuit. What is packed for it is so afterwards: products that are
                 packed differ from others in their last bits.
         """
         precision = self._model.precision
