@@ -97,7 +97,7 @@ class MemoryBudget:
             reader: The reader.
         """
         tokens = sum(len(state.plan.at(live)) for live in state.liveness if live is not Liveness.DEAD)
-        each = tokens * (_COPIES * self._hidden + _COPIES * self._width)
+        each = tokens * _COPIES * (self._hidden + self._width)
         return max(1, min(self._most, self.limit // max(1, each * self._size)))
 
     def give_way(self) -> bool:

@@ -55,7 +55,7 @@ class Focus:
         self._tried: tuple[list[int], Tensor] | None = None  # writers, and what their edges carry
         self._all: tuple[dict[int, int], Tensor] | None = None  # writer -> row, what slopes were asked of
         self._liveness = state.reader_liveness(reader)
-        self._sizes: dict[int, float] = {}
+        self._sizes: dict[int, float] = {}  # writer -> length of what its edge carries
 
     @property
     def together(self) -> int:

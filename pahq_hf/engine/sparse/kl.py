@@ -7,7 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pahq_hf.engine.sparse.vocabulary import BLOCK, Blocks, at_once, in_batches, over_vocabulary
+from pahq_hf.engine.sparse.vocabulary import (
+    BLOCK,
+    Blocks,
+    at_once,
+    followed_in_batches,
+    in_batches,
+    over_vocabulary,
+)
 from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.tasks.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 
@@ -75,8 +82,7 @@ class KLReadout:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
         few = min(at_once(x), max(1, _HELD // (x.shape[1] * self._p.shape[1])))
-        parts = [self._few_followed(some) for some in x.split(few)]
-        return torch.cat([values for values, _ in parts]), torch.cat([gradients for _, gradients in parts])
+        return followed_in_batches(self._few_followed, x, few)
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         held: list[Tensor] = []  # u of every block: the unembedding is read once less

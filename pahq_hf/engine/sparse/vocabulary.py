@@ -102,8 +102,7 @@ class Vocabulary:
         Returns:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
-        parts = [self._few_followed(some) for some in x.split(at_once(x))]
-        return torch.cat([values for values, _ in parts]), torch.cat([gradients for _, gradients in parts])
+        return followed_in_batches(self._few_followed, x, at_once(x))
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         values, flat = self._few(x), x.flatten(0, 1)
@@ -169,6 +168,23 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         [batch, rows]
     """
     return torch.cat([function(some) for some in x.split(at_once(x))])
+
+
+def followed_in_batches(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, few: int
+) -> tuple[Tensor, Tensor]:
+    """The same for values and their gradients.
+
+    Args:
+        function: [batch, rows, d_model] -> [batch, rows] and [batch, rows, d_model]
+        x: [batch, rows, d_model]
+        few: Batch entries at a time.
+
+    Returns:
+        [batch, rows] and [batch, rows, d_model]
+    """
+    values, gradients = zip(*map(function, x.split(few)), strict=True)
+    return torch.cat(values), torch.cat(gradients)
 
 
 def at_once(x: Tensor) -> int:
