@@ -20,9 +20,8 @@ from pahq_hf.errors import RunError
 from pahq_hf.search.journal import Journal
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from tests.helpers import assert_same_circuit, files_of, journal_lines, run_main, wrapped
-from tests.models import random_task
+from tests.search.runs import TASK
 
-TASK = random_task(batch=3, seed=21, metric="logit_diff")
 FEW: dict[str, Any] = {"threshold": 0.05, "readers": "logits,m*"}
 HOLD = """
 import sys, time
@@ -219,3 +218,23 @@ def test_runs_leave_no_lock(tmp_path: Path) -> None:
     model.attribute(TASK, out=tmp_path / "scores")
     model.sweep(TASK, thresholds=[0.1, 0.2], out=tmp_path / "sweep", progress=False, **rest)
     assert not list(tmp_path.rglob(LOCK_NAME))
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Whichever was there first stays as it was, with `resume` and without."""
+    model, run, swept = wrapped("llama"), tmp_path / "run", tmp_path / "sweep"
+    sweep: dict[str, Any] = FEW | {"thresholds": (0.05,), "progress": False}
+    del sweep["threshold"]
+    model.sweep(TASK, out=swept, **sweep)
+    run.mkdir()
+    for name in ("circuit.json", "journal.jsonl"):
+        (run / name).write_bytes((swept / "tau-0.05" / name).read_bytes())
+        before = files_of(run), files_of(swept)
+        for resume in (False, True):
+            with pytest.raises(RunError, match=rf"holds a run already \({name}\); choose another folder"):
+                model.sweep(TASK, out=run, resume=resume, **sweep)
+            for method in (model.discover, model.attribute):
+                with pytest.raises(RunError, match=r"holds a sweep already \(sweep\.json\); choose another"):
+                    method(TASK, out=swept, resume=resume, progress=False)
+        assert (files_of(run), files_of(swept)) == before
+        (run / name).unlink()

@@ -25,9 +25,7 @@ from pahq_hf.search.progress import Bars, Lines, Silence, make_progress
 from pahq_hf.search.replay import record_of
 from pahq_hf.search.state import ReaderRecord, Search
 from tests.helpers import FP32, files_of, wrapped
-from tests.models import random_task
-
-TASK = random_task(batch=3, seed=21, metric="logit_diff")
+from tests.search.runs import TASK
 
 # -- lines ----------------------------------------------------------------------------------------------
 

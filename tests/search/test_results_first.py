@@ -29,9 +29,8 @@ from tests.helpers import (
     wrapped,
     write_rows,
 )
-from tests.models import random_task
+from tests.search.runs import TASK
 
-TASK = random_task(batch=3, seed=21, metric="logit_diff")
 RESULTS = {"circuit.json", "scores.safetensors", "discovery.json", "means.safetensors"}
 FEW = {"threshold": 0.05, "readers": "logits,m1"}
 

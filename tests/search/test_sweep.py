@@ -34,9 +34,9 @@ from tests.helpers import (
     write_rows,
 )
 from tests.models import random_task
+from tests.search.runs import TASK
 from tests.tiers import exhaustive
 
-TASK = random_task(batch=3, seed=21, metric="logit_diff")
 TAUS = (0.02, 0.05, 0.2)
 PLOTS = {"pareto.png", "pareto.svg", "pareto.html"}
 ALL_FILES = {"sweep.json", "answers.jsonl", *PLOTS, *(f"tau-{tau}/{name}" for tau in TAUS for name in FILES)}
@@ -244,23 +244,6 @@ def test_a_damaged_sweep_is_refused(copied: Path, text: str) -> None:
     (copied / "sweep.json").write_text(text)
     with pytest.raises(CircuitError, match=r"sweep\.json"):
         Sweep.from_pretrained(copied)
-
-
-def test_a_run_and_a_sweep_do_not_share_a_folder(copied: Path, tmp_path: Path) -> None:
-    """Whichever was there first stays as it was, with `resume` and without."""
-    model, run = wrapped("llama"), tmp_path / "run"
-    run.mkdir()
-    for name in ("circuit.json", "journal.jsonl"):
-        (run / name).write_bytes((copied / f"tau-{TAUS[0]}" / name).read_bytes())
-        before = files_of(run), files_of(copied)
-        for resume in (False, True):
-            with pytest.raises(RunError, match=rf"holds a run already \({name}\); choose another folder"):
-                sweep(model, run, resume=resume)
-            for method in (model.discover, model.attribute):
-                with pytest.raises(RunError, match=r"holds a sweep already \(sweep\.json\); choose another"):
-                    method(TASK, out=copied, resume=resume, progress=False)
-        assert (files_of(run), files_of(copied)) == before
-        (run / name).unlink()
 
 
 def test_a_circuit_of_no_sweep_has_no_row() -> None:
