@@ -36,13 +36,13 @@ class _Steps:
         reader, following = (graph.reader_index(name) for name in READERS)
         edges = list(graph.in_edges(reader))
         candidates = [edges[: k + 1] for k in range(len(edges))]
-        config = EngineConfig(**scenario.engine)
+        config, metric = EngineConfig(**scenario.engine), scenario.search.get("metric", "kl")
         with self._short("recording"):
             recorded = capture(model.patched, task, task.clean_ids)
         self.values += recorded.final_out.flatten().tolist()
         recorded = None  # type: ignore[assignment]
         with self._short("capture"):
-            setting = Setting(model.patched, task, "kl", "corrupted", model.pahq_config)
+            setting = Setting(model.patched, task, metric, "corrupted", model.pahq_config)
             engine = make_engine(setting, config)
         with self._short("begin"):
             self.values.append(engine.begin(graph.all_edges.copy()))

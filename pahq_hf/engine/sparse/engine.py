@@ -192,7 +192,8 @@ class SparseEngine:
         if self._focus is not None:
             self._focus.forget()
         self._buffers.clear()
-        more = self._memory.give_way()
+        reads_less = self._measuring.give_way()
+        more = self._memory.give_way() or reads_less
         self._captured.terms = self._memory.together(len(self._plan.window))
         self.model.precision.release()
         self._memory.bound(self.model.precision)

@@ -35,6 +35,7 @@ class KLReadout:
         clean: The full model's hidden states after the final norm. [rows, d_model]
         scale: Factor of the logits.
         hold: Keep the unembedding packed for products.
+        block: Tokens of the vocabulary at once.
     """
 
     def __init__(
@@ -45,18 +46,20 @@ class KLReadout:
         *,
         scale: float = 1.0,
         hold: bool = True,
+        block: int = BLOCK,
     ) -> None:
         self._reference = reference
         self._clean = clean
         self._scale = scale
-        self._blocks = Blocks(unembedding, None, hold=hold)  # a bias is the same in both
+        self._block = block
+        self._blocks = Blocks(unembedding, None, hold=hold, block=block)  # a bias is the same in both
         p = reference.to(torch.float64).log_softmax(-1).exp()
         self._mean = torch.zeros(
             clean.shape, dtype=torch.float64, device=p.device
         )  # W_U^T p  [rows, d_model]
         self._longest = 0.0  # of the unembedding's rows
-        for start in range(0, p.shape[1], BLOCK):  # in blocks: W_U in float64 would not fit
-            tokens = slice(start, min(start + BLOCK, p.shape[1]))
+        for start in range(0, p.shape[1], block):  # in blocks: W_U in float64 would not fit
+            tokens = slice(start, min(start + block, p.shape[1]))
             weight = exact_block(unembedding, tokens)
             self._mean += p[:, tokens] @ weight.to(torch.float64)
             self._longest = max(self._longest, float(weight.norm(dim=-1).max()))
@@ -92,8 +95,8 @@ class KLReadout:
         parts = zip(
             held,
             self._blocks.weights(),
-            self._p.split(BLOCK, dim=-1),
-            self._log_p.split(BLOCK, dim=-1),
+            self._p.split(self._block, dim=-1),
+            self._log_p.split(self._block, dim=-1),
             strict=True,
         )
         for u, weight, p, log_p in parts:
@@ -119,7 +122,7 @@ class KLReadout:
         measure = excess_by_series if furthest <= SERIES and x.dtype == torch.float32 else excess
         shift, flat = mean.to(x.dtype)[..., None], change.flatten(0, 1)
         total, largest = torch.zeros_like(mean), torch.zeros_like(mean)
-        for product, p in zip(self._blocks, self._p.split(BLOCK, dim=-1), strict=True):
+        for product, p in zip(self._blocks, self._p.split(self._block, dim=-1), strict=True):
             u = product(flat).view(batch, rows, -1).sub_(shift)
             if held is not None:
                 held.append(u.clone())

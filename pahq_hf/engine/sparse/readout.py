@@ -14,7 +14,7 @@ from torch import Tensor
 from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.recording import exact_logits
 from pahq_hf.engine.sparse.kl import KLReadout
-from pahq_hf.engine.sparse.vocabulary import Vocabulary
+from pahq_hf.engine.sparse.vocabulary import BLOCK, SMALLEST, Vocabulary
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.embeddings import exact_rows
 from pahq_hf.tasks.metrics import Metric
@@ -41,8 +41,23 @@ class Readout:
         self._model = model
         self._clean = clean
         self._hold = hold
+        self._block = BLOCK
         self._is_linear = model.arch.logit_softcap is None
         self._directions: dict[tuple[TokenSets, TokenSets], tuple[Tensor, Tensor]] = {}
+
+    def give_way(self) -> bool:
+        """After memory ran out: keep nothing of the vocabulary, and take fewer of its tokens at once.
+
+        Returns:
+            False if nothing was kept, and it was the fewest, already.
+        """
+        more = self._hold or self._block > SMALLEST
+        self._hold = False
+        self._block = max(SMALLEST, self._block // 4)
+        for name in ("kl", "logsumexp"):
+            self.__dict__.pop(name, None)  # made anew when it is wanted
+        self._directions.clear()
+        return more
 
     def __call__(self, x: Tensor) -> Tensor:
         """The metric of each batch entry. [batch, rows, d_model] -> [batch] in float64"""
@@ -81,14 +96,19 @@ class Readout:
         """KL divergence from the full model."""
         reference = self._clean.logits
         return KLReadout(
-            reference, self._model.unembedding, self._clean.final_out, scale=self.scale, hold=self._hold
+            reference,
+            self._model.unembedding,
+            self._clean.final_out,
+            scale=self.scale,
+            hold=self._hold,
+            block=self._block,
         )
 
     @cached_property
     def logsumexp(self) -> Vocabulary:
         """Of all logits. Any value near the result keeps exponentials in range; a fixed one repeats."""
         shift = self._clean.logits.logsumexp(-1)
-        return Vocabulary(self._model.unembedding, self.bias, shift, hold=self._hold)
+        return Vocabulary(self._model.unembedding, self.bias, shift, hold=self._hold, block=self._block)
 
     @cached_property
     def bias(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from pahq_hf.precision.products import Product
 
 BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured
+SMALLEST = 128  # tokens, where memory runs out
 
 
 class Blocks:
@@ -26,21 +27,28 @@ class Blocks:
         unembedding: The unembedding, W_U [vocab, d_model].
         bias: What products add. [vocab]
         hold: Keep the blocks packed; otherwise they are packed one by one whenever they are wanted.
+        block: Tokens of a block.
     """
 
     def __init__(
-        self, unembedding: nn.Linear | EmbeddingMatrix, bias: Tensor | None, *, hold: bool = True
+        self,
+        unembedding: nn.Linear | EmbeddingMatrix,
+        bias: Tensor | None,
+        *,
+        hold: bool = True,
+        block: int = BLOCK,
     ) -> None:
         self._unembedding = unembedding
         self._bias = bias
         self._hold = hold
+        self._block = block
         self._held: list[Product] = []
 
     def __len__(self) -> int:
-        return -(-self._unembedding.out_features // BLOCK)
+        return -(-self._unembedding.out_features // self._block)
 
     def __iter__(self) -> Iterator[Product]:
-        """The blocks, each of `BLOCK` tokens, in order."""
+        """The blocks, in order."""
         if not self._hold:
             return self._packed()
         self._held = self._held or list(self._packed())
@@ -60,8 +68,8 @@ class Blocks:
             yield Product(exact_block(self._unembedding, rows), bias)
 
     def _rows(self) -> Iterator[slice]:
-        vocab = self._unembedding.out_features
-        return (slice(start, min(start + BLOCK, vocab)) for start in range(0, vocab, BLOCK))
+        vocab, size = self._unembedding.out_features, self._block
+        return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
 
 
 class Vocabulary:
@@ -72,6 +80,7 @@ class Vocabulary:
         bias: Its bias. [vocab]
         shift: A value near each row's result, which keeps exponentials in range. [rows]
         hold: Keep the unembedding packed; otherwise it is packed block by block at every call.
+        block: Tokens at once.
     """
 
     def __init__(
@@ -81,8 +90,9 @@ class Vocabulary:
         shift: Tensor,
         *,
         hold: bool = True,
+        block: int = BLOCK,
     ) -> None:
-        self._blocks = Blocks(unembedding, bias, hold=hold)
+        self._blocks = Blocks(unembedding, bias, hold=hold, block=block)
         self._shift = shift
 
     def __call__(self, x: Tensor) -> Tensor:
