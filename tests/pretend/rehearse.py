@@ -41,6 +41,7 @@ from tests.pretend.tensor import MACHINE
 torch.set_num_threads(1)
 MODE = install(KIND)
 DEVICE = MACHINE.device
+CHECKPOINTS = tempfile.TemporaryDirectory(prefix="pahq-pretend-")  # gone when the process ends
 
 
 @cache
@@ -50,7 +51,7 @@ def folder(model: str, dtype: str) -> str:
         return model
     from tests.families import ALL_FAMILIES
 
-    path = Path(tempfile.mkdtemp(prefix="pahq-pretend-")) / model
+    path = Path(CHECKPOINTS.name) / dtype / model
     ALL_FAMILIES[model](dtype=torch.float32).to(getattr(torch, dtype)).save_pretrained(path)
     return str(path)
 
@@ -85,16 +86,18 @@ def of_circuit(circuit: Circuit) -> Answer:
     facts: dict[str, Any] = {
         name: circuit.discovery.get(name) for name in ("hardware", "peak_memory", "versions")
     }
+    if circuit.estimated is not None:
+        facts["estimated"] = int(circuit.estimated.sum())
     return Answer(circuit.kept, circuit.scores, facts)
 
 
 def discovered(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
-    """A circuit, and which named readers had no edge tested: what is dead is not computed."""
+    """A circuit, and which readers asked for had no edge decided by a score: what is dead is not computed."""
     circuit = discover(scenario, model, task)
     found = of_circuit(circuit)
-    named = scenario.search.get("readers", "").split(",")
-    rows = {reader.name: circuit.tested[number].any() for number, reader in enumerate(circuit.graph.readers)}
-    found.facts["untested"] = [name for name in named if name and not rows[name]]
+    graph, asked = circuit.graph, scenario.search.get("readers")
+    named = np.flatnonzero(graph.match_readers(asked)) if asked else ()
+    found.facts["untested"] = [graph.readers[row].name for row in named if not circuit.tested[row].any()]
     return found
 
 
@@ -123,6 +126,15 @@ def attribute(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
         task, method=scenario.method, metric=metric, topn=20, engine=EngineConfig(**scenario.engine)
     )
     return of_circuit(circuit)
+
+
+def audit(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """A search, and a second opinion on what it removed: tests in FP32 where it decided."""
+    circuit = discover(scenario, model, task)
+    found = model.evaluate(circuit, task, audit=4)
+    said = found["audit"]
+    numbers = [found["kl"], said["removed"], said["audited"], said["estimated"], said["wrong"]]
+    return Answer(circuit.kept, np.array(numbers))
 
 
 def evaluate(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
@@ -183,6 +195,7 @@ COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
     "sweep": sweep,
     "attribute": attribute,
     "evaluate": evaluate,
+    "audit": audit,
     "apply": apply,
     "shortage": shortage.run,
     "generate": generate,
@@ -200,7 +213,8 @@ def command_line(scenario: Scenario, *, on_device: bool) -> tuple[Answer, str]:
         path = str(Path(out) / "run")
         words = ["discover", scenario.model, "--task", "ioi", "--n", str(scenario.n), "--threshold", "0.05"]
         words += ["--precision", scenario.config.get("regime", "pahq"), "--out", path]
-        words += ["--readers", scenario.search["readers"], *(["--device", KIND] if on_device else [])]
+        words += ["--readers", scenario.search["readers"], "--tests", scenario.search.get("tests", "all")]
+        words += ["--device", KIND] if on_device else []
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         if result.exit_code:
             raise RuntimeError(result.output)
@@ -252,6 +266,7 @@ def rehearse(scenario: Scenario) -> Outcome:
     outcome.kept = int(np.asarray(found.choice).sum())
     outcome.facts = found.facts
     outcome.launches = sum(MACHINE.launches.values())
+    outcome.products_in_fp8 = MACHINE.launches["_scaled_mm"]
     outcome.crossings = dict(MACHINE.crossings)
     outcome.sent = dict(MACHINE.sent)
     return outcome

@@ -15,8 +15,8 @@ class Scenario:
         dtype: Of the family's checkpoint.
         load: How the model gets to the device: `direct`, `to`, `zero` (`device_map={"": 0}`), `auto`, `wrap`
             (transformers' own model, moved and then wrapped).
-        command: What is run: `discover`, `sweep`, `attribute`, `evaluate`, `apply`, `generate`, `cli`,
-            or `shortage`, an engine's work with less memory than it takes.
+        command: What is run: `discover`, `sweep`, `attribute`, `evaluate`, `audit`, `apply`, `generate`,
+            `cli`, or `shortage`, an engine's work with less memory than it takes.
         config: Fields of `PAHQConfig`.
         search: Fields of `ACDCConfig`.
         engine: Fields of `EngineConfig`.
@@ -51,8 +51,10 @@ class Outcome:
         scale: Largest of the CPU's.
         kept: Edges kept.
         device: Where the model was.
-        facts: Of the run's circuit: `hardware`, `peak_memory`; `untested`, readers that were to be tested.
+        facts: Of the run's circuit: `hardware`, `peak_memory`; `untested`, readers that were to be tested;
+            `estimated`, how many scores are estimates, where they may be.
         launches: Kernels.
+        products_in_fp8: Those among them that multiply in FP8.
         crossings: Copies between host and device.
         sent: Bytes that were copied to the device, by dtype.
     """
@@ -66,6 +68,7 @@ class Outcome:
     device: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     launches: int = 0
+    products_in_fp8: int = 0
     crossings: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
 
