@@ -40,9 +40,14 @@ class TokenSets:
         return cls(ids.to(device), mask.to(device))
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values of the set's tokens. [..., rows, vocab] -> [..., rows, width]"""
-        index = self.ids.expand(*values.shape[:-1], self.ids.shape[-1])
-        return values.gather(-1, index)
+        """Values of the set's tokens. [..., rows, vocab] -> [..., rows, width]
+
+        By an index, whose gradients a GPU adds up in a fixed order; those of `torch.gather` it does not.
+        """
+        import torch
+
+        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        return values[..., rows, self.ids]
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over each set. [..., rows, width] -> [..., rows]"""

@@ -13,6 +13,10 @@ class MixedDevices(RuntimeError):
     """Tensors of two devices met in one operator."""
 
 
+class AnyOrder(RuntimeError):
+    """Floats would be added up in whatever order they arrive: results differ from run to run."""
+
+
 # Copies may cross; so may what makes a tensor like another.
 _CROSSING = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -22,6 +26,11 @@ _STRICT = {
     "_scaled_mm",
 }  # fmt: skip
 _TILE = 16
+# Kernels that add by atomics, or in an order of their own; an accumulating `index_put_` sorts.
+_ATOMIC = {
+    "index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
+    "index_reduce", "index_reduce_", "put_",
+}  # fmt: skip
 
 
 def check(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], plain: Sequence[Tensor]) -> None:
@@ -38,6 +47,8 @@ def check(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], pla
         raise MixedDevices(f"{func}: an operator of the CPU got a tensor of the device")
     if name == "_scaled_mm":
         _check_scaled(args[0], args[1])
+    if name in _ATOMIC and args[0].is_floating_point():
+        raise AnyOrder(f"{func}: sums in any order")
     if not plain or name in _CROSSING or name.endswith("_like") or name.startswith("new_"):
         return
     if name in _INDEXING:
