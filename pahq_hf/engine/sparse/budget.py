@@ -58,9 +58,9 @@ class MemoryBudget:
         precision.allow(held=self.held_weights, full=self.full_weights)
 
     @property
-    def holds_vocabulary(self) -> bool:
-        """Whether a copy of the unembedding, packed for products, leaves room for the rest."""
-        return self._vocabulary <= self.limit // 4
+    def vocabulary_copies(self) -> int:
+        """How many copies of the unembedding, packed for products, leave room for the rest."""
+        return self.limit // 4 // max(1, self._vocabulary)
 
     def together(self, tokens: int) -> int:
         """Writers whose differences, and candidates whose input, fit beside all else; at least one of each.

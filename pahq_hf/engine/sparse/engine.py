@@ -103,8 +103,8 @@ class SparseEngine:
                 else TokenPlan.everywhere(task, model.device)
             )
             self.metric, self.clean_logits = runs.metric, clean.logits
-            hold = self._memory.holds_vocabulary
-            readout = Readout(self.metric, model, clean, hold=hold)
+            copies = self._memory.vocabulary_copies
+            readout = Readout(self.metric, model, clean, copies=copies)
             self._captured = Captured(model, plan, clean, substitute, store)
         self._clean: Activations = clean
         self._plan = plan

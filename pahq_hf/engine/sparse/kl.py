@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pahq_hf.engine.sparse.vocabulary import (
     BLOCK,
+    HELD,
     Blocks,
     at_once,
     followed_in_batches,
@@ -19,7 +20,6 @@ from pahq_hf.precision.embeddings import EmbeddingMatrix, exact_block
 from pahq_hf.tasks.divergence import LARGEST, SERIES, divergence, excess, excess_by_series
 
 _FAR = 16  # rows at once whose logits are all held
-_HELD = 1 << 24  # logits' changes at once that are kept for a gradient
 _NEAR = 8.0  # a ratio's logarithm up to which it is taken of `p` itself
 
 
@@ -34,7 +34,7 @@ class KLReadout:
         unembedding: The model's unembedding, W_U [vocab, d_model].
         clean: The full model's hidden states after the final norm. [rows, d_model]
         scale: Factor of the logits.
-        hold: Keep the unembedding packed for products.
+        copies: Of the packed unembedding, as for `Blocks`.
         block: Tokens of the vocabulary at once.
     """
 
@@ -45,14 +45,14 @@ class KLReadout:
         clean: Tensor,
         *,
         scale: float = 1.0,
-        hold: bool = True,
+        copies: int = 2,
         block: int = BLOCK,
     ) -> None:
         self._reference = reference
         self._clean = clean
         self._scale = scale
         self._block = block
-        self._blocks = Blocks(unembedding, None, hold=hold, block=block)  # a bias is the same in both
+        self._blocks = Blocks(unembedding, None, copies=copies, block=block)  # a bias is the same in both
         p = reference.to(torch.float64).log_softmax(-1).exp()
         self._mean = torch.zeros(
             clean.shape, dtype=torch.float64, device=p.device
@@ -84,7 +84,7 @@ class KLReadout:
         Returns:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
-        few = min(at_once(x), max(1, _HELD // (x.shape[1] * self._p.shape[1])))
+        few = min(at_once(x), max(1, HELD // (x.shape[1] * self._p.shape[1])))
         return followed_in_batches(self._few_followed, x, few)
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,18 +94,18 @@ class KLReadout:
         total = torch.zeros_like(x.flatten(0, 1))
         parts = zip(
             held,
-            self._blocks.weights(),
+            self._blocks.turned(),
             self._p.split(self._block, dim=-1),
             self._log_p.split(self._block, dim=-1),
             strict=True,
         )
-        for u, weight, p, log_p in parts:
+        for u, rows, p, log_p in parts:
             u.sub_(log_ratio)
             if bool((u <= _NEAR).all()):
                 moved = u.expm1_().mul_(p)
             else:  # what is far more likely than in the full model may be 0 in `p`, and its ratio no number
                 moved = torch.where(u <= _NEAR, torch.expm1(u).mul_(p), (log_p + u).exp_().sub_(p))
-            total += moved.flatten(0, 1) @ weight
+            total += rows(moved.flatten(0, 1))
         return values, total.mul_(self._scale).view(x.shape)
 
     @cached_property

@@ -33,14 +33,14 @@ class Readout:
         metric: The metric, bound to the task and the full model's logits.
         model: The patched model.
         clean: The full model's run.
-        hold: Keep the unembedding packed for products.
+        copies: Of the packed unembedding that may be kept.
     """
 
-    def __init__(self, metric: Metric, model: PatchedModel, clean: Activations, *, hold: bool = True) -> None:
+    def __init__(self, metric: Metric, model: PatchedModel, clean: Activations, *, copies: int = 2) -> None:
         self._metric = metric
         self._model = model
         self._clean = clean
-        self._hold = hold
+        self._copies = copies
         self._block = BLOCK
         self._is_linear = model.arch.logit_softcap is None
         self._directions: dict[tuple[TokenSets, TokenSets], tuple[Tensor, Tensor]] = {}
@@ -51,8 +51,8 @@ class Readout:
         Returns:
             False if nothing was kept, and it was the fewest, already.
         """
-        more = self._hold or self._block > SMALLEST
-        self._hold = False
+        more = self._copies > 0 or self._block > SMALLEST
+        self._copies = 0
         self._block = max(SMALLEST, self._block // 4)
         for name in ("kl", "logsumexp"):
             self.__dict__.pop(name, None)  # made anew when it is wanted
@@ -100,7 +100,7 @@ class Readout:
             self._model.unembedding,
             self._clean.final_out,
             scale=self.scale,
-            hold=self._hold,
+            copies=self._copies,
             block=self._block,
         )
 
@@ -108,7 +108,7 @@ class Readout:
     def logsumexp(self) -> Vocabulary:
         """Of all logits. Any value near the result keeps exponentials in range; a fixed one repeats."""
         shift = self._clean.logits.logsumexp(-1)
-        return Vocabulary(self._model.unembedding, self.bias, shift, hold=self._hold, block=self._block)
+        return Vocabulary(self._model.unembedding, self.bias, shift, copies=self._copies, block=self._block)
 
     @cached_property
     def bias(self) -> Tensor | None:

@@ -1,11 +1,12 @@
 """Sums over the vocabulary, in blocks that stay in cache; logits are never stored.
 
-Their gradients come from a second pass over the blocks.
+Their gradients come from a second pass over the blocks, for which a few streams' logits are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from pahq_hf.precision.products import Product
 
 BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured
+HELD = 1 << 24  # logits at once that are kept for a gradient
 SMALLEST = 128  # tokens, where memory runs out
 
 
@@ -26,7 +28,8 @@ class Blocks:
     Args:
         unembedding: The unembedding, W_U [vocab, d_model].
         bias: What products add. [vocab]
-        hold: Keep the blocks packed; otherwise they are packed one by one whenever they are wanted.
+        copies: Packed copies that may be kept: one for products, a second for gradients. What is not kept is
+            packed block by block whenever it is wanted.
         block: Tokens of a block.
     """
 
@@ -35,21 +38,27 @@ class Blocks:
         unembedding: nn.Linear | EmbeddingMatrix,
         bias: Tensor | None,
         *,
-        hold: bool = True,
+        copies: int = 2,
         block: int = BLOCK,
     ) -> None:
         self._unembedding = unembedding
         self._bias = bias
-        self._hold = hold
+        self._copies = copies
         self._block = block
         self._held: list[Product] = []
+        self._turned: list[Product] = []
+
+    @property
+    def vocab(self) -> int:
+        """Tokens."""
+        return self._unembedding.out_features
 
     def __len__(self) -> int:
         return -(-self._unembedding.out_features // self._block)
 
     def __iter__(self) -> Iterator[Product]:
         """The blocks, in order."""
-        if not self._hold:
+        if self._copies < 1:
             return self._packed()
         self._held = self._held or list(self._packed())
         return iter(self._held)
@@ -58,9 +67,13 @@ class Blocks:
         """Scores of all tokens. [n, d_model] -> [n, vocab]"""
         return torch.cat([product(x) for product in self], dim=-1)
 
-    def weights(self) -> Iterator[Tensor]:
-        """The blocks' rows of the unembedding, as they are. Each [tokens, d_model]"""
-        return (exact_block(self._unembedding, rows) for rows in self._rows())
+    def turned(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For each block what sums its rows, so much of each. Each [n, tokens] -> [n, d_model]"""
+        weights = (exact_block(self._unembedding, rows) for rows in self._rows())
+        if self._copies < 2:
+            return (partial(_sum_of_rows, weight) for weight in weights)
+        self._turned = self._turned or [Product(weight.T) for weight in weights]
+        return iter(self._turned)
 
     def _packed(self) -> Iterator[Product]:
         for rows in self._rows():
@@ -79,7 +92,7 @@ class Vocabulary:
         unembedding: The unembedding, W_U [vocab, d_model].
         bias: Its bias. [vocab]
         shift: A value near each row's result, which keeps exponentials in range. [rows]
-        hold: Keep the unembedding packed; otherwise it is packed block by block at every call.
+        copies: Of the packed unembedding, as for `Blocks`.
         block: Tokens at once.
     """
 
@@ -89,10 +102,10 @@ class Vocabulary:
         bias: Tensor | None,
         shift: Tensor,
         *,
-        hold: bool = True,
+        copies: int = 2,
         block: int = BLOCK,
     ) -> None:
-        self._blocks = Blocks(unembedding, bias, hold=hold, block=block)
+        self._blocks = Blocks(unembedding, bias, copies=copies, block=block)
         self._shift = shift
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -112,27 +125,37 @@ class Vocabulary:
         Returns:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
-        return followed_in_batches(self._few_followed, x, at_once(x))
+        few = min(at_once(x), max(1, HELD // (x.shape[1] * self._blocks.vocab)))
+        return followed_in_batches(self._few_followed, x, few)
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        values, flat = self._few(x), x.flatten(0, 1)
-        level, total = values.flatten().to(x.dtype)[:, None], torch.zeros_like(flat)
-        for product, weight in zip(self._blocks, self._blocks.weights(), strict=True):
-            total += product(flat).sub_(level).exp_() @ weight
+        held: list[Tensor] = []
+        values, total = self._few(x, held), torch.zeros_like(x.flatten(0, 1))
+        level = values.flatten().to(x.dtype)[:, None]
+        for logits, rows in zip(held, self._blocks.turned(), strict=True):
+            total += rows(logits.sub_(level).exp_())
         return values, total.view(x.shape)
 
-    def _few(self, x: Tensor) -> Tensor:
+    def _few(self, x: Tensor, held: list[Tensor] | None = None) -> Tensor:
+        """`logsumexp` of a few streams; their logits are left in `held`, by blocks."""
         batch, rows, _ = x.shape
         flat = x.reshape(batch * rows, -1)
         shift = self._shift.repeat(batch)[:, None]
         total = torch.zeros(batch * rows, dtype=torch.float64, device=x.device)
         for product in self._blocks:
-            total += product(flat).sub_(shift).exp_().sum(-1)
+            logits = product(flat)
+            if held is not None:
+                held.append(logits.clone())
+            total += logits.sub_(shift).exp_().sum(-1)
         good = torch.isfinite(total) & (total > 1e-20) & (total < 1e20)
         result = total.log() + shift[:, 0].to(torch.float64)
         if not bool(good.all()):  # the textbook form, safe whatever the scale
             result[~good] = self._blocks.logits(flat[~good]).logsumexp(-1).to(torch.float64)
         return result.view(batch, rows)
+
+
+def _sum_of_rows(weight: Tensor, y: Tensor) -> Tensor:
+    return y @ weight
 
 
 class OfStreams(Protocol):
