@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pahq_hf.engine.hooks.patched_run import PatchedRun
 from pahq_hf.engine.hooks.slopes import ProbedRun
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
+from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.errors import MetricError
 from pahq_hf.modeling.hooks import hooks
 from pahq_hf.tasks.metrics import Metric, MetricSpec, find_metric, known_metrics, register_metric
@@ -328,3 +330,46 @@ def test_a_metric_without_a_gradient_is_refused(kind: str, monkeypatch: pytest.M
     with pytest.raises(MetricError, match=r"^metric rank has no gradient: .*such as kl$"):
         engine.slopes(0, [[0]], [0])
     assert engine.evaluations == counted
+
+
+# -- what is kept from one reader to the next --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["fp32", "pahq", "rtn"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmo2_split"])
+def test_slopes_are_the_same_whichever_reader_was_before(name: str, regime: str) -> None:
+    """What edges carry is kept for readers that read fewer writers; where a circuit changed it, it is not."""
+    model = wrapped(name, regime=regime, compute="fp32")
+    engine = engine_of("sparse", model, "nll")
+    graph = engine.graph
+    circuits = graph.all_edges, random_edges(graph, 0.8, seed=8)
+    readers = graph.logits_reader, *reversed(some_readers(graph, 1)), *some_readers(graph, 0)[1:]
+    for reader, kept in product(readers, circuits):
+        fresh = engine_of("sparse", model, "nll")
+        writers, candidates = list(graph.in_edges(reader)), some_candidates(graph, reader)[:2]
+        found = []
+        for one in (engine, fresh):
+            one.begin(kept)
+            found.append(one.slopes(reader, candidates, writers))
+        fresh.finish()
+        assert np.array_equal(found[0].effects, found[1].effects)
+        assert np.array_equal(found[0].sizes, found[1].sizes)
+        assert found[0].trial == found[1].trial
+
+
+@pytest.mark.parametrize("metric", ["kl", "nll"])
+def test_slopes_are_the_same_with_room_for_fewer_packed_unembeddings(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = wrapped("llama"), []
+    for copies in (0, 1, 2):
+        monkeypatch.setattr(MemoryBudget, "vocabulary_copies", copies)
+        engine = engine_of("sparse", model, metric)
+        reader = engine.graph.layer_readers(1, "mlp")[0]
+        candidates, writers = some_candidates(engine.graph, reader), list(engine.graph.in_edges(reader))
+        found.append(engine.slopes(reader, candidates, writers))
+        engine.finish()
+    assert np.abs(found[0].effects).max() > 1e-3
+    for other in found[1:]:
+        close(other.effects, found[0].effects, 1e-5)
+        assert other.trial.values == pytest.approx(found[0].trial.values, rel=1e-6)

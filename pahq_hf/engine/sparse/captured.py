@@ -7,8 +7,10 @@ Heads are kept as z, `d_model / d_head` times smaller than what they add to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pahq_hf.capture.activations import Activations
@@ -18,6 +20,28 @@ from pahq_hf.engine.sparse.positions import Liveness, TokenPlan
 from pahq_hf.modeling.patched_model import PatchedModel
 
 TERMS = 64  # of a sum that are computed at once
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What edges of the first writers carry.
+
+    Attributes:
+        values: `a_w - c_w`; shared, not to be written to. [writer, tokens, d_model]
+        lengths: Of each, over all tokens. [writer] in float64
+    """
+
+    values: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Carried:
+        """Measure them."""
+        return cls(values, torch.linalg.vector_norm(values.flatten(1), dim=1).to("cpu", torch.float64))
+
+    def first(self, count: int) -> Carried:
+        """Those of fewer writers."""
+        return Carried(self.values[:count], self.lengths[:count])
 
 
 class Captured:
@@ -58,6 +82,7 @@ class Captured:
         changes = zip(self.mlp, substitute.mlp, strict=True)
         self._dmlp = [stored(store, m - window.pick(c)) for m, c in changes]
         self._dembedding = window.pick(clean.embedding - substitute.embedding)
+        self._every: dict[tuple[Liveness, bool], Carried] = {}  # by tokens, and whether in full precision
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of the activations' dtype, on their device."""
@@ -96,6 +121,23 @@ class Captured:
             out[start:stop] = values
             start = stop
         return out
+
+    def every_difference(self, count: int, liveness: Liveness) -> Carried:
+        """`a_w - c_w` of the clean run for the first writers, kept for readers that read fewer of them.
+
+        Args:
+            count: How many writers.
+            liveness: At which tokens.
+        """
+        key = liveness, self._model.precision.mode.is_full
+        if key not in self._every or len(self._every[key].lengths) < count:
+            self._every.pop(key, None)  # what was smaller makes room first
+            self._every[key] = Carried.of(self.differences(range(count), liveness))
+        return self._every[key].first(count)
+
+    def forget(self) -> None:
+        """Let go of what can be computed again."""
+        self._every.clear()
 
     def _is_head_of(self, index: int, layer: int) -> bool:
         writer = self._graph.writers[index]

@@ -191,6 +191,7 @@ class SparseEngine:
     def _give_way(self) -> bool:
         if self._focus is not None:
             self._focus.forget()
+        self._captured.forget()
         self._buffers.clear()
         reads_less = self._measuring.give_way()
         more = self._memory.give_way() or reads_less
@@ -370,5 +371,6 @@ class SparseEngine:
     def finish(self) -> None:
         """Free what can be made again."""
         self._focus = self._state = None
+        self._captured.forget()
         self.session.end()
         self._buffers.clear()

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from pahq_hf.engine.sparse.budget import Fitting, MemoryBudget
 from pahq_hf.engine.sparse.buffers import Buffers
+from pahq_hf.engine.sparse.captured import Carried
 from pahq_hf.engine.sparse.state import CircuitState
 
 WRITERS = 64  # whose differences are computed at once
+_READ = 3  # a product reads what all edges carry, and not what is picked, if it wants a third of it
 
 
 class Focus:
@@ -53,9 +55,10 @@ class Focus:
         self._gone = set(gone)
         self._taken: Tensor | None = None  # what edges that went since then took away. [tokens, d_model]
         self._tried: tuple[list[int], Tensor] | None = None  # writers, and what their edges carry
-        self._all: tuple[dict[int, int], Tensor] | None = None  # writer -> row, what slopes were asked of
+        self._all: Carried | None = None  # what all its edges carry, once slopes were asked
         self._liveness = state.reader_liveness(reader)
-        self._sizes: dict[int, float] = {}  # writer -> length of what its edge carries
+        self._edges = int(state.graph.prefix[reader])  # it reads so many writers, from the first on
+        self._moves: list[tuple[list[int], Sequence[Sequence[int]]]] = []  # not followed yet
 
     @property
     def together(self) -> int:
@@ -65,7 +68,8 @@ class Focus:
     @property
     def nbytes(self) -> int:
         """Bytes of what tested edges carry, as far as that is at hand."""
-        return sum(held[1].nbytes for held in (self._tried, self._all) if held is not None)
+        tried = 0 if self._tried is None else self._tried[1].nbytes
+        return tried + (0 if self._all is None else self._all.values.nbytes)
 
     def forget(self) -> None:
         """Let go of what tested edges carry; it can be computed again."""
@@ -80,13 +84,19 @@ class Focus:
         Returns:
             [K, tokens, d_model]
         """
+        self._follow()
         new = [[w for w in c if w not in self._gone] for c in candidates]
         back = [sorted(self._gone.difference(c)) for c in candidates]
         writers = sorted({w for some in (*new, *back) for w in some})
-        few = self.together
         change = self._buffers.take("candidates", (len(candidates), *self._shape))
         flat = change.view(len(candidates), -1)
         self._tried = None
+        if self._all is not None and _READ * len(writers) > self._edges:
+            every = range(self._edges)
+            choose = (_choice(new, every) - _choice(back, every)).to(flat).neg_()
+            torch.mm(choose, self._all.values.flatten(1), out=flat)
+            return change if self._taken is None else change.sub_(self._taken)
+        few = self.together
         for start in range(0, max(1, len(writers)), few):
             some = writers[start : start + few]
             differences = self._carried(some, self._buffers.take("differences", (len(some), *self._shape)))
@@ -110,13 +120,9 @@ class Focus:
             [K, writers] in float64
         """
         few, flat = self.together, gradients.flatten(1)
-        if self._all is None and len(writers) <= few:  # asked once, they will be again
-            numbers = {writer: number for number, writer in enumerate(writers)}
-            self._all = numbers, self._carried(writers)
-        if self._all is not None and self._all[0].keys() >= set(writers):
-            numbers, carried = self._all
-            every = torch.mm(flat, carried.flatten(1).T)
-            return -every[:, [numbers[writer] for writer in writers]].to(torch.float64)
+        every = self._every()
+        if every is not None:
+            return -torch.mm(flat, every.values.flatten(1).T)[:, list(writers)].to(torch.float64)
         parts = []
         for start in range(0, len(writers), few):
             carried = self._carried(writers[start : start + few])
@@ -125,12 +131,22 @@ class Focus:
 
     def sizes(self, writers: Sequence[int]) -> Tensor:
         """The length of what each edge carries, over all tokens. [writers] in float64"""
-        for writer in writers:
-            if writer not in self._sizes:
-                few = [w for w in writers if w not in self._sizes][: self.together]
-                lengths = torch.linalg.vector_norm(self._carried(few).flatten(1), dim=1)
-                self._sizes.update(zip(few, lengths.tolist(), strict=True))
-        return torch.tensor([self._sizes[writer] for writer in writers], dtype=torch.float64)
+        every = self._every()
+        if every is not None:
+            return every.lengths[list(writers)]
+        few = self.together
+        parts = [
+            Carried.of(self._carried(writers[start : start + few])).lengths
+            for start in range(0, len(writers), few)
+        ]
+        return torch.cat(parts)
+
+    def _every(self) -> Carried | None:
+        """What all edges carry, if that fits: asked once, it will be again."""
+        if self._all is None and self._edges <= self.together:
+            with self._precision():
+                self._all = self._state.every_carried(self._edges, self._liveness)
+        return self._all
 
     def changes_from_start(self, candidates: Sequence[Sequence[int]]) -> Tensor:
         """The same at the present precision, whatever went since the reader came into focus.
@@ -159,6 +175,14 @@ class Focus:
             gone: Their writers, those that go now in the order in which they go.
             tried: All circuits of the trial that decided it.
         """
+        self._moves.append((list(gone), tried))  # the last of a reader's is never followed
+
+    def _follow(self) -> None:
+        for gone, tried in self._moves:
+            self._step(gone, tried)
+        self._moves.clear()
+
+    def _step(self, gone: list[int], tried: Sequence[Sequence[int]]) -> None:
         stays = self._gone.intersection(gone)
         new = [writer for writer in gone if writer not in self._gone]
         if len(stays) < len(self._gone):
@@ -173,6 +197,8 @@ class Focus:
     def _sum(self, writers: Sequence[int], tried: list[int]) -> Tensor:
         """What some of the tried writers' edges carry. [tokens, d_model]"""
         few = self.together
+        if self._all is not None:
+            return self._carried(writers).sum(0)
         if len(tried) <= few:
             known, differences = self._tried or ([], torch.empty(0))
             if known != tried:
@@ -183,10 +209,9 @@ class Focus:
 
     def _carried(self, writers: Sequence[int], out: Tensor | None = None) -> Tensor:
         """`a_w - c_w` of tested edges. [writer, tokens, d_model]"""
-        if self._all is not None and self._all[0].keys() >= set(writers):
-            numbers, carried = self._all
-            rows = torch.tensor([numbers[w] for w in writers], dtype=torch.long, device=carried.device)
-            return torch.index_select(carried, 0, rows, out=out)  # the same bits as computed anew
+        if self._all is not None:
+            rows = torch.tensor(list(writers), dtype=torch.long, device=self._all.values.device)
+            return torch.index_select(self._all.values, 0, rows, out=out)  # the same bits as computed anew
         with self._precision():
             return self._state.carried(writers, self._liveness, out)
 

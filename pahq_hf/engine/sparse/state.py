@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pahq_hf.circuit.graph import BoolArray, Graph, ReaderKind
 from pahq_hf.engine.sparse.arithmetic import Arithmetic, Reads
-from pahq_hf.engine.sparse.captured import Captured
+from pahq_hf.engine.sparse.captured import Captured, Carried
 from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.engine.sparse.positions import Liveness
 from pahq_hf.precision.weight_cache import WeightCache
@@ -146,6 +146,17 @@ class CircuitState:
             if shift is not None:
                 carried[number] += self.plan.narrow(shift, self.liveness[writer], liveness)
         return carried
+
+    def every_carried(self, count: int, liveness: Liveness) -> Carried:
+        """What edges of the first writers carry under this circuit; the captured ones where it changes none.
+
+        Args:
+            count: How many writers.
+            liveness: At which tokens.
+        """
+        if liveness is Liveness.DEAD or any(writer < count for writer in self.shifts):
+            return Carried.of(self.carried(range(count), liveness))
+        return self.captured.every_difference(count, liveness)
 
     # -- moving on --------------------------------------------------------------------------------
 
