@@ -1,130 +1,58 @@
-"""Deciding the edges of one reader by intervals whose ends are measured (docs/verified-estimates.md).
+"""Deciding the edges of one reader by estimates that are measured on the way (docs/verified-estimates.md).
 
-Most edges go. Many at once are taken out, in order, and the metric and its slopes are measured at both ends
-of that interval; from them follows an estimate of every score inside. In the order of ACDC:
+Most edges go. What removing one would add is told by slopes, so where the next edges lead is known before
+they are decided. In the order of ACDC:
 
-1. Slopes at the current circuit say how far the next interval reaches: to the first edge that may stay.
-2. Value and slopes at its end; the estimate of an edge lies between its slopes at both ends.
-3. An edge whose estimate comes near the threshold is tested, from a measured circuit and to a measured one.
-4. What lies between measured circuits goes if its estimates add up to what the metric moved by; else the
-   interval is cut.
+1. Slopes are measured at the current circuit and further along the way that they foretell, at more circuits
+   where they move more (`way.Way`). The estimate of an edge lies between its slopes at both sides.
+2. The metric is measured on the way, at many circuits at once: before and after each edge that may stay, and
+   so often that errors of estimates have no room to cancel.
+3. From there on decisions follow. An edge that may stay is decided by its test. Others go if estimates
+   between two measured circuits add up to what the metric moved by; else it is measured closer together.
+4. An edge that is decided otherwise than foretold leads to another way, and circuits are measured anew.
 
-Ends are measured, so estimates never add up to a drift. A few edges are tested as without intervals.
+The metric is measured at both sides of all that is estimated, so estimates never add up to a drift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pahq_hf.search.reader_search import Deciding, Look, ReaderSearch
 from pahq_hf.search.state import Counts, ReaderRecord
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class IntervalRule:
-    """When estimates decide: chosen by measurement (docs/verified-estimates.md).
-
-    Attributes:
-        margin: m; an edge is tested if it may score (1 - m) tau or more.
-        residual: r; estimates may miss what the metric moved by, in all, by r tau.
-        bend: Slopes may move by so many tau, all together, between two measured circuits: what moves more may
-            hide errors that cancel.
-        heavy: An edge that carries so much of what an interval carries, squared, is tested where slopes move.
-        few: So many edges are tested one by one: they cost less than slopes.
-        together: Circuits of an interval that are measured at once.
-    """
-
-    margin: float = 0.5
-    residual: float = 0.34
-    bend: float = 1.0
-    heavy: float = 0.1
-    few: int = 6
-    together: int = 16
+from pahq_hf.search.way import Bools, Estimates, Floats, IntervalRule, Point, Stop, Way, spread
 
 
 @dataclass(frozen=True)
-class Estimates:
-    """Scores of edges that go one after the other, from slopes at both ends.
+class Place:
+    """A circuit on the way.
 
     Attributes:
-        start: Slopes where the first of them goes. [edges]
-        end: Slopes where all are gone. [edges]
-        scores: Estimates. [edges]
-        reached: How far along the way each edge goes, from 0 to 1. [edges]
-    """
-
-    start: Floats
-    end: Floats
-    scores: Floats
-    reached: Floats
-
-    @classmethod
-    def between(cls, start: Floats, end: Floats) -> Estimates:
-        """Estimate scores.
-
-        Slopes change by what went before. Where that is one direction (a curvature of rank one), the change
-        of an edge's slope is to that of all as the edge's own share in it; else each edge takes an equal one.
-        """
-        moved = end - start
-        total = float(moved.sum())
-        if abs(total) > 0.5 * float(np.abs(moved).sum()):
-            reached = np.clip((np.cumsum(moved) - moved / 2) / total, 0.0, 1.0)
-        else:
-            reached = (np.arange(len(moved)) + 0.5) / max(1, len(moved))
-        return cls(start, end, start + moved * reached, reached)
-
-    @property
-    def highest(self) -> Floats:
-        """The largest score each edge may have. [edges]"""
-        return np.maximum(self.scores, np.maximum(self.start, self.end))
-
-    @property
-    def furthest(self) -> Floats:
-        """The largest magnitude each score may have. [edges]"""
-        return np.maximum(np.abs(self.scores), np.maximum(np.abs(self.start), np.abs(self.end)))
-
-    def adding_up(self, some: slice, change: float) -> Floats:
-        """Some estimates, corrected to add up to what the metric moved by, most where slopes moved most."""
-        scores = self.scores[some]
-        weight = np.abs(self.end - self.start)[some]
-        total = float(weight.sum())
-        share = weight / total if total > 0 else np.full(len(scores), 1 / max(1, len(scores)))
-        corrected: Floats = scores + (change - float(scores.sum())) * share
-        return corrected
-
-
-@dataclass(frozen=True)
-class End:
-    """A measured circuit at an end of an interval.
-
-    Attributes:
-        position: The reader's edges before it are decided there.
-        value: Its metric.
-        slopes: Of the reader's edges; NaN where they were decided before. [edges]
+        position: The reader's edges before it are decided as foretold.
+        without: Whether the next edge, which is foretold to stay, is gone too.
     """
 
     position: int
-    value: float
-    slopes: Floats
+    without: bool = False
 
 
-@dataclass(frozen=True)
-class Stop:
-    """A place inside an interval where the circuit is measured.
+@dataclass
+class Ahead:
+    """What is known of the circuits ahead.
 
     Attributes:
-        place: So many of its edges are gone there.
-        is_test: Whether the next edge is tested there.
+        way: The way.
+        values: Metrics of circuits on it, as long as all is decided as foretold.
+        missed: By how much edges that were decided otherwise missed what was foretold. Slopes ahead were
+            measured at other circuits then.
     """
 
-    place: int
-    is_test: bool
+    way: Way
+    values: dict[Place, float] = field(default_factory=dict)
+    missed: float = 0.0
 
 
 class IntervalSearch(ReaderSearch):
@@ -138,12 +66,12 @@ class IntervalSearch(ReaderSearch):
     def __init__(self, work: Deciding, rule: IntervalRule | None = None) -> None:
         super().__init__(work)
         self._rule = rule or IntervalRule()
-        self._audit = work.audit
-        self._slopes: Floats | None = None  # of all edges from `position` on, at the current circuit
-        self._sizes: dict[int, float] = {}  # writer -> length of what its edge carries
-        self._ends: list[End] = []  # the same where the next intervals end, as far as it is known
-        self._measured = False  # whether they are, and not interpolated
-        self._reach = float(len(self._edges))  # how long an interval may be
+        self._drawn = frozenset(work.audit.drawn(self._reader, self._edges))
+        self._sizes: Floats = np.zeros(0)  # how much each edge carries, once slopes were measured. [edges]
+        self._ahead: Ahead | None = None
+        self._tested = np.zeros(len(self._edges), dtype=bool)  # edges to be tested because sums missed
+        self._measured = np.zeros(len(self._edges), dtype=bool)  # and where the metric is, too
+        self._together = self._rule.together  # circuits to measure at once
         self._estimated: set[int] = set()
         self._audited: set[int] = set()
         self._gradients = self._wrong = 0
@@ -151,219 +79,220 @@ class IntervalSearch(ReaderSearch):
     def _advance(self) -> None:
         left = len(self._edges) - self._position
         if left < self._rule.few:
-            self._test(left)
+            self._ahead = None
+            self._try_batch(left)
             return
-        if self._slopes is None:
-            self._begin()
-        assert self._slopes is not None
-        hot = np.flatnonzero(self._may_stay(self._slopes[self._position :]))
-        size = min(int(hot[0]) if len(hot) else left, int(self._reach))
-        if size < self._rule.few:
-            self._test(min(size + 1, left))
-        else:
-            self._take(size)
+        self._follow(self._ahead or self._look_ahead())
 
     def _record(self) -> ReaderRecord:
+        self._engine.cut(self._reader, self._removed)
         estimated = tuple(sorted(self._estimated))
         counts = Counts(self._gradients, len(self._audited), self._wrong)
         return replace(super()._record(), estimated=estimated, counts=counts)
 
-    # -- what is measured -------------------------------------------------------------------------
+    # -- slopes along the way ---------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Measure slopes here, and with them where the next intervals would end."""
-        size = min(int(self._reach), len(self._edges) - self._position)
-        here, *self._ends = self._ends_of([0, *self._halves(size)])
-        self._slopes = here.slopes
-        self._measured = True
+    def _look_ahead(self) -> Ahead:
+        """Measure slopes along the way on which the next edges are expected to be decided."""
+        first, threshold = self._position, self._config.threshold
+        last = len(self._edges)
+        stays = np.zeros(len(self._edges), dtype=bool)
+        ahead = Ahead(Way((), stays))
+        points = self._points(ahead, [first, last])
+        for _ in range(self._rule.rounds):
+            ahead.way = Way(tuple(points), stays)
+            scores = ahead.way.estimates().scores
+            stays, before = self._expected(scores, stays), stays
+            places = ahead.way.gaps(self._rule, threshold)
+            changed = np.flatnonzero(stays != before)
+            if len(changed):  # circuits behind the first of them are others
+                ahead.values = {p: v for p, v in ahead.values.items() if p.position <= changed[0]}
+                ahead.missed = float(np.abs(scores[changed]).sum())
+                if ahead.missed > self._rule.far * threshold:
+                    points = [point for point in points if point.position <= changed[0]]
+                    places = [*spread(points[-1].position, last, 3)]
+                    ahead.missed = 0.0
+            if not places:
+                break
+            ahead.way = Way(tuple(points), stays)
+            points = sorted([*points, *self._points(ahead, places)], key=lambda point: point.position)
+        ahead.way = Way(tuple(points), stays)
+        self._ahead = ahead
+        return ahead
 
-    def _next_end(self, size: int) -> End:
-        """The end of the next interval, measured now if it is not known: half way first."""
-        self._ends = [end for end in self._ends if self._position < end.position <= self._position + size]
-        if not self._ends:
-            self._ends = self._ends_of(self._halves(size))
-        return self._ends.pop(0)
-
-    def _halves(self, size: int) -> list[int]:
-        """Slopes may be steeper on the way than at both ends: an interval is cut in two."""
-        return [size // 2, size] if size >= 2 * self._rule.few else [size]
-
-    def _ends_of(self, sizes: Sequence[int]) -> list[End]:
-        """Measure circuits with so many of the next edges gone."""
-        ahead = self._edges[self._position :]
-        found = self._slopes_of([[*self._removed, *ahead[:size]] for size in sizes])
-        return [End(self._position + size, *own) for size, own in zip(sizes, found, strict=True)]
-
-    def _slopes_of(self, circuits: Sequence[Sequence[int]]) -> list[tuple[float, Floats]]:
-        """Metrics of circuits, and slopes of the edges that are not decided; NaN for others. Each [edges]"""
-        found = self._engine.slopes(self._reader, circuits, self._edges[self._position :])
-        self._gradients += len(circuits)
-        self._sizes.update(zip(found.writers, found.sizes.tolist(), strict=True))
-        slopes = np.full((len(circuits), len(self._edges)), np.nan)
-        slopes[:, self._position :] = found.effects
-        return list(zip(found.trial.values, slopes, strict=True))
-
-    def _may_stay(self, scores: Floats) -> NDArray[np.bool_]:
+    def _expected(self, scores: Floats, before: Bools) -> Bools:
+        """Which edges stay if their scores are these; where that is not known, as before. [edges]"""
         size = np.abs(scores) if self._config.absolute else scores
-        return np.asarray(size >= (1 - self._rule.margin) * self._config.threshold)
+        return np.where(np.isnan(scores), before, size >= self._config.threshold)
 
-    def _test(self, count: int) -> None:
-        """Test the next edges, up to the first that stays."""
-        before, gone, kept = self._cur, len(self._removed), len(self._kept)
-        self._try_batch(count)
-        self._reach = max(self._reach, 4.0 * self._rule.few)
-        if len(self._kept) > kept:
-            self._ends = []  # the way goes on without this edge
-        if len(self._removed) > gone:
-            self._measured = False
-            if abs(self._cur - before) > self._rule.residual * self._config.threshold:
-                self._slopes = None
+    def _points(self, ahead: Ahead, positions: Sequence[int]) -> list[Point]:
+        """Measure slopes of undecided edges, and the metric, at some circuits of a way."""
+        places = [Place(position) for position in positions]
+        found = self._engine.slopes(
+            self._reader, [self._circuit(ahead.way, place) for place in places], self._edges[self._position :]
+        )
+        self._gradients += len(positions)
+        if not len(self._sizes):
+            self._sizes = np.zeros(len(self._edges))
+        self._sizes[self._position :] = found.sizes
+        slopes = np.full((len(positions), len(self._edges)), np.nan)
+        slopes[:, self._position :] = found.effects
+        ahead.values.update(zip((self._same(ahead.way, p) for p in places), found.trial.values, strict=True))
+        return [Point(*one) for one in zip(positions, slopes, strict=True)]
 
-    # -- intervals --------------------------------------------------------------------------------
+    def _circuit(self, way: Way, place: Place) -> list[int]:
+        """Writers of the edges that are gone there."""
+        ahead = range(self._position, place.position)
+        gone = [self._edges[k] for k in ahead if not way.stays[k]]
+        return [*self._removed, *gone, *([self._edges[place.position]] if place.without else [])]
 
-    def _take(self, size: int) -> None:
-        """Decide as many of the next edges as estimates allow."""
-        first, gone, start = self._position, len(self._removed), self._slopes
-        assert start is not None
-        end = self._next_end(size)
-        size = end.position - first
-        inside = slice(first, end.position)
-        edges = self._edges[inside]
-        estimates = Estimates.between(start[inside], end.slopes[inside])
-        stops = self._stops(estimates, np.array([self._sizes[writer] for writer in edges]))
-        measured = self._measured_stops(edges, stops[: self._rule.together])
-        done, share, goes_on = 0, 0.0, True
-        for stop, prefix, without in measured:
-            goes_on = self._go(estimates, edges, slice(done, stop.place), prefix)
-            if not goes_on:
+    # -- taking it --------------------------------------------------------------------------------
+
+    def _follow(self, ahead: Ahead) -> None:
+        """Decide the next edges as far as circuits are measured at once."""
+        first, estimates = self._position, ahead.way.estimates()
+        stops = self._next_stops(ahead.way, estimates)
+        values = self._values(ahead, stops)
+        for stop in stops:
+            if not self._go(estimates, stop.place, values):
                 break
-            done = stop.place
-            if stop.is_test:
-                goes_on = not self._decide(edges[done], without)
-                self._position += 1
-                done += 1
-            share = float(estimates.reached[done - 1]) if done else 0.0
-            if not goes_on:
-                self._ends = []
+            if stop.is_test and not self._decide_as_foretold(ahead, estimates, values):
                 break
-        goes_on = goes_on and len(stops) == len(measured)
-        all_went = goes_on and self._go(estimates, edges, slice(done, size), end.value)
-        if all_went:
-            done, share = size, 1.0
-        if len(self._removed) > gone:
-            self._engine.cut(self._reader, self._removed)
-        if done == 0:
-            return
+        else:
+            self._together = min(self._rule.together, 2 * self._together)
         self._report(self._position - first)
-        # If all went, slopes here are those at the end; else those that the way had here.
-        self._slopes = start + (end.slopes - start) * share
-        self._measured = all_went
 
-    def _stops(self, estimates: Estimates, sizes: Floats) -> list[Stop]:
-        """Where circuits of an interval are measured.
-
-        Edges are tested that may stay, and where slopes move also those that carry much: they bend the way by
-        themselves. Others are measured before slopes move too far.
-        """
+    def _next_stops(self, way: Way, estimates: Estimates) -> list[Stop]:
+        """The next circuits to measure: some at once, fewer where edges may be decided another way."""
+        tau = self._config.threshold
         highest = estimates.furthest if self._config.absolute else estimates.highest
-        hot = self._may_stay(highest)
-        moved = np.abs(estimates.end - estimates.start)
-        allowed = self._rule.bend * self._config.threshold
-        if float(moved.sum()) > allowed:
-            hot |= sizes**2 >= self._rule.heavy * float((sizes**2).sum())
-        found, total = [], 0.0
-        for place in range(len(moved)):
-            if hot[place]:
-                found.append(Stop(place, True))
-                total = 0.0
-                continue
-            total += float(moved[place])
-            if total > allowed and place + 1 < len(moved):
-                if not hot[place + 1]:
-                    found.append(Stop(place + 1, False))
-                total = 0.0
+        tested = np.nan_to_num(highest) >= (1 - self._rule.margin) * tau
+        tested |= way.stays | self._tested | way.heavy(self._sizes, self._rule, tau)
+        found, circuits, doubtful = [], 0, 0
+        for stop in way.stops(self._position, tested, self._measured, self._rule, tau):
+            found.append(stop)
+            circuits += 1 + stop.is_test
+            score = estimates.scores[stop.place] if stop.is_test else 0.0
+            doubtful += abs((abs(score) if self._config.absolute else score) - tau) < self._rule.doubts * tau
+            if circuits >= self._together or doubtful >= 2:
+                break
         return found
 
-    def _measured_stops(self, edges: Sequence[int], stops: Sequence[Stop]) -> list[tuple[Stop, float, float]]:
-        """Measure circuits of an interval, with all edges before each stop gone, and without its own too."""
-        candidates = []
+    def _values(self, ahead: Ahead, stops: Sequence[Stop]) -> dict[Place, float]:
+        """Metrics at some stops, without the edges tested there, and around edges that are drawn."""
+        wanted: dict[Place, None] = {}
+        at = self._position
         for stop in stops:
-            candidates += [[*self._removed, *edges[: stop.place]]] if stop.place else []
-            candidates += [[*self._removed, *edges[: stop.place + 1]]] if stop.is_test else []
-        if not candidates:
-            return []
-        values = iter(self._engine.try_(self._reader, candidates).values)
-        measured = []
-        for stop in stops:
-            prefix = next(values) if stop.place else self._cur
-            measured.append((stop, prefix, next(values) if stop.is_test else prefix))
-        return measured
+            for position in range(at, stop.place):
+                if self._edges[position] in self._drawn:
+                    wanted |= {Place(position): None, Place(position + 1): None}
+            wanted[Place(stop.place)] = None
+            at = stop.place + stop.is_test
+            if stop.is_test:
+                wanted[self._tested_at(ahead.way, stop.place)] = None
+        ahead.values[Place(self._position)] = self._cur
+        places = dict.fromkeys(self._same(ahead.way, place) for place in wanted)
+        missing = [place for place in places if place not in ahead.values]
+        if missing:
+            trial = self._engine.try_(self._reader, [self._circuit(ahead.way, place) for place in missing])
+            ahead.values.update(zip(missing, trial.values, strict=True))
+        return {place: ahead.values[self._same(ahead.way, place)] for place in wanted}
 
-    def _go(self, estimates: Estimates, edges: Sequence[int], some: slice, value: float) -> bool:
+    def _same(self, way: Way, place: Place) -> Place:
+        """The first place of the same circuit: edges that stay change nothing."""
+        position = place.position
+        if place.without:
+            return place
+        while position > self._position and way.stays[position - 1]:
+            position -= 1
+        return Place(position)
+
+    def _tested_at(self, way: Way, position: int) -> Place:
+        """The circuit without the next edge, too."""
+        return Place(position, True) if way.stays[position] else Place(position + 1)
+
+    def _decide_as_foretold(self, ahead: Ahead, estimates: Estimates, values: dict[Place, float]) -> bool:
+        """Decide the next edge by its test. Returns whether the way goes on as it was foretold."""
+        place, way = self._position, ahead.way
+        stays = self._decide(self._edges[place], values[self._tested_at(way, place)])
+        self._position += 1
+        if stays == bool(way.stays[place]):
+            return True
+        # On another way now; slopes ahead still tell, unless this edge is far from what was foretold.
+        self._together = max(self._rule.few, self._together // 2)
+        missed = ahead.missed + abs(self._scores[self._edges[place]] - float(estimates.scores[place]))
+        changed = way.stays.copy()
+        changed[place] = stays
+        near = missed <= self._rule.far * self._config.threshold
+        self._ahead = Ahead(Way(way.points, changed), missed=missed) if near else None
+        return False
+
+    def _go(self, estimates: Estimates, place: int, values: dict[Place, float]) -> bool:
         """Let edges between two measured circuits go, if their estimates add up to what the metric moved by.
 
         Args:
-            estimates: Of the interval.
-            edges: Its writers.
-            some: Which of them.
-            value: The metric without them.
+            estimates: Of all edges.
+            place: They are those up to here.
+            values: Metrics on the way.
 
         Returns:
-            Whether they go; if not, the next interval is shorter.
+            Whether they go, and those that were drawn rightly so. If the sum misses, the metric is to be
+            measured at more circuits between; where few edges are left, at all.
         """
-        size = some.stop - some.start
+        first = self._position
+        some, size = slice(first, place), place - first
         if size == 0:
             return True
+        value = values[Place(place)]
         change, allowed = value - self._cur, self._rule.residual * self._config.threshold
         missed = abs(change - float(estimates.scores[some].sum()))
         scores = estimates.adding_up(some, change)
-        # What two slopes leave out grows with the third power of the length.
-        longer = 0.9 * (allowed / max(missed, 1e-9 * allowed, 1e-300)) ** (1 / 3)
         if missed > allowed or any(map(self._config.stays, scores.tolist())):
-            self._reach = size * min(max(longer, 0.1), 0.5)
-            if not self._measured:
-                self._slopes = None
+            if size <= self._rule.few:
+                self._tested[some] = True
+            else:
+                self._measured[list(spread(first, place, self._rule.cut)[:-1])] = True
             return False
-        self._reach = max(self._reach, size * min(max(longer, 1.0), 8.0))
-        for writer, score in zip(edges[some], scores.tolist(), strict=True):
+        before, edges = self._cur, self._edges[some]
+        for writer, score in zip(edges, scores.tolist(), strict=True):
             self._scores[writer] = score
             self._removed.append(writer)
-        if size > 1:  # one edge between two measured circuits is tested
-            self._estimated.update(edges[some])
-        self._position += size
+        self._position = place
         self._cur = value
+        if size == 1:  # one edge between two measured circuits is tested
+            return True
+        self._estimated.update(edges)
+        return self._audit(first, before, values)
+
+    def _audit(self, first: int, before: float, values: dict[Place, float]) -> bool:
+        """Hold edges that just went and were drawn against their tests; go back to the first that was wrong.
+
+        Returns:
+            Whether all went rightly.
+        """
+        gone = len(self._removed) - (self._position - first)
+        for place in range(first, self._position):
+            writer = self._edges[place]
+            if writer not in self._drawn:
+                continue
+            cur = before if place == first else values[Place(place)]
+            new = self._cur if place + 1 == self._position else values[Place(place + 1)]
+            self._audited.add(writer)
+            look = Look(place, gone + place - first, cur, new, False)
+            if self._config.stays(new - cur):
+                self._scores[writer] = new - cur
+                self._waiting = [other for other in self._waiting if other.position < place]
+                self._return_to(look)
+                return False
+            if self._is_near(new - cur):
+                self._waiting.append(look)
         return True
 
     def _return_to(self, look: Look) -> None:
         super()._return_to(look)
+        writer = self._edges[look.position]
+        self._wrong += writer in self._audited and not look.stays
         self._estimated.intersection_update(self._scores)
-        self._estimated.discard(self._edges[look.position])
-        self._slopes, self._ends = None, []
-
-    # -- the audit --------------------------------------------------------------------------------
-
-    def _is_done(self) -> bool:
-        """Test some estimated edges, each in its own circuit, and go back to the first that was wrong."""
-        order = {writer: number for number, writer in enumerate(self._removed)}
-        drawn = self._audit.drawn(self._reader, self._estimated - self._audited)
-        drawn.sort(key=order.__getitem__)
-        if not drawn:
-            return True
-        candidates: list[list[int]] = []
-        for writer in drawn:
-            candidates += [self._removed[: order[writer]], self._removed[: order[writer] + 1]]
-        values = self._engine.try_(self._reader, candidates).values
-        for number, writer in enumerate(drawn):
-            cur, new = values[2 * number], values[2 * number + 1]
-            self._audited.add(writer)
-            if self._is_near(new - cur):
-                self._looks += 1
-                again = self._engine.look_again(self._reader, candidates[2 * number : 2 * number + 2])
-                cur, new = again.values
-            if self._config.stays(new - cur):
-                self._wrong += 1
-                self._scores[writer] = new - cur
-                self._engine.cut(self._reader, self._removed[: order[writer]])
-                self._return_to(Look(self._edges.index(writer), order[writer], cur, new, False))
-                return False
-        return True
+        self._audited.intersection_update(self._scores)
+        self._estimated.discard(writer)
+        self._ahead = None

@@ -21,9 +21,10 @@ from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.acdc_run import with_margin
 from pahq_hf.search.audit import Audit
 from pahq_hf.search.batches import AdaptiveBatch
-from pahq_hf.search.intervals import Estimates, Floats, IntervalSearch
+from pahq_hf.search.intervals import IntervalSearch
 from pahq_hf.search.reader_search import Deciding
 from pahq_hf.search.state import ReaderRecord, Search
+from pahq_hf.search.way import Estimates, Floats
 from tests.helpers import wrapped
 from tests.models import random_task
 

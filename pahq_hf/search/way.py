@@ -1,0 +1,235 @@
+"""The way on which a reader's edges are expected to go, and what slopes along it say of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class IntervalRule:
+    """When estimates decide: chosen by measurement (docs/verified-estimates.md).
+
+    Attributes:
+        margin: m; an edge is tested if it may score (1 - m) tau or more.
+        residual: r; estimates may miss what the metric moved by, in all, by r tau.
+        bend: Slopes may move by so many tau, all together, between two circuits whose metric is measured:
+            what moves more may hide errors that cancel.
+        turn: And by so many between two circuits at which slopes are measured.
+        heavy: An edge that carries so much of what an interval carries, squared, is tested where slopes move,
+            its own by `stir` tau at least; one that carries `all_but` so much, in any case there.
+        stir: See there.
+        all_but: See there.
+        apart: The metric is measured at least so many times on the way through a reader.
+        few: So many edges are tested one by one: they cost less than slopes.
+        cut: Where estimates miss, the way between two measured circuits is cut into so many pieces.
+        together: Circuits on the way that are measured at once.
+        doubts: An edge whose estimate is so close to the threshold, in tau, may go another way than expected.
+        far: Slopes ahead tell no longer where what was foretold missed by so many tau.
+        rounds: How often slopes are measured at most before the way is taken.
+    """
+
+    margin: float = 0.5
+    residual: float = 0.25
+    bend: float = 1.0
+    turn: float = 3.0
+    heavy: float = 0.1
+    stir: float = 0.2
+    all_but: float = 0.4
+    apart: int = 4
+    few: int = 6
+    cut: int = 6
+    together: int = 24
+    doubts: float = 0.4
+    far: float = 2.0
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Scores of edges that are decided one after the other, from slopes at both ends.
+
+    Attributes:
+        start: Slopes where the first of them is decided. [edges]
+        end: Slopes where all are. [edges]
+        scores: Estimates. [edges]
+    """
+
+    start: Floats
+    end: Floats
+    scores: Floats
+
+    @classmethod
+    def between(cls, start: Floats, end: Floats, goes: Bools | None = None) -> Estimates:
+        """Estimate scores.
+
+        Slopes change by what went before. Where that is one direction (a curvature of rank one), the change
+        of an edge's slope is to that of all as the edge's own share in it; else each edge takes an equal one.
+
+        Args:
+            start: Slopes where the first edge is decided. [edges]
+            end: Slopes where all are. [edges]
+            goes: Which edges go; all, if not given. [edges]
+        """
+        every = np.ones(len(start), dtype=bool) if goes is None else goes
+        moved = end - start
+        steps = np.where(every, moved, 0.0)
+        total = float(steps.sum())
+        if abs(total) > 0.5 * float(np.abs(steps).sum()):
+            # An edge that stays is tested where it would go: half of its own step counts then, too.
+            reached = (np.cumsum(steps) - np.where(every, moved / 2, -moved / 2)) / total
+        else:
+            number = np.cumsum(every)
+            reached = (number - 0.5 * every) / max(1, int(number[-1]) if len(number) else 1)
+        return cls(start, end, start + moved * reached)
+
+    @property
+    def highest(self) -> Floats:
+        """The largest score each edge may have. [edges]"""
+        return np.maximum(self.scores, np.maximum(self.start, self.end))
+
+    @property
+    def furthest(self) -> Floats:
+        """The largest magnitude each score may have. [edges]"""
+        return np.maximum(np.abs(self.scores), np.maximum(np.abs(self.start), np.abs(self.end)))
+
+    @property
+    def moved(self) -> Floats:
+        """By how much each slope moves. [edges]"""
+        return np.abs(self.end - self.start)
+
+    def adding_up(self, some: slice, change: float) -> Floats:
+        """Some estimates, corrected to add up to what the metric moved by, most where slopes moved most."""
+        scores = self.scores[some]
+        weight = self.moved[some]
+        total = float(weight.sum())
+        share = weight / total if total > 0 else np.full(len(scores), 1 / max(1, len(scores)))
+        corrected: Floats = scores + (change - float(scores.sum())) * share
+        return corrected
+
+
+@dataclass(frozen=True)
+class Point:
+    """A circuit on the way at which slopes were measured.
+
+    Attributes:
+        position: The reader's edges before it are decided there.
+        slopes: Of the reader's edges; NaN where they were decided before. [edges]
+    """
+
+    position: int
+    slopes: Floats
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place on the way where the metric is measured.
+
+    Attributes:
+        place: The reader's edges before it are decided there.
+        is_test: Whether the next edge is tested there.
+    """
+
+    place: int
+    is_test: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a reader's next edges are expected to be decided.
+
+    Attributes:
+        points: Circuits at which slopes were measured, ascending; at least two.
+        stays: Edges expected to stay, of all of the reader's. [edges]
+    """
+
+    points: tuple[Point, ...]
+    stays: Bools
+
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.points[-1].position
+
+    def _intervals(self) -> Iterator[tuple[slice, Estimates]]:
+        for one, two in pairwise(self.points):
+            inside = slice(one.position, two.position)
+            yield inside, Estimates.between(one.slopes[inside], two.slopes[inside], ~self.stays[inside])
+
+    def estimates(self) -> Estimates:
+        """Of all edges of the reader; NaN for those that are not on the way. [edges]"""
+        start, end, scores = (np.full(len(self.stays), np.nan) for _ in range(3))
+        for inside, own in self._intervals():
+            start[inside], end[inside], scores[inside] = own.start, own.end, own.scores
+        return Estimates(start, end, scores)
+
+    def heavy(self, sizes: Floats, rule: IntervalRule, threshold: float) -> Bools:
+        """Edges that bend the way by themselves. [edges]
+
+        Args:
+            sizes: How much each edge carries. [edges]
+            rule: What is heavy.
+            threshold: Where slopes move by less, all together, nothing bends.
+        """
+        found = np.zeros(len(self.stays), dtype=bool)
+        for inside, own in self._intervals():
+            if float(own.moved.sum()) > rule.bend * threshold:
+                share = sizes[inside] ** 2 / max(float((sizes[inside] ** 2).sum()), 1e-300)
+                stirred = own.moved >= rule.stir * threshold
+                found[inside] = (share >= rule.all_but) | (stirred & (share >= rule.heavy))
+        return found
+
+    def gaps(self, rule: IntervalRule, threshold: float) -> list[int]:
+        """Where slopes should be measured too, because they move far between two points."""
+        found: list[int] = []
+        for inside, own in self._intervals():
+            steps = np.where(self.stays[inside], 0.0, own.moved)
+            pieces = int(min(np.ceil(steps.sum() / (rule.turn * threshold)), len(steps) // rule.few, 4))
+            total = np.cumsum(steps)
+            places = (np.searchsorted(total, total[-1] * k / pieces) + 1 for k in range(1, pieces))
+            inner = {int(place) for place in places} - {0, len(steps)}
+            found += [inside.start + place for place in sorted(inner)]
+        return found
+
+    def stops(
+        self, first: int, tested: Bools, measured: Bools, rule: IntervalRule, threshold: float
+    ) -> list[Stop]:
+        """Where the metric is measured from some position on, the way's end included.
+
+        Args:
+            first: The position.
+            tested: Edges that are tested. [edges]
+            measured: Edges before which it is measured in any case. [edges]
+            rule: How far apart measured circuits are.
+            threshold: tau.
+        """
+        moved = np.nan_to_num(self.estimates().moved)
+        apart = max(rule.few, -(-len(self.stays) // rule.apart))
+        found, total, last = [], 0.0, first
+        for place in range(first, self.end):
+            if tested[place]:
+                found.append(Stop(place, True))
+                total, last = 0.0, place + 1
+                continue
+            total += float(moved[place])
+            following = place + 1
+            if following == self.end or tested[following]:
+                continue
+            if measured[following] or total > rule.bend * threshold or following - last >= apart:
+                found.append(Stop(following, False))
+                total, last = 0.0, following
+        if last < self.end:
+            found.append(Stop(self.end, False))
+        return found
+
+
+def spread(first: int, last: int, count: int) -> Sequence[int]:
+    """So many positions between two, evenly, the last included."""
+    return sorted({first + (last - first) * k // count for k in range(1, count + 1)} - {first})

@@ -1,0 +1,150 @@
+"""Estimates along a foretold way decide as tests do, where metrics are known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.engine.protocol import Slopes, Trial
+from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.audit import Audit
+from pahq_hf.search.batches import AdaptiveBatch
+from pahq_hf.search.intervals import IntervalSearch
+from pahq_hf.search.reader_search import Deciding, ReaderSearch
+from pahq_hf.search.state import ReaderRecord
+from pahq_hf.search.way import Floats, IntervalRule, Point, Way
+from tests.tiers import examples
+
+GRAPH = Graph(GraphSpec(layers=10, heads=8, kv_groups=8))
+EDGES = len(GRAPH.writers)
+
+
+@dataclass
+class Saturating:
+    """An engine whose metric is `a |tanh(D x)|^2 / 2 + s x`, x saying which edges are gone.
+
+    Attributes:
+        carried: D; what each edge carries along some directions. [directions, edges]
+        slopes_there: s; what it adds besides. [edges]
+        bend: How soon the metric saturates; with 0 it is quadratic.
+    """
+
+    carried: Floats
+    slopes_there: Floats
+    bend: float
+    evaluations: int = 0
+    graph: Graph = GRAPH
+
+    def _metric(self, gone: Sequence[int]) -> tuple[float, Floats]:
+        """The metric, and its slopes in every edge. [edges]"""
+        x = np.zeros(EDGES)
+        x[list(gone)] = 1.0
+        at = self.carried @ x
+        if self.bend:
+            squashed = np.tanh(self.bend * at) / self.bend
+            inner = squashed * (1 - np.tanh(self.bend * at) ** 2)
+        else:
+            squashed = inner = at
+        self.evaluations += 1
+        return float(
+            squashed @ squashed / 2 + self.slopes_there @ x
+        ), inner @ self.carried + self.slopes_there
+
+    def try_(self, reader: int, candidates: Sequence[Sequence[int]]) -> Trial:
+        return Trial.of(reader, candidates, [self._metric(gone)[0] for gone in candidates])
+
+    def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
+        found = [self._metric(gone) for gone in candidates]
+        effects = np.array([slopes for _, slopes in found])[:, list(writers)]
+        sizes = np.linalg.norm(self.carried, axis=0)[list(writers)]
+        trial = Trial.of(reader, candidates, [value for value, _ in found])
+        return Slopes(trial, tuple(writers), effects, sizes)
+
+    def accept(self, trial: Trial, k: int) -> None:
+        pass
+
+    def cut(self, reader: int, writers: Sequence[int]) -> None:
+        pass
+
+
+def random_engine(seed: int, bend: float) -> Saturating:
+    """A few edges carry much, most next to nothing, as in models."""
+    rng = np.random.default_rng(seed)
+    heavy = np.exp(rng.normal(-3.5, 1.3, EDGES))
+    carried = rng.normal(size=(int(rng.integers(1, 12)), EDGES)) * heavy
+    return Saturating(carried, rng.normal(size=EDGES) * heavy * rng.choice([0.0, 0.5]), bend)
+
+
+def decided(kind: type[ReaderSearch], engine: Saturating, share: float, absolute: bool) -> ReaderRecord:
+    config = ACDCConfig(threshold=0.1, tests="verified", audit=share, absolute=absolute)
+    work = Deciding(
+        engine=engine,  # type: ignore[arg-type]
+        config=config,
+        reader=GRAPH.logits_reader,
+        screened=(),
+        cur=engine._metric([])[0],
+        batch=AdaptiveBatch(),
+        keep_rate=0.01,
+        audit=Audit(share),
+    )
+    return kind(work).run()
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_decisions_are_those_of_tests(absolute: bool, bend: float) -> None:
+    """Flips are counted: where errors cancel one decision in thousands may be wrong."""
+    flipped = tests = evaluations = estimated = edges = 0
+    for seed in range(40):
+        engines = random_engine(seed, bend), random_engine(seed, bend)
+        every = decided(ReaderSearch, engines[0], 0.0, absolute)
+        ours = decided(IntervalSearch, engines[1], 0.0, absolute)
+        assert set(ours.scores) == set(every.scores) == set(GRAPH.in_edges(GRAPH.logits_reader))
+        for writer in set(ours.scores) - set(ours.estimated):
+            if every.kept == ours.kept:
+                assert ours.scores[writer] == pytest.approx(every.scores[writer], abs=1e-9)
+        flipped += every.kept != ours.kept
+        tests, evaluations = tests + engines[0].evaluations, evaluations + engines[1].evaluations
+        estimated, edges = estimated + len(ours.estimated), edges + len(ours.scores)
+    assert flipped <= 1
+    assert evaluations < 0.8 * tests and estimated > 0.4 * edges
+
+
+@examples(200)
+@given(seed=st.integers(0, 2**32 - 1), bend=st.sampled_from([0.0, 0.5]), absolute=st.booleans())
+def test_with_all_audited_decisions_are_those_of_tests(seed: int, bend: float, absolute: bool) -> None:
+    """Whatever estimates say, every edge that goes has been tested in its own circuit."""
+    every = decided(ReaderSearch, random_engine(seed, bend), 0.0, absolute)
+    ours = decided(IntervalSearch, random_engine(seed, bend), 1.0, absolute)
+    assert ours.kept == every.kept
+    assert ours.metric == pytest.approx(every.metric, abs=1e-9)
+    assert ours.counts.audited == len(set(ours.estimated))
+
+
+def test_what_stays_has_no_part_in_how_far_the_way_has_come() -> None:
+    """A quadratic metric along one direction, of which two edges stay: estimates are exact, theirs too."""
+    carried = np.array([0.3, 0.8, -0.1, 0.4, 0.9, 0.2])
+    goes = np.array([True, False, True, True, False, True])
+    before = np.cumsum(np.where(goes, carried, 0)) - np.where(goes, carried, 0)
+    exact = carried * (2 + 3 * before) + 1.5 * carried**2  # m(x) = 2 x + 1.5 x^2 of how far it has come
+    ends = [carried * (2 + 3 * at) for at in (0.0, carried[goes].sum())]
+    way = Way((Point(0, ends[0]), Point(6, ends[1])), ~goes)
+    np.testing.assert_allclose(way.estimates().scores, exact, atol=1e-12)
+
+
+def test_slopes_are_measured_more_closely_where_they_move() -> None:
+    rule = IntervalRule(turn=1.0, few=2)
+    start, end = np.zeros(20), np.zeros(20)
+    end[10:] = 0.35
+    way = Way((Point(0, start), Point(20, end)), np.zeros(20, dtype=bool))
+    gaps = way.gaps(rule, threshold=1.0)
+    assert len(gaps) == 3 and min(gaps) >= 10
+    assert way.gaps(rule, threshold=10.0) == []
+    stops = way.stops(0, np.zeros(20, dtype=bool), np.zeros(20, dtype=bool), rule, threshold=1.0)
+    assert [stop.place for stop in stops] == [5, 10, 13, 16, 19, 20] and not any(s.is_test for s in stops)
