@@ -232,7 +232,7 @@ class IntervalSearch(ReaderSearch):
 
         Args:
             estimates: Of all edges.
-            place: They are those up to here.
+            place: Up to which edge.
             values: Metrics on the way.
 
         Returns:

@@ -40,7 +40,7 @@ class Carried:
         return cls(values, torch.linalg.vector_norm(values.flatten(1), dim=1).to("cpu", torch.float64))
 
     def first(self, count: int) -> Carried:
-        """Those of fewer writers."""
+        """What edges of fewer writers carry."""
         return Carried(self.values[:count], self.lengths[:count])
 
 
