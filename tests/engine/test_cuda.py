@@ -12,6 +12,7 @@ import torch
 from pahq_hf import Circuit, EngineConfig, PAHQConfig, PAHQModel, load_task
 from pahq_hf.precision.formats.float8 import Float8Weight
 from pahq_hf.precision.products import native_fp8
+from pahq_hf.search.acdc_options import Tests
 
 pytestmark = pytest.mark.cuda
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -27,15 +28,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def discover(name: str, engine: str, **where: Any) -> Circuit:
+def discover(name: str, engine: Any, tests: Tests = "all", **where: Any) -> Circuit:
     model = PAHQModel.from_pretrained("demo", PAHQConfig(**CONFIGS[name]), **where)
     task = load_task("ioi", model.tokenizer, n=8)
-    return model.discover(task, threshold=0.05, engine=EngineConfig(engine), progress=False)  # type: ignore[arg-type]
+    return model.discover(task, threshold=0.05, tests=tests, engine=EngineConfig(engine), progress=False)
 
 
 @cache
-def on_cpu(name: str) -> Circuit:
-    return discover(name, "sparse")
+def on_cpu(name: str, tests: Tests = "all") -> Circuit:
+    return discover(name, "sparse", tests)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "fp8"])
@@ -52,6 +53,15 @@ def test_circuits_are_the_cpus_and_repeat_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["fp32", "pahq"])
 def test_the_hooks_engine_finds_the_same(name: str) -> None:
     assert np.array_equal(discover(name, "hooks", device="cuda:0").kept, on_cpu(name).kept)
+
+
+@pytest.mark.parametrize("engine", ["sparse", "hooks"])
+@pytest.mark.parametrize("name", ["fp32", "pahq"])
+def test_verified_estimates_are_the_cpus_and_repeat_to_the_bit(name: str, engine: str) -> None:
+    first, again = (discover(name, engine, "verified", device="cuda:0") for _ in range(2))
+    assert np.array_equal(first.kept, on_cpu(name, "verified").kept)
+    assert np.array_equal(first.scores, again.scores)
+    assert first.estimated is not None and first.estimated.any()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="auto is one GPU only where there is one")
