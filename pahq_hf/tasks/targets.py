@@ -42,10 +42,12 @@ class TokenSets:
     def gather(self, values: Tensor) -> Tensor:
         """Values of the set's tokens. [..., rows, vocab] -> [..., rows, width]
 
-        By an index, whose gradients a GPU adds up in a fixed order; those of `torch.gather` it does not.
+        On a GPU by an index, whose gradients are added up in a fixed order; those of `torch.gather` are not.
         """
         import torch
 
+        if values.device.type == "cpu":
+            return values.gather(-1, self.ids.expand(*values.shape[:-1], self.ids.shape[-1]))
         rows = torch.arange(len(self.ids), device=self.ids.device)[:, None]
         return values[..., rows, self.ids]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pahq_hf.errors import TaskError
+from pahq_hf.precision.sums import take_tokens
 from pahq_hf.tasks.base import Task
 
 
@@ -82,13 +83,13 @@ class TokenSet:
     def to_grid(self, values: Tensor) -> Tensor:
         """Lay tokens out per example. [..., tokens, d] -> [..., batch, width, d]"""
         if not self.is_dense:
-            values = values.index_select(-2, self.grid.flatten())
+            values = take_tokens(values, self.grid.flatten())
         return values.unflatten(-2, tuple(self.grid.shape))
 
     def from_grid(self, values: Tensor) -> Tensor:
         """Take tokens out of the grid. [..., batch, width, d] -> [..., tokens, d]"""
         flat = values.flatten(-3, -2)
-        return flat if self.is_dense else flat.index_select(-2, self.cells)
+        return flat if self.is_dense else take_tokens(flat, self.cells)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class TokenPlan:
         """Values at fewer tokens. [..., tokens(have), d] -> [..., tokens(want), d]"""
         if have is want:
             return values
-        return values.index_select(-2, self.answers_in_window)
+        return take_tokens(values, self.answers_in_window)
 
 
 def _numbers_of_rows(window: list[list[int]], task: Task) -> Tensor:
