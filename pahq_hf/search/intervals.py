@@ -166,7 +166,7 @@ class IntervalSearch(ReaderSearch):
         """The next circuits to measure: some at once, fewer where edges may be decided another way."""
         tau = self._config.threshold
         highest = estimates.furthest if self._config.absolute else estimates.highest
-        tested = np.nan_to_num(highest) >= (1 - self._rule.margin) * tau
+        tested = ~(highest < (1 - self._rule.margin) * tau)  # slopes that are no numbers say nothing
         tested |= way.stays | self._tested | way.heavy(self._sizes, self._rule, tau)
         found, circuits, doubtful = [], 0, 0
         for stop in way.stops(self._position, tested, self._measured, self._rule, tau):
@@ -247,7 +247,7 @@ class IntervalSearch(ReaderSearch):
         change, allowed = value - self._cur, self._rule.residual * self._config.threshold
         missed = abs(change - float(estimates.scores[some].sum()))
         scores = estimates.adding_up(some, change)
-        if missed > allowed or any(map(self._config.stays, scores.tolist())):
+        if not missed <= allowed or any(map(self._config.stays, scores.tolist())):
             if size <= self._rule.few:
                 self._tested[some] = True
             else:

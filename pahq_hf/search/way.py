@@ -191,8 +191,8 @@ class Way:
         found: list[int] = []
         for inside, own in self._intervals():
             steps = np.where(self.stays[inside], 0.0, own.moved)
-            pieces = int(min(np.ceil(steps.sum() / (rule.turn * threshold)), len(steps) // rule.few, 4))
-            total = np.cumsum(steps)
+            total = np.cumsum(np.nan_to_num(steps))
+            pieces = int(min(np.ceil(total[-1] / (rule.turn * threshold)), len(steps) // rule.few, 4))
             places = (np.searchsorted(total, total[-1] * k / pieces) + 1 for k in range(1, pieces))
             inner = {int(place) for place in places} - {0, len(steps)}
             found += [inside.start + place for place in sorted(inner)]

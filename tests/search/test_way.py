@@ -38,6 +38,7 @@ class Saturating:
     carried: Floats
     slopes_there: Floats
     bend: float
+    unknown: tuple[int, ...] = ()  # edges without slopes
     evaluations: int = 0
     graph: Graph = GRAPH
 
@@ -61,7 +62,9 @@ class Saturating:
 
     def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
         found = [self._metric(gone) for gone in candidates]
-        effects = np.array([slopes for _, slopes in found])[:, list(writers)]
+        every = np.array([slopes for _, slopes in found])
+        every[-1, list(self.unknown)] = np.nan
+        effects = every[:, list(writers)]
         sizes = np.linalg.norm(self.carried, axis=0)[list(writers)]
         trial = Trial.of(reader, candidates, [value for value, _ in found])
         return Slopes(trial, tuple(writers), effects, sizes)
@@ -125,6 +128,18 @@ def test_with_all_audited_decisions_are_those_of_tests(seed: int, bend: float, a
     assert ours.kept == every.kept
     assert ours.metric == pytest.approx(every.metric, abs=1e-9)
     assert ours.counts.audited == len(set(ours.estimated))
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_edges_whose_slopes_are_no_numbers_are_tested(share: float) -> None:
+    for seed in range(10):
+        every = decided(ReaderSearch, random_engine(seed, 0.3), 0.0, absolute=False)
+        engine = random_engine(seed, 0.3)
+        engine.unknown = tuple(np.flatnonzero(np.random.default_rng(seed).random(EDGES) < share).tolist())
+        ours = decided(IntervalSearch, engine, 0.0, absolute=False)
+        assert ours.kept == every.kept and not any(np.isnan(score) for score in ours.scores.values())
+        if share == 1.0:
+            assert not ours.estimated
 
 
 def test_what_stays_has_no_part_in_how_far_the_way_has_come() -> None:
