@@ -12,7 +12,7 @@ from pahq_hf.precision.device_memory import free_memory, out_of_memory
 from tests.pretend.process import BEST, rehearsed
 from tests.tiers import quick
 
-WORK = ("recording", "capture", "begin", "focus", "batch", "look", "decision", "next focus")
+WORK = ("recording", "capture", "begin", "focus", "batch", "slopes", "look", "decision", "next focus")
 
 LOW = {"regime": "pahq", "compute": "bf16"}
 FULL = {"regime": "fp32"}
@@ -30,7 +30,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "tables, nll": {"config": TABLES, "search": {"metric": "nll"}},
 }
 # Of what a step takes; others get two thirds.
-SHARES = {"batch": 0.3, "begin": 0.3, "recording": 0.5}
+SHARES = {"batch": 0.3, "begin": 0.3, "slopes": 0.3, "recording": 0.5}
 
 
 def _short(engine: str, step: str, share: float) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_what_does_not_fit_at_all_is_said_in_one_line(name: str) -> None:
 
 _QUICK = (
     *("sparse: recording", "sparse: batch", "sparse, raised: focus"),
-    *(f"sparse, anchored: {step}" for step in ("begin", "look", "decision")),
+    *(f"sparse, anchored: {step}" for step in ("begin", "slopes", "look", "decision")),
     "hooks: batch",
 )
 

@@ -15,7 +15,7 @@ from tests.pretend.scenario import Answer, Scenario
 from tests.pretend.tensor import MACHINE
 
 READERS = ("m2", "a1.h0<q>")  # the one in focus, and the one after it
-WORK = ("recording", "capture", "begin", "focus", "batch", "look", "decision", "next focus")
+WORK = ("recording", "capture", "begin", "focus", "batch", "slopes", "look", "decision", "next focus")
 
 
 class _Steps:
@@ -51,6 +51,9 @@ class _Steps:
         with self._short("batch"):
             trial = engine.try_(reader, candidates)
         self.values += trial.values
+        with self._short("slopes"):
+            slopes = engine.slopes(reader, candidates, edges)
+        self.values += [*slopes.trial.values, *slopes.effects.flatten().tolist(), *slopes.sizes.tolist()]
         with self._short("look"):
             self.values += engine.look_again(reader, candidates[:4]).values
         with self._short("decision"):
