@@ -71,7 +71,7 @@ class EstimateFacts(Section):
         estimated: Edges whose score is an estimate. With `tests` they are the edges that count as tested.
         gradients: Circuits at which the metric's slopes were measured.
         audited: Estimated decisions that were drawn at random, and tested.
-        wrong: Wrong ones among them; the search went back to each.
+        wrong: Wrong ones among them; the search went back to each, so their edges are not `estimated`.
         at_most: Upper confidence limit (one-sided, 95 %) of the share of wrong decisions among the estimated
             ones that were not audited.
     """
@@ -93,17 +93,29 @@ class EstimateFacts(Section):
         return f"{tests}, {estimates}"
 
     @property
+    def unaudited(self) -> int | None:
+        """How many estimates were not audited; of those that were, wrong ones are no estimates any more."""
+        if self.estimated is None or self.audited is None or self.wrong is None:
+            return None
+        return self.estimated - (self.audited - self.wrong)
+
+    @property
     def text(self) -> str | None:
         """How sure the search is that it decided like ACDC; None if it took no estimates."""
         if self.estimated is None or self.audited is None or self.wrong is None:
+            return None
+        if not 0 <= self.wrong <= self.audited:
             return None
         if not (self.estimated or self.audited):
             return "all were tested"
         if not self.audited:
             return "not audited"
         were = "was" if self.wrong == 1 else "were"
-        limit = percent(most_wrong(self.audited, self.wrong) if self.at_most is None else self.at_most)
         found = f"{self.wrong:,} of {self.audited:,} audited {were} wrong"
-        if not self.wrong:
-            return f"{found}, at most {limit} are"
-        return f"{found} and {'is' if self.wrong == 1 else 'are'} mended, at most {limit} of the others are"
+        mended = f" and {'is' if self.wrong == 1 else 'are'} mended" if self.wrong else ""
+        if self.unaudited == 0:
+            return f"{found}{mended}, and all were audited"
+        is_share = self.at_most is not None and 0 <= self.at_most <= 1  # a file may say anything
+        limit = percent(self.at_most or 0.0 if is_share else most_wrong(self.audited, self.wrong))
+        others = " of the others" if mended else ""
+        return f"{found}{mended}, at most {limit}{others} are"

@@ -186,11 +186,11 @@ def _estimates(state: Search) -> EstimateFacts:
     counts = [record.counts for record in state.records]
     estimated = int(state.estimated.sum())
     audited, wrong = sum(each.audited for each in counts), sum(each.wrong for each in counts)
-    return EstimateFacts(
+    facts = EstimateFacts(
         tests=int(state.tested.sum()) - estimated,
         estimated=estimated,
         gradients=sum(each.gradients for each in counts),
         audited=audited,
         wrong=wrong,
-        at_most=most_wrong(audited, wrong) if estimated else 0.0,
     )
+    return replace(facts, at_most=most_wrong(audited, wrong) if facts.unaudited else 0.0)

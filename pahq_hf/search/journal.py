@@ -191,12 +191,19 @@ class Chain:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a folder has a journal with a whole header."""
+    """Whether a folder has a journal with a whole header.
+
+    Raises:
+        RunError: If it cannot be read.
+    """
     path = folder / JOURNAL_NAME
     if not os.path.exists(path):
         return False
-    with path.open("rb") as file:
-        return file.readline().endswith(b"\n")  # else it ends within its header
+    try:
+        with path.open("rb") as file:
+            return file.readline().endswith(b"\n")  # else it ends within its header
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _step(entry: Any) -> Step:

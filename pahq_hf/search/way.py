@@ -9,6 +9,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+_SMALLEST = 1e-300  # a threshold may be 0
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -192,7 +194,8 @@ class Way:
         for inside, own in self._intervals():
             steps = np.where(self.stays[inside], 0.0, own.moved)
             total = np.cumsum(np.nan_to_num(steps))
-            pieces = int(min(np.ceil(total[-1] / (rule.turn * threshold)), len(steps) // rule.few, 4))
+            turns = np.ceil(total[-1] / max(rule.turn * threshold, _SMALLEST))
+            pieces = int(min(turns, len(steps) // rule.few, 4))
             places = (np.searchsorted(total, total[-1] * k / pieces) + 1 for k in range(1, pieces))
             inner = {int(place) for place in places} - {0, len(steps)}
             found += [inside.start + place for place in sorted(inner)]

@@ -296,12 +296,20 @@ class Metric:
         """
         self.check_gradient()
         value = self.reduce(self.rows(logits))
+        self.check_followed(value)
+        return value
+
+    def check_followed(self, value: Tensor) -> None:
+        """Check that a value from logits with gradients has one.
+
+        Raises:
+            MetricError: If it has none.
+        """
         if not value.requires_grad:
             raise MetricError(
                 f"metric {self.name} has no gradient, as a count has none: say differentiable=False where it "
                 "is registered, and score edges by exact"
             )
-        return value
 
     def check_gradient(self) -> None:
         """Check that the metric says it has a gradient.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from pahq_hf.search.journal import Journal
 from pahq_hf.search.replay import record_of, replay, step_of
 from pahq_hf.search.state import ReaderRecord
 from pahq_hf.search.work import Work
-from tests.helpers import FP32, assert_same_circuit, files_of, journal_lines, unsealed, wrapped
+from tests.helpers import FP32, assert_same_circuit, files_of, journal_lines, run_main, unsealed, wrapped
 from tests.search.runs import TASK, TAU, discover, interrupted
 
 
@@ -68,6 +69,15 @@ def test_a_damaged_journal_is_refused(finished: Path, tmp_path: Path, case: str)
     with pytest.raises(RunError, match=r"journal\.jsonl is damaged .*remove the folder and start anew"):
         discover(wrapped("llama"), tmp_path, resume=True)
     assert files_of(tmp_path) == {"journal.jsonl": raw}
+
+
+def test_a_journal_that_cannot_be_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    command = ["discover", "demo", "--task", "ioi", "--n", "2", "--threshold", "1", "--resume"]
+    assert run_main(*command, "--out", str(tmp_path)) == 2
+    assert re.search(r"cannot read .*journal\.jsonl: Is a directory", capsys.readouterr().err)
 
 
 def first_record(lines: list[bytes], fits: Callable[[dict[str, Any]], bool]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -118,6 +119,13 @@ def test_pages_cards_and_tables_say_how_sure_it_is(
     assert '"estimated":[[1,1,' in circuit_page(circuit).replace(" ", "")
 
 
+@pytest.mark.parametrize("limit", [math.nan, -1.0, 7.0, None])
+def test_a_limit_that_is_no_share_is_not_believed(limit: float | None) -> None:
+    facts = EstimateFacts(tests=1, estimated=500, gradients=9, audited=300, wrong=0, at_most=limit)
+    assert facts.text == "0 of 300 audited were wrong, at most 1 % are"
+    assert replace(facts, wrong=-5).text is None and replace(facts, wrong=301).text is None
+
+
 @pytest.mark.parametrize(
     ("audited", "wrong", "text"),
     [
@@ -126,6 +134,8 @@ def test_pages_cards_and_tables_say_how_sure_it_is(
         (300, 1, "1 of 300 audited was wrong and is mended, at most 1.6 % of the others are"),
         (1200, 3, "3 of 1,200 audited were wrong and are mended, at most 0.65 % of the others are"),
         (1, 0, "0 of 1 audited were wrong, at most 95 % are"),
+        (2000, 0, "0 of 2,000 audited were wrong, and all were audited"),
+        (2001, 1, "1 of 2,001 audited was wrong and is mended, and all were audited"),
         (0, 0, "not audited"),
     ],
 )
@@ -299,8 +309,8 @@ def test_an_audit_finds_and_mends_what_slopes_that_lie_decided(
     assert not np.array_equal(blind.kept, every.kept)
     assert np.array_equal(audited.kept, every.kept)
     facts = audited.record.estimates
-    assert facts.wrong and facts.audited and facts.at_most is not None and facts.text is not None
-    assert facts.at_most == most_wrong(facts.audited, facts.wrong) > facts.wrong / facts.audited
+    assert facts.wrong and facts.audited == facts.wrong + (facts.estimated or 0) and facts.at_most == 0
+    assert facts.text is not None and facts.text.endswith("mended, and all were audited")
     assert run_main("show", str(tmp_path / "out")) == 0
     assert f"{facts.wrong} of {facts.audited} audited w" in capsys.readouterr().out
     again = deep().evaluate(audited, TASK, audit=10_000)["audit"]

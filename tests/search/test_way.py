@@ -84,8 +84,10 @@ def random_engine(seed: int, bend: float) -> Saturating:
     return Saturating(carried, rng.normal(size=EDGES) * heavy * rng.choice([0.0, 0.5]), bend)
 
 
-def decided(kind: type[ReaderSearch], engine: Saturating, share: float, absolute: bool) -> ReaderRecord:
-    config = ACDCConfig(threshold=0.1, tests="verified", audit=share, absolute=absolute)
+def decided(
+    kind: type[ReaderSearch], engine: Saturating, share: float, absolute: bool, tau: float = 0.1
+) -> ReaderRecord:
+    config = ACDCConfig(threshold=tau, tests="verified", audit=share, absolute=absolute)
     work = Deciding(
         engine=engine,  # type: ignore[arg-type]
         config=config,
@@ -140,6 +142,19 @@ def test_edges_whose_slopes_are_no_numbers_are_tested(share: float) -> None:
         assert ours.kept == every.kept and not any(np.isnan(score) for score in ours.scores.values())
         if share == 1.0:
             assert not ours.estimated
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+@pytest.mark.parametrize("tau", [0.0, 1e-310])
+def test_a_threshold_of_nothing(tau: float, size: float) -> None:
+    """Of a metric that moves, and of one that does not."""
+    engines = [random_engine(3, 0.3) for _ in range(2)]
+    for engine in engines:
+        engine.carried *= size
+        engine.slopes_there *= size
+    every = decided(ReaderSearch, engines[0], 0.0, absolute=False, tau=tau)
+    ours = decided(IntervalSearch, engines[1], 0.0, absolute=False, tau=tau)
+    assert ours.kept == every.kept and set(ours.scores) == set(every.scores)
 
 
 def test_what_stays_has_no_part_in_how_far_the_way_has_come() -> None:

@@ -105,6 +105,9 @@ class Measuring:
 
         Returns:
             K values, and gradients. [K, tokens, d_model]
+
+        Raises:
+            MetricError: If the metric has no gradient.
         """
         self.evaluations += delta.shape[0]
         with torch.enable_grad():
@@ -113,8 +116,9 @@ class Measuring:
                 final = Propagation(state, reader, at, arithmetic, NoBuffers()).final()
             with self._phases("metric"):
                 values = self._readout(self._model.final_norm(final))
-        if not values.requires_grad:  # nothing that reads the node reaches the metric
+        if not final.requires_grad:  # nothing that reads the node reaches the metric
             return self._checked(values), torch.zeros_like(delta)
+        self._metric.check_followed(values)
         with self._phases("backward"), self._model.exact_embeddings():  # as forwards
             (gradient,) = torch.autograd.grad(values, at, torch.ones_like(values))
         return self._checked(values.detach()), gradient
