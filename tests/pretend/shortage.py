@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,6 +77,7 @@ class _Steps:
             yield
             return
         memory = MACHINE.memory
+        gc.collect()  # else what an earlier scenario left goes meanwhile, and the step seems to take less
         memory.peak = before = memory.now
         memory.capacity = None if self._room is None else before + self._room
         try:
