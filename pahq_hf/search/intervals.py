@@ -67,7 +67,7 @@ class IntervalSearch(ReaderSearch):
         super().__init__(work)
         self._rule = rule or IntervalRule()
         self._drawn = frozenset(work.audit.drawn(self._reader, self._edges))
-        self._sizes: Floats = np.zeros(0)  # how much each edge carries, once slopes were measured. [edges]
+        self._sizes: Floats = np.zeros(len(self._edges))  # how much edges carry, once slopes were measured
         self._ahead: Ahead | None = None
         self._tested = np.zeros(len(self._edges), dtype=bool)  # edges to be tested because sums missed
         self._measured = np.zeros(len(self._edges), dtype=bool)  # and where the metric is, too
@@ -110,7 +110,7 @@ class IntervalSearch(ReaderSearch):
                 ahead.missed = float(np.abs(scores[changed]).sum())
                 if ahead.missed > self._rule.far * threshold:
                     points = [point for point in points if point.position <= changed[0]]
-                    places = [*spread(points[-1].position, last, 3)]
+                    places = spread(points[-1].position, last, 3)
                     ahead.missed = 0.0
             if not places:
                 break
@@ -132,8 +132,6 @@ class IntervalSearch(ReaderSearch):
             self._reader, [self._circuit(ahead.way, place) for place in places], self._edges[self._position :]
         )
         self._gradients += len(positions)
-        if not len(self._sizes):
-            self._sizes = np.zeros(len(self._edges))
         self._sizes[self._position :] = found.sizes
         slopes = np.full((len(positions), len(self._edges)), np.nan)
         slopes[:, self._position :] = found.effects
@@ -251,7 +249,7 @@ class IntervalSearch(ReaderSearch):
             if size <= self._rule.few:
                 self._tested[some] = True
             else:
-                self._measured[list(spread(first, place, self._rule.cut)[:-1])] = True
+                self._measured[spread(first, place, self._rule.cut)[:-1]] = True
             return False
         before, edges = self._cur, self._edges[some]
         for writer, score in zip(edges, scores.tolist(), strict=True):

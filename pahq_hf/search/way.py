@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-_SMALLEST = 1e-300  # a threshold may be 0
+_SMALLEST = 1e-300  # divides where a threshold, or what edges carry, is 0
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -148,7 +148,7 @@ class Way:
     """How a reader's next edges are expected to be decided.
 
     Attributes:
-        points: Circuits at which slopes were measured, ascending; at least two.
+        points: Circuits at which slopes were measured, ascending; none while it is not known.
         stays: Edges expected to stay, of all of the reader's. [edges]
     """
 
@@ -183,7 +183,7 @@ class Way:
         found = np.zeros(len(self.stays), dtype=bool)
         for inside, own in self._intervals():
             if float(own.moved.sum()) > rule.bend * threshold:
-                share = sizes[inside] ** 2 / max(float((sizes[inside] ** 2).sum()), 1e-300)
+                share = sizes[inside] ** 2 / max(float((sizes[inside] ** 2).sum()), _SMALLEST)
                 stirred = own.moved >= rule.stir * threshold
                 found[inside] = (share >= rule.all_but) | (stirred & (share >= rule.heavy))
         return found
@@ -233,6 +233,6 @@ class Way:
         return found
 
 
-def spread(first: int, last: int, count: int) -> Sequence[int]:
+def spread(first: int, last: int, count: int) -> list[int]:
     """So many positions between two, evenly, the last included."""
     return sorted({first + (last - first) * k // count for k in range(1, count + 1)} - {first})

@@ -196,9 +196,9 @@ class Focus:
 
     def _sum(self, writers: Sequence[int], tried: list[int]) -> Tensor:
         """What some of the tried writers' edges carry. [tokens, d_model]"""
-        few = self.together
         if self._all is not None:
             return self._carried(writers).sum(0)
+        few = self.together
         if len(tried) <= few:
             known, differences = self._tried or ([], torch.empty(0))
             if known != tried:

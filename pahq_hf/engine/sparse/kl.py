@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from pahq_hf.engine.sparse.vocabulary import (
     BLOCK,
-    HELD,
     Blocks,
-    at_once,
     followed_in_batches,
     in_batches,
     over_vocabulary,
@@ -84,8 +82,7 @@ class KLReadout:
         Returns:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
-        few = min(at_once(x), max(1, HELD // (x.shape[1] * self._p.shape[1])))
-        return followed_in_batches(self._few_followed, x, few)
+        return followed_in_batches(self._few_followed, x, self._blocks.vocab)
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         held: list[Tensor] = []  # u of every block: the unembedding is read once less

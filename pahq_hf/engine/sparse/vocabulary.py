@@ -18,7 +18,7 @@ from pahq_hf.precision.products import Product
 
 BLOCK = 2048  # tokens of the vocabulary, and
 _ROWS = 512  # rows, that are scored at once: measured
-HELD = 1 << 24  # logits at once that are kept for a gradient
+_HELD = 1 << 24  # logits at once that are kept for a gradient
 SMALLEST = 128  # tokens, where memory runs out
 
 
@@ -54,7 +54,7 @@ class Blocks:
         return self._unembedding.out_features
 
     def __len__(self) -> int:
-        return -(-self._unembedding.out_features // self._block)
+        return -(-self.vocab // self._block)
 
     def __iter__(self) -> Iterator[Product]:
         """The blocks, in order."""
@@ -81,8 +81,8 @@ class Blocks:
             yield Product(exact_block(self._unembedding, rows), bias)
 
     def _rows(self) -> Iterator[slice]:
-        vocab, size = self._unembedding.out_features, self._block
-        return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
+        size = self._block
+        return (slice(start, min(start + size, self.vocab)) for start in range(0, self.vocab, size))
 
 
 class Vocabulary:
@@ -125,8 +125,7 @@ class Vocabulary:
         Returns:
             [batch, rows] in float64, and [batch, rows, d_model]
         """
-        few = min(at_once(x), max(1, HELD // (x.shape[1] * self._blocks.vocab)))
-        return followed_in_batches(self._few_followed, x, few)
+        return followed_in_batches(self._few_followed, x, self._blocks.vocab)
 
     def _few_followed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         held: list[Tensor] = []
@@ -204,18 +203,19 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def followed_in_batches(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, few: int
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """The same for values and their gradients.
 
     Args:
         function: [batch, rows, d_model] -> [batch, rows] and [batch, rows, d_model]
         x: [batch, rows, d_model]
-        few: Batch entries at a time.
+        vocab: Tokens whose logits are kept for each row.
 
     Returns:
         [batch, rows] and [batch, rows, d_model]
     """
+    few = min(at_once(x), max(1, _HELD // (x.shape[1] * vocab)))
     values, gradients = zip(*map(function, x.split(few)), strict=True)
     return torch.cat(values), torch.cat(gradients)
 
