@@ -74,7 +74,8 @@ class IntervalSearch(ReaderSearch):
         self._together = self._rule.together  # circuits to measure at once
         self._estimated: set[int] = set()
         self._audited: set[int] = set()
-        self._gradients = self._wrong = 0
+        self._wrong: set[int] = set()  # those of the audited that stay
+        self._gradients = 0
 
     def _advance(self) -> None:
         left = len(self._edges) - self._position
@@ -87,7 +88,7 @@ class IntervalSearch(ReaderSearch):
     def _record(self) -> ReaderRecord:
         self._engine.cut(self._reader, self._removed)
         estimated = tuple(sorted(self._estimated))
-        counts = Counts(self._gradients, len(self._audited), self._wrong)
+        counts = Counts(self._gradients, len(self._audited), len(self._wrong))
         return replace(super()._record(), estimated=estimated, counts=counts)
 
     # -- slopes along the way ---------------------------------------------------------------------
@@ -258,6 +259,8 @@ class IntervalSearch(ReaderSearch):
         self._position = place
         self._cur = value
         if size == 1:  # one edge between two measured circuits is tested
+            if self._is_near(change):
+                self._waiting.append(Look(first, len(self._removed) - 1, before, value, False))
             return True
         self._estimated.update(edges)
         return self._audit(first, before, values)
@@ -281,6 +284,8 @@ class IntervalSearch(ReaderSearch):
                 self._scores[writer] = new - cur
                 self._waiting = [other for other in self._waiting if other.position < place]
                 self._return_to(look)
+                if self._is_near(new - cur):
+                    self._waiting.append(replace(look, stays=True))
                 return False
             if self._is_near(new - cur):
                 self._waiting.append(look)
@@ -289,8 +294,12 @@ class IntervalSearch(ReaderSearch):
     def _return_to(self, look: Look) -> None:
         super()._return_to(look)
         writer = self._edges[look.position]
-        self._wrong += writer in self._audited and not look.stays
-        self._estimated.intersection_update(self._scores)
-        self._audited.intersection_update(self._scores)
+        for decided in (self._estimated, self._audited, self._wrong):
+            decided.intersection_update(self._scores)
         self._estimated.discard(writer)
+        if look.stays:  # a second look finds that it goes, as was estimated: now a test says so
+            self._audited.discard(writer)
+            self._wrong.discard(writer)
+        elif writer in self._audited:
+            self._wrong.add(writer)
         self._ahead = None
