@@ -53,17 +53,25 @@ figures
 
 _TASKS = (
     "ioi/kl=0.05",
-    "ioi/kl=0.01",
     "ioi/logit_diff=0.1",
-    "ioi/logit_diff=0.02",
-    "greater_than/prob_diff=0.01",
     "greater_than/kl=0.02",
-    "gendered_pronoun/logit_diff=0.1",
+    "greater_than/prob_diff=0.01",
     "gendered_pronoun/kl=0.02",
-    "sva/logit_diff=0.1",
+    "gendered_pronoun/logit_diff=0.1",
     "sva/kl=0.02",
-    "induction/match_nll=0.2",
+    "sva/logit_diff=0.1",
     "induction/kl=0.05",
+    "induction/match_nll=0.2",
+    "ioi/kl=0.01",
+    "ioi/logit_diff=0.02",
+    "greater_than/kl=0.005",
+    "greater_than/prob_diff=0.0025",
+    "gendered_pronoun/kl=0.005",
+    "gendered_pronoun/logit_diff=0.02",
+    "sva/kl=0.005",
+    "sva/logit_diff=0.02",
+    "induction/kl=0.01",
+    "induction/match_nll=0.05",
 )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from pahq_hf.search.reader_search import Deciding, Look, ReaderSearch
 from pahq_hf.search.state import Counts, ReaderRecord
-from pahq_hf.search.way import Bools, Estimates, Floats, IntervalRule, Point, Stop, Way, spread
+from pahq_hf.search.way import Bools, Estimates, Floats, IntervalRule, Point, Stop, Way, shares, spread
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ class IntervalSearch(ReaderSearch):
         """The next circuits to measure: some at once, fewer where edges may be decided another way."""
         tau = self._config.threshold
         highest = estimates.furthest if self._config.absolute else estimates.highest
-        tested = ~(highest < (1 - self._rule.margin) * tau)  # slopes that are no numbers say nothing
+        weighty = shares(self._sizes) >= self._rule.weighty
+        margin = np.where(weighty, self._rule.wary, self._rule.margin)
+        tested = ~(highest < (1 - margin) * tau)  # slopes that are no numbers say nothing
         tested |= way.stays | self._tested | way.heavy(self._sizes, self._rule, tau)
         found, circuits, doubtful = [], 0, 0
         for stop in way.stops(self._position, tested, self._measured, self._rule, tau):

@@ -21,12 +21,16 @@ class IntervalRule:
 
     Attributes:
         margin: m; an edge is tested if it may score (1 - m) tau or more.
+        wary: The margin of an edge that carries `weighty` of what all edges of the reader carry, squared: so
+            large a step may bend the way, and its own slope with it.
+        weighty: See there.
         residual: r; estimates may miss what the metric moved by, in all, by r tau.
         bend: Slopes may move by so many tau, all together, between two circuits whose metric is measured:
             what moves more may hide errors that cancel.
         turn: And by so many between two circuits at which slopes are measured.
         heavy: An edge that carries so much of what an interval carries, squared, is tested where slopes move,
-            its own by `stir` tau at least; one that carries `all_but` so much, in any case there.
+            if its own moves by `stir` tau or more anywhere on the way; one that carries `all_but` so much, in
+            any case there.
         stir: See there.
         all_but: See there.
         apart: The metric is measured at least so many times on the way through a reader.
@@ -39,6 +43,8 @@ class IntervalRule:
     """
 
     margin: float = 0.5
+    wary: float = 0.7
+    weighty: float = 0.02
     residual: float = 0.25
     bend: float = 1.0
     turn: float = 3.0
@@ -181,11 +187,12 @@ class Way:
             threshold: Where slopes move by less, all together, nothing bends.
         """
         found = np.zeros(len(self.stays), dtype=bool)
+        # A slope may come back to where it was: it is stirred all the same.
+        stirred = np.ptp([point.slopes for point in self.points], axis=0) >= rule.stir * threshold
         for inside, own in self._intervals():
             if float(own.moved.sum()) > rule.bend * threshold:
-                share = sizes[inside] ** 2 / max(float((sizes[inside] ** 2).sum()), _SMALLEST)
-                stirred = own.moved >= rule.stir * threshold
-                found[inside] = (share >= rule.all_but) | (stirred & (share >= rule.heavy))
+                share = shares(sizes[inside])
+                found[inside] = (share >= rule.all_but) | (stirred[inside] & (share >= rule.heavy))
         return found
 
     def gaps(self, rule: IntervalRule, threshold: float) -> list[int]:
@@ -231,6 +238,13 @@ class Way:
         if last < self.end:
             found.append(Stop(self.end, False))
         return found
+
+
+def shares(sizes: Floats) -> Floats:
+    """What each of some edges carries of what all carry, squared. [edges]"""
+    squares = sizes**2
+    found: Floats = squares / max(float(squares.sum()), _SMALLEST)
+    return found
 
 
 def spread(first: int, last: int, count: int) -> list[int]:

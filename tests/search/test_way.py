@@ -207,3 +207,25 @@ def test_slopes_are_measured_more_closely_where_they_move() -> None:
     assert way.gaps(rule, threshold=10.0) == []
     stops = way.stops(0, np.zeros(20, dtype=bool), np.zeros(20, dtype=bool), rule, threshold=1.0)
     assert [stop.place for stop in stops] == [5, 10, 13, 16, 19, 20] and not any(s.is_test for s in stops)
+
+
+def test_a_heavy_edges_slope_that_moves_further_on_is_stirred_too() -> None:
+    """Between the first two points it does not move, while the others do: it may have gone there and back."""
+    sizes, slopes = np.ones(20), np.zeros((3, 20))
+    sizes[2] = 2.0
+    slopes[1, 5:10] = 0.5
+    slopes[2, 2] = 0.3
+    way = Way(tuple(map(Point, (0, 10, 20), slopes)), np.zeros(20, dtype=bool))
+    assert np.flatnonzero(way.heavy(sizes, IntervalRule(), threshold=1.0)).tolist() == [2]
+    assert not way.heavy(np.ones(20), IntervalRule(heavy=0.11), threshold=1.0).any()
+
+
+@pytest.mark.parametrize("carried", [1.0, 0.1])
+def test_an_edge_that_carries_much_is_tested_sooner(carried: float) -> None:
+    """A third of a threshold, by its slopes: believed of an edge that carries little."""
+    engine = Saturating(np.zeros((1, EDGES)), np.zeros(EDGES), bend=0.0)
+    engine.slopes_there[40] = 0.035
+    engine.carried = np.full((1, EDGES), 1e-6)
+    engine.carried[0, 40] *= carried * 3
+    ours = decided(IntervalSearch, engine, 0.0, absolute=False)
+    assert (40 in ours.estimated) is (carried < 1)
