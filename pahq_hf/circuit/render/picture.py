@@ -47,7 +47,7 @@ def _draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat) -> None:
     height = min(_TALLEST, 3.0 + 0.35 * circuit.graph.spec.layers)
     figure = Figure(figsize=(9.0, height), layout="constrained", facecolor=LIGHT.ground)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xticks=[], yticks=[])
     axes.set_axis_off()
     title = f"{circuit.edge_count:,} of {circuit.graph.edge_count:,} edges"
     if circuit.edge_count > DRAWN_EDGES:
