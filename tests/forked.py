@@ -1,6 +1,6 @@
 """Processes of their own without the seconds of a start: forked from one that has imported everything.
 
-Where a fresh start is the point (what it imports, prints or weighs), tests start Python itself.
+Where a fresh start is the point (what it imports or prints), tests start Python itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAHQ = "from pahq_hf.cli.app import main\nmain()"  # as `python -m pahq_hf` does
 _SERVER = """
+import gc
+gc.disable()  # until all is imported, which takes a third longer with it
 import atexit, importlib, json, os, signal, sys, tempfile, traceback
 import huggingface_hub.constants, huggingface_hub.hf_api, huggingface_hub.file_download
 import torch, transformers, torchao
@@ -63,6 +65,8 @@ def child(code, arguments, environment, out, err):
     sys.stderr.flush()
     os._exit(status)
 
+gc.freeze()  # what is imported stays: collections pass over it, here and in every child
+gc.enable()
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     request = json.loads(line)
