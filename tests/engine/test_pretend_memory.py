@@ -31,11 +31,14 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 # Of what a step takes; others get two thirds.
 SHARES = {"batch": 0.3, "begin": 0.3, "slopes": 0.3, "recording": 0.5}
+# Of a model of two layers there is next to nothing that a circuit's state could do without.
+_LARGE = ("capture", "begin", "focus")
 
 
 def _short(engine: str, step: str, share: float) -> dict[str, Any]:
     return {
         "command": "shortage",
+        "model": "demo" if step in _LARGE or "tables" in engine else "llama",
         "n": 24 if step == "recording" else 8,
         "during": step,
         "capacity": share,

@@ -15,7 +15,6 @@ from pahq_hf.engine.setting import Setting
 from tests.pretend.scenario import Answer, Scenario
 from tests.pretend.tensor import MACHINE
 
-READERS = ("m2", "a1.h0<q>")  # the one in focus, and the one after it
 WORK = ("recording", "capture", "begin", "focus", "batch", "slopes", "look", "decision", "next focus")
 
 
@@ -34,9 +33,11 @@ class _Steps:
         self.need = self.lasting = 0
         self.values: list[float] = []
         graph = model.graph
-        reader, following = (graph.reader_index(name) for name in READERS)
+        # The one in focus, and the one after it.
+        reader = graph.reader_index(f"m{graph.spec.layers // 2}")
+        following = graph.reader_index("a1.h0<q>")
         edges = list(graph.in_edges(reader))
-        candidates = [edges[: k + 1] for k in range(len(edges))]
+        candidates = [edges[: k + 1] for k in range(0, len(edges), 2)]
         config, metric = EngineConfig(**scenario.engine), scenario.search.get("metric", "kl")
         with self._short("recording"):
             recorded = capture(model.patched, task, task.clean_ids)
@@ -58,7 +59,7 @@ class _Steps:
         with self._short("look"):
             self.values += engine.look_again(reader, candidates[:4]).values
         with self._short("decision"):
-            engine.accept(trial, 4)
+            engine.accept(trial, 2)
             self.values += engine.try_(reader, [edges[:6]]).values
             engine.cut(reader, edges[:3])
             self.values += engine.try_(reader, [edges[:3] + edges[5:6]]).values
