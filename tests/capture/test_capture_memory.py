@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,15 @@ from benchmarks.random_checkpoint import write
 from pahq_hf.precision.formats.float8 import Float8Weight
 from pahq_hf.precision.memory import read_memory
 from pahq_hf.precision.products import native_fp8
-
-ROOT = Path(__file__).parents[2]
+from tests.forked import run_forked
 
 
 @pytest.mark.skipif(not read_memory(), reason="needs Linux's /proc")
 def test_capture_streams_the_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, layers=10, d_model=512, heads=8, groups=2, d_mlp=2048, vocab=256)
-    command = [sys.executable, "-m", "benchmarks.capture_memory", str(tmp_path), "--length", "8"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    figures = json.loads(ran.stdout)
+    ended = run_forked("from benchmarks.capture_memory import main\nmain()", str(tmp_path), "--length", "8")
+    assert ended.code == 0, ended.stderr
+    figures = json.loads(ended.stdout)
     model, layer = figures["linear weights FP32"], figures["one layer FP32"]
     assert figures["rise"] - figures["captured activations"] < 1.5 * layer < 0.2 * model
 

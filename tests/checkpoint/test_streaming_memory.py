@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +22,7 @@ from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.model import PAHQModel
 from pahq_hf.precision.memory import read_memory
+from tests.forked import run_forked
 from tests.helpers import FP32, files_of
 from tests.models import padded_prompts, tiny_llama
 
@@ -72,10 +70,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], P
 
 def loaded(folder: Path, tables: bool) -> tuple[int, int, int, int]:
     """Peak and growth of a process that loads a model, the bytes of its linear weights, and in FP32."""
-    command = [sys.executable, "-c", LOAD, str(folder), "tables" if tables else ""]
-    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    peak, grown, low, full = json.loads(run.stdout)
+    ended = run_forked(LOAD, str(folder), "tables" if tables else "", env={"OMP_NUM_THREADS": "1"})
+    assert ended.code == 0, ended.stderr
+    peak, grown, low, full = json.loads(ended.stdout)
     return peak, grown, low, full
 
 

@@ -30,14 +30,14 @@ from tests.models import random_task
 
 
 class Scene:
-    """A checkpoint of four layers, its task, and the run that nobody interrupts.
+    """A checkpoint of three layers, its task, and the run that nobody interrupts.
 
     The task is large enough for the run to take seconds: a signal must find it at work.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.model = save_tiny(folder / "model", "llama", layers=4)
-        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=8, length=16, seed=23)))
+        self.model = save_tiny(folder / "model", "llama", layers=3)
+        self.data = write_rows(folder / "task.jsonl", id_rows(random_task(batch=8, length=16, seed=30)))
         self.folder = folder
         assert run_main(*self.arguments("whole")) == 0
         self.whole = Circuit.from_pretrained(folder / "whole")
@@ -113,7 +113,7 @@ def test_in_fp32_it_is_what_the_referee_finds(scene: Scene) -> None:
     rows = write_rows(scene.folder / "few.jsonl", id_rows(random_task(batch=4, length=9, seed=23)))
     task = load_task(str(rows))
     circuit = PAHQModel.from_pretrained(scene.model, FP32).discover(task, threshold=0.02, progress=False)
-    judge = referee("llama", task, layers=4)
+    judge = referee("llama", task, layers=3)
     assert named(circuit.graph, circuit.kept) == judge.acdc(0.02).kept
 
 

@@ -343,7 +343,7 @@ def test_a_full_disk_ends_it_with_one_line(finished: Path, tmp_path: Path) -> No
 
 
 class Scene:
-    """A checkpoint of four layers, its task, and the sweep that nobody interrupts."""
+    """A checkpoint of three layers, its task, and the sweep that nobody interrupts."""
 
     def __init__(self, folder: Path) -> None:
         self.model = save_tiny(folder / "model", "llama", layers=3)
