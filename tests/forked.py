@@ -92,8 +92,10 @@ class Ended(NamedTuple):
 @cache
 def _server() -> subprocess.Popen[str]:
     """The process that has imported everything and computed nothing; it ends with this one."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", _SERVER]
+    # Commands set this before they import transformers, which remembers it; whatever ran here before.
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
 
 
 def _ask(request: dict[str, Any]) -> Any:
