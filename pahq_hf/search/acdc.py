@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.engine.protocol import Engine
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_options import GreedyOptions
 from pahq_hf.search.audit import Audit
 from pahq_hf.search.batches import BatchSize, FixedBatch
 from pahq_hf.search.intervals import IntervalSearch
@@ -27,15 +27,17 @@ from pahq_hf.search.reader_search import Deciding, ReaderSearch
 from pahq_hf.search.state import ReaderRecord, Search
 
 Observer = Callable[[Search, ReaderRecord], None]
+Decider = Callable[[Deciding, Search], ReaderSearch]  # of a reader, from what is decided before it
 
 
 def search(
     engine: Engine,
-    config: ACDCConfig,
+    config: GreedyOptions,
     *,
     batch: BatchSize | None = None,
     done: Sequence[ReaderRecord] = (),
     survivors: BoolArray | None = None,
+    decider: Decider | None = None,
     on_reader: Observer | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Search:
@@ -47,6 +49,7 @@ def search(
         batch: Chooses batch sizes; one candidate at a time by default.
         done: Readers finished by an earlier run, in order.
         survivors: Edges to be tested; the others are removed untested. All by default. [readers, writers]
+        decider: Makes what decides the edges of a reader; ACDC's by default.
         on_reader: Called after every finished reader.
         on_batch: Called with the reader and the number of edges just decided, negative when undone.
 
@@ -60,6 +63,7 @@ def search(
     for record in done:
         state.apply(record)
     finished = {record.reader for record in done}
+    decider = decider or (_estimating if config.estimates else _testing)
     audit = Audit.of(config.audited, int(graph.all_edges[chosen].sum()))
     try:
         measured = engine.begin(state.kept)
@@ -70,7 +74,9 @@ def search(
                 continue
             if chosen[reader]:
                 tested = None if survivors is None else survivors[reader]
-                record = _search_reader(engine, config, state, reader, tested, batch, audit, on_batch)
+                record = _search_reader(
+                    engine, config, state, reader, tested, batch, audit, decider, on_batch
+                )
             else:
                 record = ReaderRecord(reader, False, tuple(sorted(graph.in_edges(reader))), {}, state.metric)
             state.apply(record)
@@ -83,12 +89,13 @@ def search(
 
 def _search_reader(
     engine: Engine,
-    config: ACDCConfig,
+    config: GreedyOptions,
     state: Search,
     reader: int,
     survives: BoolArray | None,
     batch: BatchSize,
     audit: Audit,
+    decider: Decider,
     on_batch: Callable[[int, int], None] | None,
 ) -> ReaderRecord:
     graph = engine.graph
@@ -103,4 +110,12 @@ def _search_reader(
     if cur is None:
         cur = engine.try_(reader, [screened]).values[0] if screened else state.metric
     work = Deciding(engine, config, reader, tuple(screened), cur, batch, state.keep_rate(), audit, on_batch)
-    return (IntervalSearch(work) if config.tests == "verified" else ReaderSearch(work)).run()
+    return decider(work, state).run()
+
+
+def _testing(work: Deciding, before: Search) -> ReaderSearch:
+    return ReaderSearch(work)
+
+
+def _estimating(work: Deciding, before: Search) -> ReaderSearch:
+    return IntervalSearch(work)

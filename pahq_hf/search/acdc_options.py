@@ -1,10 +1,10 @@
-"""What ACDC is asked for."""
+"""What ACDC is asked for, and what it shares with other greedy searches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
@@ -13,12 +13,13 @@ from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import told
 
 Tests = Literal["all", "verified"]
+GreedyT = TypeVar("GreedyT", bound="GreedyOptions")
 DEFAULT_AUDIT = 0.02
 
 
 @dataclass(frozen=True)
-class ACDCConfig(JsonConfig):
-    """How ACDC searches (docs/semantics.md, section 3).
+class GreedyOptions(JsonConfig):
+    """What every greedy search over edges is asked for (docs/semantics.md, section 3).
 
     Attributes:
         threshold: tau; an edge goes when its removal raises the metric by less than this.
@@ -30,14 +31,9 @@ class ACDCConfig(JsonConfig):
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
             have no second look.
-        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
-            this fraction of them, those with the largest magnitudes. The others are removed untested when
-            their reader is visited. None tests all.
-        tests: `all` tests every edge; `verified` decides most by estimates from the metric's slopes, whose
-            sums are measured (docs/verified-estimates.md).
-        audit: Share of estimated edges that are drawn at random and tested, more of few; 0 for none. None
-            takes 2 % where there are estimates.
     """
+
+    endless: ClassVar[tuple[str, ...]] = ("threshold", "margin")  # options that may be infinite
 
     threshold: float = field(
         default=0.01, metadata=told("tau: an edge stays when removing it costs this much.")
@@ -53,6 +49,66 @@ class ACDCConfig(JsonConfig):
         default=None,
         metadata=told("Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
     )
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        check_number("threshold", self.threshold)
+        if self.margin is not None:
+            check_number("margin", self.margin)
+        self.check_threshold()
+        if self.metric is not None:
+            check_metric_name(self.metric)
+        check_choice("order", self.order, ReaderOrder)
+        check_choice("ablation", self.ablation, Ablation)
+        if self.margin is not None and not self.margin >= 0:
+            raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
+
+    def check_threshold(self) -> None:
+        """Raise `ConfigError` when the threshold is out of range."""
+        if not math.isfinite(self.threshold) or self.threshold < 0:
+            raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
+
+    @property
+    def estimates(self) -> bool:
+        """Whether estimates decide edges too."""
+        return False
+
+    @property
+    def audited(self) -> float:
+        """Share of estimated edges that are drawn and tested."""
+        return 0.0
+
+    def stays(self, score: float) -> bool:
+        """Whether an edge with this score is kept."""
+        return (abs(score) if self.absolute else score) >= self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; JSON has no infinity."""
+        values = asdict(self)
+        return values | {name: "inf" for name in self.endless if values[name] == math.inf}
+
+    @classmethod
+    def from_dict(cls: type[GreedyT], values: dict[str, Any]) -> GreedyT:
+        """Build from `to_dict`'s output."""
+        return super().from_dict(
+            values | {name: math.inf for name in cls.endless if values.get(name) == "inf"}
+        )
+
+
+@dataclass(frozen=True)
+class ACDCConfig(GreedyOptions):
+    """How ACDC searches (docs/semantics.md, section 3).
+
+    Attributes:
+        screen: `METHOD:FRACTION`, such as `eap-ig:0.1`: score all edges by attribution first and test only
+            this fraction of them, those with the largest magnitudes. The others are removed untested when
+            their reader is visited. None tests all.
+        tests: `all` tests every edge; `verified` decides most by estimates from the metric's slopes, whose
+            sums are measured (docs/verified-estimates.md).
+        audit: Share of estimated edges that are drawn at random and tested, more of few; 0 for none. None
+            takes 2 % where there are estimates.
+    """
+
     screen: str | None = field(
         default=None,
         metadata=told(
@@ -71,15 +127,7 @@ class ACDCConfig(JsonConfig):
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
-        check_number("threshold", self.threshold)
-        if self.margin is not None:
-            check_number("margin", self.margin)
-        if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
-        if self.metric is not None:
-            check_metric_name(self.metric)
-        check_choice("order", self.order, ReaderOrder)
-        check_choice("ablation", self.ablation, Ablation)
+        super().validate()
         check_choice("tests", self.tests, Tests)
         if self.audit is not None:
             check_number("audit", self.audit)
@@ -87,34 +135,26 @@ class ACDCConfig(JsonConfig):
                 raise ConfigError(f"audit must be a share from 0 to 1; got {self.audit}")
             if self.tests == "all":
                 raise ConfigError("an audit draws from estimated edges: it needs tests verified")
-        if self.margin is not None and not self.margin >= 0:
-            raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
         if self.screen is not None:
             parse_screen(self.screen)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether estimates decide edges too."""
+        return self.tests == "verified"
 
     @property
     def audited(self) -> float:
         """Share of estimated edges that are drawn and tested."""
         return DEFAULT_AUDIT if self.audit is None else self.audit
 
-    def stays(self, score: float) -> bool:
-        """Whether an edge with this score is kept."""
-        return (abs(score) if self.absolute else score) >= self.threshold
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; JSON has no infinity, and most runs no screen."""
-        values = asdict(self)
+        values = super().to_dict()
         if self.screen is None:
             del values["screen"]
-        if self.tests == "all":
+        if not self.estimates:
             del values["tests"], values["audit"]
         else:
             values["audit"] = self.audited
-        return values | {"margin": "inf"} if self.margin == math.inf else values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ACDCConfig:
-        """Build from `to_dict`'s output."""
-        if values.get("margin") == "inf":
-            values = values | {"margin": math.inf}
-        return super().from_dict(values)
+        return values

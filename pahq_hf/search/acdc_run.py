@@ -11,18 +11,21 @@ Its steps:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from pahq_hf.circuit.estimates import EstimateFacts, most_wrong
 from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.precision.margin import default_margin
-from pahq_hf.search.acdc import search
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc import Decider, search
+from pahq_hf.search.acdc_options import ACDCConfig, GreedyT
 from pahq_hf.search.attribution.methods import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
@@ -51,24 +54,54 @@ def acdc(work: Work[ACDCConfig]) -> Found:
     screen = _screen(work)
     survivors = None if screen is None else screen.survivors
     done = replay(work, survivors).records
-    engine = work.engine
-    name = f"ACDC, tau {options.threshold:g}"
+    state = searched(work, f"ACDC, tau {options.threshold:g}", done, survivors)
+    facts = {
+        **({} if options.tests == "all" else {"estimates": _estimates(state).to_json()}),
+        **({} if screen is None else {"screen": screen.facts()}),
+    }
+    return replace(
+        found_by(work, state, done, facts),
+        label=f"tau {options.threshold:g}",
+        estimated=None if options.tests == "all" else state.estimated,
+    )
+
+
+def searched(
+    work: Work[Any],
+    name: str,
+    done: Sequence[ReaderRecord],
+    survivors: BoolArray | None = None,
+    decider: Decider | None = None,
+) -> Search:
+    """Run a greedy search from where it stopped to its end; what it decides is shown and kept.
+
+    Args:
+        work: The search, whose options are greedy ones.
+        name: What it is called.
+        done: Readers finished by an earlier run, in order.
+        survivors: Edges that are tested; all by default. [readers, writers]
+        decider: Makes what decides the edges of a reader; ACDC's by default.
+
+    Returns:
+        The finished search.
+    """
+    options, engine = work.options, work.engine
     with search_progress(work.progress, name, work.graph, options, survivors, done) as shown:
 
         def on_reader(state: Search, record: ReaderRecord) -> None:
             work.keep(step_of(record))
             shown.on_reader(state)
 
-        state = search(
+        return search(
             engine,
             options,
             batch=_batch(work),
             done=done,
             survivors=survivors,
+            decider=decider,
             on_reader=on_reader,
             on_batch=lambda _, tested: shown.on_batch(tested),
         )
-    return _found(work, state, screen)
 
 
 def resolve(options: ACDCConfig, setting: Setting) -> ACDCConfig:
@@ -86,7 +119,7 @@ def resolve(options: ACDCConfig, setting: Setting) -> ACDCConfig:
     return with_margin(options, setting.precision)
 
 
-def with_margin(acdc: ACDCConfig, pahq: PAHQConfig) -> ACDCConfig:
+def with_margin(acdc: GreedyT, pahq: PAHQConfig) -> GreedyT:
     """The search with the margin of its regime.
 
     Raises:
@@ -117,9 +150,23 @@ def check(work: Work[ACDCConfig], found: Found) -> None:
     if lost or not work.is_begun:
         return
     screen = _screen(work)
-    state = replay(work, None if screen is None else screen.survivors)
+    compare(work, found, replay(work, None if screen is None else screen.survivors))
+
+
+def compare(work: Work[Any], found: Found, state: Search) -> None:
+    """Check that a circuit is what its journal ends at; of an unfinished one nothing can be said.
+
+    Args:
+        work: The search, which only reads.
+        found: The circuit.
+        state: What the journal tells.
+
+    Raises:
+        RunError: If it is not.
+    """
     if len(state.records) < len(state.graph.readers):
         return
+    folder = work.folder
     ours, theirs = (found.kept, found.scores, found.tested), (state.kept, state.scores, state.tested)
     marked = np.zeros_like(state.estimated) if found.estimated is None else found.estimated
     if not (np.array_equal(marked, state.estimated) and all(map(np.array_equal, ours, theirs))):
@@ -150,23 +197,26 @@ def _screen(work: Work[ACDCConfig]) -> Screen | None:
     return screen
 
 
-def _batch(work: Work[ACDCConfig]) -> BatchSize:
+def _batch(work: Work[Any]) -> BatchSize:
     if work.limits.batch is not None:
         return FixedBatch(work.limits.batch)
     return AdaptiveBatch() if work.engine.gains_by_batches else FixedBatch(1)
 
 
-def _found(work: Work[ACDCConfig], state: Search, screen: Screen | None) -> Found:
+def found_by(work: Work[Any], state: Search, done: Sequence[ReaderRecord], facts: Mapping[str, Any]) -> Found:
+    """What a greedy search found.
+
+    Args:
+        work: The search, whose options are greedy ones.
+        state: Where it ended.
+        done: Readers finished by an earlier run.
+        facts: What it says of itself.
+    """
     options = work.options
-    facts = {
-        "second_looks": {
-            "margin": options.to_dict()["margin"],
-            "tests": sum(record.looks for record in state.records),
-            "changed": sum(record.changed for record in state.records),
-        },
-        **({} if options.tests == "all" else {"estimates": _estimates(state).to_json()}),
-        **({} if screen is None else {"screen": screen.facts()}),
-        "resumed_readers": len(work.steps),
+    second_looks = {
+        "margin": options.to_dict()["margin"],
+        "tests": sum(record.looks for record in state.records),
+        "changed": sum(record.changed for record in state.records),
     }
     exact = work.setting.precision.regime in ("fp32", "rtn")
     return Found(
@@ -176,9 +226,7 @@ def _found(work: Work[ACDCConfig], state: Search, screen: Screen | None) -> Foun
         # Where a component is raised, the metric is that of the last one's tests: it is measured again.
         final=state.metric if exact else None,
         searched=None if options.readers is None else work.graph.match_readers(options.readers),
-        facts=facts,
-        label=f"tau {options.threshold:g}",
-        estimated=None if options.tests == "all" else state.estimated,
+        facts={"second_looks": second_looks, **facts, "resumed_readers": len(done)},
     )
 
 

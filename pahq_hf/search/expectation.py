@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph, ReaderOrder
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_options import GreedyOptions
 from pahq_hf.search.progress import Count, Progress
 from pahq_hf.search.state import ReaderRecord, Search
 
@@ -109,7 +109,7 @@ def search_progress(
     progress: Progress,
     name: str,
     graph: Graph,
-    config: ACDCConfig,
+    config: GreedyOptions,
     survivors: BoolArray | None,
     done: Sequence[ReaderRecord],
 ) -> Iterator[SearchProgress]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pahq_hf.engine.protocol import Engine
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_options import GreedyOptions
 from pahq_hf.search.audit import Audit
 from pahq_hf.search.batches import BatchSize
 from pahq_hf.search.state import ReaderRecord
@@ -33,7 +33,7 @@ class Deciding:
     """
 
     engine: Engine
-    config: ACDCConfig
+    config: GreedyOptions
     reader: int
     screened: tuple[int, ...]
     cur: float
@@ -127,14 +127,28 @@ class ReaderSearch:
         """Decide one edge as the sequential loop does. Returns whether it stays."""
         score = new - self._cur
         self._scores[writer] = score
-        stays = self._config.stays(score)
-        if self._is_near(score):
+        stays = self._stays(score, new, self._position)
+        if self._is_doubtful(score, new):
             look = Look(self._position, len(self._removed), self._cur, new, stays)
             self._waiting.append(look)
         (self._kept if stays else self._removed).append(writer)
         if not stays:
             self._cur = new
         return stays
+
+    def _stays(self, score: float, new: float, position: int) -> bool:
+        """Whether an edge is kept.
+
+        Args:
+            score: What removing it adds to the metric.
+            new: The metric without it.
+            position: Its place among the reader's edges.
+        """
+        return self._config.stays(score)
+
+    def _is_doubtful(self, score: float, new: float) -> bool:
+        """Whether the edge whose turn it is deserves a second look."""
+        return self._is_near(score)
 
     def _is_near(self, score: float) -> bool:
         margin, tau = self._config.margin or 0.0, self._config.threshold
@@ -157,7 +171,7 @@ class ReaderSearch:
             without, with_it = 2 * number + 1, 2 * number
             score = trial.values[without] - trial.values[with_it]
             self._scores[self._edges[look.position]] = score
-            if self._config.stays(score) is not look.stays:
+            if self._stays(score, trial.values[without], look.position) is not look.stays:
                 self._changed += 1
                 self._engine.accept(trial, without if look.stays else with_it)
                 self._return_to(look)

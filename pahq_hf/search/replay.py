@@ -1,14 +1,14 @@
-"""The journal of an ACDC run: a step for every finished reader, and whether that can be one of the search."""
+"""The journal of a greedy search: a step for every finished reader, and whether that can be one of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from pahq_hf.circuit.graph import BoolArray
-from pahq_hf.search.acdc_options import ACDCConfig
+from pahq_hf.search.acdc_options import GreedyOptions
 from pahq_hf.search.state import Counts, ReaderRecord, Search
 from pahq_hf.search.work import Work
 
@@ -58,15 +58,23 @@ def record_of(step: Mapping[str, Any]) -> ReaderRecord:
     )
 
 
-def replay(work: Work[ACDCConfig], survivors: BoolArray | None) -> Search:
+def replay(
+    work: Work[Any],
+    survivors: BoolArray | None,
+    *,
+    first: int = 0,
+    mistake: Callable[[ReaderRecord, Search], str | None] | None = None,
+) -> Search:
     """The state of a search after the steps that an earlier part of it kept.
 
-    Each must be about the reader whose turn it is, with scores of just the edges that are tested there; an
-    edge is kept where its score reaches the threshold and nowhere else.
+    Each must be about the reader whose turn it is, with scores of just the edges that are tested there.
 
     Args:
-        work: The search.
+        work: The search, whose options are greedy ones.
         survivors: Edges that are tested; all by default. [readers, writers]
+        first: Steps before the first reader's.
+        mistake: What is wrong with the decisions about a reader, from the state before it; None if nothing.
+            By default an edge is kept where its score reaches the threshold and nowhere else.
 
     Returns:
         The state.
@@ -75,18 +83,22 @@ def replay(work: Work[ACDCConfig], survivors: BoolArray | None) -> Search:
         RunError: If they are no steps of this search, naming the first that is not.
     """
     graph, config = work.graph, work.options
+    mistake = mistake or (lambda record, before: _other_than_scores(record, config))
     telescopes = work.setting.precision.regime == "fp32"  # a reader's tests begin where the last one's ended
     state, order = Search.start(graph), graph.reader_order(config.order)
     chosen = graph.match_readers(config.readers)
-    for number, step in enumerate(work.steps, start=1):
+    for number, step in enumerate(work.steps[first:], start=first + 1):
         try:
             record = record_of(step)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise work.damaged(number, f": {error}") from error
-        if number > len(order) or record.reader != order[number - 1]:
+        turn = number - first - 1
+        if turn >= len(order) or record.reader != order[turn]:
             raise work.damaged(number, ": its readers are not in the order of a search")
         reader = record.reader
         wrong = _inconsistency(record, state, config, bool(chosen[reader]), survivors)
+        if wrong is None and record.searched:
+            wrong = mistake(record, state) or _wrong_counts(record, config)
         wrong = wrong or _jump(record, state, survivors, telescopes)
         if wrong is not None:
             raise work.damaged(number, f", reader {graph.readers[reader].name}: {wrong}")
@@ -95,7 +107,7 @@ def replay(work: Work[ACDCConfig], survivors: BoolArray | None) -> Search:
 
 
 def _inconsistency(
-    record: ReaderRecord, before: Search, config: ACDCConfig, chosen: bool, survivors: BoolArray | None
+    record: ReaderRecord, before: Search, config: GreedyOptions, chosen: bool, survivors: BoolArray | None
 ) -> str | None:
     """What is wrong with a record; None if it can be the next step of a search."""
     graph, reader = before.graph, record.reader
@@ -114,9 +126,19 @@ def _inconsistency(
         tested = edges if survivors is None else {writer for writer in edges if survivors[reader, writer]}
     if tested != record.scores.keys():
         return f"it has scores of {len(record.scores)} edges; {len(tested)} are tested there"
+    return None
+
+
+def _other_than_scores(record: ReaderRecord, config: GreedyOptions) -> str | None:
+    """Whether a record keeps other edges than those whose scores reach the threshold."""
     kept = {writer for writer, score in record.scores.items() if config.stays(score)}
     if tuple(sorted(kept)) != record.kept:
         return f"the edges it keeps are not those whose scores reach the threshold {config.threshold:g}"
+    return None
+
+
+def _wrong_counts(record: ReaderRecord, config: GreedyOptions) -> str | None:
+    """What is wrong with what a record says of how its edges were decided; None if nothing."""
     mistaken = _wrong_estimates(record, config)
     if mistaken is not None:
         return mistaken
@@ -125,10 +147,10 @@ def _inconsistency(
     return None
 
 
-def _wrong_estimates(record: ReaderRecord, config: ACDCConfig) -> str | None:
+def _wrong_estimates(record: ReaderRecord, config: GreedyOptions) -> str | None:
     """What is wrong with what a record says of estimates; None if nothing."""
     estimated, counts = record.estimated, record.counts
-    if config.tests == "all" and (estimated or counts != Counts()):
+    if not config.estimates and (estimated or counts != Counts()):
         return "it has estimates, and the search tests every edge"
     if tuple(sorted(set(estimated))) != estimated:
         return "edges whose score is an estimate are not in order"
