@@ -141,20 +141,20 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
     return {names[name]: value for name, value in given.items()}
 
 
-def threshold_of(kind: SearchKind[Any], options: Any) -> float | None:
-    """The threshold of a search, where it has one that another run could shift.
+def dial_of(kind: SearchKind[Any], options: Any) -> float | None:
+    """The number that another run would shift to keep more or fewer edges, where a search has one.
 
     Args:
         kind: The search.
         options: Its options.
 
     Returns:
-        The value of a field `threshold` that is declared as a number and called so on the command line.
+        The value of its `dial`, a field that is declared as a number and called so on the command line.
     """
-    declared = next((entry for entry in fields(kind.options) if entry.name == "threshold"), None)
+    declared = next((entry for entry in fields(kind.options) if entry.name == kind.dial), None)
     if declared is None or declared.name not in kind.fields:
         return None
-    value, hint = options.threshold, get_type_hints(kind.options)["threshold"]
+    value, hint = getattr(options, kind.dial), get_type_hints(kind.options)[kind.dial]
     is_number = hint in (float, float | None) and type(value) in (int, float) and math.isfinite(value)
     return float(value) if is_number and value >= 0 and "name" not in declared.metadata else None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pahq_hf.circuit.files import output_path
-from pahq_hf.cli.declared import Command, threshold_of
+from pahq_hf.cli.declared import Command, dial_of
 from pahq_hf.cli.ending import after, again, beside, evaluation, shifted
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.options import BatchOption
@@ -32,7 +32,9 @@ def discover(
         typer.Option(parser=output_path, metavar="<path>", help="Folder for the journal and the circuit."),
     ],
     options: dict[str, Any],
-    search: Annotated[str, typer.Option(metavar="NAME", help="acdc, or a registered search.")] = "acdc",
+    search: Annotated[
+        str, typer.Option(metavar="NAME", help="acdc, budget, or a registered search.")
+    ] = "acdc",
     batch: BatchOption = None,
 ) -> None:
     """Find the circuit of a task with ACDC, or another search, and write it to a folder."""
@@ -48,12 +50,12 @@ def discover(
     wanted = prepare(kind, options, asked, out, batch=batch)
     with verdict_in_table(not asked.run.as_json):
         circuit = wanted.model.discover(wanted.task, search=search, config=wanted.options, **wanted.how)
-    tau = threshold_of(kind, wanted.options)
+    dial, at = kind.dial, dial_of(kind, wanted.options)
     command = after(
-        circuit.verdict if tau is not None else None,
+        circuit.verdict if at is not None else None,
         good=lambda: evaluation(context, out, circuit),
-        more=lambda: again(context, threshold=shifted(tau or 0.0, 1 / 3), out=beside(out, "lower")),
-        fewer=lambda: again(context, threshold=shifted(tau or 0.001, 3), out=beside(out, "higher")),
+        more=lambda: again(context, **{dial: shifted(at or 0.0, 1 / 3), "out": beside(out, "lower")}),
+        fewer=lambda: again(context, **{dial: shifted(at or 0.001, 3), "out": beside(out, "higher")}),
     )
     conclude(out, circuit.discovery, lambda: run_table(circuit), command, circuit, as_json=asked.run.as_json)
 

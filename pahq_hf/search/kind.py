@@ -156,6 +156,7 @@ class SearchKind(Generic[OptionsT]):
             there.
         check: Checks a finished circuit against the journal of its search.
         is_own: Whether it is somebody's own, not the package's.
+        dial: The option that another run would lower to keep more edges.
     """
 
     name: str
@@ -169,6 +170,7 @@ class SearchKind(Generic[OptionsT]):
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
     is_own: bool = False
+    dial: str = "threshold"
 
     @property
     def told_facts(self) -> tuple[str, ...]:
