@@ -200,7 +200,7 @@ class PAHQModel(RunnableModel):
 
         Args:
             task: The prompts.
-            search: Name of the search: `acdc`, a method of attribution, or one of your own
+            search: Name of the search: `acdc`, `budget`, a method of attribution, or one of your own
                 (`register_search`).
             config: Its options, for ACDC an `ACDCConfig`; or give its fields as keywords (`threshold=0.01`).
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.

@@ -10,6 +10,7 @@ from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.declaration import check_declarations, check_shared
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
 
@@ -127,6 +128,24 @@ def _check_acdc(work: Work[ACDCConfig], found: Found) -> None:
     check(work, found)
 
 
+def _budget(work: Work[BudgetOptions]) -> Found:
+    from pahq_hf.search.budget import budget
+
+    return budget(work)
+
+
+def _resolve_budget(options: BudgetOptions, setting: Setting) -> BudgetOptions:
+    from pahq_hf.search.budget import resolve
+
+    return resolve(options, setting)
+
+
+def _check_budget(work: Work[BudgetOptions], found: Found) -> None:
+    from pahq_hf.search.budget import check
+
+    check(work, found)
+
+
 def _attribute(work: Work[AttributionConfig]) -> Found:
     from pahq_hf.search.attribution.run import attribute
 
@@ -148,6 +167,16 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         ranks_kept_first=True,
         resolve=_resolve_acdc,
         check=_check_acdc,
+    ),
+    "budget": SearchKind(
+        "budget",
+        "ACDC within a budget for all removals together",
+        BudgetOptions,
+        _budget,
+        ranks_kept_first=True,
+        resolve=_resolve_budget,
+        check=_check_budget,
+        dial="max_gap",
     ),
     **{
         name: SearchKind(

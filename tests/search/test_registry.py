@@ -185,7 +185,7 @@ def test_a_finished_one_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_options_are_checked_before_any_work(tmp_path: Path) -> None:
     for options, message in (
-        ({"search": "none"}, r"there is no search 'none'; there are acdc, eap, .*by-readers"),
+        ({"search": "none"}, r"there is no search 'none'; there are acdc, budget, eap, .*by-readers"),
         ({"edges": 3}, "no option 'edges'"),
         ({"threshold": -1.0}, "threshold must be >= 0"),
         ({"ablation": "noise"}, "ablation must be one of"),
