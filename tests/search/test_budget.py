@@ -103,7 +103,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind", ["sparse", "hooks"])
-@pytest.mark.parametrize("case", quick(range(len(CASES)), 0, 1, 2, 5))
+@pytest.mark.parametrize("case", quick(range(len(CASES)), 0, 1, 5))
 def test_it_decides_as_a_plain_loop_does(case: int, kind: Any) -> None:
     """At every edge the gap is within its share of the bound, and at the end within all of it."""
     name, options = CASES[case]
@@ -273,7 +273,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, regime: Any) -> Non
     whole = run(tmp_path / "whole")
     lines = journal_lines(tmp_path / "whole")
     assert len(lines) == 2 + len(whole.graph.readers)
-    for records in (0, 1, 7, len(lines) - 1):
+    for records in (0, 1, 7, len(lines) - 1) if regime == "fp32" else (1, 7):
         folder = interrupted(tmp_path / "whole", tmp_path / str(records), records, b'{"reader": ')
         ours = run(folder, resume=True)
         assert ours.discovery["resumed_readers"] == max(0, records - 1)
