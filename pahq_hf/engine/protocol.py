@@ -178,6 +178,20 @@ class Engine(Protocol):
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
 
+    def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
+        """What adding each of some edges alone to any circuit adds to its metric; the current one stays.
+
+        It is exactly zero where the writer is not reached from the input, or the reader does not reach the
+        output: an edge that stands in for nothing carries nothing new (docs/semantics.md, section 2).
+
+        Args:
+            kept: The circuit. [readers, writers]
+            absent: Edges that are not in it. [readers, writers]
+
+        Returns:
+            m(C with the edge) - m(C), 0 elsewhere. [readers, writers]
+        """
+
     def finish(self) -> None:
         """Free what can be made again; the model itself is as it was after every call."""
 
@@ -220,12 +234,14 @@ class Part:
         examples: Their numbers in the whole task.
         metric: The share of the metric that is theirs, so that the shares of all parts add up to it.
         real: Real tokens, as indices into the flattened batch. [tokens]
+        full: The share of the full model's metric that is theirs.
     """
 
     task: Task
     examples: slice
     metric: Metric
     real: Tensor
+    full: float
 
 
 class Gradients(Protocol):
@@ -270,6 +286,21 @@ class GradientRuns(Protocol):
 
     def gradients(self, part: Part, embedding: Tensor) -> Gradients:
         """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
+
+    def circuit_parts(self) -> Iterator[Part]:
+        """The same where gradients are taken at a circuit."""
+
+    def at_circuit(self, part: Part, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """A part's metric where each edge has a share, and what removing each edge would add to it.
+
+        Args:
+            part: The part.
+            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers]
+
+        Returns:
+            The part's share of the metric, and of what removing each edge adds to it if all is linear, gone
+            or not. [readers, writers]
+        """
 
     def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.

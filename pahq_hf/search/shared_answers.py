@@ -247,6 +247,10 @@ class RecallingEngine:
         """What removing each edge of any circuit alone adds to its metric; it is computed."""
         return self._engine.drop_each(kept)
 
+    def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
+        """What adding each of some edges alone to any circuit adds to its metric; it is computed."""
+        return self._engine.add_each(kept, absent)
+
     def finish(self) -> None:
         """Release what the engine took."""
         self._leave_reader()

@@ -110,11 +110,26 @@ class HooksEngine:
         Returns:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
+        return self._change_each(kept, kept)
+
+    def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
+        """What adding each of some edges alone to a circuit adds to the metric, one whole run for each.
+
+        Args:
+            kept: The circuit. [readers, writers]
+            absent: Edges that are not in it. [readers, writers]
+
+        Returns:
+            m(C with the edge) - m(C), 0 elsewhere. [readers, writers]
+        """
+        return self._change_each(kept, absent)
+
+    def _change_each(self, kept: BoolArray, changed: BoolArray) -> NDArray[np.float64]:
         before, effects = self.metric_of(kept), np.zeros(kept.shape)
-        for edge in edge_list(kept):
-            without = kept.copy()
-            without[edge] = False
-            effects[edge] = self.metric_of(without) - before
+        for edge in edge_list(changed):
+            other = kept.copy()
+            other[edge] = not kept[edge]
+            effects[edge] = self.metric_of(other) - before
         return effects
 
     # -- the current circuit ------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation
+from pahq_hf.engine.hooks.circuit_gradients import circuit_gradients
 from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
 from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.regime_rule import RegimeRule
@@ -19,6 +22,7 @@ from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric
 
 _BACKWARD_BYTES = 128 << 20  # of what one forward pass keeps for its backward pass
+_CIRCUIT_BYTES = 1 << 30  # the same where readers read of a circuit, each by itself
 _DIFFERENCE_BYTES = 64 << 20  # of what writers write at some tokens
 
 
@@ -60,7 +64,14 @@ class Runs:
         Args:
             most: At most so many.
         """
-        size = max(1, _BACKWARD_BYTES // (self._bytes_per_token() * self._task.length))
+        yield from self._in_parts(_BACKWARD_BYTES, self._bytes_per_token(), most)
+
+    def circuit_parts(self) -> Iterator[Part]:
+        """The task in runs of as many examples as memory allows where gradients are taken at a circuit."""
+        yield from self._in_parts(_CIRCUIT_BYTES, self._bytes_per_token() + self._bytes_of_readers())
+
+    def _in_parts(self, room: int, per_token: int, most: int | None = None) -> Iterator[Part]:
+        size = max(1, room // (per_token * self._task.length))
         size = min(size, most or size)
         for first in range(0, len(self._task), size):
             last = min(first + size, len(self._task))
@@ -69,7 +80,7 @@ class Runs:
             metric = Metric(self.metric.name, task, reference, self.model.device)
             metric.row_weights *= len(task) / len(self._task)
             real = task.attention_mask.flatten().nonzero().flatten().to(self.model.device)
-            yield Part(task, slice(first, last), metric, real)
+            yield Part(task, slice(first, last), metric, real, metric(reference))
 
     def _bytes_per_token(self) -> int:
         """About what a token's activations take until the backward pass."""
@@ -78,6 +89,29 @@ class Runs:
         outputs = sum(linear.out_features + linear.in_features for linear in linears)
         patterns = 3 * layers * self.graph.spec.heads * self._task.length
         return int(self.clean.embedding.element_size()) * (2 * outputs + 6 * layers * width + patterns)
+
+    def _bytes_of_readers(self) -> int:
+        """About what readers of a circuit read, each by itself, and what is written for them, at a token."""
+        tensors = 4 * len(self.graph.readers) + 2 * len(self.graph.writers)
+        return int(self.clean.embedding.element_size() * self.clean.embedding.shape[-1]) * tensors
+
+    def at_circuit(self, part: Part, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """A part's metric where each edge has a share, and what removing each edge would add to it.
+
+        Args:
+            part: The part.
+            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers]
+
+        Returns:
+            The part's share of the metric, and of what removing each edge adds to it if all is linear, gone
+            or not. [readers, writers]
+
+        Raises:
+            MetricError: If the metric has no gradient, or is NaN there.
+        """
+        part.metric.check_gradient()
+        other, forward = self.substitute.part(part.examples), self._rule.exactly(self.model)
+        return circuit_gradients(self.model, part.task, part.metric, other, shares, self.session, forward)
 
     def gradients(self, part: Part, embedding: Tensor) -> ReaderGradients:
         """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""

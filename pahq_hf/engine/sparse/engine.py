@@ -36,7 +36,7 @@ from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
 from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.engine.sparse.buffers import Buffers
 from pahq_hf.engine.sparse.captured import Captured
-from pahq_hf.engine.sparse.dropping import drop_each
+from pahq_hf.engine.sparse.each import change_each
 from pahq_hf.engine.sparse.focus import Focus
 from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.engine.sparse.measuring import Measuring
@@ -153,12 +153,30 @@ class SparseEngine:
         with self._raised.lowered(self._state):
             # Of a finished circuit every node may differ from the clean run.
             state, before = self._fitting(lambda: self._measured(kept, 1))
-            return drop_each(state, kept, before, self._measuring, self._memory, self._fitting)
+            return change_each(state, kept, -1.0, before, self._measuring, self._memory, self._fitting)
 
-    def _measured(self, kept: BoolArray, floor: int) -> tuple[CircuitState, float]:
+    def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
+        """What adding each of some edges alone to a circuit adds to the metric.
+
+        The circuit is computed once, with what the edges would carry; of each addition only what it changes.
+
+        Args:
+            kept: The circuit. [readers, writers]
+            absent: Edges that are not in it. [readers, writers]
+
+        Returns:
+            m(C with the edge) - m(C), 0 elsewhere. [readers, writers]
+        """
+        with self._raised.lowered(self._state):
+            state, before = self._fitting(lambda: self._measured(kept, 1, absent))
+            return change_each(state, absent, 1.0, before, self._measuring, self._memory, self._fitting)
+
+    def _measured(
+        self, kept: BoolArray, floor: int, candidates: BoolArray | None = None
+    ) -> tuple[CircuitState, float]:
         """The state of a circuit and its metric, from the captured runs."""
         state = self._new_state()
-        state.update(kept, floor)
+        state.update(kept, floor, candidates=candidates)
         return state, self._measuring.metric_of(state)
 
     def _new_state(self) -> CircuitState:
@@ -229,7 +247,10 @@ class SparseEngine:
         state = self._state or self._restart()
         changed = self._raised.turn_to(reader, state)
         with self.phases("refresh"):
-            self._fitting(lambda: state.update(self._kept, self._floor(reader), changed, tested=reader))
+            candidates = self.graph.no_edges()
+            candidates[reader] = self.graph.all_edges[reader]
+            floor = self._floor(reader)
+            self._fitting(lambda: state.update(self._kept, floor, changed, candidates))
         gone = np.flatnonzero(self.graph.all_edges[reader] & ~self._kept[reader]).tolist()
         self._focus = Focus(
             reader, gone, state, self._memory, self._buffers, self._writer_precision, self._fitting

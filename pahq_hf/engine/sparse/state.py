@@ -100,7 +100,7 @@ class CircuitState:
         self._bases: dict[int, Tensor] = {}  # reader -> its input without shifts [tokens, d_model]
         self._writers: dict[int, list[int]] = {}
         self._floor = len(self.graph.writers)
-        self._tested: int | None = None
+        self._candidates: BoolArray | None = None
 
     # -- what others ask --------------------------------------------------------------------------
 
@@ -161,7 +161,11 @@ class CircuitState:
     # -- moving on --------------------------------------------------------------------------------
 
     def update(
-        self, kept: BoolArray, floor: int, changed_nodes: Iterable[int] = (), tested: int | None = None
+        self,
+        kept: BoolArray,
+        floor: int,
+        changed_nodes: Iterable[int] = (),
+        candidates: BoolArray | None = None,
     ) -> None:
         """Bring the state to an edge set. If that fails nothing is held, and it can be tried again.
 
@@ -169,14 +173,14 @@ class CircuitState:
             kept: The edges. Readers of nodes below `floor` must have all theirs.
             floor: First node that is held if it is live; writers are numbered from input to output.
             changed_nodes: Nodes whose weights or substitutes changed without any edge changing.
-            tested: A reader whose removed edges may come back: what they would carry is held too.
+            candidates: Edges that may come back: what they would carry is held too. [readers, writers]
         """
         try:
             rows = np.flatnonzero((kept != self.kept).any(axis=1))
             dirty = {int(row) for row in rows}
             self.kept = kept.copy()
-            moved = (floor, tested) != (self._floor, self._tested)
-            self._floor, self._tested = floor, tested
+            moved = floor != self._floor or not _same(candidates, self._candidates)
+            self._floor, self._candidates = floor, candidates
             if moved or dirty:
                 dirty |= self._update_liveness()
             self.hold_weights()
@@ -190,7 +194,7 @@ class CircuitState:
         """Hold nothing, as at first; substitutes that were changed stay so."""
         self.kept = self.graph.all_edges.copy()
         self.liveness = [Liveness.DEAD] * len(self.graph.writers)
-        self._floor, self._tested = len(self.graph.writers), None
+        self._floor, self._candidates = len(self.graph.writers), None
         for held in (self.inputs, self.outputs, self.shifts, self.attention, self._bases, self._writers):
             held.clear()
 
@@ -224,7 +228,9 @@ class CircuitState:
                     need[feeds] = most  # heads that a norm couples are computed together
                 shared = node.kind in ("k", "v") and most is not Liveness.DEAD
                 matters = Liveness.WINDOW if shared else most
-            row = graph.all_edges[reader] if reader == self._tested else self.kept[reader]
+            row = self.kept[reader]
+            if self._candidates is not None:
+                row = row | self._candidates[reader]
             np.maximum(need, np.where(row, int(matters), 0), out=need)
         self.liveness = [
             Liveness(int(value)) if index >= self._floor else Liveness.DEAD
@@ -377,3 +383,7 @@ class CircuitState:
     def weight_block(self, kv_reader: int) -> int:
         """Key/value weight group of a key/value reader: several readers when groups are split."""
         return kv_reader * self.graph.spec.kv_groups // self.graph.spec.kv_readers
+
+
+def _same(one: BoolArray | None, other: BoolArray | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
