@@ -16,7 +16,7 @@ from pahq_hf.circuit.run_record import Reused
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import RunError
+from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.journal import Journal, Step, damaged
@@ -139,11 +139,14 @@ class Work(Generic[OptionsT]):
         """Put a step into the journal; it is on disk when this returns, and in `steps` of who continues.
 
         Args:
-            step: JSON-ready.
+            step: JSON-ready. Its `check` is the journal's own.
 
         Raises:
+            ConfigError: If it has a `check`.
             RunError: If it cannot be written, or another process took the folder over.
         """
+        if "check" in step:
+            raise ConfigError("a step cannot have a 'check': so the journal calls the checksum of its line")
         self._begin()
         if self._journal is not None and self._place is not None:
             self._place.check()

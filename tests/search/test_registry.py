@@ -175,6 +175,21 @@ def test_a_step_before_the_engine_is_asked_pins_the_engine(tmp_path: Path) -> No
         del _SEARCHES["early"]
 
 
+def test_a_step_with_the_journals_own_field_is_refused(tmp_path: Path) -> None:
+    """It would be taken for the checksum of its line, and the run could not be continued."""
+
+    def checking(work: Work[ReadersOptions]) -> Found:
+        work.keep({"check": 1})
+        raise AssertionError("it was kept")
+
+    register_search("checking", ReadersOptions)(checking)
+    try:
+        with pytest.raises(ConfigError, match="a step cannot have a 'check'"):
+            discover(tmp_path, search="checking")
+    finally:
+        del _SEARCHES["checking"]
+
+
 def test_a_finished_one_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = discover(tmp_path)
     monkeypatch.setattr("pahq_hf.search.bench.make_engine", None)
