@@ -27,6 +27,7 @@ MEANS_NAME = "means.safetensors"
 PICTURE_NAME = "circuit.png"
 JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
+LEARNED_NAME = "learned.safetensors"
 SECONDS_NAME = "seconds.json"  # until it is finished
 ANSWERS_NAME = "answers.jsonl"  # of a sweep
 SWEEP_NAME = "sweep.json"

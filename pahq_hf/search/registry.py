@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
-from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.attribution.options import AttributionConfig, MethodName
 from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.declaration import check_declarations, check_shared
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
+from pahq_hf.search.refine_options import RefineOptions
 
 if TYPE_CHECKING:
     from pahq_hf.engine.setting import Setting
@@ -158,6 +159,18 @@ def _resolve_attribution(options: AttributionConfig, setting: Setting) -> Attrib
     return resolve(options, setting)
 
 
+def _refine(work: Work[RefineOptions]) -> Found:
+    from pahq_hf.search.refine import refine
+
+    return refine(work)
+
+
+def _resolve_refine(options: RefineOptions, setting: Setting) -> RefineOptions:
+    from pahq_hf.search.refine import resolve
+
+    return resolve(options, setting)
+
+
 _SEARCHES: dict[str, SearchKind[Any]] = {
     "acdc": SearchKind(
         "acdc",
@@ -190,6 +203,13 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
             resolve=_resolve_attribution,
         )
         for name, title in TITLES.items()
-        if name != "acdc"
+        if name in get_args(MethodName)
     },
+    "refine": SearchKind(
+        "refine",
+        "learned scores, refined by exact tests",
+        RefineOptions,
+        _refine,
+        resolve=_resolve_refine,
+    ),
 }

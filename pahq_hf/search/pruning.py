@@ -1,0 +1,251 @@
+"""A circuit that loses its least edges, and swaps edges, each decision by exact tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
+from pahq_hf.engine.protocol import Engine
+from pahq_hf.search.attribution.methods import Scores
+
+Edge = tuple[int, int]
+
+_SHARE = 0.15  # of a circuit's edges that may go in a round
+_SLACK = 0.02  # of the gap between the full model and no edges, by which a round may be worse than its worst
+_CANDIDATES = (
+    64  # edges whose return is tested in a round, at least; a quarter of the circuit if that is more
+)
+_SWAPPED = 0.1  # of a circuit's edges that may be swapped at once
+_TRIES = 16  # single swaps that are tried before it ends
+_GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has to bring
+
+
+@dataclass(frozen=True)
+class Round:
+    """What changes at once.
+
+    Attributes:
+        removed: Edges that go, the least first.
+        added: Edges that come back.
+        metric: Of the circuit then.
+    """
+
+    removed: tuple[Edge, ...]
+    added: tuple[Edge, ...]
+    metric: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As a step of a journal."""
+        found = {"removed": [list(edge) for edge in self.removed], "metric": self.metric}
+        return found | ({"added": [list(edge) for edge in self.added]} if self.added else {})
+
+    @classmethod
+    def read(cls, step: Mapping[str, Any]) -> Round:
+        """Read what `to_json` made.
+
+        Raises:
+            ValueError: If a value is missing or of another type; or TypeError or KeyError.
+        """
+        removed, added, metric = step["removed"], step.get("added", []), step["metric"]
+        if type(metric) is not float or any(
+            type(index) is not int for e in (*removed, *added) for index in e
+        ):
+            raise TypeError("a value is of another type")
+        return cls(tuple((r, w) for r, w in removed), tuple((r, w) for r, w in added), metric)
+
+
+class Pruned:
+    """A circuit on its way to a size.
+
+    Args:
+        engine: Computes metrics.
+        start: The circuit that it starts from. [readers, writers]
+        edges: The size.
+
+    Attributes:
+        kept: The present circuit. [readers, writers]
+        taken: The rounds that led to it.
+    """
+
+    def __init__(self, engine: Engine, start: BoolArray, edges: int) -> None:
+        self._engine = engine
+        self._graph: Graph = engine.graph
+        self._size = edges
+        self.kept = start
+        self.taken: list[Round] = []
+        self._full = engine.metric_of(self._graph.all_edges.copy())
+        self._scale = abs(engine.metric_of(self._graph.no_edges()) - self._full)
+        self.metric = engine.metric_of(start)
+
+    @property
+    def gap(self) -> float:
+        """How far the metric is from the full model's."""
+        return self._gap(self.metric)
+
+    def _gap(self, metric: float) -> float:
+        return abs(metric - self._full)
+
+    def take(self, taken: Round) -> None:
+        """Change the circuit.
+
+        Raises:
+            ValueError: If the round is none of this circuit's.
+        """
+        removed, added = taken.removed, taken.added
+        inside = all(self._is_edge(edge) and self.kept[edge] for edge in removed)
+        outside = all(self._is_edge(edge) and not self.kept[edge] for edge in added)
+        if not (inside and outside and (removed or added)) or len({*removed, *added}) < len(removed) + len(
+            added
+        ):
+            raise ValueError("it does not change edges of the circuit before it")
+        self.kept = changed(self.kept, removed, added)
+        self.metric = taken.metric
+        self.taken.append(taken)
+
+    def _is_edge(self, edge: Edge) -> bool:
+        return 0 <= edge[0] < self.kept.shape[0] and 0 <= edge[1] < self._graph.prefix[edge[0]]
+
+    def rounds(self) -> Iterator[Round]:
+        """Change it round by round, until it has its size and no swap helps."""
+        while self.kept.sum() > self._size:
+            yield self._taken(self._removal())
+        while (swap := self._swap()) is not None:
+            yield self._taken(swap)
+
+    def _taken(self, taken: Round) -> Round:
+        self.take(taken)
+        return taken
+
+    def effects(self) -> Scores:
+        """What removing each edge of the circuit alone adds to the metric. [readers, writers]"""
+        return self._engine.drop_each(self.kept)
+
+    # -- removing -------------------------------------------------------------------------------------
+
+    def _removal(self) -> Round:
+        """The most of the least edges that may go at once."""
+        effects = self.effects()
+        ranked = least_first(self.kept, effects)
+        size = max(1, min(len(ranked) - self._size, int(_SHARE * len(ranked))))
+        while True:
+            without, metric = self._without(self.kept, ranked[:size])
+            worst = max(self._gap(self.metric + effects[edge]) for edge in ranked[:size])
+            if size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale:
+                return Round(tuple(edge for edge in ranked if not without[edge]), (), metric)
+            size //= 2
+
+    def _without(self, kept: BoolArray, removed: Sequence[Edge]) -> tuple[BoolArray, float]:
+        """A circuit without some edges and those that are dead then, and its metric."""
+        without = self._graph.live_edges(changed(kept, removed, ()))
+        return without, self._engine.metric_of(without)
+
+    # -- swapping -------------------------------------------------------------------------------------
+
+    def _swap(self) -> Round | None:
+        """The most of the best edges that may come back for the least; None if not even one may."""
+        candidates = self._candidates()
+        found = self._engine.add_each(self.kept, candidates)
+        gains = {edge: self.gap - self._gap(self.metric + found[edge]) for edge in edge_list(candidates)}
+        ranked = sorted(gains, key=lambda edge: -gains[edge])
+        better = [edge for edge in ranked if gains[edge] > 0]
+        size = min(len(better), max(1, int(_SWAPPED * self._size)))
+        while size > 1:
+            swap = self._swapped(better[:size])
+            if swap is not None:
+                return swap
+            size //= 2
+        return next(filter(None, (self._swapped([edge]) for edge in ranked[:_TRIES])), None)
+
+    def _swapped(self, added: Sequence[Edge]) -> Round | None:
+        """Let some edges come back and the least go for them; None if that brings the metric no nearer."""
+        whole = changed(self.kept, (), added)
+        over = int(whole.sum()) - self._size
+        if over > 0:
+            whole, metric = self._without(whole, least_first(whole, self._engine.drop_each(whole))[:over])
+        else:
+            metric = self._engine.metric_of(whole)
+        removed, back = edge_list(self.kept & ~whole), edge_list(whole & ~self.kept)
+        if not back or self._gap(metric) >= self.gap - _GAIN * self._scale:
+            return None
+        return Round(tuple(removed), tuple(back), metric)
+
+    def _candidates(self) -> BoolArray:
+        """Edges that may do most good, by slopes at the circuit. [readers, writers]"""
+        graph, engine = self._graph, self._engine
+        absent = graph.all_edges & ~self.kept & self._reachable()
+        promise = np.full(absent.shape, -np.inf)
+        engine.begin(self.kept)
+        for reader in np.flatnonzero(absent.any(axis=1)).tolist():
+            gone = [w for w in graph.in_edges(reader) if not self.kept[reader, w]]
+            writers = np.flatnonzero(absent[reader]).tolist()
+            effects = engine.slopes(reader, [gone], writers).effects[0]
+            promise[reader, writers] = [self.gap - self._gap(self.metric - effect) for effect in effects]
+        engine.finish()
+        promise[np.isnan(promise)] = -np.inf
+        count = max(_CANDIDATES, int(self.kept.sum()) // 4)
+        chosen = graph.no_edges()
+        order = np.argsort(-promise, axis=None, kind="stable")[:count]
+        chosen.flat[order] = True
+        hopeful: BoolArray = chosen & np.isfinite(promise)
+        return hopeful
+
+    def _reachable(self) -> BoolArray:
+        """Edges that would be alive if they came back alone. [readers, writers]"""
+        live = self._graph.live_edges(self.kept)
+        fed = np.zeros(self.kept.shape[1], dtype=bool)
+        fed[0] = True
+        for number, reader in enumerate(self._graph.readers):
+            if reader.feeds and (self.kept[number] & fed).any():
+                fed[list(reader.feeds)] = True
+        read = {writer for _, writer in edge_list(live)}
+        reachable = self._graph.all_edges.copy()
+        reachable[:, ~fed] = False
+        for number, reader in enumerate(self._graph.readers):
+            if reader.feeds and read.isdisjoint(reader.feeds):
+                reachable[number] = False
+        return reachable
+
+
+def changed(kept: BoolArray, removed: Sequence[Edge], added: Sequence[Edge]) -> BoolArray:
+    """A circuit without some edges and with others. [readers, writers]"""
+    other = kept.copy()
+    for edge in removed:
+        other[edge] = False
+    for edge in added:
+        other[edge] = True
+    return other
+
+
+def least_first(kept: BoolArray, effects: Scores) -> list[Edge]:
+    """A circuit's edges, those first whose removal alone moves the metric least."""
+    readers, writers = np.nonzero(kept)
+    order = np.argsort(np.abs(effects[readers, writers]), kind="stable")
+    return [(int(readers[k]), int(writers[k])) for k in order]
+
+
+def ranks(graph: Graph, scores: Scores, circuit: Pruned) -> Scores:
+    """Where each edge ranks among all, from 1 for the best to nearly 0.
+
+    Args:
+        graph: The graph.
+        scores: Rank edges that were never in the circuit. [readers, writers]
+        circuit: The circuit: its own edges come first, those that went last come next.
+
+    Returns:
+        [readers, writers]
+    """
+    ranked = dict.fromkeys(reversed(least_first(circuit.kept, circuit.effects())))
+    for taken in reversed(circuit.taken):
+        ranked |= dict.fromkeys(edge for edge in reversed(taken.removed) if edge not in ranked)
+    seen = changed(graph.no_edges(), (), list(ranked))
+    readers, writers = np.nonzero(graph.all_edges & ~seen)
+    others = np.argsort(-scores[readers, writers], kind="stable")
+    ranked |= dict.fromkeys((int(readers[k]), int(writers[k])) for k in others)
+    found = np.zeros(graph.all_edges.shape)
+    for place, edge in enumerate(ranked):
+        found[edge] = 1 - place / len(ranked)
+    return found

@@ -1,0 +1,43 @@
+"""Options of `refine`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pahq_hf.config import check_number
+from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import SearchOptions, told
+
+
+@dataclass(frozen=True)
+class RefineOptions(SearchOptions):
+    """Options of `refine`.
+
+    Attributes:
+        edges: How many the circuit has at most.
+        steps: Of learning, for each halving of the number of edges; 0 learns nothing, and refines the best
+            edges by gradients averaged along the mask.
+        rate: How far a score moves in a step, in standard deviations of where they start.
+        noise: On the scores, at the beginning of each halving.
+        minibatch: Prompt pairs of a step.
+        seed: Of the noise.
+    """
+
+    edges: int = field(default=200, metadata=told("Keep so many edges.", min=1))
+    steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
+    rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
+    noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
+    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
+    seed: int = field(default=0, metadata=told("Seed of the noise.", min=0, name="noise_seed"))
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        super().validate()
+        for name, least in (("edges", 1), ("steps", 0), ("minibatch", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
+        for name in ("rate", "noise"):
+            check_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a number from 0 on; got {getattr(self, name)!r}")
