@@ -73,7 +73,7 @@ class Step(NamedTuple):
 
 @st.composite
 def steps(draw: st.DrawFn, graph: Graph) -> Step:
-    calls = ["try", "try", "accept", "cut", "look", "focus", "begin", "finish", "metric_of", "drop_each"]
+    calls = ["try", "try", "accept", "cut", "look", "focus", "begin", "finish", "metric_of", "each"]
     reader = draw(st.sampled_from([r for r in range(len(graph.readers)) if graph.prefix[r]]))
     writers = st.lists(st.sampled_from(list(graph.in_edges(reader))), unique=True).map(tuple)
     return Step(draw(st.sampled_from(calls)), reader, draw(st.lists(writers, min_size=1, max_size=3)))
@@ -106,6 +106,7 @@ def take(engine: Engine, step: Step, kept: BoolArray) -> BoolArray:
         few = engine.graph.no_edges()
         few[reader, list(sets[0])] = True  # a whole circuit would take the hooks engine long
         engine.drop_each(few)
+        engine.add_each(kept & ~few, few)
     return kept
 
 

@@ -61,6 +61,7 @@ def at_search(model: PAHQModel, kind: Any, budget: int | None = None) -> Answers
         engine.accept(trial, 1)
         yield engine.try_(reader, [writers[:2]])
     yield engine.drop_each(random_edges(graph, 0.1, 5))
+    yield engine.add_each(random_edges(graph, 0.6, 5), graph.all_edges & ~random_edges(graph, 0.9, 5))
     engine.finish()
     yield engine.begin(kept)
 
@@ -166,6 +167,7 @@ def test_inside_an_applied_circuit_engines_refuse(kind: Any) -> None:
         "slopes": lambda: engine.slopes(reader, [[0]], [0]),
         "metric_of": lambda: engine.metric_of(everything),
         "drop_each": lambda: engine.drop_each(everything),
+        "add_each": lambda: engine.add_each(engine.graph.no_edges(), everything),
     }
     methods = {name for name, method in vars(Engine).items() if name[0] != "_" and callable(method)}
     assert methods == {*calls, "accept", "cut", "finish"}, "those three may but note down"

@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.store import ActivationStore, MemoryStore
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName
@@ -32,18 +31,18 @@ from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.session import Session, in_session
-from pahq_hf.engine.sparse.arithmetic import Anchored, Arithmetic, Direct
+from pahq_hf.engine.sparse.arithmetic import Direct
 from pahq_hf.engine.sparse.budget import MemoryBudget
 from pahq_hf.engine.sparse.buffers import Buffers
 from pahq_hf.engine.sparse.captured import Captured
 from pahq_hf.engine.sparse.each import change_each
 from pahq_hf.engine.sparse.focus import Focus
-from pahq_hf.engine.sparse.heads import HeadMath
 from pahq_hf.engine.sparse.measuring import Measuring
 from pahq_hf.engine.sparse.positions import TokenPlan
 from pahq_hf.engine.sparse.raised import RaisedNode
 from pahq_hf.engine.sparse.readout import Readout
 from pahq_hf.engine.sparse.state import CircuitState
+from pahq_hf.engine.sparse.states import floor_of, new_state
 from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.precision.device_memory import memory_for, out_of_memory, until_it_fits
@@ -106,7 +105,6 @@ class SparseEngine:
             copies = self._memory.vocabulary_copies
             readout = Readout(self.metric, model, clean, copies=copies)
             self._captured = Captured(model, plan, clean, substitute, store)
-        self._clean: Activations = clean
         self._plan = plan
         self._raised = RaisedNode(
             model,
@@ -117,6 +115,7 @@ class SparseEngine:
             self._fitting,
             fixed=ablation != "corrupted",
         )
+        self._new_state = partial(new_state, model, rule, self._captured, clean, len(task))
         self._buffers = Buffers(clean.embedding)
         self._measuring = Measuring(model, self.metric, readout, self._memory, self._buffers, self.phases)
         self._kept = self.graph.all_edges.copy()
@@ -135,7 +134,7 @@ class SparseEngine:
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit, from the live nodes only."""
         with self._raised.lowered(self._state):
-            return self._fitting(lambda: self._measured(kept, self._floor_of(kept))[1])
+            return self._fitting(lambda: self._measured(kept, floor_of(self.graph, kept))[1])
 
     @in_session
     @torch.no_grad()
@@ -155,6 +154,8 @@ class SparseEngine:
             state, before = self._fitting(lambda: self._measured(kept, 1))
             return change_each(state, kept, -1.0, before, self._measuring, self._memory, self._fitting)
 
+    @in_session
+    @torch.no_grad()
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some edges alone to a circuit adds to the metric.
 
@@ -178,23 +179,6 @@ class SparseEngine:
         state = self._new_state()
         state.update(kept, floor, candidates=candidates)
         return state, self._measuring.metric_of(state)
-
-    def _new_state(self) -> CircuitState:
-        math = [
-            HeadMath(layer, self._plan, self._clean, number, len(self.task))
-            for number, layer in enumerate(self.model.layers)
-        ]
-        cache = self.model.precision.shared.cache
-        return CircuitState(self.graph, self._captured, math, cache, self._arithmetic())
-
-    def _arithmetic(self) -> Arithmetic:
-        return Anchored(self.model) if self._rule.anchored else Direct(self.model)
-
-    def _floor_of(self, kept: BoolArray) -> int:
-        """First node that a removed edge touches."""
-        rows = np.flatnonzero((self.graph.all_edges & ~kept).any(axis=1))
-        nodes = [node for row in rows for node in self.graph.readers[row].feeds]
-        return min(nodes, default=len(self.graph.writers))
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -235,7 +219,7 @@ class SparseEngine:
         self._memory.bound(self.model.precision)  # `finish` ended that
         self._state = None
         state = self._new_state()
-        self._fitting(lambda: state.update(self._kept, self._floor_of(self._kept)))
+        self._fitting(lambda: state.update(self._kept, floor_of(self.graph, self._kept)))
         self._state = state
         return state
 
@@ -265,7 +249,7 @@ class SparseEngine:
         floor = nodes[0] if nodes else len(self.graph.writers)
         if nodes and self.graph.readers[reader].kind != "mlp":
             floor = self.graph.head_writer(self.graph.readers[reader].layer, 0)
-        return min(floor, self._floor_of(self._kept))  # a search has removed nothing further down
+        return min(floor, floor_of(self.graph, self._kept))  # a search has removed nothing further down
 
     def _writer_precision(self) -> AbstractContextManager[None]:
         """The precision of what tested edges carry."""
