@@ -87,13 +87,26 @@ class Command:
         self._command(**arguments)
 
     def _searched(self) -> dict[str, inspect.Parameter]:
-        """Options of the searches by the names of their parameters; the first that declares one says how."""
+        """Options of the searches by the names of their parameters.
+
+        The first that declares one says how; of several least values it is the lowest that all take, and
+        whichever search is run checks its own.
+        """
         found: dict[str, inspect.Parameter] = {}
         for kind in self._declared():
             for name, parameter in options_of(kind, self._taken).items():
-                if name not in self._without:
-                    found.setdefault(name, parameter)
+                if name in self._without:
+                    continue
+                if name not in found or _least(parameter) < _least(found[name]):
+                    found[name] = parameter
         return found
+
+
+def _least(parameter: inspect.Parameter) -> float:
+    """The least value that an option takes."""
+    facts = getattr(parameter.annotation, "__metadata__", ())
+    least = next((fact.min for fact in facts if getattr(fact, "min", None) is not None), None)
+    return -math.inf if least is None else least
 
 
 def options_of(kind: SearchKind[Any], taken: Container[str] = ()) -> dict[str, inspect.Parameter]:

@@ -83,20 +83,19 @@ def check_shared(options: type, name: str, other: type, known: str) -> None:
             )
 
 
-def _read_as(options: type) -> dict[str, tuple[Any, Any]]:
-    """Type and least value of each option, by its name on the command line."""
+def _read_as(options: type) -> dict[str, Any]:
+    """Type of each option, by its name on the command line."""
     hints = get_type_hints(options)
     return {
-        option_name(entry): (plain_type(hints[entry.name]), entry.metadata.get("min"))
+        option_name(entry): plain_type(hints[entry.name])
         for entry in fields(options)
         if entry.name not in _EVERY_SEARCH
     }
 
 
-def _in_words(read: tuple[Any, Any]) -> str:
-    kind, least = read
+def _in_words(kind: Any) -> str:
     name = getattr(kind, "__name__", str(kind)) if get_origin(kind) is None else str(kind)
-    return name.removeprefix("typing.") + ("" if least is None else f" from {least}")
+    return name.removeprefix("typing.")
 
 
 def _check_value(entry: Field[Any], hint: Any, told: str) -> None:

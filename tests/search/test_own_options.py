@@ -87,14 +87,14 @@ def test_a_switch_leaves_no_room_for_its_opposite() -> None:
 def test_one_name_means_one_thing_on_the_command_line(where: list[str], tmp_path: Path) -> None:
     """The second search's value would be read as the first's."""
 
-    def options_of(annotation: Any, default: Any, name: str = "edges") -> Any:
+    def options_of(annotation: Any, default: Any, name: str = "parts") -> Any:
         body = {"__annotations__": {name: annotation}, name: default, "__module__": __name__}
         return dataclass(frozen=True)(type("Own", (SearchOptions,), body))
 
     register_search("first", options_of(int, 5))(everything)
     register_search("same", options_of(int | None, None))(everything)
     for annotation, default, words in (
-        (float, 0.5, "'edges' is int, of search 'first', and cannot be float too"),
+        (float, 0.5, "'parts' is int, of search 'first', and cannot be float too"),
         (bool, True, "cannot be bool too"),
         (Literal["few", "many"], "few", r"cannot be Literal\['few', 'many'\] too"),
     ):
@@ -104,8 +104,25 @@ def test_one_name_means_one_thing_on_the_command_line(where: list[str], tmp_path
         register_search("second", options_of(str, "low", "threshold"))
     assert "second" not in searches()
     register_search("second", options_of(float, 0.5), command_line=False)(everything)
-    found = wrapped("llama").discover(TASK, search="second", edges=0.25, progress=False)
-    assert found.record.arguments.more["edges"] == 0.25
+    found = wrapped("llama").discover(TASK, search="second", parts=0.25, progress=False)
+    assert found.record.arguments.more["parts"] == 0.25
+
+
+def test_each_search_has_a_least_value_of_its_own(
+    where: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`refine` has `edges` too, from 1 on: what it refuses another search may take."""
+
+    @dataclass(frozen=True)
+    class Few(SearchOptions):
+        edges: int = 5
+
+    register_search("few", Few)(everything)
+    command = ["discover", *where, "--json", "--out", str(tmp_path / "run"), "--edges", "-1", "--search"]
+    assert run_main(*command, "refine") == 2
+    assert "edges must be a whole number from 1 on; got -1" in capsys.readouterr().err
+    assert run_main(*command, "few") == 0
+    assert json.loads(capsys.readouterr().out)["arguments"]["edges"] == -1
 
 
 @dataclass(frozen=True)
