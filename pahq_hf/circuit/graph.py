@@ -260,10 +260,13 @@ class Graph:
             A mask over the readers. [readers]
 
         Raises:
-            ConfigError: If a glob matches no reader.
+            ConfigError: If a glob matches no reader, or it is no text.
         """
         if pattern is None:
             return np.ones(len(self.readers), dtype=bool)
+        given: object = pattern
+        if not isinstance(given, str):
+            raise ConfigError(f"readers must be globs such as 'logits,m*'; got {given!r}")
         mask = np.zeros(len(self.readers), dtype=bool)
         for glob in pattern.split(","):
             hits = np.array([fnmatch.fnmatchcase(reader.name, glob.strip()) for reader in self.readers])
