@@ -33,7 +33,7 @@ def discover(
     ],
     options: dict[str, Any],
     search: Annotated[
-        str, typer.Option(metavar="NAME", help="acdc, budget, or a registered search.")
+        str, typer.Option(metavar="NAME", help="acdc, budget, refine, or a registered search.")
     ] = "acdc",
     batch: BatchOption = None,
 ) -> None:

@@ -28,7 +28,11 @@ def kept_scores(work: Work[Any], learned: Learned) -> None:
     """
     folder = work.folder
     if folder is not None:
-        notes = {"run": json.dumps({"header": dict(work.header), "level": learned.level})}
+        notes = {
+            "run": json.dumps(
+                {"header": dict(work.header), "level": learned.level, "learned": _check(learned)}
+            )
+        }
         arrays = {name: np.ascontiguousarray(getattr(learned, name)) for name in _ARRAYS}
 
         def write(path: Path) -> None:
@@ -41,8 +45,12 @@ def kept_scores(work: Work[Any], learned: Learned) -> None:
     work.keep({"level": learned.level, "learned": _check(learned)})
 
 
-def load_scores(work: Work[Any]) -> Learned | None:
+def load_scores(work: Work[Any], last: int) -> Learned | None:
     """The state that an interrupted run kept; None if it kept none.
+
+    Args:
+        work: The search.
+        last: The last level there is.
 
     Raises:
         RunError: If it is missing, damaged, or of another run.
@@ -56,27 +64,36 @@ def load_scores(work: Work[Any]) -> Learned | None:
         with safe_open(path, framework="numpy") as file:
             notes = json.loads((file.metadata() or {})["run"])
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        learned = Learned(int(notes["level"]), **arrays)
+        level, header = notes["level"], dict(notes["header"])
+        if type(level) is not int or not header:
+            raise ValueError("it does not say what it is")
+        learned = Learned(level, **arrays)
         if any(array.shape != work.graph.all_edges.shape for array in arrays.values()):
             raise ValueError("its scores are not those of the graph")
+        if notes["learned"] != _check(learned):
+            raise ValueError("its scores do not have their checksum")
         said = {step["level"]: step["learned"] for step in levels}
         if learned.level in said and said[learned.level] != _check(learned):
             raise ValueError("its scores do not have their checksum")
-        if learned.level not in (len(levels), len(levels) + 1) or list(said) != [*range(1, len(levels) + 1)]:
+        if (
+            level > last
+            or level not in (len(levels), len(levels) + 1)
+            or list(said) != [*range(1, len(levels) + 1)]
+        ):
             raise ValueError("it is not at the level of the journal")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(
             f"cannot continue the run in {folder}: {LEARNED_NAME}, what it has learned, is missing or "
             f"damaged ({error}); choose another folder"
         ) from error
-    check_header(dict(notes["header"]), work.header, folder)
+    check_header(header, work.header, folder)
     if learned.level > len(levels):  # it stopped between the two
         work.keep({"level": learned.level, "learned": _check(learned)})
     return learned
 
 
 def _check(learned: Learned) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(str(learned.level).encode(), digest_size=8)
     for name in _ARRAYS:
         digest.update(np.ascontiguousarray(getattr(learned, name)).tobytes())
     return digest.hexdigest()

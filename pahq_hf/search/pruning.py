@@ -78,7 +78,8 @@ class Pruned:
         self.kept = start
         self.taken: list[Round] = []
         self._full = engine.metric_of(self._graph.all_edges.copy())
-        self._scale = abs(engine.metric_of(self._graph.no_edges()) - self._full)
+        self._empty = engine.metric_of(self._graph.no_edges())
+        self._scale = self._gap(self._empty)
         self.metric = engine.metric_of(start)
 
     @property
@@ -95,26 +96,18 @@ class Pruned:
         Raises:
             ValueError: If the round is none of this circuit's.
         """
-        removed, added = taken.removed, taken.added
-        inside = all(self._is_edge(edge) and self.kept[edge] for edge in removed)
-        outside = all(self._is_edge(edge) and not self.kept[edge] for edge in added)
-        if not (inside and outside and (removed or added)) or len({*removed, *added}) < len(removed) + len(
-            added
-        ):
-            raise ValueError("it does not change edges of the circuit before it")
-        self.kept = changed(self.kept, removed, added)
+        self.kept = after(self._graph, self.kept, taken)
         self.metric = taken.metric
         self.taken.append(taken)
-
-    def _is_edge(self, edge: Edge) -> bool:
-        return 0 <= edge[0] < self.kept.shape[0] and 0 <= edge[1] < self._graph.prefix[edge[0]]
 
     def rounds(self) -> Iterator[Round]:
         """Change it round by round, until it has its size and no swap helps."""
         while self.kept.sum() > self._size:
             yield self._taken(self._removal())
-        while (swap := self._swap()) is not None:
-            yield self._taken(swap)
+        while (better := self._relief() or self._swap()) is not None:
+            yield self._taken(better)
+        if self.gap > self._scale:  # where nothing helps, nothing at all is better
+            yield self._taken(Round(tuple(edge_list(self.kept)), (), self._empty))
 
     def _taken(self, taken: Round) -> Round:
         self.take(taken)
@@ -123,6 +116,11 @@ class Pruned:
     def effects(self) -> Scores:
         """What removing each edge of the circuit alone adds to the metric. [readers, writers]"""
         return self._engine.drop_each(self.kept)
+
+    def worth(self) -> Scores:
+        """How much farther from the full model's the metric is without each edge. [readers, writers]"""
+        found: Scores = np.where(self.kept, abs(self.metric + self.effects() - self._full) - self.gap, 0.0)
+        return found
 
     # -- removing -------------------------------------------------------------------------------------
 
@@ -142,6 +140,21 @@ class Pruned:
         """A circuit without some edges and those that are dead then, and its metric."""
         without = self._graph.live_edges(changed(kept, removed, ()))
         return without, self._engine.metric_of(without)
+
+    def _relief(self) -> Round | None:
+        """The edge without which the metric is nearest, if it is nearer than with it."""
+        effects = self.effects()
+        edges = edge_list(self.kept)
+        if not edges:
+            return None
+        removed = min(edges, key=lambda edge: self._gap(self.metric + float(effects[edge])))
+        without, metric = self._without(self.kept, [removed])
+        if not self._is_nearer(metric):
+            return None
+        return Round(tuple(edge_list(self.kept & ~without)), (), metric)
+
+    def _is_nearer(self, metric: float) -> bool:
+        return self._gap(metric) < self.gap - _GAIN * self._scale
 
     # -- swapping -------------------------------------------------------------------------------------
 
@@ -169,7 +182,7 @@ class Pruned:
         else:
             metric = self._engine.metric_of(whole)
         removed, back = edge_list(self.kept & ~whole), edge_list(whole & ~self.kept)
-        if not back or self._gap(metric) >= self.gap - _GAIN * self._scale:
+        if not back or not self._is_nearer(metric):
             return None
         return Round(tuple(removed), tuple(back), metric)
 
@@ -220,6 +233,21 @@ def changed(kept: BoolArray, removed: Sequence[Edge], added: Sequence[Edge]) -> 
     return other
 
 
+def after(graph: Graph, kept: BoolArray, taken: Round) -> BoolArray:
+    """A circuit after a round. [readers, writers]
+
+    Raises:
+        ValueError: If the round is none of this circuit's.
+    """
+    removed, added = taken.removed, taken.added
+    edges = all(0 <= r < len(graph.readers) and 0 <= w < graph.prefix[r] for r, w in (*removed, *added))
+    if not edges or not (removed or added) or len({*removed, *added}) < len(removed) + len(added):
+        raise ValueError("it does not change edges of the graph")
+    if not all(kept[edge] for edge in removed) or any(kept[edge] for edge in added):
+        raise ValueError("it does not change edges of the circuit before it")
+    return changed(kept, removed, added)
+
+
 def least_first(kept: BoolArray, effects: Scores) -> list[Edge]:
     """A circuit's edges, those first whose removal alone moves the metric least."""
     readers, writers = np.nonzero(kept)
@@ -238,7 +266,8 @@ def ranks(graph: Graph, scores: Scores, circuit: Pruned) -> Scores:
     Returns:
         [readers, writers]
     """
-    ranked = dict.fromkeys(reversed(least_first(circuit.kept, circuit.effects())))
+    worth = circuit.worth()
+    ranked = dict.fromkeys(sorted(edge_list(circuit.kept), key=lambda edge: -worth[edge]))
     for taken in reversed(circuit.taken):
         ranked |= dict.fromkeys(edge for edge in reversed(taken.removed) if edge not in ranked)
     seen = changed(graph.no_edges(), (), list(ranked))

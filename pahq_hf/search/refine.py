@@ -8,23 +8,26 @@ Its phases:
    circuit. As many go at once as leave the gap `|m(C) - m(full)|` where the worst of them alone would, or
    nearly so; what they do together is measured.
 3. Swap: edges that are gone come back, by gradients at the present circuit and then each by its test, and as
-   many of the least go for them. It ends when none of the best candidates, each for the edge that is least
-   then, brings the metric nearer.
+   many of the least go for them. Where the metric is nearer without an edge, it goes first. It ends when
+   none of the best candidates, each for the edge that is least then, brings the metric nearer.
 
 Gradients see many prompts and find the set; tests tell which of its edges can be spared.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
+from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, MetricError
+from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import kept_scores, load_scores
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
-from pahq_hf.search.pruning import Pruned, Round, ranks
+from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
 from pahq_hf.search.work import Work
 from pahq_hf.tasks.metrics import find_metric
@@ -84,6 +87,35 @@ def refine(work: Work[RefineOptions]) -> Found:
     return Found(circuit.kept, scores, start | circuit.kept, facts=facts, label=f"{options.edges} edges")
 
 
+def check(work: Work[RefineOptions], found: Found) -> None:
+    """Check that a circuit is what a finished search found.
+
+    Args:
+        work: The search, which only reads.
+        found: The circuit.
+
+    Raises:
+        RunError: If it is not, or what the search kept is damaged.
+    """
+    if not work.is_begun or work.folder is None:
+        return
+    schedule = _schedule(work.options, work.graph)
+    learned = load_scores(work, len(schedule.levels))
+    if learned is None or learned.level < len(schedule.levels):
+        return
+    kept = _start(work.graph, learned.scores, schedule.levels[-1], work.options.edges)
+    for number, step in enumerate(work.steps[len(schedule.levels) :], start=len(schedule.levels) + 1):
+        try:
+            kept = after(work.graph, kept, Round.read(step))
+        except (KeyError, ValueError, TypeError) as error:
+            raise work.damaged(number, f": {error}") from error
+    if not np.array_equal(kept, found.kept):
+        raise RunError(
+            f"the circuit in {work.folder} is not the one its {JOURNAL_NAME} tells of: one of them was "
+            f"changed; remove {CIRCUIT_NAME} and --resume to make it again from the journal"
+        )
+
+
 # -- learning ---------------------------------------------------------------------------------------------
 
 
@@ -97,7 +129,7 @@ def _schedule(options: RefineOptions, graph: Graph) -> Schedule:
 
 def _learn(work: Work[RefineOptions], schedule: Schedule) -> Learned:
     """Learn the levels that an interrupted run has not, and keep each."""
-    learned = load_scores(work)
+    learned = load_scores(work, len(schedule.levels))
     if learned is not None and learned.level == len(schedule.levels):
         return learned
     learner = Learner(work.gradients(), schedule)

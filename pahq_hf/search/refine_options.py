@@ -8,6 +8,8 @@ from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchOptions, told
 
+_MOST = 100.0  # standard deviations: scores differ by ten
+
 
 @dataclass(frozen=True)
 class RefineOptions(SearchOptions):
@@ -23,12 +25,16 @@ class RefineOptions(SearchOptions):
         seed: Of the noise.
     """
 
-    edges: int = field(default=200, metadata=told("Keep so many edges.", min=1))
-    steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
-    rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
-    noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
-    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
-    seed: int = field(default=0, metadata=told("Seed of the noise.", min=0, name="noise_seed"))
+    edges: int = field(default=200, metadata=told("refine: keep so many edges.", min=1))
+    steps: int = field(
+        default=20, metadata=told("refine: steps of learning for each halving of the edges.", min=0)
+    )
+    rate: float = field(
+        default=0.05, metadata=told("refine: how far scores move in a step of learning.", min=0)
+    )
+    noise: float = field(default=0.3, metadata=told("refine: noise on the scores that are learned.", min=0))
+    minibatch: int = field(default=16, metadata=told("refine: prompt pairs of a step of learning.", min=1))
+    seed: int = field(default=0, metadata=told("refine: seed of the noise.", min=0, name="noise_seed"))
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -39,5 +45,5 @@ class RefineOptions(SearchOptions):
                 raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
         for name in ("rate", "noise"):
             check_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a number from 0 on; got {getattr(self, name)!r}")
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise ConfigError(f"{name} must be a number from 0 to {_MOST:g}; got {getattr(self, name)!r}")

@@ -171,6 +171,12 @@ def _resolve_refine(options: RefineOptions, setting: Setting) -> RefineOptions:
     return resolve(options, setting)
 
 
+def _check_refine(work: Work[RefineOptions], found: Found) -> None:
+    from pahq_hf.search.refine import check
+
+    check(work, found)
+
+
 _SEARCHES: dict[str, SearchKind[Any]] = {
     "acdc": SearchKind(
         "acdc",
@@ -211,5 +217,6 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         RefineOptions,
         _refine,
         resolve=_resolve_refine,
+        check=_check_refine,
     ),
 }

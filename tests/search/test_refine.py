@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from pahq_hf import Circuit, PAHQModel, load_task
 from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
@@ -113,6 +116,68 @@ def test_an_interrupted_run_ends_where_another_does(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    ("metric", "ablation", "edges"), [("nll", "zero", 6), ("logit_diff", "corrupted", 3)]
+)
+def test_no_edge_is_in_the_way(metric: str, ablation: Any, edges: int) -> None:
+    """Nor is no circuit at all better."""
+    model = small()
+    circuit = refined(model, metric=metric, ablation=ablation, edges=edges, steps=0)
+    engine = make_engine(Setting(model.patched, TASK, metric, ablation, model.pahq_config), EngineConfig())
+    full, empty = engine.metric_of(circuit.graph.all_edges), engine.metric_of(circuit.graph.no_edges())
+    gap = abs(engine.metric_of(circuit.kept) - full)
+    assert gap <= abs(empty - full) + 1e-6
+    for edge in edge_list(circuit.kept):
+        without = changed(circuit.kept, [edge], ())
+        assert abs(engine.metric_of(without) - full) > gap - 3 * _GAIN * abs(empty - full)
+
+
+def notes_changed(path: Path, **notes: Any) -> None:
+    """Say other things in the head of what was learned."""
+    with safe_open(path, framework="numpy") as file:
+        facts = json.loads(file.metadata()["run"]) | notes
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(arrays, path, metadata={"run": json.dumps(facts)})
+
+
+def test_a_level_ahead_of_the_journal_is_believed_by_its_checksum_alone(tmp_path: Path) -> None:
+    """Between the two a run may have been killed."""
+    model = PAHQModel.from_pretrained("demo", precision="fp32")
+    task = load_task("ioi", model.tokenizer, n=2, metric="kl")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    options: dict[str, Any] = {"search": "refine", "edges": 8, "steps": 0, "progress": False}
+    model.discover(task, out=whole, **options)
+    lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    assert [b'"level"' in line for line in lines[1:4]] == [True, True, False]
+    wrong: list[dict[str, Any]] = [
+        {"header": "x"}, {"header": None}, {"header": {}}, {"learned": "0" * 16},
+        {"level": "1"}, {"level": True}, {"level": float("inf")}, {"level": 9},
+    ]  # fmt: skip
+    folder.mkdir()
+    learned = folder / "learned.safetensors"
+    for notes in [*wrong, {}]:
+        (folder / "journal.jsonl").write_bytes(b"".join(lines[:2]))
+        learned.write_bytes((whole / "learned.safetensors").read_bytes())
+        notes_changed(learned, **notes)
+        if notes:
+            with pytest.raises(RunError, match="missing or damaged") as caught:
+                model.discover(task, out=folder, resume=True, **options)
+            assert "\n" not in str(caught.value)
+    again = model.discover(task, out=folder, resume=True, **options)
+    assert_same_circuit(again, Circuit.from_pretrained(whole))
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "learned.safetensors"])
+def test_a_finished_run_is_what_its_journal_tells_of(finished: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    with pytest.raises(RunError):
+        refined(small(), folder, resume=True)
+
+
 @pytest.mark.parametrize("damage", ["lost", "cut", "changed", "another step"])
 def test_what_was_kept_and_is_damaged_is_said_in_one_line(
     finished: Path, tmp_path: Path, damage: str
@@ -146,6 +211,7 @@ def test_what_was_kept_and_is_damaged_is_said_in_one_line(
         ({"steps": -1}, ConfigError, "steps"),
         ({"rate": float("nan")}, ConfigError, "rate"),
         ({"noise": float("inf")}, ConfigError, "noise"),
+        ({"rate": 1e308}, ConfigError, "rate must be a number from 0 to 100"),
         ({"minibatch": 2.5}, ConfigError, "minibatch"),
         ({"seed": "x"}, ConfigError, "seed"),
         ({"threshold": 0.1}, ConfigError, "threshold"),
