@@ -26,7 +26,7 @@ DEEP: Path = {"search": {"readers": "m0,a0.*0<?>"}}  # what they change passes t
 HOOKS: Path = {"engine": {"engine": "hooks"}}
 # Readers of one head, whose slopes come back through attention and the MLP, all of whose edges stay; at this
 # threshold some of their edges are estimated in every family, and in many some are tested.
-VERIFIED: Path = {"search": {"readers": "a1.*0<?>", "tests": "verified", "threshold": 0.3}}
+VERIFIED: Path = {"search": {"readers": "a1.*0<?>", "tests": "verified", "threshold": 0.6}}
 
 # A path by name: every regime, load, engine and command at least once; `direct` is streamed in low precision.
 PATHS: dict[str, Path] = {
