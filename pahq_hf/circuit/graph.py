@@ -324,6 +324,21 @@ class Graph:
         Returns:
             Its live part. [readers, writers]
         """
+        return kept & self._alive(kept)
+
+    def addable_edges(self, kept: BoolArray) -> BoolArray:
+        """Edges that would lie on some path from `input` to `logits` if they came back alone.
+
+        Args:
+            kept: An edge set. [readers, writers]
+
+        Returns:
+            Those that are not in it. [readers, writers]
+        """
+        return self.all_edges & ~kept & self._alive(kept)
+
+    def _alive(self, kept: BoolArray) -> BoolArray:
+        """Whether a writer is reached from `input` and a reader reaches `logits`. [readers, writers]"""
         fed = np.zeros(len(self.writers), dtype=bool)
         fed[0] = True
         for r, reader in enumerate(self.readers):  # model order is topological
@@ -335,7 +350,8 @@ class Graph:
             if not feeds or read[feeds].any():
                 read |= kept[r]
         needed = np.array([not r.feeds or bool(read[list(r.feeds)].any()) for r in self.readers])
-        return kept & fed[None, :] & needed[:, None]
+        alive: BoolArray = fed[None, :] & needed[:, None]
+        return alive
 
 
 def edge_list(kept: BoolArray) -> Sequence[tuple[int, int]]:

@@ -189,7 +189,7 @@ class Pruned:
     def _candidates(self) -> BoolArray:
         """Edges that may do most good, by slopes at the circuit. [readers, writers]"""
         graph, engine = self._graph, self._engine
-        absent = graph.all_edges & ~self.kept & self._reachable()
+        absent = graph.addable_edges(self.kept)
         promise = np.full(absent.shape, -np.inf)
         engine.begin(self.kept)
         for reader in np.flatnonzero(absent.any(axis=1)).tolist():
@@ -205,22 +205,6 @@ class Pruned:
         chosen.flat[order] = True
         hopeful: BoolArray = chosen & np.isfinite(promise)
         return hopeful
-
-    def _reachable(self) -> BoolArray:
-        """Edges that would be alive if they came back alone. [readers, writers]"""
-        live = self._graph.live_edges(self.kept)
-        fed = np.zeros(self.kept.shape[1], dtype=bool)
-        fed[0] = True
-        for number, reader in enumerate(self._graph.readers):
-            if reader.feeds and (self.kept[number] & fed).any():
-                fed[list(reader.feeds)] = True
-        read = {writer for _, writer in edge_list(live)}
-        reachable = self._graph.all_edges.copy()
-        reachable[:, ~fed] = False
-        for number, reader in enumerate(self._graph.readers):
-            if reader.feeds and read.isdisjoint(reader.feeds):
-                reachable[number] = False
-        return reachable
 
 
 def changed(kept: BoolArray, removed: Sequence[Edge], added: Sequence[Edge]) -> BoolArray:
