@@ -75,19 +75,19 @@ class Opened:
         url: Where it came from.
         requests: Every address it asked for.
         troubles: Dialogs, errors, and whatever is said on the console.
+        foreseen: What a trouble says that is no reason to stop waiting.
     """
 
     page: Page
     url: str
     requests: list[str] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
+    foreseen: str | None = None
 
     def settle(self) -> None:
         """Wait until everything asked for is drawn."""
         # Playwright's own wait_for_function needs eval on the page, which the page forbids.
-        while not self.page.evaluate("Boolean(window.pahq && window.pahq.idle())"):
-            assert not self.troubles, self.troubles
-            self.page.wait_for_timeout(20)
+        self._wait("Boolean(window.pahq && window.pahq.idle())")
 
     @contextmanager
     def moving(self) -> Iterator[None]:
@@ -101,10 +101,16 @@ class Opened:
                }"""
         )
         yield
-        while not self.page.evaluate(f"{count} > 0"):
-            assert not self.troubles, self.troubles
-            self.page.wait_for_timeout(20)
+        self._wait(f"{count} > 0")
         self.settle()
+
+    def _wait(self, condition: str) -> None:
+        """Wait until a condition holds; an unforeseen trouble ends it, for it may then never hold."""
+        while not self.page.evaluate(condition):
+            foreseen = self.foreseen
+            unforeseen = [text for text in self.troubles if foreseen is None or foreseen not in text]
+            assert not unforeseen, unforeseen
+            self.page.wait_for_timeout(20)
 
     def ask(self, call: str, *arguments: Any) -> Any:
         """What a function or value of `window.pahq` says, once everything is drawn."""
@@ -143,18 +149,22 @@ class Opened:
 
 
 @contextmanager
-def opened(browser: Browser, html: str, folder: Path, **context: Any) -> Iterator[Opened]:
+def opened(
+    browser: Browser, html: str, folder: Path, *, foreseen: str | None = None, **context: Any
+) -> Iterator[Opened]:
     """Open a page of ours from a file, as whoever made it would, and wait until all is drawn.
 
     Args:
         browser: The browser.
         html: The document.
         folder: Where its file goes.
+        foreseen: What the page's troubles may say while it is waited for; they are kept all the same.
         **context: Options of Playwright's context, such as `color_scheme`.
     """
     path = folder / "page.html"
     path.write_text(html, encoding="utf-8")
     with visited(browser, path, **context) as result:
+        result.foreseen = foreseen
         result.settle()
         yield result
 

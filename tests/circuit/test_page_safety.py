@@ -18,7 +18,7 @@ from pahq_hf.circuit.render import palette
 from pahq_hf.circuit.render.page import circuit_page, compare_page
 from pahq_hf.circuit.render.palette import DARK, LIGHT
 from pahq_hf.errors import ConfigError
-from tests.browser import SMALL, chromium, opened, random_circuit
+from tests.browser import SMALL, chromium, opened, random_circuit, visited
 from tests.tiers import exhaustive, quick
 
 SMOLLM2 = GraphSpec(layers=30, heads=9, kv_groups=3)
@@ -78,9 +78,10 @@ def test_data_cannot_end_its_script() -> None:
 def test_browser_refuses_other_scripts_and_the_network(browser: Browser, pages: Path) -> None:
     page = circuit_page(random_circuit(SMALL, 30))
     html = page.replace("<main>", "<script>window.intruder = true</script><main>")
-    with opened(browser, html, pages) as shown:
+    policy = "Content Security Policy"
+    with opened(browser, html, pages, foreseen=policy) as shown:
         assert shown.page.evaluate("window.intruder") is None
-        assert any("Content Security Policy" in trouble for trouble in shown.troubles)
+        assert any(policy in trouble for trouble in shown.troubles)
         blocked = shown.page.evaluate(
             """async () => {
                  const seen = [];
@@ -92,6 +93,21 @@ def test_browser_refuses_other_scripts_and_the_network(browser: Browser, pages: 
                }"""
         )
         assert blocked == ["connect-src", "img-src"]
+
+
+def test_waiting_passes_over_foreseen_troubles_only(browser: Browser, pages: Path) -> None:
+    """A refusal is said before the page is drawn where the machine is slow."""
+    path = pages / "slow.html"
+    path.write_text("<p>drawn at the fourth look", encoding="utf-8")
+    with visited(browser, path) as shown:
+        shown.page.evaluate("() => { let looks = 0; window.pahq = { idle: () => ++looks > 3 }; }")
+        shown.troubles.append("refused by policy")
+        shown.foreseen = "policy"
+        shown.settle()
+        shown.page.evaluate("() => { window.pahq = { idle: () => false }; }")
+        shown.troubles.append("TypeError")
+        with pytest.raises(AssertionError, match=r"^\['TypeError'\]"):
+            shown.settle()
 
 
 # -- size ---------------------------------------------------------------------------------------------
