@@ -17,6 +17,7 @@ Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
 Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
+Criterion = Literal["signed", "absolute", "gap"]  # by what of an edge searches decide
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]
 CONFIG_NAME = "pahq_config.json"

@@ -287,7 +287,7 @@ class PAHQModel(RunnableModel):
             take_over: Take the place of another machine's process that works in `out`.
             progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
-                `topn`, `threshold`, `absolute`, `ablation`, `seed`.
+                `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`.
 
         Returns:
             The circuit; `scores` holds the score of every edge, positive where removing it would hurt.

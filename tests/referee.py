@@ -258,15 +258,23 @@ class Referee:
         return out
 
     def acdc(
-        self, threshold: float, *, order: str = "acdc", absolute: bool = False, readers: Names | None = None
+        self,
+        threshold: float,
+        *,
+        order: str = "acdc",
+        criterion: str = "signed",
+        readers: Names | None = None,
     ) -> Result:
         """ACDC to the letter of semantics 3.
+
+        The score of an edge is what removing it adds to the metric, by criterion "gap" what it adds to how
+        far the metric is from the full model's; by "absolute" its size is held against the threshold.
 
         A reader outside ``readers`` keeps its in-edges: they count as kept and untested, with score 0.
         """
         assert readers is None or readers <= set(self.readers), "no such readers"
         result, removed = Result(), set[Edge]()
-        current = self.metric(removed)
+        full = current = self.metric(removed)
         for reader in self.reader_order(order):
             mine = [edge for edge in reversed(self.edges) if edge[1] == reader]  # latest first, input last
             searched = readers is None or reader in readers
@@ -279,10 +287,10 @@ class Referee:
                 continue
             for edge in mine:
                 new = self.metric(removed | {edge})
-                score = new - current
+                score = abs(new - full) - abs(current - full) if criterion == "gap" else new - current
                 result.tested.append(edge)
                 result.scores[edge] = score
-                if (abs(score) if absolute else score) < threshold:
+                if (abs(score) if criterion == "absolute" else score) < threshold:
                     removed.add(edge)
                     current = new
         result.kept = self.edge_set - removed

@@ -59,6 +59,7 @@ def render_card(
         method=run.title,
         threshold=_threshold(asked),
         screen=asked.screen,
+        criterion=None if asked.criterion == "signed" else asked.criterion,
         precision=_precision(run.precision),
         kept=edges.edge_count,
         live=int(edges.live.sum()),

@@ -120,6 +120,13 @@ class SearchArguments(Section):
     readers: str | None = None
     order: str | None = None
 
+    @property
+    def criterion(self) -> str:
+        """What of an edge was held against the threshold: `signed`, `absolute` or `gap`."""
+        if self.more.get("criterion") == "gap":
+            return "gap"
+        return "absolute" if self.more.get("absolute") is True else "signed"
+
     def __contains__(self, name: str) -> bool:
         """Whether the search has an argument of this name, be it None."""
         return name in self.more or getattr(self, name, None) is not None

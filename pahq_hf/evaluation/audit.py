@@ -110,7 +110,7 @@ def audit(evaluator: Evaluator, circuit: Circuit, count: int, seed: int = 0) -> 
     for reader, writer in removed[np.sort(picked)].tolist():
         drawn.setdefault(reader, []).append(writer)
     exact = _scores(evaluator, circuit, drawn)
-    threshold, absolute = cast("float", asked.threshold), bool(asked.more.get("absolute"))
+    threshold, absolute = cast("float", asked.threshold), asked.criterion == "absolute"
     wrong = {edge: score for edge, score in exact.items() if (abs(score) if absolute else score) >= threshold}
     everything = len(picked) == len(removed)
     share = len(wrong) / len(removed) if everything else most_wrong(len(picked), len(wrong))
@@ -148,7 +148,7 @@ def _check_prompts(evaluator: Evaluator, circuit: Circuit) -> None:
 def _scores(
     evaluator: Evaluator, circuit: Circuit, drawn: dict[int, list[int]]
 ) -> dict[tuple[int, int], float]:
-    """What removing edges adds to the metric in FP32, in the circuits in which they were decided.
+    """The scores of edges in FP32, in the circuits in which they were decided.
 
     Args:
         evaluator: Measures circuits.
@@ -159,7 +159,7 @@ def _scores(
     found: dict[tuple[int, int], float] = {}
     engine = evaluator.tester(cast("str", asked.metric), cast("Ablation", asked.ablation or "corrupted"))
     try:
-        engine.begin(graph.all_edges)
+        full, by_gap = engine.begin(graph.all_edges), asked.criterion == "gap"
         for reader in graph.reader_order(cast("ReaderOrder", asked.order or "acdc")):
             gone = _removed_in_order(circuit, reader)
             if reader in drawn:
@@ -167,6 +167,7 @@ def _scores(
                 places = sorted(gone.index(writer) for writer in drawn[reader])
                 candidates = [gone[:end] for place in places for end in (place, place + 1)]
                 values = np.array(engine.try_(reader, candidates).values)
+                values = np.abs(values - full) if by_gap else values
                 for place, score in zip(places, values[1::2] - values[::2], strict=True):
                     found[reader, gone[place]] = float(score)
             if gone:

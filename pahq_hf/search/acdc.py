@@ -24,6 +24,7 @@ from pahq_hf.search.audit import Audit
 from pahq_hf.search.batches import BatchSize, FixedBatch
 from pahq_hf.search.intervals import IntervalSearch
 from pahq_hf.search.reader_search import Deciding, ReaderSearch
+from pahq_hf.search.reference import Reference
 from pahq_hf.search.state import ReaderRecord, Search
 
 Observer = Callable[[Search, ReaderRecord], None]
@@ -38,6 +39,7 @@ def search(
     done: Sequence[ReaderRecord] = (),
     survivors: BoolArray | None = None,
     decider: Decider | None = None,
+    reference: Reference | None = None,
     on_reader: Observer | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Search:
@@ -50,6 +52,7 @@ def search(
         done: Readers finished by an earlier run, in order.
         survivors: Edges to be tested; the others are removed untested. All by default. [readers, writers]
         decider: Makes what decides the edges of a reader; ACDC's by default.
+        reference: What gaps are from, where the criterion is the gap; by default the engine measures it.
         on_reader: Called after every finished reader.
         on_batch: Called with the reader and the number of edges just decided, negative when undone.
 
@@ -66,6 +69,8 @@ def search(
     decider = decider or (_estimating if config.estimates else _testing)
     audit = Audit.of(config.audited, int(graph.all_edges[chosen].sum()))
     try:
+        if config.decides_by == "gap" and reference is None:
+            reference = Reference(engine.metric_of(graph.all_edges))
         measured = engine.begin(state.kept)
         if not done:
             state.metric = measured
@@ -75,7 +80,7 @@ def search(
             if chosen[reader]:
                 tested = None if survivors is None else survivors[reader]
                 record = _search_reader(
-                    engine, config, state, reader, tested, batch, audit, decider, on_batch
+                    engine, config, state, reader, tested, batch, audit, decider, reference, on_batch
                 )
             else:
                 record = ReaderRecord(reader, False, tuple(sorted(graph.in_edges(reader))), {}, state.metric)
@@ -96,6 +101,7 @@ def _search_reader(
     batch: BatchSize,
     audit: Audit,
     decider: Decider,
+    reference: Reference | None,
     on_batch: Callable[[int, int], None] | None,
 ) -> ReaderRecord:
     graph = engine.graph
@@ -109,7 +115,13 @@ def _search_reader(
     cur = engine.focus(reader)
     if cur is None:
         cur = engine.try_(reader, [screened]).values[0] if screened else state.metric
-    work = Deciding(engine, config, reader, tuple(screened), cur, batch, state.keep_rate(), audit, on_batch)
+    seen = None
+    if reference is not None:
+        kept = state.kept.copy()
+        kept[reader, screened] = False
+        seen = reference.seen(engine, kept, cur)
+    rate = state.keep_rate()
+    work = Deciding(engine, config, reader, tuple(screened), cur, batch, rate, audit, seen, on_batch)
     return decider(work, state).run()
 
 

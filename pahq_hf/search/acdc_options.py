@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
+from pahq_hf.config import Ablation, Criterion, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import told
@@ -26,7 +26,10 @@ class GreedyOptions(JsonConfig):
         metric: What is minimised; None takes the task's own.
         order: Reader order.
         ablation: What takes the place of a removed edge.
-        absolute: Compare `|new - cur|` instead of `new - cur`.
+        absolute: The same as criterion `absolute`.
+        criterion: What of an edge is held against tau, when removing it takes the metric from `cur` to `new`:
+            `signed`, `new - cur`; `absolute`, `|new - cur|`; `gap`, `|new - full| - |cur - full|`, how much
+            farther it is then from the full model's. None is `signed`, or what `absolute` says.
         readers: Comma-separated globs; only matching readers are searched, others keep all edges.
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
@@ -41,7 +44,7 @@ class GreedyOptions(JsonConfig):
     metric: str | None = None
     order: ReaderOrder = field(default="acdc", metadata=told("Order in which readers are visited."))
     ablation: Ablation = "corrupted"
-    absolute: bool = field(default=False, metadata=told("Compare |new - cur| with tau."))
+    absolute: bool = field(default=False, metadata=told("The same as --criterion absolute."))
     readers: str | None = field(
         default=None, metadata=told("Search only readers matching these globs, e.g. 'logits,m1*'.")
     )
@@ -49,6 +52,17 @@ class GreedyOptions(JsonConfig):
         default=None,
         metadata=told("Test again in FP32 what scores within margin x tau of tau; inf tests all again."),
     )
+    criterion: Criterion | None = field(
+        default=None,
+        metadata=told(
+            "What is held against tau of what a removal does to the metric: signed, what it adds; absolute, "
+            "how far it moves it; gap, how much farther it takes it from the full model's. [signed]"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "absolute", self.decides_by == "absolute")
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -60,6 +74,10 @@ class GreedyOptions(JsonConfig):
             check_metric_name(self.metric)
         check_choice("order", self.order, ReaderOrder)
         check_choice("ablation", self.ablation, Ablation)
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, Criterion)
+        if self.absolute and self.criterion not in (None, "absolute"):
+            raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
 
@@ -67,6 +85,11 @@ class GreedyOptions(JsonConfig):
         """Raise `ConfigError` when the threshold is out of range."""
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
+
+    @property
+    def decides_by(self) -> Criterion:
+        """The criterion, whichever option says it."""
+        return self.criterion or ("absolute" if self.absolute else "signed")
 
     @property
     def estimates(self) -> bool:
@@ -85,6 +108,8 @@ class GreedyOptions(JsonConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; JSON has no infinity."""
         values = asdict(self)
+        if self.criterion != "gap":  # `absolute` tells the other two
+            del values["criterion"]
         return values | {name: "inf" for name in self.endless if values[name] == math.inf}
 
     @classmethod
@@ -135,6 +160,11 @@ class ACDCConfig(GreedyOptions):
                 raise ConfigError(f"audit must be a share from 0 to 1; got {self.audit}")
             if self.tests == "all":
                 raise ConfigError("an audit draws from estimated edges: it needs tests verified")
+        if self.estimates and self.decides_by == "gap":
+            raise ConfigError(
+                "criterion gap needs tests all: estimates follow slopes, and those of the gap turn round "
+                "where the metric passes the full model's"
+            )
         if self.screen is not None:
             parse_screen(self.screen)
 

@@ -31,6 +31,7 @@ from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.expectation import search_progress
 from pahq_hf.search.kind import Found
+from pahq_hf.search.reference import Reference
 from pahq_hf.search.replay import replay, step_of
 from pahq_hf.search.screen import Screen, make_screen
 from pahq_hf.search.state import ReaderRecord, Search
@@ -53,8 +54,9 @@ def acdc(work: Work[ACDCConfig]) -> Found:
     options = work.options
     screen = _screen(work)
     survivors = None if screen is None else screen.survivors
-    done = replay(work, survivors).records
-    state = searched(work, f"ACDC, tau {options.threshold:g}", done, survivors)
+    reference = Reference.kept(work) if options.decides_by == "gap" else None
+    done = replay(work, survivors, reference=reference).records
+    state = searched(work, f"ACDC, tau {options.threshold:g}", done, survivors, reference=reference)
     facts = {
         **({} if options.tests == "all" else {"estimates": _estimates(state).to_json()}),
         **({} if screen is None else {"screen": screen.facts()}),
@@ -72,6 +74,7 @@ def searched(
     done: Sequence[ReaderRecord],
     survivors: BoolArray | None = None,
     decider: Decider | None = None,
+    reference: Reference | None = None,
 ) -> Search:
     """Run a greedy search from where it stopped to its end; what it decides is shown and kept.
 
@@ -81,6 +84,7 @@ def searched(
         done: Readers finished by an earlier run, in order.
         survivors: Edges that are tested; all by default. [readers, writers]
         decider: Makes what decides the edges of a reader; ACDC's by default.
+        reference: What gaps are from, where the criterion is the gap.
 
     Returns:
         The finished search.
@@ -99,6 +103,7 @@ def searched(
             done=done,
             survivors=survivors,
             decider=decider,
+            reference=reference,
             on_reader=on_reader,
             on_batch=lambda _, tested: shown.on_batch(tested),
         )
@@ -149,8 +154,13 @@ def check(work: Work[ACDCConfig], found: Found) -> None:
     lost = work.options.screen is not None and folder is not None and not os.path.exists(folder / SCREEN_NAME)
     if lost or not work.is_begun:
         return
-    screen = _screen(work)
-    compare(work, found, replay(work, None if screen is None else screen.survivors))
+    screen, reference = _screen(work), None
+    if work.options.decides_by == "gap":
+        if not work.steps:
+            return
+        reference = Reference.kept(work)
+    survivors = None if screen is None else screen.survivors
+    compare(work, found, replay(work, survivors, reference=reference))
 
 
 def compare(work: Work[Any], found: Found, state: Search) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation
+from pahq_hf.config import Ablation, Criterion
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.search.acdc_options import Tests
 from pahq_hf.search.attribution.options import MethodName
@@ -27,6 +27,7 @@ class SweepOptions(TypedDict, total=False):
     screen: str | None
     tests: Tests
     audit: float | None
+    criterion: Criterion | None
 
 
 class DiscoverOptions(SweepOptions, total=False):
@@ -46,6 +47,7 @@ class AttributeOptions(TypedDict, total=False):
     absolute: bool
     ablation: Ablation
     seed: int
+    criterion: Criterion | None
 
 
 class EvaluateOptions(TypedDict, total=False):

@@ -28,6 +28,7 @@ from pahq_hf.search.acdc_run import compare, found_by, searched, with_margin
 from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.kind import Found
 from pahq_hf.search.reader_search import Deciding, Look, ReaderSearch
+from pahq_hf.search.reference import Reference
 from pahq_hf.search.replay import replay
 from pahq_hf.search.state import ReaderRecord, Search
 from pahq_hf.search.work import Work
@@ -111,12 +112,12 @@ class BudgetSearch(ReaderSearch):
         if margin in (0.0, math.inf):
             return margin > 0
         if math.isfinite(self._config.threshold):
-            if self._is_near(score):
+            if super()._is_doubtful(score, new):
                 return True
             if self._config.stays(score):
                 return False
         # Errors are relative to how far the reader's tests have come from where the metric was exact.
-        moved = abs(score) + sum(abs(self._scores[writer]) for writer in self._removed)
+        moved = abs(new - self._cur) + sum(self._moves[writer] for writer in self._removed)
         return abs(self._gap(new) - self._allowed(self._position)) <= margin * moved
 
     def _decide(self, writer: int, new: float) -> bool:
@@ -166,10 +167,15 @@ def budget(work: Work[BudgetOptions]) -> Found:
         bound = Bound(full, empty, options.max_gap, _testable(graph, options))
         work.keep(bound.step())
     regime = work.setting.precision.regime
-    done = _replayed(work, bound).records
+    reference = _reference(work, bound)
+    done = _replayed(work, bound, reference).records
     name = f"budget, gap up to {options.max_gap:g}"
     state = searched(
-        work, name, done, decider=lambda deciding, before: of_reader(deciding, before, bound, regime)
+        work,
+        name,
+        done,
+        decider=lambda deciding, before: of_reader(deciding, before, bound, regime),
+        reference=reference,
     )
     facts = {"full": bound.full, "empty": bound.empty, "kept_below_tau": _kept_below_tau(state, options)}
     if math.isfinite(bound.total):
@@ -199,7 +205,8 @@ def check(work: Work[BudgetOptions], found: Found) -> None:
         RunError: If it is not, or if the journal is damaged.
     """
     if work.steps:
-        compare(work, found, _replayed(work, _kept_bound(work)))
+        bound = _kept_bound(work)
+        compare(work, found, _replayed(work, bound, _reference(work, bound)))
 
 
 def of_reader(work: Deciding, before: Search, bound: Bound, regime: Regime) -> BudgetSearch:
@@ -211,7 +218,8 @@ def of_reader(work: Deciding, before: Search, bound: Bound, regime: Regime) -> B
             work, bound, decided, measure=lambda gone: engine.look_again(reader, [gone]).values[0]
         )
     if regime == "pahq-literal":  # tests have the reader's node in FP32, circuits have none
-        offset = engine.metric_of(before.kept) - work.cur
+        seen = work.reference
+        offset = engine.metric_of(before.kept) - work.cur if seen is None else bound.full - seen
         return BudgetSearch(work, bound, decided, offset, lambda gone: _metric(engine, before, reader, gone))
     return BudgetSearch(work, bound, decided)
 
@@ -257,13 +265,18 @@ def _kept_bound(work: Work[BudgetOptions]) -> Bound:
     return Bound(full, empty, work.options.max_gap, _testable(work.graph, work.options))
 
 
-def _replayed(work: Work[BudgetOptions], bound: Bound) -> Search:
+def _reference(work: Work[BudgetOptions], bound: Bound) -> Reference | None:
+    return Reference.of(work, bound.full) if work.options.decides_by == "gap" else None
+
+
+def _replayed(work: Work[BudgetOptions], bound: Bound, reference: Reference | None) -> Search:
     exact = work.setting.precision.regime == "fp32"
     return replay(
         work,
         None,
         first=1,
         mistake=lambda record, before: _mistake(record, before, work.options, bound, exact),
+        reference=reference,
     )
 
 
@@ -285,10 +298,12 @@ def _mistake(
     if not exact:
         return None
     cur, decided = before.metric if before.records else bound.full, _decided(before)
+    by_gap = options.decides_by == "gap"  # then scores tell how gaps grow
+    at = bound.gap(cur) if by_gap else cur
     for writer in before.graph.in_edges(record.reader) if record.scores else ():
         decided += 1
         score = record.scores[writer]
-        over = bound.gap(cur + score) - bound.allowed(decided)
+        over = (at + score if by_gap else bound.gap(at + score)) - bound.allowed(decided)
         rounding = _ROUNDING * max(1.0, abs(cur), abs(bound.full))
         if writer in record.kept:
             if not options.stays(score) and over < -rounding:
@@ -296,5 +311,5 @@ def _mistake(
             continue
         if over > rounding:
             return "it removes an edge that the budget does not allow"
-        cur += score
+        at += score
     return None

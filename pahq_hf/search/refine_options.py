@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from pahq_hf.config import check_number
+from pahq_hf.config import Criterion, check_choice, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchOptions, told
 
@@ -23,6 +24,7 @@ class RefineOptions(SearchOptions):
         noise: On the scores, at the beginning of each halving.
         minibatch: Prompt pairs of a step.
         seed: Of the noise.
+        criterion: `gap`: what it brings down is how far the metric is from the full model's.
     """
 
     edges: int = field(default=200, metadata=told("refine: keep so many edges.", min=1))
@@ -35,10 +37,15 @@ class RefineOptions(SearchOptions):
     noise: float = field(default=0.3, metadata=told("refine: noise on the scores that are learned.", min=0))
     minibatch: int = field(default=16, metadata=told("refine: prompt pairs of a step of learning.", min=1))
     seed: int = field(default=0, metadata=told("refine: seed of the noise.", min=0, name="noise_seed"))
+    criterion: Criterion | None = field(default=None, metadata=told("refine: gap, which it always is."))
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         super().validate()
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, Criterion)
+        if self.criterion not in (None, "gap"):
+            raise ConfigError(f"refine brings the gap down: its criterion is gap, not {self.criterion}")
         for name, least in (("edges", 1), ("steps", 0), ("minibatch", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -47,3 +54,7 @@ class RefineOptions(SearchOptions):
             check_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ConfigError(f"{name} must be a number from 0 to {_MOST:g}; got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; there is one criterion."""
+        return {name: value for name, value in super().to_dict().items() if name != "criterion"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.search.acdc_options import GreedyOptions
+from pahq_hf.search.reference import Reference
 from pahq_hf.search.state import Counts, ReaderRecord, Search
 from pahq_hf.search.work import Work
 
@@ -64,6 +65,7 @@ def replay(
     *,
     first: int = 0,
     mistake: Callable[[ReaderRecord, Search], str | None] | None = None,
+    reference: Reference | None = None,
 ) -> Search:
     """The state of a search after the steps that an earlier part of it kept.
 
@@ -72,9 +74,10 @@ def replay(
     Args:
         work: The search, whose options are greedy ones.
         survivors: Edges that are tested; all by default. [readers, writers]
-        first: Steps before the first reader's.
+        first: Steps before the first reader's, but for that of a reference.
         mistake: What is wrong with the decisions about a reader, from the state before it; None if nothing.
             By default an edge is kept where its score reaches the threshold and nowhere else.
+        reference: What gaps are from, where the criterion is the gap; the first step has it.
 
     Returns:
         The state.
@@ -83,6 +86,7 @@ def replay(
         RunError: If they are no steps of this search, naming the first that is not.
     """
     graph, config = work.graph, work.options
+    first = max(first, reference is not None)
     mistake = mistake or (lambda record, before: _other_than_scores(record, config))
     telescopes = work.setting.precision.regime == "fp32"  # a reader's tests begin where the last one's ended
     state, order = Search.start(graph), graph.reader_order(config.order)
@@ -99,7 +103,7 @@ def replay(
         wrong = _inconsistency(record, state, config, bool(chosen[reader]), survivors)
         if wrong is None and record.searched:
             wrong = mistake(record, state) or _wrong_counts(record, config)
-        wrong = wrong or _jump(record, state, survivors, telescopes)
+        wrong = wrong or _jump(record, state, survivors, telescopes, reference)
         if wrong is not None:
             raise work.damaged(number, f", reader {graph.readers[reader].name}: {wrong}")
         state.apply(record)
@@ -163,7 +167,13 @@ def _wrong_estimates(record: ReaderRecord, config: GreedyOptions) -> str | None:
     return None
 
 
-def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, telescopes: bool) -> str | None:
+def _jump(
+    record: ReaderRecord,
+    before: Search,
+    survivors: BoolArray | None,
+    telescopes: bool,
+    reference: Reference | None,
+) -> str | None:
     """What is wrong with a record's metric; None if nothing, or if it was measured afresh."""
     edges = list(before.graph.in_edges(record.reader))
     screened = survivors is not None and not survivors[record.reader, edges].all()
@@ -171,7 +181,12 @@ def _jump(record: ReaderRecord, before: Search, survivors: BoolArray | None, tel
     afresh = screened or record.looks or record.counts.wrong or not telescopes
     if not before.records or (tested and afresh):
         return None
-    expected = before.metric + sum(s for w, s in record.scores.items() if w not in record.kept)
-    if abs(record.metric - expected) <= _ROUNDING * max(1.0, abs(expected)):
+    added = sum(s for w, s in record.scores.items() if w not in record.kept)
+    if reference is None:
+        what, found, expected = "metric", record.metric, before.metric + added
+    else:  # scores tell how gaps grow
+        full = reference.full
+        what, found, expected = "gap", abs(record.metric - full), abs(before.metric - full) + added
+    if abs(found - expected) <= _ROUNDING * max(1.0, abs(record.metric), abs(expected)):
         return None
-    return f"its metric is {record.metric!r}; the record before and its scores make it {expected!r}"
+    return f"its {what} is {found!r}; the record before and its scores make it {expected!r}"

@@ -134,7 +134,7 @@ def test_acdc_thresholds_and_restriction() -> None:
     everything = referee.acdc(1e9)
     assert not everything.kept
     assert set(everything.tested) == in_edges(referee, "logits")
-    strict = referee.acdc(0.0, absolute=True)  # |score| < 0 never holds
+    strict = referee.acdc(0.0, criterion="absolute")  # |score| < 0 never holds
     assert strict.kept == set(referee.edges) and min(strict.scores.values()) < 0
     some = {"m1", "a1.h3<v>"}
     restricted = referee.acdc(1e9, readers=some)

@@ -73,7 +73,7 @@ def test_absolute_scores(name: str) -> None:
     """Edges whose removal lowers the metric much are kept too."""
     config = ACDCConfig(threshold=0.1, metric="logit_diff", absolute=True)
     ours = run(name, torch.float64, config)
-    theirs = referee(name, TASK, metric="logit_diff").acdc(0.1, absolute=True)
+    theirs = referee(name, TASK, metric="logit_diff").acdc(0.1, criterion="absolute")
     assert_same_search(ours, theirs, 1e-9)
     assert (ours.scores[ours.kept] < -0.1).any()
 

@@ -49,6 +49,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "method": run.method,
         "threshold": asked.threshold,
         "best edges": asked.topn,
+        "criterion": None if asked.criterion == "signed" else asked.criterion,
         "screen": asked.screen,
         "ablation": asked.ablation,
         "precision": run.precision.regime,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast, get_args
 
-from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name, check_number
+from pahq_hf.config import Ablation, Criterion, JsonConfig, check_choice, check_metric_name, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import Unsaid, told
 
@@ -24,9 +24,12 @@ class AttributionConfig(JsonConfig):
         steps: Runs whose gradients `eap-ig` averages.
         topn: Keep so many edges; by default all, or those of the threshold.
         threshold: Keep edges with at least this score.
-        absolute: Compare magnitudes of scores.
+        absolute: The same as criterion `absolute`.
         ablation: What takes the place of a removed edge.
         seed: Of `random`.
+        criterion: By what of scores edges are chosen: `signed`, as they are; `absolute`, their size; `gap`,
+            how far removing the edge alone takes the metric from the full model's, which is their size too.
+            None is `signed`, or what `absolute` says.
     """
 
     method: MethodName = field(
@@ -38,11 +41,22 @@ class AttributionConfig(JsonConfig):
     threshold: float | None = field(
         default=None, metadata=told("Keep edges with at least this score, in place of --topn.")
     )
-    absolute: bool = field(default=False, metadata=told("Compare magnitudes of scores."))
+    absolute: bool = field(default=False, metadata=told("The same as --criterion absolute."))
     ablation: Ablation = "corrupted"
     seed: int = field(
         default=0, metadata=told("Seed of the scores of method random.", min=0, name="score_seed")
     )
+    criterion: Criterion | None = field(
+        default=None,
+        metadata=told(
+            "By what of scores edges are chosen: signed, as they are; absolute or gap, by size: how far "
+            "the metric is from the full model's without the edge. [signed]"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "absolute", self.absolute or self.criterion == "absolute")
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -50,6 +64,12 @@ class AttributionConfig(JsonConfig):
         if self.metric is not None:
             check_metric_name(self.metric)
         check_choice("ablation", self.ablation, Ablation)
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, Criterion)
+        if self.absolute and self.criterion not in (None, "absolute"):
+            raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
+        if self.method == "random" and self.criterion == "gap":
+            raise ConfigError("criterion gap means nothing for method random, whose scores are of no metric")
         for name in ("steps", "topn", "seed"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True)
@@ -65,6 +85,18 @@ class AttributionConfig(JsonConfig):
             raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0; got {self.seed}")
+
+    @property
+    def by_size(self) -> bool:
+        """Whether edges are chosen by the size of their scores."""
+        return self.absolute or self.criterion == "gap"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; `absolute` tells two criteria."""
+        values = asdict(self)
+        if self.criterion != "gap":
+            del values["criterion"]
+        return values
 
 
 def parse_screen(text: str) -> tuple[MethodName, float]:

@@ -65,9 +65,9 @@ def resolve(options: AttributionConfig, setting: Setting) -> AttributionConfig:
 def chosen(graph: Graph, scores: Scores, options: AttributionConfig) -> BoolArray:
     """The edges that scores choose. [readers, writers]"""
     if options.threshold is not None:
-        return edges_from(graph, scores, options.threshold, absolute=options.absolute)
+        return edges_from(graph, scores, options.threshold, absolute=options.by_size)
     count = graph.edge_count if options.topn is None else options.topn
-    return top_edges(graph, scores, count, absolute=options.absolute)
+    return top_edges(graph, scores, count, absolute=options.by_size)
 
 
 def _finished(work: Work[AttributionConfig]) -> Mapping[int, Mapping[int, float]]:
