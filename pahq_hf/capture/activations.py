@@ -57,6 +57,12 @@ class Activations:
             final_in=self.final_in[examples],
         )
 
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory, but for masks and tables."""
+        tensors = [self.embedding, *self.z, *self.mlp, *self.attention_in, *self.mlp_in, self.final_in]
+        return sum(each.nbytes for each in (*tensors, self.final_out, self.logits))
+
     def map_writers(self, change: Callable[[Tensor], Tensor]) -> Activations:
         """A copy whose written activations (embedding, z, mlp) are changed one by one."""
         return replace(

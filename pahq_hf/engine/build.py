@@ -8,7 +8,7 @@ from pahq_hf.capture.store import make_store
 from pahq_hf.config import Ablation, EngineConfig
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.hooks.gradient_runs import Runs
-from pahq_hf.engine.protocol import Engine, GradientRuns, Referee
+from pahq_hf.engine.protocol import CircuitRuns, Engine, GradientRuns, Referee
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.setting import Setting
 from pahq_hf.engine.sparse.engine import SparseEngine
@@ -103,3 +103,18 @@ def make_gradient_runs(setting: Setting) -> GradientRuns:
         MetricError: If the task lacks what the metric needs, or the metric is NaN.
     """
     return Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)
+
+
+def make_circuit_runs(setting: Setting) -> CircuitRuns:
+    """Capture the runs that learning takes gradients at circuits near, and keep no more of them than that.
+
+    Args:
+        setting: Model, task, metric, ablation and precision.
+
+    Raises:
+        TaskError: If the prompts do not fit the model.
+        MetricError: If the task lacks what the metric needs, or the metric is NaN.
+    """
+    runs = Runs(setting.model, setting.task, setting.metric, setting.ablation, setting.rule)
+    runs.lighten()
+    return runs

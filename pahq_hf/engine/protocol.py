@@ -258,12 +258,39 @@ class Gradients(Protocol):
         """
 
 
-class GradientRuns(Protocol):
-    """The clean, corrupted and substituted runs of a task, and gradients at runs near them."""
+class CircuitRuns(Protocol):
+    """The runs of a task that gradients at its circuits need."""
 
     @property
     def graph(self) -> Graph:
         """The model's graph."""
+
+    @property
+    def nbytes(self) -> int:
+        """What the runs take in memory."""
+
+    def circuit_parts(self, most: int | None = None) -> Iterator[Part]:
+        """The task in runs of as many examples as memory allows where gradients are taken at a circuit.
+
+        Args:
+            most: At most so many.
+        """
+
+    def at_circuit(self, part: Part, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """A part's metric where each edge has a share, and what removing each edge would add to it.
+
+        Args:
+            part: The part.
+            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers]
+
+        Returns:
+            The part's share of the metric, and of what removing each edge adds to it if all is linear, gone
+            or not. [readers, writers]
+        """
+
+
+class GradientRuns(CircuitRuns, Protocol):
+    """The clean, corrupted and substituted runs of a task, and gradients at runs near them."""
 
     @property
     def metric(self) -> Metric:
@@ -286,21 +313,6 @@ class GradientRuns(Protocol):
 
     def gradients(self, part: Part, embedding: Tensor) -> Gradients:
         """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
-
-    def circuit_parts(self) -> Iterator[Part]:
-        """The same where gradients are taken at a circuit."""
-
-    def at_circuit(self, part: Part, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """A part's metric where each edge has a share, and what removing each edge would add to it.
-
-        Args:
-            part: The part.
-            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers]
-
-        Returns:
-            The part's share of the metric, and of what removing each edge adds to it if all is linear, gone
-            or not. [readers, writers]
-        """
 
     def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.

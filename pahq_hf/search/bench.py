@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from pahq_hf.config import EngineConfig
-from pahq_hf.engine.build import make_engine, make_gradient_runs
-from pahq_hf.engine.protocol import Engine, GradientRuns
+from pahq_hf.engine.build import make_circuit_runs, make_engine, make_gradient_runs
+from pahq_hf.engine.protocol import CircuitRuns, Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
 from pahq_hf.precision.memory import trim
@@ -21,6 +22,7 @@ from pahq_hf.search.clock import RunClock
 from pahq_hf.search.progress import Progress, Silence
 from pahq_hf.search.shared_answers import EngineCache, RecallingEngine
 from pahq_hf.search.verification import Judge
+from pahq_hf.tasks.base import Task
 
 T = TypeVar("T")
 _CLASSES = {"sparse": "SparseEngine", "hooks": "HooksEngine"}  # as answers in files name them
@@ -81,6 +83,23 @@ class Bench:
         runs = self._captured(lambda: make_gradient_runs(self.setting))
         self._look_at(runs.clean.logits)
         return runs
+
+    def circuit_runs(self) -> CircuitRuns:
+        """Runs whose gradients can be taken at circuits; they go with whoever asks."""
+        return self._captured(lambda: make_circuit_runs(self.setting))
+
+    def on(self, task: Task, *, quiet: bool = False) -> Bench:
+        """The bench of the same setting on other prompts; what it captures is its own.
+
+        Args:
+            task: The prompts.
+            quiet: Whether nobody is told what goes on.
+        """
+        setting = replace(self.setting, task=task)
+        if quiet:
+            return Bench(setting, self.limits, clock=self.clock)
+        warns, self._warns = self._warns, False
+        return Bench(setting, self.limits, self.progress, self.clock, warns=warns)
 
     def judge(self) -> Judge:
         """What measures the circuits that searches find. The engine makes room for it."""

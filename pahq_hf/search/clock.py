@@ -24,7 +24,7 @@ class RunClock:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._parts: dict[str, Phases] = {}
+        self._parts: list[tuple[str, Phases]] = []
         self._running: list[str | None] = []
         self._since = 0.0  # when the innermost one began to count
         self._kept = time.perf_counter()
@@ -57,11 +57,11 @@ class RunClock:
 
     def watch(self, name: str, parts: Phases) -> None:
         """Take what goes on inside a phase from somebody who counts it: it is under `name.part`."""
-        self._parts[name] = parts
+        self._parts.append((name, parts))
 
     def release(self) -> None:
         """Take over what the watched have counted; they count anew, for others."""
-        for name, parts in self._parts.items():
+        for name, parts in self._parts:
             for part, value in parts.take().items():
                 key = f"{name}.{part}"
                 self._seconds[key] = self._seconds.get(key, 0.0) + value
@@ -72,7 +72,7 @@ class RunClock:
         """Seconds so far by phase, and by part of a phase."""
         found = dict(self._seconds)
         self._count(found, time.perf_counter())
-        for name, parts in self._parts.items():
+        for name, parts in self._parts:
             for part, value in parts.seconds.items():
                 found[f"{name}.{part}"] = found.get(f"{name}.{part}", 0.0) + value
         return found

@@ -2,98 +2,140 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from pahq_hf.circuit.files import LEARNED_NAME, write_atomically
-from pahq_hf.errors import RunError
+from pahq_hf.circuit.files import LEARNED_NAME
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.search.course import Passed
 from pahq_hf.search.journal import check_header
+from pahq_hf.search.kept_arrays import DAMAGED, cannot_continue, checksum, read_arrays, save_arrays
 from pahq_hf.search.learning import Learned
+from pahq_hf.search.pruning import as_float
 from pahq_hf.search.work import Work
 
-_ARRAYS = ("scores", "mean", "square")
+
+@dataclass(frozen=True)
+class Level:
+    """What the journal says of a level.
+
+    Attributes:
+        level: How many are done.
+        learned: Checksum of what it came to.
+        edges: Of the circuit that tests would start from.
+        metric: Of that circuit, on the pairs that are searched.
+        validation: On those that judge; None if there are none.
+    """
+
+    level: int
+    learned: str
+    edges: int
+    metric: float
+    validation: float | None = None
+
+    @classmethod
+    def of(cls, learned: Learned, passed: Passed) -> Level:
+        """What is to be said of a level and its circuit."""
+        return cls(learned.level, checked(learned), passed.size, passed.metric, passed.validation)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a step of a journal."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def read(cls, step: Mapping[str, Any]) -> Level:
+        """Read what `to_json` made.
+
+        Raises:
+            TypeError: If a value is of another type; or KeyError.
+        """
+        judged = step.get("validation")
+        found = cls(step["level"], step["learned"], step["edges"], as_float(step["metric"]), judged)
+        if type(found.level) is not int or type(found.edges) is not int or type(found.learned) is not str:
+            raise TypeError("a value is of another type")
+        return found if judged is None else replace(found, validation=as_float(judged))
+
+    def of_circuit(self, kept: BoolArray) -> Passed:
+        """The circuit of the level."""
+        return Passed(kept, self.metric, self.validation)
 
 
-def kept_scores(work: Work[Any], learned: Learned) -> None:
-    """Keep the state after a level, and its step in the journal.
+_ARRAYS = ("scores", "mean", "square", "start")
+_WHAT = "what it has learned"
+
+
+def keep_scores(work: Work[Any], learned: Learned) -> None:
+    """Keep the state after a level in the run's folder, if it has one.
 
     Raises:
         RunError: If it cannot be written.
     """
-    folder = work.folder
-    if folder is not None:
-        notes = {
-            "run": json.dumps(
-                {"header": dict(work.header), "level": learned.level, "learned": _check(learned)}
-            )
-        }
-        arrays = {name: np.ascontiguousarray(getattr(learned, name)) for name in _ARRAYS}
-
-        def write(path: Path) -> None:
-            try:
-                save_file(arrays, path, metadata=notes)
-            except SafetensorError as error:  # its way of passing on an OSError
-                raise OSError(str(error)) from error
-
-        write_atomically(folder / LEARNED_NAME, write)
-    work.keep({"level": learned.level, "learned": _check(learned)})
+    if work.folder is not None:
+        arrays = {name: getattr(learned, name) for name in _ARRAYS}
+        notes = {"header": dict(work.header), "level": learned.level, "learned": checked(learned)}
+        save_arrays(work.folder / LEARNED_NAME, arrays, notes)
 
 
-def load_scores(work: Work[Any], last: int) -> Learned | None:
-    """The state that an interrupted run kept; None if it kept none.
+def kept_levels(work: Work[Any], last: int) -> list[Level]:
+    """The levels that the journal of an interrupted run tells of, its second step and those that follow.
 
     Args:
         work: The search.
         last: The last level there is.
 
     Raises:
+        RunError: If a step is none of theirs.
+    """
+    found = []
+    for number, step in enumerate(work.steps[1 : 1 + last], start=1):
+        try:
+            level = Level.read(step)
+            if level.level != number:
+                raise ValueError(f"it is not level {number}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise work.damaged(number + 1, f": {error}") from error
+        found.append(level)
+    return found
+
+
+def load_scores(work: Work[Any], levels: Sequence[Level]) -> Learned | None:
+    """The state that an interrupted run kept; None if it kept none.
+
+    Args:
+        work: The search.
+        levels: What the journal tells of; the state may be one level ahead.
+
+    Raises:
         RunError: If it is missing, damaged, or of another run.
     """
-    levels = [step for step in work.steps if "level" in step]
     folder = work.folder
     if folder is None or not work.is_begun or not levels:
         return None
     path = folder / LEARNED_NAME
     try:
-        with safe_open(path, framework="numpy") as file:
-            notes = json.loads((file.metadata() or {})["run"])
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        arrays, notes = read_arrays(path, _ARRAYS)
         level, header = notes["level"], dict(notes["header"])
         if type(level) is not int or not header:
             raise ValueError("it does not say what it is")
-        learned = Learned(level, **arrays)
-        if any(array.shape != work.graph.all_edges.shape for array in arrays.values()):
+        edges = work.graph.all_edges
+        if any(array.shape != edges.shape for array in arrays.values()) or arrays["start"].dtype != np.bool_:
             raise ValueError("its scores are not those of the graph")
-        if notes["learned"] != _check(learned):
+        learned = Learned(level, **arrays)
+        if notes["learned"] != checked(learned):
             raise ValueError("its scores do not have their checksum")
-        said = {step["level"]: step["learned"] for step in levels}
-        if learned.level in said and said[learned.level] != _check(learned):
-            raise ValueError("its scores do not have their checksum")
-        if (
-            level > last
-            or level not in (len(levels), len(levels) + 1)
-            or list(said) != [*range(1, len(levels) + 1)]
-        ):
+        if level not in (len(levels), len(levels) + 1):
             raise ValueError("it is not at the level of the journal")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise RunError(
-            f"cannot continue the run in {folder}: {LEARNED_NAME}, what it has learned, is missing or "
-            f"damaged ({error}); choose another folder"
-        ) from error
+        if level == len(levels) and levels[-1].learned != checked(learned):
+            raise ValueError("its scores do not have their checksum")
+    except DAMAGED as error:
+        raise cannot_continue(path, _WHAT, error) from error
     check_header(header, work.header, folder)
-    if learned.level > len(levels):  # it stopped between the two
-        work.keep({"level": learned.level, "learned": _check(learned)})
     return learned
 
 
-def _check(learned: Learned) -> str:
-    digest = hashlib.blake2b(str(learned.level).encode(), digest_size=8)
-    for name in _ARRAYS:
-        digest.update(np.ascontiguousarray(getattr(learned, name)).tobytes())
-    return digest.hexdigest()
+def checked(learned: Learned) -> str:
+    """A checksum of what a level came to."""
+    return checksum((getattr(learned, name) for name in _ARRAYS), of=str(learned.level))

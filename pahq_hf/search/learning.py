@@ -9,17 +9,18 @@ scores lets edges change places, and every step sees other prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.engine.protocol import GradientRuns, Part
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.attribution.selection import top_edges
+from pahq_hf.search.minibatches import Minibatch, Minibatches
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of all edges, where gradients are averaged
+_RANKED = 32  # pairs whose gradients rank edges, at least, where there are so many
 _FIRST, _SECOND = 0.9, 0.99  # how long gradients and their squares are remembered
 _SMALLEST = 1e-5  # added to the root of squares
 _FALLS = 0.6  # k reaches its level after so much of it
@@ -35,7 +36,6 @@ class Schedule:
         steps: Of a level; the first has twice as many.
         rate: How far scores move in a step.
         noise: Scale of the noise at the beginning of a level; it falls to nothing within it.
-        minibatch: Prompt pairs of a step, at least.
         seed: Of the noise.
     """
 
@@ -44,13 +44,10 @@ class Schedule:
     steps: int
     rate: float
     noise: float
-    minibatch: int
     seed: int
 
     @classmethod
-    def towards(
-        cls, edges: int, graph: Graph, steps: int, rate: float, noise: float, minibatch: int, seed: int
-    ) -> Schedule:
+    def towards(cls, edges: int, graph: Graph, steps: int, rate: float, noise: float, seed: int) -> Schedule:
         """The levels down to a size, each half of the one before, from 2,000 edges or half of the graph.
 
         Args:
@@ -59,13 +56,12 @@ class Schedule:
             steps: Of a level.
             rate: How far scores move in a step.
             noise: Its scale.
-            minibatch: Prompt pairs of a step.
             seed: Of the noise.
         """
         first = max(edges, min(2000, graph.edge_count // 2))
         count = max(1, math.ceil(math.log2(first / edges)))
         levels = tuple(min(first, edges * 2**k) for k in reversed(range(count)))
-        return cls(levels, first, steps, rate, noise, minibatch, seed)
+        return cls(levels, first, steps, rate, noise, seed)
 
     def steps_of(self, level: int) -> int:
         """Steps of a level."""
@@ -92,28 +88,29 @@ class Learned:
         scores: Higher is better; -inf where there is no edge. [readers, writers]
         mean: Of gradients, moving. [readers, writers]
         square: Of their squares. [readers, writers]
+        start: The circuit that exact tests start from. [readers, writers]
     """
 
     level: int
     scores: Scores
     mean: Scores
     square: Scores
+    start: BoolArray
 
 
 class Learner:
-    """Learns scores on a task.
+    """Learns scores of edges.
 
     Args:
-        runs: The task's runs.
+        graph: The graph.
+        batches: Prompt pairs of the steps, one after the other and again from the first.
         schedule: How.
     """
 
-    def __init__(self, runs: GradientRuns, schedule: Schedule) -> None:
-        self._runs = runs
+    def __init__(self, graph: Graph, batches: Minibatches, schedule: Schedule) -> None:
+        self._graph = graph
+        self._batches = batches
         self._schedule = schedule
-        self._graph: Graph = runs.graph
-        self._batches = _batches(list(runs.circuit_parts()), schedule.minibatch)
-        self._examples = sum(len(part.task) for batch in self._batches for part in batch)
 
     def start(self) -> Learned:
         """Scores to start from: logarithms of gradients averaged along the mask, in standard deviations."""
@@ -122,7 +119,7 @@ class Learner:
         logs = np.log(np.maximum(ranking, 1e-30))
         spread = float(logs[edges].std()) or 1.0
         scores = np.where(edges, ((logs - logs[edges].mean()) / spread).clip(-4, 6), -np.inf)
-        return Learned(0, scores, np.zeros(edges.shape), np.zeros(edges.shape))
+        return Learned(0, scores, np.zeros(edges.shape), np.zeros(edges.shape), edges.copy())
 
     def ranking(self) -> Scores:
         """What removing each edge adds to the metric, averaged over circuits with a share of every edge.
@@ -130,10 +127,16 @@ class Learner:
         Returns:
             [readers, writers]
         """
-        total = np.zeros(self._graph.all_edges.shape)
-        for share in _SHARES:
-            total += self._gradient_at(self._batches[0], np.where(self._graph.all_edges, share, 0.0))[1]
-        return total / len(_SHARES)
+        total, pairs = np.zeros(self._graph.all_edges.shape), 0
+        for number in range(len(self._batches)):
+            batch = self._batches[number]
+            for share in _SHARES:
+                shares = np.where(self._graph.all_edges, share, 0.0)
+                total += batch.pairs * _gradient_at(batch, shares)[1] / len(_SHARES)
+            pairs += batch.pairs
+            if pairs >= _RANKED:
+                break
+        return total / pairs
 
     def learn(self, learned: Learned, on_step: Callable[[int, float], None]) -> Learned:
         """Learn one level.
@@ -152,40 +155,28 @@ class Learner:
             noisy = scores + schedule.noise * (1 - number / steps) * drawn
             size = schedule.size(level, (number + 1) / steps)
             circuit = best(self._graph, noisy, size).astype(float)
-            gap, effects = self._gradient_at(self._batches[step % len(self._batches)], circuit)
+            gap, effects = _gradient_at(self._batches[step % len(self._batches)], circuit)
             gradient = -math.copysign(1.0, gap) * effects  # of the gap, in every edge's share
             mean = _FIRST * mean + (1 - _FIRST) * gradient
             square = _SECOND * square + (1 - _SECOND) * gradient**2
             at = mean / (1 - _FIRST ** (step + 1))
             scores -= schedule.rate * at / (np.sqrt(square / (1 - _SECOND ** (step + 1))) + _SMALLEST)
             on_step(size, abs(gap))
-        return Learned(level + 1, scores, mean, square)
+        return Learned(level + 1, scores, mean, square, learned.start)
 
-    def _gradient_at(self, batch: Sequence[Part], shares: Scores) -> tuple[float, Scores]:
-        """How far a minibatch's metric is from the full model's, and what removing each edge adds to it.
 
-        Returns:
-            `m(C) - m(full)`, and [readers, writers]
-        """
-        whole = sum(len(part.task) for part in batch) / self._examples
-        found = [self._runs.at_circuit(part, shares) for part in batch]
-        effects: Scores = np.sum([effects for _, effects in found], axis=0) / whole
-        return sum(value - part.full for (value, _), part in zip(found, batch, strict=True)) / whole, effects
+def _gradient_at(batch: Minibatch, shares: Scores) -> tuple[float, Scores]:
+    """How far a minibatch's metric is from the full model's, and what removing each edge adds to it.
+
+    Returns:
+        `m(C) - m(full)`, and [readers, writers]
+    """
+    found = [batch.runs.at_circuit(part, shares) for part in batch.parts]
+    effects: Scores = np.sum([effects for _, effects in found], axis=0) / batch.share
+    gap = sum(value - part.full for (value, _), part in zip(found, batch.parts, strict=True))
+    return gap / batch.share, effects
 
 
 def best(graph: Graph, scores: Scores, size: int) -> BoolArray:
     """The best edges. [readers, writers]"""
     return top_edges(graph, scores, size, absolute=False)
-
-
-def _batches(parts: Sequence[Part], least: int) -> list[list[Part]]:
-    """Parts together, so that each minibatch has enough examples; what is left over goes with the last."""
-    found: list[list[Part]] = [[]]
-    for part in parts:
-        if sum(len(each.task) for each in found[-1]) >= least:
-            found.append([])
-        found[-1].append(part)
-    if len(found) > 1 and sum(len(each.task) for each in found[-1]) < least:
-        last = found.pop()
-        found[-1] += last
-    return found

@@ -25,6 +25,43 @@ _GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has 
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What metrics of circuits are held against.
+
+    Attributes:
+        full: The metric of all edges.
+        empty: The metric of none.
+    """
+
+    full: float
+    empty: float
+
+    @classmethod
+    def of(cls, engine: Engine) -> Scale:
+        """The scale of an engine's prompts."""
+        graph = engine.graph
+        return cls(engine.metric_of(graph.all_edges.copy()), engine.metric_of(graph.no_edges()))
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> Scale:
+        """Read what `asdict` made.
+
+        Raises:
+            TypeError: If a value is no number; or KeyError.
+        """
+        return cls(as_float(facts["full"]), as_float(facts["empty"]))
+
+    @property
+    def whole(self) -> float:
+        """The gap of no edges."""
+        return self.gap(self.empty)
+
+    def gap(self, metric: float) -> float:
+        """How far a metric is from that of all edges."""
+        return abs(metric - self.full)
+
+
+@dataclass(frozen=True)
 class Round:
     """What changes at once.
 
@@ -32,16 +69,20 @@ class Round:
         removed: Edges that go, the least first.
         added: Edges that come back.
         metric: Of the circuit then.
+        validation: The same on the pairs that judge; None if there are none, or it is not measured yet.
     """
 
     removed: tuple[Edge, ...]
     added: tuple[Edge, ...]
     metric: float
+    validation: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a step of a journal."""
-        found = {"removed": [list(edge) for edge in self.removed], "metric": self.metric}
-        return found | ({"added": [list(edge) for edge in self.added]} if self.added else {})
+        found: dict[str, Any] = {"removed": [list(edge) for edge in self.removed], "metric": self.metric}
+        if self.added:
+            found["added"] = [list(edge) for edge in self.added]
+        return found if self.validation is None else found | {"validation": self.validation}
 
     @classmethod
     def read(cls, step: Mapping[str, Any]) -> Round:
@@ -50,12 +91,15 @@ class Round:
         Raises:
             ValueError: If a value is missing or of another type; or TypeError or KeyError.
         """
-        removed, added, metric = step["removed"], step.get("added", []), step["metric"]
-        if type(metric) is not float or any(
-            type(index) is not int for e in (*removed, *added) for index in e
-        ):
+        removed, added, judged = step["removed"], step.get("added", []), step.get("validation")
+        if any(type(index) is not int for e in (*removed, *added) for index in e):
             raise TypeError("a value is of another type")
-        return cls(tuple((r, w) for r, w in removed), tuple((r, w) for r, w in added), metric)
+        return cls(
+            tuple((r, w) for r, w in removed),
+            tuple((r, w) for r, w in added),
+            as_float(step["metric"]),
+            None if judged is None else as_float(judged),
+        )
 
 
 class Pruned:
@@ -63,42 +107,30 @@ class Pruned:
 
     Args:
         engine: Computes metrics.
+        scale: What they are held against.
         start: The circuit that it starts from. [readers, writers]
+        metric: Of that circuit.
         edges: The size.
 
     Attributes:
         kept: The present circuit. [readers, writers]
-        taken: The rounds that led to it.
+        metric: Its metric.
     """
 
-    def __init__(self, engine: Engine, start: BoolArray, edges: int) -> None:
+    def __init__(self, engine: Engine, scale: Scale, start: BoolArray, metric: float, edges: int) -> None:
         self._engine = engine
         self._graph: Graph = engine.graph
+        self._scale = scale
+        self._gap = scale.gap
         self._size = edges
+        self._effects: Scores | None = None  # of the present circuit's edges
         self.kept = start
-        self.taken: list[Round] = []
-        self._full = engine.metric_of(self._graph.all_edges.copy())
-        self._empty = engine.metric_of(self._graph.no_edges())
-        self._scale = self._gap(self._empty)
-        self.metric = engine.metric_of(start)
+        self.metric = metric
 
     @property
     def gap(self) -> float:
         """How far the metric is from the full model's."""
         return self._gap(self.metric)
-
-    def _gap(self, metric: float) -> float:
-        return abs(metric - self._full)
-
-    def take(self, taken: Round) -> None:
-        """Change the circuit.
-
-        Raises:
-            ValueError: If the round is none of this circuit's.
-        """
-        self.kept = after(self._graph, self.kept, taken)
-        self.metric = taken.metric
-        self.taken.append(taken)
 
     def rounds(self) -> Iterator[Round]:
         """Change it round by round, until it has its size and no swap helps."""
@@ -106,21 +138,18 @@ class Pruned:
             yield self._taken(self._removal())
         while (better := self._relief() or self._swap()) is not None:
             yield self._taken(better)
-        if self.gap > self._scale:  # where nothing helps, nothing at all is better
-            yield self._taken(Round(tuple(edge_list(self.kept)), (), self._empty))
 
     def _taken(self, taken: Round) -> Round:
-        self.take(taken)
+        self.kept = changed(self.kept, taken.removed, taken.added)
+        self.metric = taken.metric
+        self._effects = None
         return taken
 
     def effects(self) -> Scores:
         """What removing each edge of the circuit alone adds to the metric. [readers, writers]"""
-        return self._engine.drop_each(self.kept)
-
-    def worth(self) -> Scores:
-        """How much farther from the full model's the metric is without each edge. [readers, writers]"""
-        found: Scores = np.where(self.kept, abs(self.metric + self.effects() - self._full) - self.gap, 0.0)
-        return found
+        if self._effects is None:
+            self._effects = self._engine.drop_each(self.kept)
+        return self._effects
 
     # -- removing -------------------------------------------------------------------------------------
 
@@ -132,7 +161,7 @@ class Pruned:
         while True:
             without, metric = self._without(self.kept, ranked[:size])
             worst = max(self._gap(self.metric + effects[edge]) for edge in ranked[:size])
-            if size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale:
+            if size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale.whole:
                 return Round(tuple(edge for edge in ranked if not without[edge]), (), metric)
             size //= 2
 
@@ -154,7 +183,7 @@ class Pruned:
         return Round(tuple(edge_list(self.kept & ~without)), (), metric)
 
     def _is_nearer(self, metric: float) -> bool:
-        return self._gap(metric) < self.gap - _GAIN * self._scale
+        return self._gap(metric) < self.gap - _GAIN * self._scale.whole
 
     # -- swapping -------------------------------------------------------------------------------------
 
@@ -239,20 +268,21 @@ def least_first(kept: BoolArray, effects: Scores) -> list[Edge]:
     return [(int(readers[k]), int(writers[k])) for k in order]
 
 
-def ranks(graph: Graph, scores: Scores, circuit: Pruned) -> Scores:
+def ranks(graph: Graph, scores: Scores, kept: BoolArray, worth: Scores, rounds: Sequence[Round]) -> Scores:
     """Where each edge ranks among all, from 1 for the best to nearly 0.
 
     Args:
         graph: The graph.
         scores: Rank edges that were never in the circuit. [readers, writers]
-        circuit: The circuit: its own edges come first, those that went last come next.
+        kept: The circuit, whose edges come first. [readers, writers]
+        worth: Of each of these. [readers, writers]
+        rounds: What led to it: edges that went last come next.
 
     Returns:
         [readers, writers]
     """
-    worth = circuit.worth()
-    ranked = dict.fromkeys(sorted(edge_list(circuit.kept), key=lambda edge: -worth[edge]))
-    for taken in reversed(circuit.taken):
+    ranked = dict.fromkeys(sorted(edge_list(kept), key=lambda edge: -worth[edge]))
+    for taken in reversed(rounds):
         ranked |= dict.fromkeys(edge for edge in reversed(taken.removed) if edge not in ranked)
     seen = changed(graph.no_edges(), (), list(ranked))
     readers, writers = np.nonzero(graph.all_edges & ~seen)
@@ -262,3 +292,14 @@ def ranks(graph: Graph, scores: Scores, circuit: Pruned) -> Scores:
     for place, edge in enumerate(ranked):
         found[edge] = 1 - place / len(ranked)
     return found
+
+
+def as_float(value: object) -> float:
+    """A number of a journal's step.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if type(value) is not float:
+        raise TypeError("a value is of another type")
+    return value

@@ -11,10 +11,15 @@ Its phases:
    many of the least go for them. Where the metric is nearer without an edge, it goes first. It ends when
    none of the best candidates, each for the edge that is least then, brings the metric nearer.
 
-Gradients see many prompts and find the set; tests tell which of its edges can be spared.
+Gradients see many prompts and find the set; tests tell which of its edges can be spared. A share of the pairs
+is split off before, and no phase sees them: the circuit of the size that is nearest there is kept.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,14 +29,19 @@ from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
+from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
 from pahq_hf.search.kind import Found
-from pahq_hf.search.learned import kept_scores, load_scores
+from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
+from pahq_hf.search.minibatches import CapturedAnew, Minibatches, OfOneRun
+from pahq_hf.search.pairs import FEWEST, Split, learning_pairs
 from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
 from pahq_hf.search.work import Work
+from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import find_metric
 
+logger = logging.getLogger(__name__)
 _MORE = 1.4  # times as many edges as are asked for are learned
 _PLUS = 100  # and so many more at least
 
@@ -54,7 +64,7 @@ def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
 def refine(work: Work[RefineOptions]) -> Found:
     """Find the most faithful circuit of a size.
 
-    Its steps are levels of learning, then rounds of removals and swaps.
+    Its steps are what it begins with, then levels of learning, then rounds of removals and swaps.
 
     Args:
         work: The search.
@@ -66,25 +76,81 @@ def refine(work: Work[RefineOptions]) -> Found:
     Raises:
         RunError: If what an interrupted run kept is damaged, or a step cannot be written.
     """
+    options, task = work.options, work.setting.task
+    split = split_of(work, options.validation, options.seed)
+    if options.validation and split.validation is None:
+        logger.warning(
+            "%d prompt pairs are too few to keep some of them back: the circuit is judged on those it is "
+            "searched on; %d pairs are the fewest, 64 are better",
+            len(task),
+            3 * FEWEST,
+        )
+    with Measures.of(work, split) as measures:
+        found = _refined(work, measures)
+    if split.validation is None:
+        return found
+    return replace(found, final=work.engine.metric_of(found.kept))
+
+
+def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     options, graph = work.options, work.graph
+    beginning = kept_beginning(work) if work.steps else measures.begin()
+    if not work.steps:
+        work.keep(beginning.to_json())
     schedule = _schedule(options, graph)
-    learned = _learn(work, schedule)
-    start = _start(graph, learned.scores, schedule.levels[-1], options.edges)
-    circuit = Pruned(work.engine, start, options.edges)
-    for number, step in enumerate(work.steps[len(schedule.levels) :], start=len(schedule.levels) + 1):
-        try:
-            circuit.take(Round.read(step))
-        except (KeyError, ValueError, TypeError) as error:
-            raise work.damaged(number, f": {error}") from error
-    with work.progress.count("refining", "edge", int(start.sum()) - options.edges) as count:
-        count.advance(int(start.sum() - circuit.kept.sum()))
+    tasks = _learning_tasks(work, measures.split)
+    learned, start = _learn(work, schedule, measures, lambda: _batches(work, tasks))
+    rounds, passed = _kept_rounds(work, start, 1 + len(schedule.levels))
+    circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric, options.edges)
+    with work.progress.count("refining", "edge", start.size - options.edges) as count:
+        count.advance(start.size - passed[-1].size)
         for taken in circuit.rounds():
+            taken = replace(taken, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
+            rounds.append(taken)
+            passed.append(Passed(circuit.kept, taken.metric, taken.validation))
             count.advance(len(taken.removed) - len(taken.added))
-            count.note(gap=f"{circuit.gap:.4g}")
-    scores = ranks(graph, learned.scores, circuit)
-    facts = {"refine": {"start": int(start.sum()), "rounds": len(circuit.taken)}}
-    return Found(circuit.kept, scores, start | circuit.kept, facts=facts, label=f"{options.edges} edges")
+            count.note(gap=f"{beginning.gap(passed[-1]):.4g}")
+    chosen = beginning.best(passed, options.edges)
+    kept = _chosen(graph, beginning, passed, chosen)
+    last = passed[-1] if chosen is None else kept
+    worth = _worth(measures, beginning, circuit, last)
+    facts = {
+        "start": start.size,
+        "rounds": len(rounds),
+        "taken": chosen,
+        "locally_minimal": chosen == len(rounds),
+        "learned_on": sum(map(len, tasks)),
+        **measures.facts(beginning, kept),
+    }
+    tested = start.kept.copy()
+    for each in passed:
+        tested |= each.kept
+    return Found(
+        kept.kept,
+        ranks(graph, learned.scores, last.kept, worth, rounds[:chosen]),
+        tested,
+        final=kept.metric,
+        facts={"refine": facts},
+        label=f"{options.edges} edges",
+    )
+
+
+def _chosen(graph: Graph, beginning: Beginning, passed: Sequence[Passed], number: int | None) -> Passed:
+    """The circuit of a number; that of no edges where there is none."""
+    if number is not None:
+        return passed[number]
+    validation = None if beginning.validation is None else beginning.validation.empty
+    return Passed(graph.no_edges(), beginning.searched.empty, validation)
+
+
+def _worth(measures: Measures, beginning: Beginning, circuit: Pruned, passed: Passed) -> Scores:
+    """How much farther from the full model's the metric is without each edge. [readers, writers]"""
+    is_last = passed.kept is circuit.kept
+    effects = circuit.effects() if is_last else measures.engine.drop_each(passed.kept)
+    gap = beginning.searched.gap
+    found: Scores = abs(passed.metric + effects - beginning.searched.full) - gap(passed.metric)
+    return np.where(passed.kept, found, 0.0)
 
 
 def check(work: Work[RefineOptions], found: Found) -> None:
@@ -97,23 +163,45 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     Raises:
         RunError: If it is not, or what the search kept is damaged.
     """
-    if not work.is_begun or work.folder is None:
+    if not work.steps or work.folder is None:
         return
-    schedule = _schedule(work.options, work.graph)
-    learned = load_scores(work, len(schedule.levels))
-    if learned is None or learned.level < len(schedule.levels):
+    beginning, schedule = kept_beginning(work), _schedule(work.options, work.graph)
+    levels = kept_levels(work, len(schedule.levels))
+    learned = load_scores(work, levels)
+    if learned is None or len(levels) < len(schedule.levels):
         return
-    kept = _start(work.graph, learned.scores, schedule.levels[-1], work.options.edges)
-    for number, step in enumerate(work.steps[len(schedule.levels) :], start=len(schedule.levels) + 1):
-        try:
-            kept = after(work.graph, kept, Round.read(step))
-        except (KeyError, ValueError, TypeError) as error:
-            raise work.damaged(number, f": {error}") from error
-    if not np.array_equal(kept, found.kept):
+    _, passed = _kept_rounds(work, levels[-1].of_circuit(learned.start), 1 + len(levels))
+    chosen = _chosen(work.graph, beginning, passed, beginning.best(passed, work.options.edges))
+    if not np.array_equal(chosen.kept, found.kept):
         raise RunError(
             f"the circuit in {work.folder} is not the one its {JOURNAL_NAME} tells of: one of them was "
             f"changed; remove {CIRCUIT_NAME} and --resume to make it again from the journal"
         )
+
+
+def _kept_rounds(work: Work[RefineOptions], start: Passed, first: int) -> tuple[list[Round], list[Passed]]:
+    """The rounds that an interrupted run has kept, and the circuits that these led to, the start included.
+
+    Args:
+        work: The search.
+        start: Where the first began.
+        first: Which step that is.
+
+    Raises:
+        RunError: If one cannot have been.
+    """
+    rounds, passed = [], [start]
+    for number, step in enumerate(work.steps[first:], start=first + 1):
+        try:
+            taken = Round.read(step)
+            kept = after(work.graph, passed[-1].kept, taken)
+            if (taken.validation is None) != (start.validation is None):
+                raise ValueError("it is judged by other pairs")
+        except (KeyError, ValueError, TypeError) as error:
+            raise work.damaged(number, f": {error}") from error
+        rounds.append(taken)
+        passed.append(Passed(kept, taken.metric, taken.validation))
+    return rounds, passed
 
 
 # -- learning ---------------------------------------------------------------------------------------------
@@ -121,18 +209,42 @@ def check(work: Work[RefineOptions], found: Found) -> None:
 
 def _schedule(options: RefineOptions, graph: Graph) -> Schedule:
     size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + _PLUS))
-    schedule = Schedule.towards(
-        size, graph, options.steps, options.rate, options.noise, options.minibatch, options.seed
-    )
-    return schedule
+    return Schedule.towards(size, graph, options.steps, options.rate, options.noise, options.seed)
 
 
-def _learn(work: Work[RefineOptions], schedule: Schedule) -> Learned:
-    """Learn the levels that an interrupted run has not, and keep each."""
-    learned = load_scores(work, len(schedule.levels))
+def _batches(work: Work[RefineOptions], tasks: Sequence[Task]) -> Minibatches:
+    least, seed = work.options.minibatch, work.options.seed
+    if _means(work.options):
+        return OfOneRun(work.circuit_runs(tasks[0]), least)
+    return CapturedAnew(tasks, least, seed, work.circuit_runs)
+
+
+def _learning_tasks(work: Work[RefineOptions], split: Split) -> list[Task]:
+    """The pairs to learn from. Where means stand in for edges, of which pairs they are makes a difference."""
+    if _means(work.options):
+        return [split.searched]
+    return learning_pairs(split, work.setting.task, work.options.learn_pairs, work.options.seed)
+
+
+def _means(options: RefineOptions) -> bool:
+    return options.ablation.startswith("mean")
+
+
+def _learn(
+    work: Work[RefineOptions], schedule: Schedule, measures: Measures, batches: Callable[[], Minibatches]
+) -> tuple[Learned, Passed]:
+    """Learn the levels that an interrupted run has not, and keep each.
+
+    Returns:
+        What they came to, and the circuit that tests start from.
+    """
+    levels = kept_levels(work, len(schedule.levels))
+    learned = load_scores(work, levels)
+    if learned is not None and learned.level > len(levels):  # it stopped between the two
+        levels.append(_keep_level(work, learned, measures))
     if learned is not None and learned.level == len(schedule.levels):
-        return learned
-    learner = Learner(work.gradients(), schedule)
+        return learned, levels[-1].of_circuit(learned.start)
+    learner = Learner(work.graph, batches(), schedule)
     try:
         with work.phase("learn"), work.progress.count("learning", "step", schedule.total) as count:
             if learned is None:
@@ -144,12 +256,23 @@ def _learn(work: Work[RefineOptions], schedule: Schedule) -> Learned:
                 count.note(edges=size, gap=f"{gap:.4g}")
 
             while learned.level < len(schedule.levels):
+                size = schedule.levels[learned.level]
                 learned = learner.learn(learned, on_step)
-                kept_scores(work, learned)
-        return learned
+                start = _start(work.graph, learned.scores, size, work.options.edges)
+                learned = replace(learned, start=start)
+                keep_scores(work, learned)
+                levels.append(_keep_level(work, learned, measures))
+        return learned, levels[-1].of_circuit(learned.start)
     finally:
         del learner
-        trim()  # the engine has runs of its own
+        trim()
+
+
+def _keep_level(work: Work[RefineOptions], learned: Learned, measures: Measures) -> Level:
+    """Judge a level, and keep that in the journal."""
+    level = Level.of(learned, measures.of_circuit(learned.start))
+    work.keep(level.to_json())
+    return level
 
 
 def _start(graph: Graph, scores: Scores, size: int, least: int) -> BoolArray:

@@ -9,6 +9,7 @@ from pahq_hf.config import Criterion, check_choice, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchOptions, told
 
+MOST_VALIDATION = 0.5
 _MOST = 100.0  # standard deviations: scores differ by ten
 
 
@@ -23,7 +24,11 @@ class RefineOptions(SearchOptions):
         rate: How far a score moves in a step, in standard deviations of where they start.
         noise: On the scores, at the beginning of each halving.
         minibatch: Prompt pairs of a step.
-        seed: Of the noise.
+        learn_pairs: Prompt pairs that learning sees of a generated task, which draws what `task` lacks of
+            them; of a task that is data, learning sees those that it has.
+        validation: Share of the task's pairs that is kept back to judge circuits by, at least 4 pairs; 0
+            keeps none back, and judges by the pairs that are searched, as tasks of fewer than 12 pairs do.
+        seed: Of the noise, the pairs that judge, and those that are drawn.
         criterion: `gap`: what it brings down is how far the metric is from the full model's.
     """
 
@@ -36,7 +41,17 @@ class RefineOptions(SearchOptions):
     )
     noise: float = field(default=0.3, metadata=told("refine: noise on the scores that are learned.", min=0))
     minibatch: int = field(default=16, metadata=told("refine: prompt pairs of a step of learning.", min=1))
-    seed: int = field(default=0, metadata=told("refine: seed of the noise.", min=0, name="noise_seed"))
+    learn_pairs: int = field(
+        default=256, metadata=told("refine: prompt pairs to learn from, where the task can draw more.", min=0)
+    )
+    validation: float = field(
+        default=0.25,
+        metadata=told("refine: share of the prompt pairs that is kept back to judge circuits by."),
+    )
+    seed: int = field(
+        default=0,
+        metadata=told("refine: seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
+    )
     criterion: Criterion | None = field(default=None, metadata=told("refine: gap, which it always is."))
 
     def validate(self) -> None:
@@ -46,7 +61,8 @@ class RefineOptions(SearchOptions):
             check_choice("criterion", self.criterion, Criterion)
         if self.criterion not in (None, "gap"):
             raise ConfigError(f"refine brings the gap down: its criterion is gap, not {self.criterion}")
-        for name, least in (("edges", 1), ("steps", 0), ("minibatch", 1), ("seed", 0)):
+        whole = {"edges": 1, "steps": 0, "minibatch": 1, "learn_pairs": 0, "seed": 0}
+        for name, least in whole.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
@@ -54,6 +70,12 @@ class RefineOptions(SearchOptions):
             check_number(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ConfigError(f"{name} must be a number from 0 to {_MOST:g}; got {getattr(self, name)!r}")
+        check_number("validation", self.validation)
+        if not 0 <= self.validation <= MOST_VALIDATION:
+            raise ConfigError(
+                f"validation must be a share from 0 to {MOST_VALIDATION:g}, of the pairs that are kept back; "
+                f"got {self.validation!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; there is one criterion."""

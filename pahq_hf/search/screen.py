@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from pahq_hf.circuit.files import SCREEN_NAME, write_atomically
+from pahq_hf.circuit.files import SCREEN_NAME
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import RunError
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.attribution.options import MethodName, parse_screen
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import top_edges
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.journal import check_header
+from pahq_hf.search.kept_arrays import DAMAGED, cannot_continue, checksum, read_arrays, save_arrays
 from pahq_hf.search.progress import Progress
 
 
@@ -76,16 +72,8 @@ class Screen:
         Raises:
             RunError: If the folder cannot be written.
         """
-        facts = {"header": dict(header), "seconds": self.seconds, "check": _check(self.scores)}
-        notes = {"run": json.dumps(facts)}
-
-        def write(path: Path) -> None:
-            try:
-                save_file({"score": self.scores}, path, metadata=notes)
-            except SafetensorError as error:  # its way of passing on an OSError
-                raise OSError(str(error)) from error
-
-        write_atomically(folder / SCREEN_NAME, write)
+        facts = {"header": dict(header), "seconds": self.seconds, "check": checksum([self.scores])}
+        save_arrays(folder / SCREEN_NAME, {"score": self.scores}, facts)
 
     @classmethod
     def load(cls, text: str, graph: Graph, folder: Path, header: Mapping[str, Any]) -> Screen:
@@ -102,27 +90,20 @@ class Screen:
         """
         path = folder / SCREEN_NAME
         try:
-            with safe_open(path, framework="numpy") as file:
-                notes = json.loads((file.metadata() or {})["run"])
-                scores: Scores = file.get_tensor("score")
+            arrays, notes = read_arrays(path, ["score"])
+            scores: Scores = arrays["score"]
             found, seconds = dict(notes["header"]), float(notes["seconds"])
             if scores.shape != graph.all_edges.shape or scores.dtype != np.float64:
                 raise ValueError(f"its scores have shape {scores.shape}")
-            if notes.get("check", _check(scores)) != _check(scores):  # those of earlier versions have none
+            check = checksum([scores])
+            if notes.get("check", check) != check:  # those of earlier versions have none
                 raise ValueError("its scores do not have their checksum")
             if not np.isfinite(scores).all() or scores[~graph.all_edges].any():
                 raise ValueError("its scores are not those of a graph")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"cannot continue the run in {folder}: {SCREEN_NAME}, its screen, is missing or damaged "
-                f"({error}); choose another folder"
-            ) from error
+        except DAMAGED as error:
+            raise cannot_continue(path, "its screen", error) from error
         check_header(found, header, folder)
         return cls.of(text, graph, scores, seconds)
-
-
-def _check(scores: Scores) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(scores).tobytes(), digest_size=8).hexdigest()
 
 
 def make_screen(

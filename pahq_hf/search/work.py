@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,8 +13,8 @@ import torch
 from pahq_hf.circuit.files import make_folder
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.run_record import Reused
-from pahq_hf.config import EngineConfig
-from pahq_hf.engine.protocol import Engine, GradientRuns
+from pahq_hf.config import EngineConfig, EngineName
+from pahq_hf.engine.protocol import CircuitRuns, Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.bench import Bench
@@ -24,6 +24,7 @@ from pahq_hf.search.kind import OptionsT
 from pahq_hf.search.progress import Progress
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.shared_answers import RecallingEngine
+from pahq_hf.tasks.base import Task
 
 T = TypeVar("T")
 
@@ -84,6 +85,8 @@ class Work(Generic[OptionsT]):
         self._recalling: RecallingEngine | None = None
         self._engine: Engine | None = None  # what the search asks: one of the two
         self._before = 0  # values that the engine had computed for others
+        self._elsewhere = 0  # values that engines of some of the prompts have computed
+        self._named: EngineName | None = None  # what they are called
         self._journal = journal
         self._got_on = False
         self.steps: Sequence[Step] = () if journal is None else tuple(journal.steps)
@@ -110,10 +113,36 @@ class Work(Generic[OptionsT]):
             self._begin()
         return self._engine
 
+    @contextmanager
+    def engine_on(self, task: Task) -> Iterator[Engine]:
+        """What computes metrics of some of the prompts; it is gone afterwards, and its evaluations count.
+
+        Args:
+            task: The prompts.
+        """
+        with self._clock.elsewhere():
+            bench = self._bench.on(task)
+            engine = bench.engine
+        if self._bench.clock is not self._clock:
+            engine.phases.take()  # capturing is no search's own
+        self._clock.watch("search", engine.phases)
+        self._named = self._named or engine.name
+        try:
+            yield engine
+        finally:
+            self._elsewhere += engine.evaluations
+            del engine
+            bench.clear()
+
     def gradients(self) -> GradientRuns:
         """Runs of the task whose gradients can be taken, captured now."""
         with self._clock.elsewhere():
             return self._bench.gradients()
+
+    def circuit_runs(self, task: Task) -> CircuitRuns:
+        """Runs of some prompts whose gradients can be taken at circuits, captured now and quietly."""
+        with self._clock.elsewhere():
+            return self._bench.on(task, quiet=True).circuit_runs()
 
     def shared(self, key: object, make: Callable[[], T]) -> T:
         """What the first search of a sweep makes, and all its others take."""
@@ -179,9 +208,14 @@ class Work(Generic[OptionsT]):
     def run_settings(self) -> RunSettings:
         """How the run computes."""
         setting = self.setting
-        engine = None if self._own is None else self._own.name
+        engine = self._name
         device, compute = str(setting.model.device), setting.precision.compute
         return RunSettings(torch.get_num_threads(), engine, device, compute)
+
+    @property
+    def _name(self) -> EngineName | None:
+        """What its engines are called; None if it had none."""
+        return self._named if self._own is None else self._own.name
 
     @property
     def journal_folder(self) -> Path | None:
@@ -206,8 +240,9 @@ class Work(Generic[OptionsT]):
         self._clock.release()
         own, recalling = self._own, self._recalling
         facts: dict[str, Any] = {"settings": self.run_settings.to_dict()}
-        if own is not None:
-            facts |= {"engine": own.name, "evaluations": own.evaluations - self._before}
+        if own is not None or self._named is not None:
+            evaluations = 0 if own is None else own.evaluations - self._before
+            facts |= {"engine": self._name, "evaluations": evaluations + self._elsewhere}
         if recalling is not None:
             facts["reused"] = Reused(evaluations=recalling.recalled, readers=recalling.recalled_readers)
         self._own = self._recalling = self._engine = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ class Task:
         distractors: Token ids of the wrong answers of each row, possibly empty.
         metric: The metric this task is usually scored with.
         source: How the data was made (generator, seed, file): kept with the circuit.
+        more: Draws so many other pairs of the same kind, given a seed; None where nothing can. What is made
+            of a task by other means than its generator's has none.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Task:
     distractors: tuple[tuple[int, ...], ...]
     metric: str = "kl"
     source: dict[str, object] = field(default_factory=dict)
+    more: Callable[[int, int], Task] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is kept in a file: generators of pairs are not."""
+        return {**self.__dict__, "more": None}
 
     def __post_init__(self) -> None:
         find_metric(self.metric)
@@ -71,6 +78,16 @@ class Task:
     def length(self) -> int:
         """Padded length in tokens."""
         return self.clean_ids.shape[1]
+
+    def drawn_by(self, more: Callable[[int, int], Task]) -> Task:
+        """The same task that can draw more pairs.
+
+        Args:
+            more: Draws so many, given a seed.
+        """
+        found = replace(self)
+        object.__setattr__(found, "more", more)  # frozen, and not to be carried along by `replace`
+        return found
 
     @property
     def has_answers(self) -> bool:
@@ -110,6 +127,38 @@ class Task:
             distractors=tuple(self.distractors[row] for row in chosen),
         )
         return some, rows
+
+    def select(self, examples: Sequence[int]) -> Task:
+        """Some of the examples, in an order of their own, as a task.
+
+        Args:
+            examples: Which, each once.
+
+        Returns:
+            The task; its prompts are as wide as this one's.
+        """
+        import torch
+
+        place = {example: number for number, example in enumerate(examples)}
+        owners = self.answer_rows.tolist()
+        chosen = [row for row, owner in enumerate(owners) if owner in place]
+        chosen.sort(key=lambda row: (place[owners[row]], row))
+        index, rows = torch.tensor(list(examples)), torch.tensor(chosen)
+        return replace(
+            self,
+            clean_ids=self.clean_ids[index],
+            corrupted_ids=self.corrupted_ids[index],
+            attention_mask=self.attention_mask[index],
+            answer_rows=torch.tensor([place[owners[row]] for row in chosen]),
+            answer_positions=self.answer_positions[rows],
+            answers=tuple(self.answers[row] for row in chosen),
+            distractors=tuple(self.distractors[row] for row in chosen),
+        )
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of the clean prompts without padding."""
+        masks = self.attention_mask.bool()
+        return [tuple(ids[mask].tolist()) for ids, mask in zip(self.clean_ids, masks, strict=True)]
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, position and answer: pins the data of a run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from numbers import Integral
 from pathlib import Path
@@ -171,7 +172,12 @@ def load_task(
             if corruption not in (None, variant):
                 raise TaskError(f"task {text!r} and corruption={corruption!r} contradict each other")
             options["corruption"] = variant
-        return TASKS[name](tokenizer, n=DEFAULT_N if n is None else n, seed=seed or 0, **options)
+        generate = partial(TASKS[name], tokenizer, **options)
+
+        def more(count: int, seed: int) -> Task:
+            return generate(n=count, seed=seed)
+
+        return generate(n=DEFAULT_N if n is None else n, seed=seed or 0).drawn_by(more)
     path = Path(text).expanduser()
     if not text or not path.exists():
         if path.suffix.lower() in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):

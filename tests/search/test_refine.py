@@ -148,7 +148,7 @@ def test_a_level_ahead_of_the_journal_is_believed_by_its_checksum_alone(tmp_path
     options: dict[str, Any] = {"search": "refine", "edges": 8, "steps": 0, "progress": False}
     model.discover(task, out=whole, **options)
     lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    assert [b'"level"' in line for line in lines[1:4]] == [True, True, False]
+    assert [b'"level"' in line for line in lines[2:5]] == [True, True, False]
     wrong: list[dict[str, Any]] = [
         {"header": "x"}, {"header": None}, {"header": {}}, {"learned": "0" * 16},
         {"level": "1"}, {"level": True}, {"level": float("inf")}, {"level": 9},
@@ -156,7 +156,7 @@ def test_a_level_ahead_of_the_journal_is_believed_by_its_checksum_alone(tmp_path
     folder.mkdir()
     learned = folder / "learned.safetensors"
     for notes in [*wrong, {}]:
-        (folder / "journal.jsonl").write_bytes(b"".join(lines[:2]))
+        (folder / "journal.jsonl").write_bytes(b"".join(lines[:3]))
         learned.write_bytes((whole / "learned.safetensors").read_bytes())
         notes_changed(learned, **notes)
         if notes:
@@ -253,7 +253,7 @@ def test_all_edges_can_be_asked_for() -> None:
 def test_a_schedule_falls_to_the_size(layers: int, heads: int, edges: int, steps: int) -> None:
     graph = Graph(GraphSpec(layers=layers, heads=heads, kv_groups=heads))
     edges = min(edges, graph.edge_count)
-    schedule = Schedule.towards(edges, graph, steps, 0.05, 0.3, 16, 0)
+    schedule = Schedule.towards(edges, graph, steps, 0.05, 0.3, 0)
     assert schedule.levels[-1] == edges and list(schedule.levels) == sorted(schedule.levels, reverse=True)
     assert schedule.total == sum(schedule.steps_of(level) for level in range(len(schedule.levels)))
     sizes = [schedule.size(k, share) for k in range(len(schedule.levels)) for share in (0.1, 0.5, 1.0)]

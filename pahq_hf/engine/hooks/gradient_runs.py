@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pahq_hf.capture.activations import Activations
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation
 from pahq_hf.engine.hooks.circuit_gradients import circuit_gradients
@@ -66,9 +67,24 @@ class Runs:
         """
         yield from self._in_parts(_BACKWARD_BYTES, self._bytes_per_token(), most)
 
-    def circuit_parts(self) -> Iterator[Part]:
-        """The task in runs of as many examples as memory allows where gradients are taken at a circuit."""
-        yield from self._in_parts(_CIRCUIT_BYTES, self._bytes_per_token() + self._bytes_of_readers())
+    def circuit_parts(self, most: int | None = None) -> Iterator[Part]:
+        """The task in runs of as many examples as memory allows where gradients are taken at a circuit.
+
+        Args:
+            most: At most so many.
+        """
+        yield from self._in_parts(_CIRCUIT_BYTES, self._bytes_per_token() + self._bytes_of_readers(), most)
+
+    @property
+    def nbytes(self) -> int:
+        """What the runs take in memory."""
+        runs = {id(run): run.nbytes for run in (self.clean, self.corrupted, self.substitute)}
+        return sum(runs.values())
+
+    def lighten(self) -> None:
+        """Forget what gradients at circuits do not need: of the clean and corrupted runs all but logits."""
+        self.clean = Activations(embedding=self.clean.embedding, logits=self.clean.logits)
+        self.corrupted = Activations(logits=self.corrupted.logits)
 
     def _in_parts(self, room: int, per_token: int, most: int | None = None) -> Iterator[Part]:
         size = max(1, room // (per_token * self._task.length))

@@ -1,0 +1,177 @@
+"""The circuits that a search has come through, and which of them is the best by the pairs that judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.verdict import faithfulness
+from pahq_hf.engine.protocol import Engine
+from pahq_hf.search.pairs import Split, validation_pairs
+from pahq_hf.search.pruning import Scale
+from pahq_hf.search.work import Work
+from pahq_hf.tasks.base import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A circuit on the way.
+
+    Attributes:
+        kept: Its edges. [readers, writers]
+        metric: On the pairs that are searched.
+        validation: On those that judge; None if there are none.
+    """
+
+    kept: BoolArray
+    metric: float
+    validation: float | None = None
+
+    @property
+    def size(self) -> int:
+        """How many edges it has."""
+        return int(self.kept.sum())
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a search decides before anything else: its first step.
+
+    Attributes:
+        numbers: The task's pairs that judge.
+        searched: The scale of the pairs that are searched.
+        validation: The scale of the pairs that judge; None if there are none.
+    """
+
+    numbers: tuple[int, ...]
+    searched: Scale
+    validation: Scale | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a step of a journal."""
+        found = {"validation": list(self.numbers), "searched": asdict(self.searched)}
+        return found if self.validation is None else found | {"judged": asdict(self.validation)}
+
+    @classmethod
+    def read(cls, step: Mapping[str, Any], task: Task) -> Beginning:
+        """Read what `to_json` made.
+
+        Raises:
+            ValueError: If it is none of this task's; or TypeError or KeyError.
+        """
+        numbers = step["validation"]
+        if any(type(number) is not int for number in numbers):
+            raise TypeError("a value is of another type")
+        Split.of(task, numbers)
+        judged = Scale.read(step["judged"]) if numbers else None
+        return cls(tuple(numbers), Scale.read(step["searched"]), judged)
+
+    @property
+    def judge(self) -> Scale:
+        """The scale by which circuits are chosen."""
+        return self.searched if self.validation is None else self.validation
+
+    def gap(self, passed: Passed) -> float:
+        """How far a circuit is from the full model by what judges it."""
+        return self.judge.gap(passed.metric if passed.validation is None else passed.validation)
+
+    def best(self, passed: Sequence[Passed], edges: int) -> int | None:
+        """Which circuit of at most so many edges is the nearest; of equal ones the last.
+
+        Returns:
+            Its number; None where no edges at all are nearer.
+        """
+        fitting = [number for number in reversed(range(len(passed))) if passed[number].size <= edges]
+        nearest = min(fitting, key=lambda number: self.gap(passed[number]), default=None)
+        if nearest is None or self.gap(passed[nearest]) > self.judge.whole:
+            return None
+        return nearest
+
+
+class Measures:
+    """The engines of a search whose task is in two.
+
+    Args:
+        split: The task.
+        engine: Computes metrics of the pairs that are searched.
+        judge: Of those that judge; None if there are none.
+    """
+
+    def __init__(self, split: Split, engine: Engine, judge: Engine | None) -> None:
+        self.split = split
+        self.engine = engine
+        self._judge = judge
+
+    @classmethod
+    @contextmanager
+    def of(cls, work: Work[Any], split: Split) -> Iterator[Measures]:
+        """The engines, their runs captured; they are gone afterwards."""
+        with work.engine_on(split.searched) as engine:
+            if split.validation is None:
+                yield cls(split, engine, None)
+                return
+            with work.engine_on(split.validation) as judge:
+                yield cls(split, engine, judge)
+
+    def begin(self) -> Beginning:
+        """Measure the scales."""
+        validation = None if self._judge is None else Scale.of(self._judge)
+        return Beginning(self.split.numbers, Scale.of(self.engine), validation)
+
+    def validation_of(self, kept: BoolArray) -> float | None:
+        """A circuit's metric on the pairs that judge; None if there are none."""
+        return None if self._judge is None else self._judge.metric_of(kept)
+
+    def of_circuit(self, kept: BoolArray) -> Passed:
+        """A circuit, measured."""
+        return Passed(kept, self.engine.metric_of(kept), self.validation_of(kept))
+
+    def facts(self, beginning: Beginning, passed: Passed) -> dict[str, Any]:
+        """What a run says of its circuit on either kind of pairs."""
+        found = {"searched": _facts(self.split.searched, beginning.searched, passed.metric)}
+        judged, scale, value = self.split.validation, beginning.validation, passed.validation
+        if judged is not None and scale is not None and value is not None:
+            found["validation"] = _facts(judged, scale, value)
+        return found
+
+
+def _facts(task: Task, scale: Scale, metric: float) -> dict[str, Any]:
+    return {
+        "examples": len(task),
+        "full": scale.full,
+        "empty": scale.empty,
+        "metric": metric,
+        "faithfulness": faithfulness(metric, scale.full, scale.empty),
+    }
+
+
+def split_of(work: Work[Any], share: float, seed: int) -> Split:
+    """The task in two: as an interrupted run split it, or drawn now.
+
+    Args:
+        work: The search.
+        share: Of the pairs that judge.
+        seed: Of the draw.
+
+    Raises:
+        RunError: If the first step of an interrupted run says no such thing.
+    """
+    task = work.setting.task
+    if not work.steps:
+        return Split.of(task, validation_pairs(task, share, seed))
+    return Split.of(task, kept_beginning(work).numbers)
+
+
+def kept_beginning(work: Work[Any]) -> Beginning:
+    """The first step of an interrupted run.
+
+    Raises:
+        RunError: If it is none.
+    """
+    try:
+        return Beginning.read(work.steps[0], work.setting.task)
+    except (KeyError, ValueError, TypeError) as error:
+        raise work.damaged(1, f": {error}") from error

@@ -1,0 +1,117 @@
+"""Minibatches of prompt pairs, their runs captured when a step needs them.
+
+Runs of hundreds of pairs may not fit into memory, so each minibatch has its own. Those that are captured
+first stay while there is room; the others are captured again each time, two forward passes more.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pahq_hf.engine.protocol import CircuitRuns, Part
+from pahq_hf.tasks.base import Task
+
+_ROOM = 512 << 20  # bytes of runs that stay
+
+
+@dataclass(frozen=True, eq=False)
+class Minibatch:
+    """Prompt pairs of one step.
+
+    Attributes:
+        runs: Where gradients are taken.
+        parts: The pairs, as many at once as memory allows.
+        share: Of the metric of `runs` that is theirs.
+    """
+
+    runs: CircuitRuns
+    parts: Sequence[Part]
+    share: float
+
+    @property
+    def pairs(self) -> int:
+        """How many."""
+        return sum(len(part.task) for part in self.parts)
+
+
+class Minibatches(Protocol):
+    """Minibatches by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, number: int) -> Minibatch:
+        """One of them."""
+
+
+class CapturedAnew:
+    """Minibatches of which each has runs of its own.
+
+    Args:
+        tasks: Where the pairs are from; no minibatch has pairs of two of them.
+        least: Pairs of a minibatch, at least, where a task has so many.
+        seed: Of the order of the pairs.
+        capture: Captures the runs of a minibatch.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], least: int, seed: int, capture: Callable[[Task], CircuitRuns]
+    ) -> None:
+        drawn = random.Random(f"minibatches {seed}")
+        self._tasks: list[Task] = []
+        for task in tasks:
+            order = list(range(len(task)))
+            drawn.shuffle(order)
+            count = max(1, len(task) // least)
+            self._tasks += [task.select(sorted(order[k::count])) for k in range(count)]
+        drawn.shuffle(self._tasks)
+        self._capture = capture
+        self._kept: dict[int, Minibatch] = {}
+        self._room = _ROOM
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, number: int) -> Minibatch:
+        found = self._kept.get(number)
+        if found is None:
+            runs = self._capture(self._tasks[number])
+            found = Minibatch(runs, list(runs.circuit_parts()), 1.0)
+            if runs.nbytes <= self._room:
+                self._room -= runs.nbytes
+                self._kept[number] = found
+        return found
+
+
+class OfOneRun:
+    """Minibatches of runs that were captured together: where means over all pairs replace what is removed.
+
+    Args:
+        runs: The runs.
+        least: Pairs of a minibatch, at least.
+    """
+
+    def __init__(self, runs: CircuitRuns, least: int) -> None:
+        found: list[list[Part]] = [[]]
+        for part in runs.circuit_parts(least):
+            if _pairs(found[-1]) >= least:
+                found.append([])
+            found[-1].append(part)
+        if len(found) > 1 and _pairs(found[-1]) < least:  # what is left over goes with the last
+            last = found.pop()
+            found[-1] += last
+        whole = sum(map(_pairs, found))
+        self._batches = [Minibatch(runs, parts, _pairs(parts) / whole) for parts in found]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> Minibatch:
+        return self._batches[number]
+
+
+def _pairs(parts: Sequence[Part]) -> int:
+    return sum(len(part.task) for part in parts)

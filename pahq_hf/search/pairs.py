@@ -1,0 +1,112 @@
+"""Which prompt pairs a search learns from, is tested on, and is judged by.
+
+A circuit that is chosen on the pairs it was fitted to looks better than it is. So some pairs of the
+task are split off before the search begins: no step of it sees them, and what they say decides which of its
+circuits is kept. Equal prompts go to the same side.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from pahq_hf.errors import TaskError
+from pahq_hf.tasks.base import Task
+
+FEWEST = 4  # pairs that judge; twice as many are left to be searched
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A task in two.
+
+    Attributes:
+        searched: The pairs that a search sees.
+        validation: The pairs that judge it; None if there are none.
+        numbers: Which of the task's pairs these are, rising.
+    """
+
+    searched: Task
+    validation: Task | None
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, task: Task, numbers: Sequence[int]) -> Split:
+        """Split a task.
+
+        Args:
+            task: The task.
+            numbers: The pairs that judge, rising; none may be all.
+
+        Raises:
+            ValueError: If the task does not have them.
+        """
+        chosen = set(numbers)
+        others = [number for number in range(len(task)) if number not in chosen]
+        if list(numbers) != sorted(chosen) or not others or not chosen <= set(range(len(task))):
+            raise ValueError("its validation pairs are none of the task's")
+        if not chosen:
+            return cls(task, None, ())
+        return cls(task.select(others), task.select(numbers), tuple(numbers))
+
+
+def validation_pairs(task: Task, share: float, seed: int) -> list[int]:
+    """Draw the pairs that judge.
+
+    Args:
+        task: The task.
+        share: Of its pairs, at most half; at least `FEWEST` of them are drawn unless it is 0.
+        seed: The same seed draws the same.
+
+    Returns:
+        Their numbers, rising; none where the task has too few.
+    """
+    wanted = max(FEWEST, round(share * len(task)))
+    if share == 0 or len(task) < 3 * FEWEST:
+        return []
+    groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, prompt in enumerate(task.prompts()):
+        groups[prompt].append(number)
+    order = list(groups.values())
+    random.Random(f"validation {seed}").shuffle(order)
+    found: list[int] = []
+    for group in order:
+        if len(found) + len(group) <= len(task) // 2:
+            found += group
+        if len(found) >= wanted:
+            return sorted(found)
+    return []  # nearly all prompts are the same
+
+
+def learning_pairs(split: Split, whole: Task, count: int, seed: int) -> list[Task]:
+    """The pairs to learn from: those that are searched, and more of their kind where the task can draw some.
+
+    Args:
+        split: The task in two.
+        whole: The task.
+        count: How many are wanted in all.
+        seed: The same seed draws the same.
+
+    Returns:
+        Tasks, the searched pairs first. No prompt is one of those that judge.
+    """
+    wanted = count - len(split.searched)
+    if wanted <= 0 or whole.more is None:
+        return [split.searched]
+    shut = set() if split.validation is None else set(split.validation.prompts())
+    # Of no seed that people give: what they judge by later is drawn from those.
+    digest = blake2b(f"learning {whole.fingerprint()} {seed}".encode(), digest_size=8).digest()
+    try:
+        drawn = whole.more(wanted + max(16, wanted // 4), int.from_bytes(digest, "big"))
+    except TaskError:  # it could make these and no more
+        return [split.searched]
+    new = _others(drawn, shut)[:wanted]
+    return [split.searched, drawn.select(new)] if new else [split.searched]
+
+
+def _others(task: Task, shut: Collection[tuple[int, ...]]) -> list[int]:
+    """The pairs whose prompts are not among some."""
+    return [number for number, prompt in enumerate(task.prompts()) if prompt not in shut]
