@@ -38,8 +38,8 @@ from pahq_hf.search.arguments import (
     check_work,
 )
 from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
-from pahq_hf.search.pipeline import Run
 from pahq_hf.search.registry import find_search
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.subject import Subject
@@ -287,7 +287,8 @@ class PAHQModel(RunnableModel):
             take_over: Take the place of another machine's process that works in `out`.
             progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
-                `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`.
+                `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`,
+                `direction`.
 
         Returns:
             The circuit; `scores` holds the score of every edge, positive where removing it would hurt.
@@ -331,7 +332,7 @@ class PAHQModel(RunnableModel):
         progress: bool,
     ) -> Circuit:
         with self._resumed(out, engine, resume) as limits:
-            run = Run(kind, wanted, self._subject(task, limits), progress=progress)
+            run = make_run(kind, wanted, self._subject(task, limits), progress=progress)
             with self._at_work("the search"):
                 return run.run(out, resume=resume, take_over=take_over)
 

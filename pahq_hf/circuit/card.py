@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from pahq_hf.circuit.ablation import accuracies, carried_under, works_under
 from pahq_hf.circuit.files import PICTURE_NAME
 from pahq_hf.circuit.identity import ModelIdentity
-from pahq_hf.circuit.render.facts import Described
+from pahq_hf.circuit.render.facts import Described, gates_text, swapped_text
 from pahq_hf.circuit.render.layout import DRAWN_EDGES
 from pahq_hf.circuit.run_record import PrecisionFacts, SearchArguments, TaskFacts
 from pahq_hf.circuit.terminal import printable
@@ -59,6 +59,9 @@ def render_card(
         method=run.title,
         threshold=_threshold(asked),
         screen=asked.screen,
+        direction=None if asked.direction == "noising" else asked.direction,
+        gates=gates_text(edges),
+        swapped=swapped_text(run),
         criterion=None if asked.criterion == "signed" else asked.criterion,
         precision=_precision(run.precision),
         kept=edges.edge_count,

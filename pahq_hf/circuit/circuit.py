@@ -26,6 +26,7 @@ from pahq_hf.circuit.files import (
     write_atomically,
     write_text,
 )
+from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.naming import without_place
@@ -52,6 +53,8 @@ class Circuit:
         discovery: What ran and what came out (`discovery.json`).
         means: Mean activations, for `PAHQModel.apply` without corrupted prompts (`mean_activations`).
         estimated: Edges whose score is an estimate; None where the search takes none. [readers, writers]
+        found_by: Of a search in both directions, which found each edge: 1 noising, 2 denoising, 3 both.
+            [readers, writers]
     """
 
     graph: Graph
@@ -62,6 +65,7 @@ class Circuit:
     discovery: dict[str, Any] = field(default_factory=dict)
     means: dict[str, NDArray[np.float32]] | None = None
     estimated: BoolArray | None = None
+    found_by: FoundBy | None = None
 
     def __post_init__(self) -> None:
         self.model = without_place(self.model)
@@ -71,7 +75,7 @@ class Circuit:
     @property
     def scored(self) -> ScoredEdges:
         """The edges alone: what pictures, pages and comparisons take."""
-        return ScoredEdges(self.graph, self.kept, self.scores, self.tested, self.estimated)
+        return ScoredEdges(self.graph, self.kept, self.scores, self.tested, self.estimated, self.found_by)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -122,6 +126,11 @@ class Circuit:
     def edges(self) -> list[tuple[str, float]]:
         """Kept edges by name with their scores, in model order."""
         return self.scored.edges
+
+    @property
+    def gates(self) -> dict[str, str]:
+        """`AND`, `OR` or `ADDER` by the names of kept edges; empty unless a search in both directions ran."""
+        return self.scored.gates
 
     @property
     def nodes(self) -> list[str]:
@@ -282,4 +291,5 @@ class Circuit:
             stored.discovery,
             stored.means,
             edges.estimated,
+            edges.found_by,
         )

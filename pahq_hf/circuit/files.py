@@ -32,6 +32,7 @@ SECONDS_NAME = "seconds.json"  # until it is finished
 ANSWERS_NAME = "answers.jsonl"  # of a sweep
 SWEEP_NAME = "sweep.json"
 SWEEP_PREFIX = "tau-"  # of its runs' folders
+DIRECTION_NAMES = ("noising", "denoising")  # folders of the two runs of a search in both directions
 
 Write = Callable[[Path], None]
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")

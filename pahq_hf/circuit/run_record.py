@@ -9,7 +9,7 @@ from typing import Any
 from pahq_hf.circuit.confirmation import Confirmation
 from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.sections import Section
-from pahq_hf.circuit.verdict import Verdict
+from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError
 
 GREEDY = "acdc"  # the method of files that name none
@@ -46,6 +46,13 @@ class MetricFacts(Section):
     final_recomputed: float | None = None
     tolerance: float | None = None
     fp32: float | None = None
+
+    @property
+    def faithfulness(self) -> float | None:
+        """How far a circuit is on the way from no edges to the full model; None where that is not known."""
+        if self.full is None or self.empty is None or self.fp32 is None:
+            return None
+        return faithfulness(self.fp32, self.full, self.empty)
 
     @property
     def confirmation(self) -> Confirmation | None:
@@ -127,6 +134,12 @@ class SearchArguments(Section):
             return "gap"
         return "absolute" if self.more.get("absolute") is True else "signed"
 
+    @property
+    def direction(self) -> str:
+        """`noising`, `denoising` or `both`."""
+        found = self.more.get("direction")
+        return found if found in ("denoising", "both") else "noising"
+
     def __contains__(self, name: str) -> bool:
         """Whether the search has an argument of this name, be it None."""
         return name in self.more or getattr(self, name, None) is not None
@@ -201,6 +214,8 @@ class RunRecord(Section):
         seconds: By phase, and `total`.
         peak_memory: Bytes by kind.
         metric: The minimised metric.
+        swapped: The same with clean and corrupted prompts swapped, of a search by denoising.
+        directions: Of a search in both directions, what each came to, by its name.
         verified: Whether the hooks engine confirmed the search's value.
         verdict: Whether the circuit does what the model does.
         kl: KL from the full model in FP32, in a sweep.
@@ -228,6 +243,8 @@ class RunRecord(Section):
     apply: AppliedFacts = field(default_factory=AppliedFacts)
     seconds: Mapping[str, Any] = field(default_factory=dict)
     metric: MetricFacts = field(default_factory=MetricFacts)
+    swapped: MetricFacts = field(default_factory=MetricFacts)
+    directions: Mapping[str, Any] = field(default_factory=dict)
     verified: bool | None = None
     verdict: Verdict | None = None
     kl: float | None = None
@@ -242,6 +259,8 @@ class RunRecord(Section):
     def confirmation(self) -> Confirmation | None:
         """The metric by the search and by the hooks engine; None where the run compared no such two.
 
+        Of several, as with swapped prompts, it is one where they do not agree, if there is one.
+
         Raises:
             CircuitError: If the record says that it did, and lacks a value.
         """
@@ -250,7 +269,11 @@ class RunRecord(Section):
         found = self.metric.confirmation
         if found is None:
             raise CircuitError("a circuit's facts of verification are damaged: a value is missing")
-        return found
+        parts = (part for part in self.directions.values() if isinstance(part, Mapping))
+        told = (part.get(name) for part in parts for name in ("metric", "swapped"))
+        others = [self.swapped, *(MetricFacts.from_json(each) for each in told if isinstance(each, Mapping))]
+        measured = [found, *(facts.confirmation for facts in others)]
+        return next((each for each in measured if each is not None and not each.verified), found)
 
     @property
     def doubt(self) -> str | None:

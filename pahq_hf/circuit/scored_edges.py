@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.gates import GATES, FoundBy
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 
 
@@ -23,6 +24,8 @@ class ScoredEdges:
         tested: Edges whose score was measured, or estimated. [readers, writers]
         estimated: Edges among them whose score is an estimate; None where the search takes none.
             [readers, writers]
+        found_by: Who found each edge of a search in both directions; None of any other (`gates.found_by`).
+            [readers, writers]
     """
 
     graph: Graph
@@ -30,6 +33,7 @@ class ScoredEdges:
     scores: NDArray[np.float64]
     tested: BoolArray
     estimated: BoolArray | None = None
+    found_by: FoundBy | None = None
 
     @property
     def edge_count(self) -> int:
@@ -39,6 +43,16 @@ class ScoredEdges:
     def is_estimate(self, reader: int, writer: int) -> bool:
         """Whether an edge's score is an estimate."""
         return self.estimated is not None and bool(self.estimated[reader, writer])
+
+    def gate(self, reader: int, writer: int) -> str | None:
+        """What an edge is by who found it: `AND`, `OR` or `ADDER`; None where that is not known."""
+        return None if self.found_by is None else GATES.get(int(self.found_by[reader, writer]))
+
+    @property
+    def gates(self) -> dict[str, str]:
+        """The same by the names of the edges that have one, in model order."""
+        pairs = [] if self.found_by is None else edge_list(self.kept & (self.found_by > 0))
+        return {self.graph.edge_name(r, w): str(self.gate(r, w)) for r, w in pairs}
 
     @cached_property
     def live(self) -> BoolArray:
@@ -62,8 +76,8 @@ class ScoredEdges:
     def to_networkx(self) -> nx.MultiDiGraph:
         """The kept edges as a directed multigraph of nodes.
 
-        An edge carries `score`, `reader` (its full name) and `kind` (q, k, v, mlp, logits). A shared
-        key/value group becomes one edge to each of its heads.
+        An edge carries `score`, `reader` (its full name), `kind` (q, k, v, mlp, logits) and, of a search in
+        both directions, `gate`. A shared key/value group becomes one edge to each of its heads.
 
         Returns:
             The graph.
@@ -73,6 +87,8 @@ class ScoredEdges:
         for r, w in edge_list(self.kept):
             reader = self.graph.readers[r]
             targets = [self.graph.writers[node].name for node in reader.nodes] or ["logits"]
+            gate = self.gate(r, w)
+            facts = {} if gate is None else {"gate": gate}
             for target in targets:
                 result.add_edge(
                     self.graph.writers[w].name,
@@ -80,5 +96,6 @@ class ScoredEdges:
                     score=float(self.scores[r, w]),
                     reader=reader.name,
                     kind=reader.kind,
+                    **facts,
                 )
         return result

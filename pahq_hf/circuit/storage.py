@@ -28,6 +28,7 @@ from pahq_hf.circuit.files import (
     text_writer,
     write_together,
 )
+from pahq_hf.circuit.gates import fits
 from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import RunRecord
@@ -68,7 +69,7 @@ class StoredCircuit:
 
     def to_json(self) -> dict[str, Any]:
         """The EAP-IG / MIB style document: config, nodes, kept edges."""
-        spec = self.edges.graph.spec
+        spec, gates = self.edges.graph.spec, self.edges.gates
         return {
             "cfg": {
                 "format_version": FORMAT_VERSION,
@@ -82,7 +83,10 @@ class StoredCircuit:
                 **self.model,
             },
             "nodes": {name: {"in_graph": True} for name in self.edges.nodes},
-            "edges": {name: {"score": score, "in_graph": True} for name, score in self.edges.edges},
+            "edges": {
+                name: {"score": score, "in_graph": True, **({"gate": gates[name]} if name in gates else {})}
+                for name, score in self.edges.edges
+            },
         }
 
 
@@ -131,6 +135,8 @@ def _write_scores(edges: ScoredEdges, path: Path) -> None:
     }
     if edges.estimated is not None:
         tensors["estimated"] = edges.estimated.astype(np.uint8)
+    if edges.found_by is not None:
+        tensors["found_by"] = edges.found_by.astype(np.uint8)
     layout = {
         "axes": "readers, writers",
         "readers": [reader.name for reader in graph.readers],
@@ -176,8 +182,11 @@ def read_circuit(folder: Path) -> StoredCircuit:
     estimated = tensors["estimated"].astype(bool) if "estimated" in tensors else None
     if estimated is not None and (estimated & ~tested).any():
         raise CircuitError(f"{folder / SCORES_NAME}: an edge is marked as estimated and not as tested")
+    found_by = tensors["found_by"].astype(np.uint8) if "found_by" in tensors else None
+    if found_by is not None and not fits(found_by, kept):
+        raise CircuitError(f"{folder / SCORES_NAME}: 'found_by' does not tell who found which kept edges")
     return StoredCircuit(
-        ScoredEdges(graph, kept, tensors["score"].astype(np.float64), tested, estimated),
+        ScoredEdges(graph, kept, tensors["score"].astype(np.float64), tested, estimated, found_by),
         model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
         discovery=discovery,
         means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
@@ -230,8 +239,8 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     missing = [name for name in _SCORE_NAMES if name not in tensors]
     if missing:
         raise CircuitError(f"cannot read {path}: it has no {missing[0]!r}")
-    # Only searches that take estimates mark them; earlier versions had none.
-    names = [*_SCORE_NAMES, *(["estimated"] if "estimated" in tensors else [])]
+    # Only some searches have these; earlier versions had neither.
+    names = [*_SCORE_NAMES, *(name for name in ("estimated", "found_by") if name in tensors)]
     found = {name: tensors[name] for name in names}
     mlp = int(spec.mlps)
     shape = (

@@ -46,7 +46,9 @@ def sweep(
     conclude(out, swept.to_json(), table, command, *swept.values(), as_json=asked.run.as_json)
 
 
-sweep_command = keeps_journal(Command(sweep, lambda: [find_search("acdc")], without=("threshold",)))
+sweep_command = keeps_journal(
+    Command(sweep, lambda: [find_search("acdc")], without=("threshold", "direction"))
+)
 
 
 def _next(context: typer.Context, found: Sweep, out: Path) -> str:

@@ -117,6 +117,8 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
     for number in order:
         r, w = pairs[number]
         mark = " (estimate)" if circuit.scored.is_estimate(r, w) else ""
+        gate = circuit.scored.gate(r, w)
+        mark += "" if gate is None else f" {gate}"
         table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}{mark}")
     return table
 

@@ -74,6 +74,11 @@ def check_auditable(circuit: Circuit) -> None:
             f"an audit takes ACDC's decisions again: this circuit was found by {method[:80]!r}, which "
             "decides otherwise"
         )
+    if run.arguments.direction != "noising":
+        raise CircuitError(
+            "an audit takes ACDC's decisions again as noising takes them: this circuit was found by "
+            f"direction {run.arguments.direction}"
+        )
     if run.arguments.threshold is None or run.arguments.metric is None:
         raise CircuitError(
             "an audit takes ACDC's decisions again: this circuit does not say by which threshold and metric "

@@ -7,10 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation, Criterion, JsonConfig, check_choice, check_metric_name, check_number
+from pahq_hf.config import (
+    Ablation,
+    Criterion,
+    Direction,
+    JsonConfig,
+    check_choice,
+    check_metric_name,
+    check_number,
+)
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
-from pahq_hf.search.kind import told
+from pahq_hf.search.kind import check_direction, told
 
 Tests = Literal["all", "verified"]
 GreedyT = TypeVar("GreedyT", bound="GreedyOptions")
@@ -30,6 +38,8 @@ class GreedyOptions(JsonConfig):
         criterion: What of an edge is held against tau, when removing it takes the metric from `cur` to `new`:
             `signed`, `new - cur`; `absolute`, `|new - cur|`; `gap`, `|new - full| - |cur - full|`, how much
             farther it is then from the full model's. None is `signed`, or what `absolute` says.
+        direction: `noising`: circuits run on clean prompts, removed edges carry corrupted activations.
+            `denoising` searches with the two swapped; `both` keeps what either finds.
         readers: Comma-separated globs; only matching readers are searched, others keep all edges.
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
@@ -60,6 +70,14 @@ class GreedyOptions(JsonConfig):
         ),
     )
 
+    direction: Direction = field(
+        default="noising",
+        metadata=told(
+            "noising: removed edges carry corrupted activations into the clean run; denoising: clean ones "
+            "into the corrupted run; both: the edges that either finds."
+        ),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "absolute", self.decides_by == "absolute")
@@ -74,6 +92,7 @@ class GreedyOptions(JsonConfig):
             check_metric_name(self.metric)
         check_choice("order", self.order, ReaderOrder)
         check_choice("ablation", self.ablation, Ablation)
+        check_direction(self.direction, self.ablation)
         if self.criterion is not None:
             check_choice("criterion", self.criterion, Criterion)
         if self.absolute and self.criterion not in (None, "absolute"):
@@ -110,6 +129,8 @@ class GreedyOptions(JsonConfig):
         values = asdict(self)
         if self.criterion != "gap":  # `absolute` tells the other two
             del values["criterion"]
+        if self.direction == "noising":
+            del values["direction"]
         return values | {name: "inf" for name in self.endless if values[name] == math.inf}
 
     @classmethod

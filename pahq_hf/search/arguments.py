@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation, Criterion
+from pahq_hf.config import Ablation, Criterion, Direction
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.search.acdc_options import Tests
 from pahq_hf.search.attribution.options import MethodName
@@ -34,6 +34,7 @@ class DiscoverOptions(SweepOptions, total=False):
     """Fields of `ACDCConfig`."""
 
     threshold: float
+    direction: Direction
 
 
 class AttributeOptions(TypedDict, total=False):
@@ -48,6 +49,7 @@ class AttributeOptions(TypedDict, total=False):
     ablation: Ablation
     seed: int
     criterion: Criterion | None
+    direction: Direction
 
 
 class EvaluateOptions(TypedDict, total=False):

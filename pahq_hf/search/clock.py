@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -93,6 +93,12 @@ class RunClock:
             return
         for name, value in found.items() if isinstance(found, dict) else ():
             if type(value) is float and 0 <= value < float("inf"):
+                self._seconds[name] = self._seconds.get(name, 0.0) + value
+
+    def add(self, seconds: Mapping[str, object]) -> None:
+        """Add what a finished part of the run took, as `report` says it."""
+        for name, value in seconds.items():
+            if name != "total" and isinstance(value, (int, float)):
                 self._seconds[name] = self._seconds.get(name, 0.0) + value
 
     def keep(self, folder: Path) -> None:

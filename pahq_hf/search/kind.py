@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.run_record import RunRecord
-from pahq_hf.config import Ablation, JsonConfig, check_choice, check_metric_name
+from pahq_hf.config import Ablation, Direction, JsonConfig, check_choice, check_metric_name
 from pahq_hf.errors import ConfigError, check_names, code_of, describe
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -60,6 +61,20 @@ def told(
     """
     facts = {"help": help, "metavar": metavar, "min": min, "name": name}
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def check_direction(direction: Direction, ablation: Ablation) -> None:
+    """Check a direction against what stands in for removed edges.
+
+    Raises:
+        ConfigError: If it is none, or there is nothing to swap.
+    """
+    check_choice("direction", direction, Direction)
+    if direction != "noising" and ablation != "corrupted":
+        raise ConfigError(
+            f"direction {direction} swaps clean and corrupted prompts, which needs ablation corrupted; got "
+            f"{ablation}"
+        )
 
 
 class Unsaid(str):
@@ -105,6 +120,7 @@ class Found:
         facts: What the search says of itself in discovery.json.
         label: What tells it from others in a log; None has its verdict not logged.
         estimated: Tested edges whose score is an estimate; None if the search takes none. [readers, writers]
+        found_by: Which direction found each edge, of a search in both. [readers, writers]
     """
 
     kept: BoolArray
@@ -115,6 +131,7 @@ class Found:
     facts: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = ""
     estimated: BoolArray | None = None
+    found_by: FoundBy | None = None
 
     def recordable(self, told: Iterable[str] = ()) -> dict[str, Any]:
         """Facts that the record of a run can hold; of the others there is a warning.
@@ -171,6 +188,10 @@ class SearchKind(Generic[OptionsT]):
     check: Callable[[Work[OptionsT], Found], None] | None = None
     is_own: bool = False
     dial: str = "threshold"
+
+    def direction_of(self, options: OptionsT) -> Direction:
+        """In which direction it searches; somebody's own search knows one."""
+        return "noising" if self.is_own else getattr(options, "direction", "noising")
 
     @property
     def told_facts(self) -> tuple[str, ...]:

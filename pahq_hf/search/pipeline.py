@@ -64,7 +64,7 @@ class Searched:
 
     Attributes:
         found: What it found.
-        engine: What its record says of the engine.
+        engine: What its record says of the engine, and of directions.
     """
 
     found: Found
@@ -108,6 +108,11 @@ class Run(Generic[OptionsT]):
         self.limits = subject.limits
         self.lock: RunLock | None = None  # while it has a folder
         self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
+
+    @property
+    def searched_on(self) -> Bench:
+        """Captured runs that its search works with."""
+        return self.bench
 
     @property
     def reporter(self) -> Progress:
@@ -278,7 +283,7 @@ class Run(Generic[OptionsT]):
         place = None
         if folder is not None:
             place = RunFolder(folder, self.header(), self.told_header(), self.check_lock)
-        return Work(self.options, self.bench, self.clock, place, journal)
+        return Work(self.options, self.searched_on, self.clock, place, journal)
 
     # -- 3. verify, 4. record -------------------------------------------------------------------------
 
@@ -345,6 +350,7 @@ class Run(Generic[OptionsT]):
             record.to_json(),
             means,
             found.estimated,
+            found.found_by,
         )
 
     # -- 5. save --------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pahq_hf.config import Criterion, check_choice, check_number
+from pahq_hf.config import Criterion, Direction, check_choice, check_number
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import SearchOptions, told
+from pahq_hf.search.kind import SearchOptions, check_direction, told
 
 MOST_VALIDATION = 0.5
 _MOST = 100.0  # standard deviations: scores differ by ten
@@ -30,6 +30,7 @@ class RefineOptions(SearchOptions):
             keeps none back, and judges by the pairs that are searched, as tasks of fewer than 12 pairs do.
         seed: Of the noise, the pairs that judge, and those that are drawn.
         criterion: `gap`: what it brings down is how far the metric is from the full model's.
+        direction: As of ACDC; `both` has up to twice as many edges.
     """
 
     edges: int = field(default=200, metadata=told("refine: keep so many edges.", min=1))
@@ -53,10 +54,12 @@ class RefineOptions(SearchOptions):
         metadata=told("refine: seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
     )
     criterion: Criterion | None = field(default=None, metadata=told("refine: gap, which it always is."))
+    direction: Direction = field(default="noising", metadata=told("refine: as of acdc."))
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         super().validate()
+        check_direction(self.direction, self.ablation)
         if self.criterion is not None:
             check_choice("criterion", self.criterion, Criterion)
         if self.criterion not in (None, "gap"):
@@ -79,4 +82,5 @@ class RefineOptions(SearchOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; there is one criterion."""
-        return {name: value for name, value in super().to_dict().items() if name != "criterion"}
+        left = {"criterion", *(["direction"] if self.direction == "noising" else [])}
+        return {name: value for name, value in super().to_dict().items() if name not in left}

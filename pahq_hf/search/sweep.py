@@ -73,6 +73,9 @@ class SweepRun(Generic[OptionsT]):
     ) -> None:
         if "threshold" not in kind.fields:
             raise ConfigError(f"search {kind.name!r} has no threshold to sweep over")
+        direction = kind.direction_of(options)
+        if direction != "noising":
+            raise ConfigError(f"a sweep is by noising: give direction {direction} to one search at a time")
         self._kind = kind
         self._runs = {
             tau: Run(kind, kind.with_option(options, "threshold", tau), subject, progress=progress)

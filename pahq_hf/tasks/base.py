@@ -31,6 +31,8 @@ class Task:
         distractors: Token ids of the wrong answers of each row, possibly empty.
         metric: The metric this task is usually scored with.
         source: How the data was made (generator, seed, file): kept with the circuit.
+        swapped: Whether clean and corrupted prompts have changed places (`swap`). A metric of answers is
+            turned round then: it is least where the right answers are least likely.
         more: Draws so many other pairs of the same kind, given a seed; None where nothing can. What is made
             of a task by other means than its generator's has none.
     """
@@ -45,6 +47,7 @@ class Task:
     distractors: tuple[tuple[int, ...], ...]
     metric: str = "kl"
     source: dict[str, object] = field(default_factory=dict)
+    swapped: bool = False
     more: Callable[[int, int], Task] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -104,6 +107,12 @@ class Task:
         """Position of every token counted from its example's first real token. [batch, pos]"""
         return (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
 
+    def swap(self) -> Task:
+        """The same with clean and corrupted prompts in each other's place, answers as they are."""
+        clean, corrupted, more = self.corrupted_ids, self.clean_ids, self.more
+        found = replace(self, clean_ids=clean, corrupted_ids=corrupted, swapped=not self.swapped)
+        return found if more is None else found.drawn_by(lambda count, seed: more(count, seed).swap())
+
     def part(self, first: int, last: int) -> tuple[Task, Tensor]:
         """Some of the examples as a task of their own.
 
@@ -156,9 +165,9 @@ class Task:
         )
 
     def prompts(self) -> list[tuple[int, ...]]:
-        """Token ids of the clean prompts without padding."""
-        masks = self.attention_mask.bool()
-        return [tuple(ids[mask].tolist()) for ids, mask in zip(self.clean_ids, masks, strict=True)]
+        """Token ids of the clean prompts without padding, in whichever place these are."""
+        masks, prompts = self.attention_mask.bool(), self.corrupted_ids if self.swapped else self.clean_ids
+        return [tuple(ids[mask].tolist()) for ids, mask in zip(prompts, masks, strict=True)]
 
     def fingerprint(self) -> str:
         """SHA-256 over every token, mask, position and answer: pins the data of a run."""

@@ -216,6 +216,8 @@ class Metric:
         self.name = name
         self.spec = find_metric(name)
         needs_reference = "reference" in self.spec.needs
+        # A distance from the model on the clean prompts is one from it on those that are in their place.
+        self._sign = -1.0 if task.swapped and not needs_reference else 1.0
         if needs_reference and reference is None:
             raise MetricError(f"{name} needs the full model's logits as its reference")
         self.targets = Targets(
@@ -234,7 +236,7 @@ class Metric:
         """
         with self._running():
             rows = self.spec.value(logits.double(), self.targets)
-        return self._checked_rows(rows, logits.shape[:-1])
+        return self._sign * self._checked_rows(rows, logits.shape[:-1])
 
     def rows_of_stream(self, stream: FinalStream, shape: Sequence[int]) -> Tensor:
         """The metric row by row from final streams, for a metric that has such a form.
@@ -249,7 +251,7 @@ class Metric:
         assert self.spec.from_stream is not None
         with self._running():
             rows = self.spec.from_stream(stream, self.targets)
-        return self._checked_rows(rows, shape)
+        return self._sign * self._checked_rows(rows, shape)
 
     def _running(self) -> AbstractContextManager[None]:
         """Where the metric's own code runs: what somebody's metric raises is known for its own."""
@@ -335,7 +337,7 @@ class Metric:
         """
         if self.spec.rounding is not None:
             with self._running():
-                return self.spec.rounding(value, error)
+                return self.spec.rounding(self._sign * value, error)
         import torch
 
         with torch.enable_grad():

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from pahq_hf.circuit.ablation import accuracy_under
 from pahq_hf.circuit.confirmation import Confirmation
+from pahq_hf.circuit.gates import gate_counts
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
@@ -49,6 +50,8 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "method": run.method,
         "threshold": asked.threshold,
         "best edges": asked.topn,
+        "direction": None if asked.direction == "noising" else asked.direction,
+        "found by": gates_text(edges),
         "criterion": None if asked.criterion == "signed" else asked.criterion,
         "screen": asked.screen,
         "ablation": asked.ablation,
@@ -64,12 +67,32 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "no edges": metric.empty,
         "circuit": metric.final,
         "circuit in FP32": metric.fp32,
+        "with prompts swapped": swapped_text(run),
         "verified": _verified(run.confirmation),
         **_verdict_facts(verdict),
         "in apply()": _plain(run, circuit.plain_ablation),
         "seconds": run.total_seconds,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def gates_text(edges: ScoredEdges) -> str | None:
+    """How many edges were found by which direction; None unless a search took both."""
+    if edges.found_by is None:
+        return None
+    counts = gate_counts(edges.found_by)
+    return (
+        f"noising alone {counts['AND']:,} (AND), denoising alone {counts['OR']:,} (OR), "
+        f"both {counts['ADDER']:,} (ADDER)"
+    )
+
+
+def swapped_text(run: RunRecord) -> str | None:
+    """What denoising found does: how far its edges alone carry the corruption; None without denoising."""
+    found = run.swapped.faithfulness
+    if found is None:
+        return None
+    return f"faithfulness {found:.3f}: corrupting these edges alone breaks so much of the behaviour"
 
 
 def _verified(found: Confirmation | None) -> str | None:

@@ -93,6 +93,7 @@ def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
     scores: list[list[float | None]] = [[] for _ in circuits]
     tested: list[list[int]] = [[] for _ in circuits]
     estimated: list[list[int]] = [[] for _ in circuits]
+    gates: list[list[str | None]] = [[] for _ in circuits]
     for (writer, reader), lines in groupby(places.edges, key=lambda edge: (edge.writer, edge.reader_name)):
         parts = list(lines)
         targets = [number[part.reader] for part in parts]
@@ -103,14 +104,15 @@ def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
         edges["reader"].append(readers[reader]["number"])
         edges["bends"].append([round(part.bend, 3) for part in parts])
         index = union.graph.reader_index(reader), union.graph.writer_index(writer)
-        for circuit, own, seen, guessed in zip(circuits, scores, tested, estimated, strict=True):
+        for circuit, own, seen, guessed, gate in zip(circuits, scores, tested, estimated, gates, strict=True):
             own.append(_finite(float(circuit.scores[index])) if circuit.kept[index] else None)
             seen.append(int(circuit.tested[index]))
             guessed.append(int(circuit.is_estimate(*index)))
+            gate.append(circuit.gate(*index))
     return {
         "nodes": [{"name": node.name, "kind": node.kind, "x": node.x, "y": node.y} for node in places.nodes],
         "readers": list(readers.values()),
-        "edges": {**edges, "scores": scores, "tested": tested, "estimated": estimated},
+        "edges": {**edges, "scores": scores, "tested": tested, "estimated": estimated, "gates": gates},
         "rows": places.rows,
     }
 

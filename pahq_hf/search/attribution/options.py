@@ -6,9 +6,17 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from pahq_hf.config import Ablation, Criterion, JsonConfig, check_choice, check_metric_name, check_number
+from pahq_hf.config import (
+    Ablation,
+    Criterion,
+    Direction,
+    JsonConfig,
+    check_choice,
+    check_metric_name,
+    check_number,
+)
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import Unsaid, told
+from pahq_hf.search.kind import Unsaid, check_direction, told
 
 MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 
@@ -30,6 +38,7 @@ class AttributionConfig(JsonConfig):
         criterion: By what of scores edges are chosen: `signed`, as they are; `absolute`, their size; `gap`,
             how far removing the edge alone takes the metric from the full model's, which is their size too.
             None is `signed`, or what `absolute` says.
+        direction: As of ACDC: `noising` scores edges of the clean run, `denoising` of the corrupted one.
     """
 
     method: MethodName = field(
@@ -54,6 +63,14 @@ class AttributionConfig(JsonConfig):
         ),
     )
 
+    direction: Direction = field(
+        default="noising",
+        metadata=told(
+            "noising: edges of the clean run are scored; denoising: of the corrupted run; both: the edges "
+            "that either chooses."
+        ),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "absolute", self.absolute or self.criterion == "absolute")
@@ -64,12 +81,15 @@ class AttributionConfig(JsonConfig):
         if self.metric is not None:
             check_metric_name(self.metric)
         check_choice("ablation", self.ablation, Ablation)
+        check_direction(self.direction, self.ablation)
         if self.criterion is not None:
             check_choice("criterion", self.criterion, Criterion)
         if self.absolute and self.criterion not in (None, "absolute"):
             raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
         if self.method == "random" and self.criterion == "gap":
             raise ConfigError("criterion gap means nothing for method random, whose scores are of no metric")
+        if self.method == "random" and self.direction != "noising":
+            raise ConfigError(f"direction {self.direction} means nothing for method random: it runs nothing")
         for name in ("steps", "topn", "seed"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True)
@@ -96,6 +116,8 @@ class AttributionConfig(JsonConfig):
         values = asdict(self)
         if self.criterion != "gap":
             del values["criterion"]
+        if self.direction == "noising":
+            del values["direction"]
         return values
 
 

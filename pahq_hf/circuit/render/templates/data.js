@@ -20,6 +20,7 @@ const edges = drawing.edges.writer.map((writer, i) => {
     scores,
     tested: drawing.edges.tested.map((column) => column[i] === 1),
     estimated: drawing.edges.estimated.map((column) => column[i] === 1),
+    gates: drawing.edges.gates.map((column) => column[i]),
     score,
     strength: Math.abs(score),
     group,
@@ -91,8 +92,9 @@ function number(value) {
 
 function scoreText(edge) {
   const one = (i) => {
-    if (edge.scores[i] !== null && !edge.tested[i]) return "not tested";
-    return number(edge.scores[i]) + (edge.estimated[i] ? " (estimate)" : "");
+    const gate = edge.gates[i] === null ? "" : ` ${edge.gates[i]}`;
+    if (edge.scores[i] !== null && !edge.tested[i]) return "not tested" + gate;
+    return number(edge.scores[i]) + (edge.estimated[i] ? " (estimate)" : "") + gate;
   };
   return compares ? `A ${one(0)}, B ${one(1)}` : one(0);
 }
