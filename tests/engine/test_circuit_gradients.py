@@ -17,7 +17,7 @@ from pahq_hf.engine.hooks import gradient_runs
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import MetricError
 from pahq_hf.search.attribution.methods import eap
-from pahq_hf.tasks.metrics import MetricSpec, register_metric
+from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.engine.soft_circuits import SoftReferee
 from tests.engine.test_slopes import LEFT, TASKS, close, engine_of, some_readers
 from tests.families import ALL_FAMILIES
@@ -112,7 +112,9 @@ def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     close(one_by_one[1], effects, 1e-9)
 
 
-def test_a_metric_without_a_gradient_is_refused() -> None:
+def test_a_metric_without_a_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name: find_metric(name) for name in known_metrics()}
+    monkeypatch.setattr("pahq_hf.tasks.metrics._METRICS", names)  # what is registered ends with the test
     spec = MetricSpec("stepped", lambda logits, targets: logits.argmax(-1).double(), differentiable=False)
     register_metric(spec)
     model = wrapped("gpt2")

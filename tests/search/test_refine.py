@@ -23,7 +23,7 @@ from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.search.learning import Schedule
 from pahq_hf.search.pruning import _GAIN, changed
 from pahq_hf.search.work import Work
-from pahq_hf.tasks.metrics import MetricSpec, known_metrics, register_metric
+from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.helpers import assert_same_circuit, files_of, run_main, wrapped
 from tests.models import random_task
 from tests.tiers import examples, quick
@@ -225,10 +225,10 @@ def test_bad_options_are_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_metric_without_a_gradient_is_refused(tmp_path: Path) -> None:
-    if "argmax" not in known_metrics():
-        spec = MetricSpec("argmax", lambda logits, _: logits.argmax(-1).double(), differentiable=False)
-        register_metric(spec)
+def test_a_metric_without_a_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name: find_metric(name) for name in known_metrics()}
+    monkeypatch.setattr("pahq_hf.tasks.metrics._METRICS", names)  # what is registered ends with the test
+    register_metric(MetricSpec("argmax", lambda logits, _: logits.argmax(-1).double(), differentiable=False))
     with pytest.raises(MetricError, match="no gradient, by which refine ranks"):
         refined(small(), tmp_path / "run", metric="argmax")
     assert not (tmp_path / "run").exists()
