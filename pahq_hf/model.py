@@ -40,7 +40,7 @@ from pahq_hf.search.arguments import (
 from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
-from pahq_hf.search.registry import find_search
+from pahq_hf.search.registry import default_search, find_search
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep import SweepRun
@@ -158,7 +158,7 @@ class PAHQModel(RunnableModel):
         self,
         task: Task,
         *,
-        search: Literal["acdc"] = "acdc",
+        search: Literal["acdc"] | None = None,
         config: ACDCConfig | None = None,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
@@ -166,6 +166,20 @@ class PAHQModel(RunnableModel):
         take_over: bool = False,
         progress: bool = True,
         **options: Unpack[DiscoverOptions],
+    ) -> Circuit: ...
+
+    @overload
+    def discover(
+        self,
+        task: Task,
+        *,
+        edges: int,
+        engine: EngineConfig | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        take_over: bool = False,
+        progress: bool = True,
+        **options: Any,
     ) -> Circuit: ...
 
     @overload
@@ -187,7 +201,7 @@ class PAHQModel(RunnableModel):
         self,
         task: Task,
         *,
-        search: str = "acdc",
+        search: str | None = None,
         config: Options | None = None,
         engine: EngineConfig | None = None,
         out: str | Path | None = None,
@@ -200,8 +214,9 @@ class PAHQModel(RunnableModel):
 
         Args:
             task: The prompts.
-            search: Name of the search: `acdc`, `budget`, a method of attribution, or one of your own
-                (`register_search`).
+            search: Name of the search: `acdc`, `budget`, `refine`, a method of attribution, or one of your
+                own (`register_search`). By default `refine` where `edges` are given and no `threshold`,
+                else `acdc`.
             config: Its options, for ACDC an `ACDCConfig`; or give its fields as keywords (`threshold=0.01`).
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.
             out: Folder for the journal and the result; nothing is written without it.
@@ -219,7 +234,7 @@ class PAHQModel(RunnableModel):
             MetricError: If the metric needs answers the task lacks, or came out as NaN.
             RunError: If `out` cannot be written or holds another run.
         """
-        kind = find_search(search)
+        kind = find_search(default_search(options) if search is None else search)
         wanted = self._wanted(kind, task, config, engine, options, "discover")
         return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
 

@@ -9,14 +9,14 @@ import typer
 
 from pahq_hf.circuit.files import output_path
 from pahq_hf.cli.declared import Command, dial_of
-from pahq_hf.cli.ending import after, again, beside, evaluation, shifted
+from pahq_hf.cli.ending import after, again, beside, evaluation, is_given, shifted
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.options import BatchOption
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
 from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchKind
-from pahq_hf.search.registry import find_search, searches
+from pahq_hf.search.registry import default_search, find_search, searches
 
 
 def _discoverers() -> list[SearchKind[Any]]:
@@ -33,13 +33,19 @@ def discover(
     ],
     options: dict[str, Any],
     search: Annotated[
-        str, typer.Option(metavar="NAME", help="acdc, budget, refine, or a registered search.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="acdc, budget, refine, or a registered search; --edges without --threshold means refine.",
+        ),
     ] = "acdc",
     batch: BatchOption = None,
 ) -> None:
     """Find the circuit of a task with ACDC, or another search, and write it to a folder."""
     from pahq_hf.cli.tables import run_table
 
+    if not is_given(context, "search"):
+        search = default_search(options)
     kind = find_search(search)
     if kind.command is None:
         raise ConfigError(f"search {search!r} is for Python alone: model.discover(task, search={search!r})")

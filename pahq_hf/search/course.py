@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.verdict import faithfulness
@@ -14,6 +14,18 @@ from pahq_hf.search.pairs import Split, validation_pairs
 from pahq_hf.search.pruning import Scale
 from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
+
+
+class Judged(Protocol):
+    """What was measured of a circuit."""
+
+    @property
+    def metric(self) -> float:
+        """On the pairs that are searched."""
+
+    @property
+    def validation(self) -> float | None:
+        """On those that judge; None if there are none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +46,11 @@ class Passed:
     def size(self) -> int:
         """How many edges it has."""
         return int(self.kept.sum())
+
+    def facts(self) -> dict[str, Any]:
+        """What is said of it where circuits of many sizes are."""
+        found = {"edges": self.size, "metric": self.metric}
+        return found if self.validation is None else found | {"validation": self.validation}
 
 
 @dataclass(frozen=True)
@@ -74,21 +91,9 @@ class Beginning:
         """The scale by which circuits are chosen."""
         return self.searched if self.validation is None else self.validation
 
-    def gap(self, passed: Passed) -> float:
+    def gap(self, passed: Judged) -> float:
         """How far a circuit is from the full model by what judges it."""
         return self.judge.gap(passed.metric if passed.validation is None else passed.validation)
-
-    def best(self, passed: Sequence[Passed], edges: int) -> int | None:
-        """Which circuit of at most so many edges is the nearest; of equal ones the last.
-
-        Returns:
-            Its number; None where no edges at all are nearer.
-        """
-        fitting = [number for number in reversed(range(len(passed))) if passed[number].size <= edges]
-        nearest = min(fitting, key=lambda number: self.gap(passed[number]), default=None)
-        if nearest is None or self.gap(passed[nearest]) > self.judge.whole:
-            return None
-        return nearest
 
 
 class Measures:

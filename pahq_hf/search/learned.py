@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pahq_hf.circuit.files import LEARNED_NAME
-from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.search.course import Passed
 from pahq_hf.search.journal import check_header
 from pahq_hf.search.kept_arrays import DAMAGED, cannot_continue, checksum, read_arrays, save_arrays
@@ -25,7 +24,7 @@ class Level:
     Attributes:
         level: How many are done.
         learned: Checksum of what it came to.
-        edges: Of the circuit that tests would start from.
+        edges: Of its circuit.
         metric: Of that circuit, on the pairs that are searched.
         validation: On those that judge; None if there are none.
     """
@@ -58,10 +57,6 @@ class Level:
             raise TypeError("a value is of another type")
         return found if judged is None else replace(found, validation=as_float(judged))
 
-    def of_circuit(self, kept: BoolArray) -> Passed:
-        """The circuit of the level."""
-        return Passed(kept, self.metric, self.validation)
-
 
 _ARRAYS = ("scores", "mean", "square", "start")
 _WHAT = "what it has learned"
@@ -91,6 +86,8 @@ def kept_levels(work: Work[Any], last: int) -> list[Level]:
     """
     found = []
     for number, step in enumerate(work.steps[1 : 1 + last], start=1):
+        if "removed" in step:  # learning ended early
+            break
         try:
             level = Level.read(step)
             if level.level != number:

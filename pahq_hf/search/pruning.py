@@ -110,19 +110,17 @@ class Pruned:
         scale: What they are held against.
         start: The circuit that it starts from. [readers, writers]
         metric: Of that circuit.
-        edges: The size.
 
     Attributes:
         kept: The present circuit. [readers, writers]
         metric: Its metric.
     """
 
-    def __init__(self, engine: Engine, scale: Scale, start: BoolArray, metric: float, edges: int) -> None:
+    def __init__(self, engine: Engine, scale: Scale, start: BoolArray, metric: float) -> None:
         self._engine = engine
         self._graph: Graph = engine.graph
         self._scale = scale
         self._gap = scale.gap
-        self._size = edges
         self._effects: Scores | None = None  # of the present circuit's edges
         self.kept = start
         self.metric = metric
@@ -132,12 +130,25 @@ class Pruned:
         """How far the metric is from the full model's."""
         return self._gap(self.metric)
 
-    def rounds(self) -> Iterator[Round]:
-        """Change it round by round, until it has its size and no swap helps."""
-        while self.kept.sum() > self._size:
-            yield self._taken(self._removal())
-        while (better := self._relief() or self._swap()) is not None:
+    @property
+    def size(self) -> int:
+        """How many edges it has."""
+        return int(self.kept.sum())
+
+    def to_size(self, edges: int) -> Iterator[Round]:
+        """Remove edges round by round until there are no more than so many."""
+        while self.size > edges:
+            yield self._taken(self._removal(edges))
+
+    def at_size(self, edges: int) -> Iterator[Round]:
+        """Swap edges round by round, with at most so many, until no swap and no removal helps."""
+        while (better := self._relief() or self._swap(edges)) is not None:
             yield self._taken(better)
+
+    def within(self, gap: float) -> Iterator[Round]:
+        """Remove edges round by round as long as the gap stays within a bound, and swap where none can go."""
+        while (taken := self._shrinking(gap) or self._relief() or self._swap(self.size)) is not None:
+            yield self._taken(taken)
 
     def _taken(self, taken: Round) -> Round:
         self.kept = changed(self.kept, taken.removed, taken.added)
@@ -153,17 +164,29 @@ class Pruned:
 
     # -- removing -------------------------------------------------------------------------------------
 
-    def _removal(self) -> Round:
-        """The most of the least edges that may go at once."""
+    def _removal(self, edges: int) -> Round:
+        """The most of the least edges that may go at once, and leave so many."""
         effects = self.effects()
         ranked = least_first(self.kept, effects)
-        size = max(1, min(len(ranked) - self._size, int(_SHARE * len(ranked))))
+        size = max(1, min(len(ranked) - edges, int(_SHARE * len(ranked))))
         while True:
             without, metric = self._without(self.kept, ranked[:size])
             worst = max(self._gap(self.metric + effects[edge]) for edge in ranked[:size])
             if size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale.whole:
                 return Round(tuple(edge for edge in ranked if not without[edge]), (), metric)
             size //= 2
+
+    def _shrinking(self, gap: float) -> Round | None:
+        """The most edges that may go at once within a bound, the best to go first; None if none may."""
+        effects = self.effects()
+        ranked = sorted(edge_list(self.kept), key=lambda e: self._gap(self.metric + float(effects[e])))
+        size = max(1, int(_SHARE * len(ranked))) if ranked else 0
+        while size:
+            without, metric = self._without(self.kept, ranked[:size])
+            if self._gap(metric) <= gap:
+                return Round(tuple(edge_list(self.kept & ~without)), (), metric)
+            size //= 2
+        return None
 
     def _without(self, kept: BoolArray, removed: Sequence[Edge]) -> tuple[BoolArray, float]:
         """A circuit without some edges and those that are dead then, and its metric."""
@@ -187,25 +210,25 @@ class Pruned:
 
     # -- swapping -------------------------------------------------------------------------------------
 
-    def _swap(self) -> Round | None:
+    def _swap(self, edges: int) -> Round | None:
         """The most of the best edges that may come back for the least; None if not even one may."""
         candidates = self._candidates()
         found = self._engine.add_each(self.kept, candidates)
         gains = {edge: self.gap - self._gap(self.metric + found[edge]) for edge in edge_list(candidates)}
         ranked = sorted(gains, key=lambda edge: -gains[edge])
         better = [edge for edge in ranked if gains[edge] > 0]
-        size = min(len(better), max(1, int(_SWAPPED * self._size)))
+        size = min(len(better), max(1, int(_SWAPPED * edges)))
         while size > 1:
-            swap = self._swapped(better[:size])
+            swap = self._swapped(better[:size], edges)
             if swap is not None:
                 return swap
             size //= 2
-        return next(filter(None, (self._swapped([edge]) for edge in ranked[:_TRIES])), None)
+        return next(filter(None, (self._swapped([edge], edges) for edge in ranked[:_TRIES])), None)
 
-    def _swapped(self, added: Sequence[Edge]) -> Round | None:
+    def _swapped(self, added: Sequence[Edge], edges: int) -> Round | None:
         """Let some edges come back and the least go for them; None if that brings the metric no nearer."""
         whole = changed(self.kept, (), added)
-        over = int(whole.sum()) - self._size
+        over = int(whole.sum()) - edges
         if over > 0:
             whole, metric = self._without(whole, least_first(whole, self._engine.drop_each(whole))[:over])
         else:

@@ -18,8 +18,9 @@ is split off before, and no phase sees them: the circuit of the size that is nea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
+from pahq_hf.search.goal import Goal
 from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
@@ -44,6 +46,8 @@ from pahq_hf.tasks.metrics import find_metric
 logger = logging.getLogger(__name__)
 _MORE = 1.4  # times as many edges as are asked for are learned
 _PLUS = 100  # and so many more at least
+_RANKED = 300  # edges that are learned where all are to be ranked
+_FEWEST = 25  # the fewest that are learned where a gap is asked for
 
 
 def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
@@ -54,7 +58,7 @@ def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
         MetricError: If the metric has no gradient.
     """
     total = setting.graph.edge_count
-    if options.edges > total:
+    if options.edges is not None and options.edges > total:
         raise ConfigError(f"this model has {total:,} edges; cannot keep {options.edges:,} of them")
     if not find_metric(setting.metric).differentiable:
         raise MetricError(f"metric {setting.metric} has no gradient, by which refine ranks edges")
@@ -62,7 +66,7 @@ def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
 
 
 def refine(work: Work[RefineOptions]) -> Found:
-    """Find the most faithful circuit of a size.
+    """Find the most faithful circuit of a size, or the smallest within a gap, or rank all edges.
 
     Its steps are what it begins with, then levels of learning, then rounds of removals and swaps.
 
@@ -93,36 +97,35 @@ def refine(work: Work[RefineOptions]) -> Found:
 
 
 def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
-    options, graph = work.options, work.graph
+    options, graph, goal = work.options, work.graph, _goal(work.options)
     beginning = kept_beginning(work) if work.steps else measures.begin()
     if not work.steps:
         work.keep(beginning.to_json())
     schedule = _schedule(options, graph)
     tasks = _learning_tasks(work, measures.split)
-    learned, start = _learn(work, schedule, measures, lambda: _batches(work, tasks))
-    rounds, passed = _kept_rounds(work, start, 1 + len(schedule.levels))
-    circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric, options.edges)
-    with work.progress.count("refining", "edge", start.size - options.edges) as count:
+    learned, levels = _learn(work, schedule, measures, goal, beginning, lambda: _batches(work, tasks))
+    start = _started(learned, levels, goal, beginning)
+    rounds, passed = _kept_rounds(work, start, 1 + len(levels))
+    circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric)
+    with work.progress.count("refining", "edge", max(0, start.size - (options.edges or 0))) as count:
         count.advance(start.size - passed[-1].size)
-        for taken in circuit.rounds():
+        for taken in _rounds(circuit, goal, beginning):
             taken = replace(taken, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
             rounds.append(taken)
             passed.append(Passed(circuit.kept, taken.metric, taken.validation))
             count.advance(len(taken.removed) - len(taken.added))
             count.note(gap=f"{beginning.gap(passed[-1]):.4g}")
-    chosen = beginning.best(passed, options.edges)
-    kept = _chosen(graph, beginning, passed, chosen)
+    chosen = goal.best(beginning, passed)
+    kept = _chosen(graph, goal, beginning, passed, chosen)
     last = passed[-1] if chosen is None else kept
     worth = _worth(measures, beginning, circuit, last)
-    facts = {
-        "start": start.size,
-        "rounds": len(rounds),
-        "taken": chosen,
-        "locally_minimal": chosen == len(rounds),
-        "learned_on": sum(map(len, tasks)),
-        **measures.facts(beginning, kept),
-    }
+    facts: dict[str, Any] = {"start": start.size, "rounds": len(rounds)}
+    if goal.is_ranking:
+        facts["curve"] = [each.facts() for each in passed]
+    else:
+        facts |= {"taken": chosen, "locally_minimal": chosen == len(rounds)}
+    facts |= {"learned_on": sum(map(len, tasks)), **measures.facts(beginning, kept)}
     tested = start.kept.copy()
     for each in passed:
         tested |= each.kept
@@ -132,16 +135,32 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
         tested,
         final=kept.metric,
         facts={"refine": facts},
-        label=f"{options.edges} edges",
+        label=goal.name,
     )
 
 
-def _chosen(graph: Graph, beginning: Beginning, passed: Sequence[Passed], number: int | None) -> Passed:
-    """The circuit of a number; that of no edges where there is none."""
+def _rounds(circuit: Pruned, goal: Goal, beginning: Beginning) -> Iterator[Round]:
+    """The rounds towards what is asked for."""
+    if goal.max_gap is not None:
+        yield from circuit.within(goal.max_gap * beginning.searched.whole)
+        return
+    yield from circuit.to_size(goal.edges or 0)
+    if goal.edges is not None:
+        yield from circuit.at_size(goal.edges)
+
+
+def _chosen(
+    graph: Graph, goal: Goal, beginning: Beginning, passed: Sequence[Passed], number: int | None
+) -> Passed:
+    """The circuit of a number; where there is none, all edges if a ranking is asked for, else no edges."""
     if number is not None:
         return passed[number]
-    validation = None if beginning.validation is None else beginning.validation.empty
-    return Passed(graph.no_edges(), beginning.searched.empty, validation)
+    kept = graph.all_edges.copy() if goal.is_ranking else graph.no_edges()
+    scales = beginning.searched, beginning.validation
+    searched, validation = (
+        None if scale is None else scale.full if goal.is_ranking else scale.empty for scale in scales
+    )
+    return Passed(kept, cast(float, searched), validation)
 
 
 def _worth(measures: Measures, beginning: Beginning, circuit: Pruned, passed: Passed) -> Scores:
@@ -166,12 +185,13 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     if not work.steps or work.folder is None:
         return
     beginning, schedule = kept_beginning(work), _schedule(work.options, work.graph)
+    goal = _goal(work.options)
     levels = kept_levels(work, len(schedule.levels))
     learned = load_scores(work, levels)
-    if learned is None or len(levels) < len(schedule.levels):
+    if learned is None or not _is_learned(levels, schedule, goal, beginning):
         return
-    _, passed = _kept_rounds(work, levels[-1].of_circuit(learned.start), 1 + len(levels))
-    chosen = _chosen(work.graph, beginning, passed, beginning.best(passed, work.options.edges))
+    _, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
+    chosen = _chosen(work.graph, goal, beginning, passed, goal.best(beginning, passed))
     if not np.array_equal(chosen.kept, found.kept):
         raise RunError(
             f"the circuit in {work.folder} is not the one its {JOURNAL_NAME} tells of: one of them was "
@@ -204,11 +224,18 @@ def _kept_rounds(work: Work[RefineOptions], start: Passed, first: int) -> tuple[
     return rounds, passed
 
 
+def _goal(options: RefineOptions) -> Goal:
+    return Goal(options.edges, options.max_gap)
+
+
 # -- learning ---------------------------------------------------------------------------------------------
 
 
 def _schedule(options: RefineOptions, graph: Graph) -> Schedule:
-    size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + _PLUS))
+    if options.edges is not None:
+        size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + _PLUS))
+    else:
+        size = min(graph.edge_count // 2, _RANKED if options.max_gap is None else _FEWEST)
     return Schedule.towards(size, graph, options.steps, options.rate, options.noise, options.seed)
 
 
@@ -230,20 +257,44 @@ def _means(options: RefineOptions) -> bool:
     return options.ablation.startswith("mean")
 
 
+def _is_learned(levels: Sequence[Level], schedule: Schedule, goal: Goal, beginning: Beginning) -> bool:
+    """Whether no more levels are to be learned: all are, or the last is too small for what is asked for."""
+    if len(levels) == len(schedule.levels):
+        return True
+    return bool(levels) and not goal.is_within(beginning, levels[-1])
+
+
+def _started(learned: Learned, levels: Sequence[Level], goal: Goal, beginning: Beginning) -> Passed:
+    """The circuit that tests start from: that of the last level near enough; all edges where none is."""
+    near = [level for level in levels if goal.is_within(beginning, level)]
+    if near:
+        return Passed(learned.start, near[-1].metric, near[-1].validation)
+    validation = None if beginning.validation is None else beginning.validation.full
+    return Passed(learned.start, beginning.searched.full, validation)
+
+
 def _learn(
-    work: Work[RefineOptions], schedule: Schedule, measures: Measures, batches: Callable[[], Minibatches]
-) -> tuple[Learned, Passed]:
+    work: Work[RefineOptions],
+    schedule: Schedule,
+    measures: Measures,
+    goal: Goal,
+    beginning: Beginning,
+    batches: Callable[[], Minibatches],
+) -> tuple[Learned, list[Level]]:
     """Learn the levels that an interrupted run has not, and keep each.
 
     Returns:
-        What they came to, and the circuit that tests start from.
+        What they came to, and what the journal says of them.
     """
     levels = kept_levels(work, len(schedule.levels))
     learned = load_scores(work, levels)
     if learned is not None and learned.level > len(levels):  # it stopped between the two
-        levels.append(_keep_level(work, learned, measures))
-    if learned is not None and learned.level == len(schedule.levels):
-        return learned, levels[-1].of_circuit(learned.start)
+        circuit = _circuit(work, schedule, learned)
+        levels.append(_keep_level(work, learned, measures.of_circuit(circuit)))
+    if learned is not None and _is_learned(levels, schedule, goal, beginning):
+        return learned, levels
+    if len(work.steps) > 1 + len(levels):
+        raise work.damaged(2 + len(levels), ": a level of learning should stand there")
     learner = Learner(work.graph, batches(), schedule)
     try:
         with work.phase("learn"), work.progress.count("learning", "step", schedule.total) as count:
@@ -255,30 +306,31 @@ def _learn(
                 count.advance(1)
                 count.note(edges=size, gap=f"{gap:.4g}")
 
-            while learned.level < len(schedule.levels):
-                size = schedule.levels[learned.level]
+            while not _is_learned(levels, schedule, goal, beginning):
                 learned = learner.learn(learned, on_step)
-                start = _start(work.graph, learned.scores, size, work.options.edges)
-                learned = replace(learned, start=start)
+                passed = measures.of_circuit(_circuit(work, schedule, learned))
+                if goal.is_within(beginning, passed):
+                    learned = replace(learned, start=passed.kept)
                 keep_scores(work, learned)
-                levels.append(_keep_level(work, learned, measures))
-        return learned, levels[-1].of_circuit(learned.start)
+                levels.append(_keep_level(work, learned, passed))
+        return learned, levels
     finally:
         del learner
         trim()
 
 
-def _keep_level(work: Work[RefineOptions], learned: Learned, measures: Measures) -> Level:
-    """Judge a level, and keep that in the journal."""
-    level = Level.of(learned, measures.of_circuit(learned.start))
+def _keep_level(work: Work[RefineOptions], learned: Learned, passed: Passed) -> Level:
+    """Keep what a level came to in the journal, and what its circuit measured."""
+    level = Level.of(learned, passed)
     work.keep(level.to_json())
     return level
 
 
-def _start(graph: Graph, scores: Scores, size: int, least: int) -> BoolArray:
-    """The live edges of the best, enough of them. [readers, writers]"""
+def _circuit(work: Work[RefineOptions], schedule: Schedule, learned: Learned) -> BoolArray:
+    """The circuit of a level: the live edges of the best, enough of them. [readers, writers]"""
+    graph, size, least = work.graph, schedule.levels[learned.level - 1], work.options.edges or 0
     while True:
-        kept = graph.live_edges(best(graph, scores, size))
+        kept = graph.live_edges(best(graph, learned.scores, size))
         if kept.sum() >= least or size == graph.edge_count:
             return kept
         size = min(graph.edge_count, size + max(1, size // 10))

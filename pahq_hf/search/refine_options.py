@@ -9,6 +9,7 @@ from pahq_hf.config import Criterion, Direction, check_choice, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import SearchOptions, check_direction, told
 
+_GOALS = ("edges", "max_gap", "curve")
 MOST_VALIDATION = 0.5
 _MOST = 100.0  # standard deviations: scores differ by ten
 
@@ -18,7 +19,11 @@ class RefineOptions(SearchOptions):
     """Options of `refine`.
 
     Attributes:
-        edges: How many the circuit has at most.
+        edges: How many the circuit has at most: the nearest of the size is looked for.
+        max_gap: How far the circuit's metric may be from the full model's, as a share of how far that of no
+            edges is: the smallest circuit within it is looked for.
+        curve: Keep all edges and rank them: the best k of the ranking are circuits of every size. Exactly one
+            of `edges`, `max_gap` and `curve` is given.
         steps: Of learning, for each halving of the number of edges; 0 learns nothing, and refines the best
             edges by gradients averaged along the mask.
         rate: How far a score moves in a step, in standard deviations of where they start.
@@ -33,28 +38,34 @@ class RefineOptions(SearchOptions):
         direction: As of ACDC; `both` has up to twice as many edges.
     """
 
-    edges: int = field(default=200, metadata=told("refine: keep so many edges.", min=1))
-    steps: int = field(
-        default=20, metadata=told("refine: steps of learning for each halving of the edges.", min=0)
+    edges: int | None = field(default=None, metadata=told("Keep so many edges at most.", min=1))
+    max_gap: float | None = field(
+        default=None,
+        metadata=told(
+            "The smallest circuit whose metric is no farther from the full model's than this share of how "
+            "far the empty circuit's is."
+        ),
     )
-    rate: float = field(
-        default=0.05, metadata=told("refine: how far scores move in a step of learning.", min=0)
+    curve: bool = field(
+        default=False, metadata=told("Keep all edges, ranked: the best k are circuits of every size.")
     )
-    noise: float = field(default=0.3, metadata=told("refine: noise on the scores that are learned.", min=0))
-    minibatch: int = field(default=16, metadata=told("refine: prompt pairs of a step of learning.", min=1))
+    steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
+    rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
+    noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
+    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
     learn_pairs: int = field(
-        default=256, metadata=told("refine: prompt pairs to learn from, where the task can draw more.", min=0)
+        default=256, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
     )
     validation: float = field(
         default=0.25,
-        metadata=told("refine: share of the prompt pairs that is kept back to judge circuits by."),
+        metadata=told("Share of the prompt pairs that is kept back to judge circuits by."),
     )
     seed: int = field(
         default=0,
-        metadata=told("refine: seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
+        metadata=told("Seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
     )
-    criterion: Criterion | None = field(default=None, metadata=told("refine: gap, which it always is."))
-    direction: Direction = field(default="noising", metadata=told("refine: as of acdc."))
+    criterion: Criterion | None = field(default=None, metadata=told("gap, which it always is."))
+    direction: Direction = field(default="noising", metadata=told("As of acdc."))
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
@@ -64,9 +75,25 @@ class RefineOptions(SearchOptions):
             check_choice("criterion", self.criterion, Criterion)
         if self.criterion not in (None, "gap"):
             raise ConfigError(f"refine brings the gap down: its criterion is gap, not {self.criterion}")
+        asked = [
+            name for name in _GOALS if getattr(self, name) is not None and getattr(self, name) is not False
+        ]
+        if len(asked) != 1:
+            raise ConfigError(
+                "refine takes exactly one of edges (--edges 200), max_gap (--max-gap 0.1) and curve "
+                f"(--curve); got {' and '.join(asked) or 'none'}"
+            )
+        if type(self.curve) is not bool:
+            raise ConfigError(f"curve must be true or false; got {self.curve!r}")
+        if self.max_gap is not None:
+            check_number("max_gap", self.max_gap)
+            if not 0 <= self.max_gap < 1:
+                raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
         whole = {"edges": 1, "steps": 0, "minibatch": 1, "learn_pairs": 0, "seed": 0}
         for name, least in whole.items():
             value = getattr(self, name)
+            if value is None and name in _GOALS:
+                continue
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
         for name in ("rate", "noise"):

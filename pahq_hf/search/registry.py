@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pahq_hf.circuit.run_record import TITLES
@@ -101,6 +101,15 @@ def find_search(name: str) -> SearchKind[Any]:
     if not isinstance(given, str) or name not in _SEARCHES:
         raise ConfigError(f"there is no search {name!r}; there are {', '.join(_SEARCHES)}")
     return _SEARCHES[name]
+
+
+def default_search(given: Collection[str]) -> str:
+    """The search that is meant where none is named: `refine` if it is a number of edges that is given.
+
+    Args:
+        given: Names of the options that are given.
+    """
+    return "refine" if "edges" in given and "threshold" not in given else "acdc"
 
 
 def searches() -> Mapping[str, SearchKind[Any]]:

@@ -1,0 +1,54 @@
+"""What `refine` is asked for: the best circuit of a size, the smallest within a gap, or a ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pahq_hf.search.course import Beginning, Judged, Passed
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of three: a size, a gap, or neither of them, which ranks all edges.
+
+    Attributes:
+        edges: How many edges the circuit has at most.
+        max_gap: How far its metric may be from the full model's, as a share of how far that of no edges is.
+    """
+
+    edges: int | None = None
+    max_gap: float | None = None
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether circuits of all sizes are asked for."""
+        return self.edges is None and self.max_gap is None
+
+    @property
+    def name(self) -> str | None:
+        """What tells the run from others in a log; None where all edges are kept whatever comes out."""
+        if self.edges is not None:
+            return f"{self.edges} edges"
+        return None if self.max_gap is None else f"refine, gap up to {self.max_gap:g}"
+
+    def is_within(self, beginning: Beginning, passed: Judged) -> bool:
+        """Whether a circuit is as near as is asked for, by what judges it; any is where a size is."""
+        return self.max_gap is None or beginning.gap(passed) <= self.max_gap * beginning.judge.whole
+
+    def best(self, beginning: Beginning, passed: Sequence[Passed]) -> int | None:
+        """Which circuit is kept: the nearest of the size, or the smallest within the gap; of equals the last.
+
+        Returns:
+            Its number; None where a ranking is asked for, or no edges at all are nearer.
+        """
+        numbers = reversed(range(len(passed)))
+        if self.edges is not None:
+            fitting = [number for number in numbers if passed[number].size <= self.edges]
+            nearest = min(fitting, key=lambda number: beginning.gap(passed[number]), default=None)
+            is_far = nearest is None or beginning.gap(passed[nearest]) > beginning.judge.whole
+            return None if is_far else nearest
+        within = [number for number in numbers if self.is_within(beginning, passed[number])]
+        if self.is_ranking or not within:
+            return None
+        return min(within, key=lambda number: (passed[number].size, beginning.gap(passed[number])))
