@@ -21,7 +21,7 @@ from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.config import Ablation, PAHQConfig
 from pahq_hf.errors import AblationWarning, PAHQError
 from pahq_hf.evaluation.evaluator import Evaluator
-from pahq_hf.search.attribution.options import MethodName
+from pahq_hf.search.attribution.kinds import MethodName
 
 _DESCRIPTION = """\
 Find a task's circuits, let the model speak as each of them on prompts of another seed, and count right

@@ -11,7 +11,7 @@ from pahq_hf.circuit.graph import ReaderOrder
 from pahq_hf.config import Ablation, Criterion, Direction
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.search.acdc_options import Tests
-from pahq_hf.search.attribution.options import MethodName
+from pahq_hf.search.attribution.kinds import MethodName
 from pahq_hf.tasks.base import Task
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
-from pahq_hf.search.attribution.options import AttributionConfig, MethodName
+from pahq_hf.search.attribution.kinds import METHODS
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.declaration import check_declarations, check_shared
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
@@ -209,7 +210,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
     **{
         name: SearchKind(
             name,
-            title,
+            method.title,
             AttributionConfig,
             _attribute,
             fixed={"method": name},
@@ -217,8 +218,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
             command="attribute",
             resolve=_resolve_attribution,
         )
-        for name, title in TITLES.items()
-        if name in get_args(MethodName)
+        for name, method in METHODS.items()
     },
     "refine": SearchKind(
         "refine",

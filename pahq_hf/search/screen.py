@@ -14,8 +14,9 @@ from pahq_hf.circuit.files import SCREEN_NAME
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.setting import Setting
+from pahq_hf.search.attribution.kinds import MethodName
 from pahq_hf.search.attribution.methods import Scores
-from pahq_hf.search.attribution.options import MethodName, parse_screen
+from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import top_edges
 from pahq_hf.search.bench import Bench

@@ -17,7 +17,8 @@ from pahq_hf.modeling.lowering import spill_blocks
 from pahq_hf.precision.embeddings import EmbeddingMatrix
 from pahq_hf.precision.formats.registry import known_formats
 from pahq_hf.precision.linear import PAHQLinear
-from pahq_hf.search.attribution.options import AttributionConfig, MethodName
+from pahq_hf.search.attribution.kinds import MethodName
+from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.journal import Journal, Step
 from tests.helpers import (
     assert_same_circuit,

@@ -17,6 +17,7 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns, Gradients, Part
 from pahq_hf.errors import MetricError
 from pahq_hf.precision.sums import add_rows
+from pahq_hf.search.attribution.kinds import METHODS, MethodName
 from pahq_hf.tasks.metrics import find_metric
 
 Scores = NDArray[np.float64]
@@ -29,7 +30,7 @@ def _nobody(_: int) -> None:
     """Nobody counts."""
 
 
-def check_gradient(method: str, metric: str) -> None:
+def check_gradient(method: MethodName, metric: str) -> None:
     """Check that a method means anything for a metric.
 
     Args:
@@ -40,12 +41,12 @@ def check_gradient(method: str, metric: str) -> None:
         MetricError: If there is no such metric, or the method takes a gradient that it does not have, or that
             is zero at the clean run.
     """
-    spec = find_metric(metric)
-    if method in ("eap", "eap-ig", "hisp") and not spec.differentiable:
+    spec, gradient = find_metric(metric), METHODS[method].gradient
+    if gradient != "nowhere" and not spec.differentiable:
         raise MetricError(
             f"{method} cannot use {metric}, which has no gradient; use exact, or a metric such as logit_diff"
         )
-    if method in ("eap", "hisp") and spec.flat_at_full:
+    if gradient == "clean" and spec.flat_at_full:
         raise MetricError(
             f"{method} cannot use {metric}: its gradient at the clean run is zero, and so would be every "
             "score; use eap-ig, or a metric such as logit_diff"
@@ -100,6 +101,28 @@ def eap_ig(runs: GradientRuns, steps: int, on_done: Done = _nobody) -> Scores:
             _add_edge_scores(total, runs, part, runs.gradients(part, start + (k / steps) * whole))
             on_done(len(part.task))
     return total / steps
+
+
+def clean_corrupted(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
+    """EAP with the mean of two gradients, at the clean and at the corrupted run.
+
+    It is the trapezoid rule on the path of `eap_ig`, with its two ends alone. Method `clean-corrupted` of the
+    authors' code (hannamw/EAP-IG) and of MIB, which allow corrupted activations only; here the second
+    gradient is that at the corrupted prompts' embeddings whatever the ablation, as in `eap_ig`.
+
+    Args:
+        runs: The task's runs.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
+
+    Returns:
+        [readers, writers]
+    """
+    total = np.zeros(runs.graph.all_edges.shape)
+    for part in runs.parts():
+        for end in (runs.clean, runs.corrupted):
+            _add_edge_scores(total, runs, part, runs.gradients(part, end.embedding[part.examples]))
+            on_done(len(part.task))
+    return total / 2
 
 
 def hisp(runs: GradientRuns, on_done: Done = _nobody) -> Scores:

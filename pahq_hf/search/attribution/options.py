@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from pahq_hf.config import (
     Ablation,
@@ -16,9 +16,8 @@ from pahq_hf.config import (
     check_number,
 )
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.attribution.kinds import METHODS, MethodName
 from pahq_hf.search.kind import Unsaid, check_direction, told
-
-MethodName = Literal["eap", "eap-ig", "hisp", "exact", "random"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,9 @@ class AttributionConfig(JsonConfig):
     """How edges are scored, and which of them make the circuit (docs/semantics.md, section 7).
 
     Attributes:
-        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `hisp`, head importance; `exact`,
-            every edge removed alone from the full model; `random`.
+        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `clean-corrupted`, the mean of
+            the gradients at both runs; `hisp`, head importance; `exact`, every edge removed alone from the
+            full model; `random`.
         metric: What is minimised; None takes the task's own.
         steps: Runs whose gradients `eap-ig` averages.
         topn: Keep so many edges; by default all, or those of the threshold.
@@ -135,10 +135,10 @@ def parse_screen(text: str) -> tuple[MethodName, float]:
         fraction = float(rest)
     except ValueError:
         fraction = math.nan
-    for known in get_args(MethodName):
+    for known in METHODS:
         if method == known and 0 < fraction <= 1:
             return known, fraction
-    methods = ", ".join(get_args(MethodName))
+    methods = ", ".join(METHODS)
     raise ConfigError(
         f"screen must be METHOD:FRACTION, such as eap-ig:0.1, with a method of {methods} and a fraction "
         f"above 0 and up to 1; got {text!r}"

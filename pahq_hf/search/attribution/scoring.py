@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
+from pahq_hf.search.attribution.kinds import MethodName
 from pahq_hf.search.attribution.methods import (
+    Done,
     Scores,
     check_finite,
     check_gradient,
+    clean_corrupted,
     eap,
     eap_ig,
     exact,
     hisp,
     random_scores,
 )
-from pahq_hf.search.attribution.options import MethodName
 from pahq_hf.search.progress import Progress
 
 
@@ -85,10 +88,29 @@ def edge_scores(
         trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
 
 
+@dataclass(frozen=True)
+class _ByGradients:
+    """How a method makes scores of gradients.
+
+    Attributes:
+        score: Of runs and a number of steps, with what is called as prompts are done.
+        passes: Gradients that are taken of each prompt, of a number of steps.
+    """
+
+    score: Callable[[GradientRuns, int, Done], Scores]
+    passes: Callable[[int], int] = lambda steps: 1
+
+
+_BY_GRADIENTS: Mapping[MethodName, _ByGradients] = {
+    "eap": _ByGradients(lambda runs, _, done: eap(runs, done)),
+    "eap-ig": _ByGradients(eap_ig, lambda steps: steps),
+    "clean-corrupted": _ByGradients(lambda runs, _, done: clean_corrupted(runs, done), lambda steps: 2),
+    "hisp": _ByGradients(lambda runs, _, done: hisp(runs, done)),
+}
+
+
 def _by_gradients(method: MethodName, captures: Captures, steps: int) -> Scores:
-    runs = captures.gradients()
-    prompts = (steps if method == "eap-ig" else 1) * len(captures.setting.task)
+    runs, way = captures.gradients(), _BY_GRADIENTS[method]
+    prompts = way.passes(steps) * len(captures.setting.task)
     with captures.phase("scores"), captures.progress.count(method, "prompt", prompts) as count:
-        if method == "eap-ig":
-            return eap_ig(runs, steps, count.advance)
-        return eap(runs, count.advance) if method == "eap" else hisp(runs, count.advance)
+        return way.score(runs, steps, count.advance)

@@ -1,0 +1,38 @@
+"""Which attribution methods there are, and what each needs of a metric: the one table of them.
+
+What a method does is a function of `scoring`, under the same name; neither this file nor what it imports
+loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pahq_hf.circuit.run_record import TITLES
+
+MethodName = Literal["eap", "eap-ig", "clean-corrupted", "hisp", "exact", "random"]
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """What there is to know of a method before it runs.
+
+    Attributes:
+        title: What it is, in words, for model cards.
+        gradient: Where it takes the metric's gradient: nowhere, at the clean run only, or elsewhere too.
+    """
+
+    title: str
+    gradient: Literal["nowhere", "clean", "elsewhere"] = "elsewhere"
+
+
+METHODS: Mapping[MethodName, MethodKind] = {
+    "eap": MethodKind(TITLES["eap"], "clean"),
+    "eap-ig": MethodKind(TITLES["eap-ig"]),
+    "clean-corrupted": MethodKind("edge attribution patching at the clean and the corrupted run"),
+    "hisp": MethodKind(TITLES["hisp"], "clean"),
+    "exact": MethodKind(TITLES["exact"], "nowhere"),
+    "random": MethodKind(TITLES["random"], "nowhere"),
+}
