@@ -28,7 +28,7 @@ edges and nodes of the truth from the others? One row for each method and precis
 _EPILOG = """\
 rows, given as METHOD[:REGIME]
   acdc       One search for each threshold; each is one point of the curve. All regimes.
-  eap, eap-ig, clean-corrupted, hisp, exact, random
+  eap, eap-ig, eap-ig-activations, clean-corrupted, hisp, exact, random
              One score per edge, signed: positive where removing the edge hurts. random: mean over --seeds.
 
 figures

@@ -314,10 +314,23 @@ class GradientRuns(CircuitRuns, Protocol):
     def gradients(self, part: Part, embedding: Tensor) -> Gradients:
         """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
 
-    def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+    def gradients_beside(self, part: Part, writers: range, share: float) -> Gradients:
+        """Gradients of a part's metric in the clean run, but for some writers.
+
+        Args:
+            part: The part.
+            writers: They write `a_w + share (c_w - a_w)`: `input`, or all heads of a layer, or an MLP.
+            share: How far they are from the clean run.
+        """
+
+    def chunks(self, part: Part, writers: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.
 
+        Args:
+            part: The part.
+            writers: Whose edges: `input`, or all heads of a layer, or an MLP; all by default.
+
         Yields:
-            Indices into the flattened batch [tokens], and `c_w - a_w` of every writer.
+            Indices into the flattened batch [tokens], and `c_w - a_w` of these writers.
             [writer, tokens, d_model]
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,29 +10,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from pahq_hf import Task
+from pahq_hf import PAHQModel, Task
 from pahq_hf.capture.recording import answer_logits
 from pahq_hf.circuit.graph import BoolArray, Graph
+from pahq_hf.engine.hooks import gradient_runs
+from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.hooks.gradient_runs import Runs
 from pahq_hf.engine.hooks.patched_run import PatchedRun
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.errors import MetricError
 from pahq_hf.modeling.hooks import hooks
 from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.search.attribution.methods import check_gradient, clean_corrupted, eap, eap_ig
-from tests.helpers import wrapped
+from pahq_hf.search.attribution.methods import (
+    check_gradient,
+    clean_corrupted,
+    eap,
+    eap_ig,
+    eap_ig_activations,
+    passes_over_activations,
+)
+from tests.families import ALL_FAMILIES
+from tests.helpers import ALL_GRAPHS, FP32, wrapped
 from tests.models import random_task
 from tests.tiers import quick
 
 pytestmark = pytest.mark.crossing
 
 TASK = random_task(batch=3, padding="left", seed=5, rows=2)
-NAMES = ["gpt2", "llama", "llama_split", "gpt_neox", "gemma2", "olmo2", "falcon", "qwen3"]
+NAMES = [
+    *("gpt2", "llama", "llama_split", "gpt_neox", "gemma2", "olmo2", "falcon", "qwen3"),
+    *("bloom", "granite", "stablelm"),
+]
 COARSE = {"gemma2": 1e-4}  # its own code computes in float32 now and then
 
 
+@cache
 def float64(name: str) -> PatchedModel:
-    return wrapped(name, dtype=torch.float64).patched
+    if name in ALL_GRAPHS:
+        return wrapped(name, dtype=torch.float64).patched
+    return PAHQModel(ALL_FAMILIES[name](dtype=torch.float64), FP32).patched
 
 
 def runs_of(model: PatchedModel, metric: Any, ablation: Any = "corrupted", task: Task = TASK) -> Runs:
@@ -112,6 +129,68 @@ def test_clean_corrupted_is_the_mean_of_two_derivatives(name: str, metric: Any, 
 def test_clean_corrupted_has_the_ends_of_the_path_of_eap_ig() -> None:
     source = runs_of(float64("gpt2"), "nll")
     np.testing.assert_allclose(clean_corrupted(source), (eap(source) + eap_ig(source, 1)) / 2, atol=1e-12)
+
+
+# -- eap-ig-activations ------------------------------------------------------------------------------------
+
+
+def together(graph: Graph, writer: int) -> list[int]:
+    """Writers on the same path: all heads of a layer, or one writer."""
+    node = graph.writers[writer]
+    if node.head is None:
+        return [writer]
+    return [
+        w for w, other in enumerate(graph.writers) if other.head is not None and other.layer == node.layer
+    ]
+
+
+@pytest.mark.parametrize(("metric", "ablation"), [("logit_diff", "corrupted"), ("kl", "mean")])
+@pytest.mark.parametrize("name", quick(NAMES, "llama", "gemma2", "falcon"))
+def test_eap_ig_activations_is_the_mean_of_derivatives_along_its_writers_path(
+    name: str, metric: Any, ablation: Any
+) -> None:
+    steps = 3
+    source = runs_of(float64(name), metric, ablation)
+    scores, graph, referee = eap_ig_activations(source, steps), source.graph, Referee(source)
+    assert only_edges(scores, graph.all_edges)
+    scale = np.abs(scores).max()
+    for edge in some_edges(graph, 10):
+        slopes = []
+        for k in range(steps):
+            path = nothing(graph)
+            path[:, together(graph, edge[1])] = 1 - k / steps
+            slopes.append(referee.slope(TASK.clean_ids, path * graph.all_edges, edge))
+        assert abs(scores[edge] - sum(slopes) / steps) < COARSE.get(name, 1e-6) * scale, edge
+
+
+@pytest.mark.parametrize("name", quick(["gpt2", "llama", "gpt_neox", "olmo2"], "llama"))
+def test_eap_ig_activations_is_complete(name: str) -> None:
+    """With many steps the edges out of a block of writers add up to what removing them together does."""
+    source = runs_of(float64(name), "kl")
+    graph = source.graph
+    coarse, fine = (eap_ig_activations(source, steps).sum(axis=0) for steps in (20, 40))
+    judge = HooksEngine(source.model, TASK, "kl")
+    for writer in range(0, len(graph.writers), 2):
+        block = together(graph, writer)
+        kept = graph.all_edges.copy()
+        kept[:, block] = False
+        effect = judge.metric_of(kept)  # kl of the full model is 0
+        assert abs(2 * fine[block].sum() - coarse[block].sum() - effect) < 1e-2 * max(abs(effect), 0.05)
+
+
+def test_eap_ig_activations_of_parts_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = runs_of(float64("llama"), "nll")
+    whole = eap_ig_activations(source, 2)
+    monkeypatch.setattr(gradient_runs, "_BACKWARD_BYTES", 1)  # one example at a time
+    monkeypatch.setattr(gradient_runs, "_DIFFERENCE_BYTES", 1)  # and one token
+    np.testing.assert_allclose(eap_ig_activations(source, 2), whole, rtol=1e-9, atol=1e-13)
+
+
+def test_progress_counts_every_gradient() -> None:
+    source = runs_of(float64("gpt2"), "nll")
+    done: list[int] = []
+    eap_ig_activations(source, 2, done.append)
+    assert sum(done) == passes_over_activations(source.graph, 2) * len(TASK) == 2 * 5 * len(TASK)
 
 
 # -- what a metric has to have -----------------------------------------------------------------------------

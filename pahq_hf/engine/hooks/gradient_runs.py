@@ -13,7 +13,7 @@ from pahq_hf.capture.activations import Activations
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation
 from pahq_hf.engine.hooks.circuit_gradients import circuit_gradients
-from pahq_hf.engine.hooks.gradients import ReaderGradients, reader_gradients
+from pahq_hf.engine.hooks.gradients import ReaderGradients, Shift, reader_gradients
 from pahq_hf.engine.protocol import Part
 from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.session import Session, in_session
@@ -134,36 +134,61 @@ class Runs:
         forward = self._rule.exactly(self.model)
         return reader_gradients(self.model, part.task, part.metric, embedding, self.session, forward)
 
-    def chunks(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+    def gradients_beside(self, part: Part, writers: range, share: float) -> ReaderGradients:
+        """Gradients of a part's metric in the clean run, but for some writers.
+
+        Args:
+            part: The part.
+            writers: They write `a_w + share (c_w - a_w)`: `input`, or all heads of a layer, or an MLP.
+            share: How far they are from the clean run.
+        """
+        embedding = self.clean.embedding[part.examples]
+        change = torch.zeros_like(embedding)
+        for tokens, differences in self.chunks(part, writers):
+            change.flatten(0, 1)[tokens] = share * differences.sum(0)
+        first, forward = self.graph.writers[writers.start], self._rule.exactly(self.model)
+        if first.is_input:
+            return self.gradients(part, embedding + change)
+        shift = Shift(first.layer, first.head is not None, change)
+        return reader_gradients(self.model, part.task, part.metric, embedding, self.session, forward, shift)
+
+    def chunks(self, part: Part, writers: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.
 
+        Args:
+            part: The part.
+            writers: Whose edges: `input`, or all heads of a layer, or an MLP; all by default.
+
         Yields:
-            Indices into the flattened batch [tokens], and `c_w - a_w` of every writer, exact where runs are.
+            Indices into the flattened batch [tokens], and `c_w - a_w` of these writers, exact where runs are.
             [writer, tokens, d_model]
         """
+        some = range(len(self.graph.writers)) if writers is None else writers
         width = self.clean.embedding.shape[-1]
-        per_token = len(self.graph.writers) * width * self.clean.embedding.element_size()
+        per_token = len(some) * width * self.clean.embedding.element_size()
         for tokens in part.real.split(max(1, _DIFFERENCE_BYTES // per_token)):
-            yield tokens, self._differences(part.examples, tokens)
+            yield tokens, self._differences(part.examples, tokens, some)
 
     @in_session
     @torch.no_grad()
-    def _differences(self, examples: slice, tokens: Tensor) -> Tensor:
+    def _differences(self, examples: slice, tokens: Tensor, writers: range) -> Tensor:
         clean, other = self.clean, self.substitute
 
         def change(new: Tensor, old: Tensor) -> Tensor:
             return new[examples].flatten(0, 1)[tokens] - old[examples].flatten(0, 1)[tokens]
 
         width = clean.embedding.shape[-1]
-        out = clean.embedding.new_empty(len(self.graph.writers), len(tokens), width)
-        out[0] = change(other.embedding, clean.embedding)
+        out = clean.embedding.new_empty(len(writers), len(tokens), width)
+        if 0 in writers:
+            out[writers.index(0)] = change(other.embedding, clean.embedding)
         with self._rule.exactly(self.model):
             for number, layer in enumerate(self.model.layers):
-                attention = layer.attention
-                start = self.graph.head_writer(number, 0)
-                z = change(other.z[number], clean.z[number])
-                out[start : start + attention.n_heads] = attention.contributions(z).transpose(0, 1)
-                if self.graph.spec.mlps:
+                attention, head = layer.attention, self.graph.head_writer(number, 0)
+                if head in writers:
+                    start = writers.index(head)
+                    z = change(other.z[number], clean.z[number])
+                    out[start : start + attention.n_heads] = attention.contributions(z).transpose(0, 1)
+                if self.graph.spec.mlps and self.graph.mlp_writer(number) in writers:
                     mlp = change(other.mlp[number], clean.mlp[number])
-                    out[self.graph.mlp_writer(number)] = mlp
+                    out[writers.index(self.graph.mlp_writer(number))] = mlp
         return out

@@ -28,6 +28,32 @@ from pahq_hf.tasks.metrics import Metric
 HEAD_KINDS: tuple[ReaderKind, ...] = ("v", "k", "q")
 
 
+@dataclass(frozen=True)
+class Shift:
+    """What some writers of one layer write together on top of what they write.
+
+    Attributes:
+        layer: The layer.
+        is_heads: Whether the writers are its heads; else its MLP.
+        change: What they write more. [batch, pos, d_model]
+    """
+
+    layer: int
+    is_heads: bool
+    change: Tensor
+
+    def after_heads(self, layer: Layer) -> Any:
+        """Put a hook where what the heads write goes into the stream; the caller removes it."""
+        attention = layer.attention
+        door: nn.Module = attention if attention.output.norm is None else attention.output.norm
+        more = self.change / attention.output.multiplier
+
+        def add(_: nn.Module, __: Any, output: Any) -> Any:
+            return (output[0] + more, *output[1:]) if isinstance(output, tuple) else output + more
+
+        return door.register_forward_hook(add)
+
+
 @dataclass
 class ReaderGradients:
     """Gradients of one backward pass.
@@ -105,6 +131,7 @@ def reader_gradients(
     embedding: Tensor,
     session: Session,
     forward: AbstractContextManager[None],
+    shift: Shift | None = None,
 ) -> ReaderGradients:
     """Gradients of a metric on some examples.
 
@@ -115,11 +142,12 @@ def reader_gradients(
         embedding: What the `input` writer writes, in place of the prompts' own. [batch, pos, d_model]
         session: Puts the model into the precision that gradients run through.
         forward: The precision of the forward pass, and so of all activations.
+        shift: What other writers write more.
 
     Returns:
         The gradients.
     """
-    taps = _Taps(model, embedding, session)
+    taps = _Taps(model, embedding, session, shift)
     with session(), model.exact_embeddings(), torch.enable_grad():
         with forward, hooks(*taps.register()):
             logits = forward_to_answers(model, part, part.clean_ids)
@@ -131,8 +159,9 @@ def reader_gradients(
 class _Taps:
     """Hooks that note down the tensors where gradients are wanted, in one forward pass."""
 
-    def __init__(self, model: PatchedModel, embedding: Tensor, session: Session) -> None:
+    def __init__(self, model: PatchedModel, embedding: Tensor, session: Session, shift: Shift | None) -> None:
         self._model = model
+        self._shift = shift
         self._embedding = embedding.detach().clone().requires_grad_()
         self._found = ReaderGradients(model, session)
 
@@ -141,8 +170,10 @@ class _Taps:
         model = self._model
         first = model.layers[0].block.register_forward_pre_hook(self._on_embedding, with_kwargs=True)
         handles: list[Any] = [first]
-        for layer in model.layers:
-            handles += hook_layer(layer, model.spec.mlps, self._hooks_of(layer))
+        for number, layer in enumerate(model.layers):
+            handles += hook_layer(layer, model.spec.mlps, self._hooks_of(number))
+        if self._shift is not None and self._shift.is_heads:
+            handles.append(self._shift.after_heads(model.layers[self._shift.layer]))
         handles.append(model.final_norm.register_forward_pre_hook(self._on_final))
         return handles
 
@@ -176,8 +207,9 @@ class _Taps:
         self._found.final = _own(args[0])
         return (self._found.final, *args[1:])
 
-    def _hooks_of(self, layer: Layer) -> LayerHooks:
+    def _hooks_of(self, number: int) -> LayerHooks:
         found: dict[ReaderKind, Tensor] = {}
+        shift = self._shift
 
         def on_stream(stream: Tensor) -> None:
             self._found.streams.append(stream.detach())
@@ -197,12 +229,17 @@ class _Taps:
             self._found.mlps.append(_own(reads))
             return self._found.mlps[-1]
 
+        def on_mlp(adds: Tensor) -> Tensor | None:
+            if shift is None or shift.is_heads or shift.layer != number:
+                return None
+            return adds + shift.change
+
         return LayerHooks(
             on_stream=on_stream,
             on_attention=on_attention,
             on_heads=lambda written, z, o: None,
             on_mlp_input=on_mlp_input,
-            on_mlp=lambda adds: None,
+            on_mlp=on_mlp,
         )
 
 

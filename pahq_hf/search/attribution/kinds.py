@@ -12,7 +12,7 @@ from typing import Literal
 
 from pahq_hf.circuit.run_record import TITLES
 
-MethodName = Literal["eap", "eap-ig", "clean-corrupted", "hisp", "exact", "random"]
+MethodName = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "hisp", "exact", "random"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class MethodKind:
 METHODS: Mapping[MethodName, MethodKind] = {
     "eap": MethodKind(TITLES["eap"], "clean"),
     "eap-ig": MethodKind(TITLES["eap-ig"]),
+    "eap-ig-activations": MethodKind("EAP with gradients integrated over activations (EAP-IG-activations)"),
     "clean-corrupted": MethodKind("edge attribution patching at the clean and the corrupted run"),
     "hisp": MethodKind(TITLES["hisp"], "clean"),
     "exact": MethodKind(TITLES["exact"], "nowhere"),

@@ -7,6 +7,7 @@ raises the minimised metric: the edge matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -101,6 +102,53 @@ def eap_ig(runs: GradientRuns, steps: int, on_done: Done = _nobody) -> Scores:
             _add_edge_scores(total, runs, part, runs.gradients(part, start + (k / steps) * whole))
             on_done(len(part.task))
     return total / steps
+
+
+def eap_ig_activations(runs: GradientRuns, steps: int, on_done: Done = _nobody) -> Scores:
+    """EAP with integrated gradients over activations (EAP-IG-activations of MIB and of Hanna et al.'s code).
+
+    A writer's edges have the gradient averaged over runs in which the writer itself writes
+    `c_u + (k/m)(a_u - c_u)`, k = 0 … m-1, and all before it is clean. The heads of a layer go together, as in
+    the authors' code, so that it takes `passes_over_activations` gradients of each prompt.
+
+    Differences from the authors' code (hannamw/EAP-IG at 62f83cd): there every edge has the mean over the
+    paths of *all* writers, where MIB says "at the component that is being attributed", and k = 1 … m; and
+    clean activations are recorded with the opposite sign, so that the path does not end at the clean run.
+
+    Args:
+        runs: The task's runs.
+        steps: m.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
+
+    Returns:
+        [readers, writers]
+    """
+    total = np.zeros(runs.graph.all_edges.shape)
+    for part in runs.parts():
+        for writers in _blocks(runs.graph):
+            for k in range(steps):
+                gradients = runs.gradients_beside(part, writers, 1 - k / steps)
+                _add_edge_scores(total, runs, part, gradients, writers)
+                on_done(len(part.task))
+    return total / steps
+
+
+def passes_over_activations(graph: Graph, steps: int) -> int:
+    """Gradients that `eap_ig_activations` takes of each prompt."""
+    return steps * len(_blocks(graph))
+
+
+def _blocks(graph: Graph) -> list[range]:
+    """Writers that write together: `input`, and the heads and the MLP of each layer."""
+    found = []
+    for _, block in groupby(range(len(graph.writers)), lambda w: _block_of(graph, w)):
+        each = list(block)
+        found.append(range(each[0], each[-1] + 1))
+    return found
+
+
+def _block_of(graph: Graph, writer: int) -> tuple[int, bool]:
+    return graph.writers[writer].layer, graph.writers[writer].head is None
 
 
 def clean_corrupted(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
@@ -234,14 +282,28 @@ def random_scores(graph: Graph, seed: int) -> Scores:
 # -- sums over tokens -------------------------------------------------------------------------------
 
 
-def _add_edge_scores(total: Scores, runs: GradientRuns, part: Part, gradients: Gradients) -> None:
-    """Add a part's `Σ (c_w - a_w) · ∂L/∂input_r` to all edges. [readers, writers]"""
-    for tokens, differences in runs.chunks(part):
+def _add_edge_scores(
+    total: Scores, runs: GradientRuns, part: Part, gradients: Gradients, writers: range | None = None
+) -> None:
+    """Add a part's `Σ (c_w - a_w) · ∂L/∂input_r` to all edges, or to those of some writers.
+
+    Args:
+        total: [readers, writers]
+        runs: The task's runs.
+        part: The part.
+        gradients: Of the part's metric.
+        writers: Of one block; all by default.
+    """
+    first = 0 if writers is None else writers.start
+    for tokens, differences in runs.chunks(part, writers):
         changes = differences.flatten(1)
         for readers, gradient in gradients.walk(tokens):
-            seen = int(runs.graph.prefix[readers.start])
+            seen = int(runs.graph.prefix[readers.start]) - first
+            if seen <= 0:
+                break  # readers come from the output to the input, and none of these sees the writers
             scores = gradient.flatten(1) @ changes[:seen].T
-            total[readers.start : readers.stop, :seen] += scores.double().cpu().numpy()
+            rows, columns = slice(readers.start, readers.stop), slice(first, first + scores.shape[1])
+            total[rows, columns] += scores.double().cpu().numpy()
 
 
 def _add_node_scores(total: Scores, runs: GradientRuns, part: Part, gradients: Gradients) -> None:

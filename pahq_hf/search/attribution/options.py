@@ -25,11 +25,11 @@ class AttributionConfig(JsonConfig):
     """How edges are scored, and which of them make the circuit (docs/semantics.md, section 7).
 
     Attributes:
-        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `clean-corrupted`, the mean of
-            the gradients at both runs; `hisp`, head importance; `exact`, every edge removed alone from the
-            full model; `random`.
+        method: `eap`; `eap-ig`, with integrated gradients over the inputs; `eap-ig-activations`, over what
+            the edge's writer writes; `clean-corrupted`, the mean of the gradients at both runs; `hisp`, head
+            importance; `exact`, every edge removed alone from the full model; `random`.
         metric: What is minimised; None takes the task's own.
-        steps: Runs whose gradients `eap-ig` averages.
+        steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         topn: Keep so many edges; by default all, or those of the threshold.
         threshold: Keep edges with at least this score.
         absolute: The same as criterion `absolute`.
@@ -45,7 +45,9 @@ class AttributionConfig(JsonConfig):
         default=cast("MethodName", Unsaid("eap-ig")), metadata=told("How edges are scored.")
     )
     metric: str | None = None
-    steps: int = field(default=5, metadata=told("Runs whose gradients eap-ig averages.", min=1))
+    steps: int = field(
+        default=5, metadata=told("Runs whose gradients eap-ig and eap-ig-activations average.", min=1)
+    )
     topn: int | None = field(default=None, metadata=told("Keep so many edges; all if unset.", min=1))
     threshold: float | None = field(
         default=None, metadata=told("Keep edges with at least this score, in place of --topn.")

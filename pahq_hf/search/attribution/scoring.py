@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
@@ -19,8 +20,10 @@ from pahq_hf.search.attribution.methods import (
     clean_corrupted,
     eap,
     eap_ig,
+    eap_ig_activations,
     exact,
     hisp,
+    passes_over_activations,
     random_scores,
 )
 from pahq_hf.search.progress import Progress
@@ -57,7 +60,7 @@ def edge_scores(
     Args:
         method: Name of the method.
         captures: A setting, and its runs.
-        steps: Runs whose gradients `eap-ig` averages.
+        steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         seed: Of `random`.
         known: Scores of readers that `exact` need not compute again, by reader and writer.
         on_reader: Called with the scores of every reader that `exact` has finished.
@@ -94,23 +97,26 @@ class _ByGradients:
 
     Attributes:
         score: Of runs and a number of steps, with what is called as prompts are done.
-        passes: Gradients that are taken of each prompt, of a number of steps.
+        passes: Gradients that are taken of each prompt, of a graph and a number of steps.
     """
 
     score: Callable[[GradientRuns, int, Done], Scores]
-    passes: Callable[[int], int] = lambda steps: 1
+    passes: Callable[[Graph, int], int] = lambda graph, steps: 1
 
 
 _BY_GRADIENTS: Mapping[MethodName, _ByGradients] = {
     "eap": _ByGradients(lambda runs, _, done: eap(runs, done)),
-    "eap-ig": _ByGradients(eap_ig, lambda steps: steps),
-    "clean-corrupted": _ByGradients(lambda runs, _, done: clean_corrupted(runs, done), lambda steps: 2),
+    "eap-ig": _ByGradients(eap_ig, lambda graph, steps: steps),
+    "eap-ig-activations": _ByGradients(eap_ig_activations, passes_over_activations),
+    "clean-corrupted": _ByGradients(
+        lambda runs, _, done: clean_corrupted(runs, done), lambda graph, steps: 2
+    ),
     "hisp": _ByGradients(lambda runs, _, done: hisp(runs, done)),
 }
 
 
 def _by_gradients(method: MethodName, captures: Captures, steps: int) -> Scores:
     runs, way = captures.gradients(), _BY_GRADIENTS[method]
-    prompts = way.passes(steps) * len(captures.setting.task)
+    prompts = way.passes(captures.setting.graph, steps) * len(captures.setting.task)
     with captures.phase("scores"), captures.progress.count(method, "prompt", prompts) as count:
         return way.score(runs, steps, count.advance)
