@@ -128,9 +128,12 @@ class PAHQModel(RunnableModel):
 
     @contextmanager
     def _resumed(
-        self, out: str | Path | None, engine: EngineConfig | None, resume: bool
+        self, out: str | Path | None, engine: EngineConfig | None, resume: bool, take_over: bool
     ) -> Iterator[EngineConfig]:
         """Limits with what a run in a folder began with; inside, `auto` products are what they were there."""
+        for name, given in (("resume", resume), ("take_over", take_over)):
+            if given and out is None:
+                raise ConfigError(f"{name}=True is about the run in a folder: say which, out=...")
         self._settle()
         engine, own = engine or EngineConfig(), self.pahq_config
         found = RunSettings.of_run(output_path(out)) if resume and out is not None else RunSettings()
@@ -276,7 +279,7 @@ class PAHQModel(RunnableModel):
             raise ConfigError("a sweep takes thresholds, not a threshold")
         kind = find_search("acdc")
         wanted = self._wanted(kind, task, config, engine, options, "sweep")
-        with self._resumed(out, engine, resume) as limits:
+        with self._resumed(out, engine, resume, take_over) as limits:
             sweep = SweepRun(kind, wanted, thresholds, self._subject(task, limits), progress=progress)
             with self._at_work("the sweep"):
                 return sweep.run(out, resume=resume, take_over=take_over)
@@ -329,7 +332,8 @@ class PAHQModel(RunnableModel):
         method: str,
     ) -> OptionsT:
         """The options of a search, from either form of them; all that was given is checked."""
-        check_work(given, kind.fields, method, config=(config, kind.options), engine=(engine, EngineConfig))
+        where = f"search {kind.name!r} of {method}" if method == "discover" else method
+        check_work(given, kind.fields, where, config=(config, kind.options), engine=(engine, EngineConfig))
         check_task(task, method)
         if config is not None and given:
             raise ConfigError("give either config or its fields as keywords, not both")
@@ -346,7 +350,7 @@ class PAHQModel(RunnableModel):
         take_over: bool,
         progress: bool,
     ) -> Circuit:
-        with self._resumed(out, engine, resume) as limits:
+        with self._resumed(out, engine, resume, take_over) as limits:
             run = make_run(kind, wanted, self._subject(task, limits), progress=progress)
             with self._at_work("the search"):
                 return run.run(out, resume=resume, take_over=take_over)

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCardData
 from pahq_hf.circuit.ablation import accuracies, carried_under, works_under
 from pahq_hf.circuit.files import PICTURE_NAME
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.render.asked import asked_facts, own_facts
 from pahq_hf.circuit.render.facts import Described, gates_text, swapped_text
 from pahq_hf.circuit.render.layout import DRAWN_EDGES
-from pahq_hf.circuit.run_record import PrecisionFacts, SearchArguments, TaskFacts
+from pahq_hf.circuit.run_record import PrecisionFacts, RunRecord, TaskFacts
 from pahq_hf.circuit.terminal import printable
 
 _GENERATED = re.compile(r"\w+:\w+", re.ASCII)  # what goes into a code block
@@ -57,7 +58,8 @@ def render_card(
         metric=metric.name or "metric",
         ablation=asked.ablation or "?",
         method=run.title,
-        threshold=_threshold(asked),
+        asked=_asked(run),
+        own={name: value for name, value in own_facts(run).items() if value is not None},
         screen=asked.screen,
         direction=None if asked.direction == "noising" else asked.direction,
         gates=gates_text(edges),
@@ -127,10 +129,16 @@ def _cell(value: object) -> str:
     return "".join(f"\\{letter}" if letter in _MARKUP else letter for letter in text)
 
 
-def _threshold(asked: SearchArguments) -> object:
-    if "topn" not in asked or asked.threshold is not None:
-        return "?" if asked.threshold is None else asked.threshold
-    return "none" if asked.topn is None else f"that of the best {asked.topn} edges"
+def _asked(run: RunRecord) -> dict[str, object]:
+    """What the search was asked for, its threshold first if it takes one."""
+    asked, facts = run.arguments, asked_facts(run)
+    threshold, topn = facts.pop("threshold"), facts.pop("best edges")
+    found = {name: value for name, value in facts.items() if value is not None}
+    if threshold is None and "topn" in asked:
+        threshold = "none" if topn is None else f"that of the best {topn} edges"
+    if threshold is None and asked.keys and "threshold" not in asked.keys:
+        return found  # it takes none
+    return {"threshold": "?" if threshold is None else threshold, **found}
 
 
 def _precision(precision: PrecisionFacts) -> str:

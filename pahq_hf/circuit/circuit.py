@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,12 +170,24 @@ class Circuit:
         card = folder / hub.CARD_NAME
         self._illustrate(folder, card=overwrite_card or card.is_dir() or not hub.is_edited(card))
 
-    def _illustrate(self, folder: Path, *, card: bool = True, **where: Any) -> None:
-        """The picture, and the card that shows it; neither can lose the results."""
-        with spared(folder / PICTURE_NAME):
-            from pahq_hf.circuit.render.picture import draw
+    def complete(self, folder: str | Path) -> None:
+        """Make the picture and the card again where a folder that the circuit was saved in lacks them.
 
-            write_atomically(folder / PICTURE_NAME, lambda path: draw(self.scored, path, "png"))
+        Args:
+            folder: The folder.
+        """
+        folder = Path(folder)
+        has_picture, has_card = (os.path.lexists(folder / name) for name in (PICTURE_NAME, hub.CARD_NAME))
+        if not (has_picture and has_card):
+            self._illustrate(folder, picture=not has_picture, card=not has_card)
+
+    def _illustrate(self, folder: Path, *, picture: bool = True, card: bool = True, **where: Any) -> None:
+        """The picture, and the card that shows it; neither can lose the results."""
+        if picture:
+            with spared(folder / PICTURE_NAME):
+                from pahq_hf.circuit.render.picture import draw
+
+                write_atomically(folder / PICTURE_NAME, lambda path: draw(self.scored, path, "png"))
         if card:
             with spared(folder / hub.CARD_NAME):
                 from pahq_hf.circuit.card import render_card

@@ -9,12 +9,12 @@ import typer
 
 from pahq_hf.circuit.files import output_path
 from pahq_hf.cli.declared import Command
-from pahq_hf.cli.ending import after, again, beside, evaluation, shifted
+from pahq_hf.cli.ending import after, again, beside, evaluation
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
 from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.search.attribution.kinds import MethodName
-from pahq_hf.search.kind import SearchKind
+from pahq_hf.search.kind import SearchKind, shifted
 from pahq_hf.search.registry import find_search, searches
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
+from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import update_wrapper
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -15,7 +16,7 @@ from pahq_hf.cli.ending import is_given
 from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.declaration import PREFIX, option_name, plain_type
-from pahq_hf.search.kind import SearchKind
+from pahq_hf.search.kind import SearchKind, shifted
 
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
@@ -81,25 +82,29 @@ class Command:
         arguments |= {name: value for name, value in values.items() if name not in taken}
         if "options" in inspect.signature(self._command).parameters:
             context = values["context"]
-            arguments["options"] = {
-                _field_name(name, self._taken): values[name] for name in searched if is_given(context, name)
-            }
+            arguments["options"] = {name: values[name] for name in searched if is_given(context, name)}
         self._command(**arguments)
 
     def _searched(self) -> dict[str, inspect.Parameter]:
         """Options of the searches by the names of their parameters.
 
         The first that declares one says how; of several least values it is the lowest that all take, and
-        whichever search is run checks its own.
+        whichever search is run checks its own. Where searches say different things of an option, its help has
+        what each says.
         """
         found: dict[str, inspect.Parameter] = {}
-        for kind in self._declared():
+        helps: dict[str, dict[str, list[str]]] = {}  # by option and text: the searches that say it
+        kinds = list(self._declared())
+        for kind in kinds:
             for name, parameter in options_of(kind, self._taken).items():
                 if name in self._without:
                     continue
+                helps.setdefault(name, {}).setdefault(_help(parameter), []).append(kind.name)
                 if name not in found or _least(parameter) < _least(found[name]):
                     found[name] = parameter
-        return found
+        return {
+            name: _told(parameter, helps[name], alone=len(kinds) == 1) for name, parameter in found.items()
+        }
 
 
 def _least(parameter: inspect.Parameter) -> float:
@@ -107,6 +112,28 @@ def _least(parameter: inspect.Parameter) -> float:
     facts = getattr(parameter.annotation, "__metadata__", ())
     least = next((fact.min for fact in facts if getattr(fact, "min", None) is not None), None)
     return -math.inf if least is None else least
+
+
+def _help(parameter: inspect.Parameter) -> str:
+    """What is said of an option."""
+    facts = getattr(parameter.annotation, "__metadata__", ())
+    return next((fact.help for fact in facts if getattr(fact, "help", None)), "")
+
+
+def _told(parameter: inspect.Parameter, helps: Mapping[str, list[str]], *, alone: bool) -> inspect.Parameter:
+    """An option with the help of all searches that have it, each named unless all searches say the same.
+
+    Args:
+        parameter: The option.
+        helps: What is said of it, and by which searches.
+        alone: Whether there is but one search.
+    """
+    if alone or parameter.name in _EVERY_SEARCH:
+        return parameter
+    hint, option = get_args(parameter.annotation)
+    option = copy(option)
+    option.help = " ".join(f"{', '.join(names)}: {text}" for text, names in helps.items() if text) or None
+    return parameter.replace(annotation=Annotated[hint, option])
 
 
 def options_of(kind: SearchKind[Any], taken: Container[str] = ()) -> dict[str, inspect.Parameter]:
@@ -148,34 +175,39 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
         ConfigError: If the search has no such option.
     """
     names = {option_name(entry): entry.name for entry in fields(kind.options) if entry.name in kind.fields}
-    for name in given:
-        if name not in names:
+    found = {}
+    for name, value in given.items():
+        own = name if name in names else name.removeprefix(PREFIX)
+        if own not in names:
             raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
-    return {names[name]: value for name, value in given.items()}
+        found[names[own]] = value
+    return found
 
 
-def dial_of(kind: SearchKind[Any], options: Any) -> float | None:
-    """The number that another run would shift to keep more or fewer edges, where a search has one.
+def turned(kind: SearchKind[Any], options: Any, *, more: bool, total: int) -> dict[str, Any] | None:
+    """Options of another run that would keep more edges, or fewer.
 
     Args:
         kind: The search.
-        options: Its options.
+        options: Its options, which may know (`turned`); else it is the search's threshold that is shifted.
+        more: Whether more are wanted.
+        total: Edges of the graph.
 
     Returns:
-        The value of its `dial`, a field that is declared as a number and called so on the command line.
+        New values by the names of options, None for one to leave away; None where nothing is known to help.
     """
-    declared = next((entry for entry in fields(kind.options) if entry.name == kind.dial), None)
-    if declared is None or declared.name not in kind.fields:
+    if hasattr(options, "turned"):
+        found: dict[str, Any] | None = options.turned(more=more, total=total)
+        return found
+    declared = next((entry for entry in fields(kind.options) if entry.name == "threshold"), None)
+    if declared is None or declared.name not in kind.fields or "name" in declared.metadata:
         return None
-    value, hint = getattr(options, kind.dial), get_type_hints(kind.options)[kind.dial]
-    is_number = hint in (float, float | None) and type(value) in (int, float) and math.isfinite(value)
-    return float(value) if is_number and value >= 0 and "name" not in declared.metadata else None
-
-
-def _field_name(name: str, taken: Container[str]) -> str:
-    """What a search calls one of `options_of`."""
-    own = name.removeprefix(PREFIX)
-    return own if own in taken else name
+    value, hint = options.threshold, get_type_hints(kind.options)["threshold"]
+    if hint not in (float, float | None) or type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    if value < 0 or (value == 0 and more):
+        return None
+    return {"threshold": shifted(value, 1 / 3) if more else shifted(value or 0.001, 3)}
 
 
 def _fields_of(group: type) -> dict[str, inspect.Parameter]:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from pahq_hf.circuit.files import output_path
-from pahq_hf.cli.declared import Command, dial_of
-from pahq_hf.cli.ending import after, again, beside, evaluation, is_given, shifted
+from pahq_hf.cli.declared import Command, turned
+from pahq_hf.cli.ending import after, again, beside, evaluation, is_given
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.options import BatchOption
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
@@ -56,12 +56,21 @@ def discover(
     wanted = prepare(kind, options, asked, out, batch=batch)
     with verdict_in_table(not asked.run.as_json):
         circuit = wanted.model.discover(wanted.task, search=search, config=wanted.options, **wanted.how)
-    dial, at = kind.dial, dial_of(kind, wanted.options)
+    options_used, total = wanted.options, circuit.graph.edge_count
+
+    def judged() -> str:
+        ranks = getattr(options_used, "curve", False) is True
+        return evaluation(context, out, circuit, *(["--curve"] if ranks else []))
+
+    def other(*, more: bool) -> str:
+        changes = turned(kind, options_used, more=more, total=total)
+        if changes is None:
+            return judged()
+        name = ("more", "fewer") if "edges" in changes else ("lower", "higher")
+        return again(context, **changes, out=beside(out, name[0 if more else 1]))
+
     command = after(
-        circuit.verdict if at is not None else None,
-        good=lambda: evaluation(context, out, circuit),
-        more=lambda: again(context, **{dial: shifted(at or 0.0, 1 / 3), "out": beside(out, "lower")}),
-        fewer=lambda: again(context, **{dial: shifted(at or 0.001, 3), "out": beside(out, "higher")}),
+        circuit.verdict, good=judged, more=lambda: other(more=True), fewer=lambda: other(more=False)
     )
     conclude(out, circuit.discovery, lambda: run_table(circuit), command, circuit, as_json=asked.run.as_json)
 

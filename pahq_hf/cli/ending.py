@@ -40,13 +40,14 @@ def again(context: typer.Context, **changes: Any) -> str:
     return shlex.join(words)
 
 
-def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
+def evaluation(context: typer.Context, folder: Path, circuit: Circuit, *more: str) -> str:
     """The command that judges a run's circuit on prompts that were not searched on.
 
     Args:
         context: Of the command that found it.
         folder: Where the circuit is.
         circuit: The circuit.
+        *more: Options of that command.
 
     Returns:
         The command, quoted for a shell; where the data has no more prompts, that which shows the circuit.
@@ -61,7 +62,7 @@ def evaluation(context: typer.Context, folder: Path, circuit: Circuit) -> str:
         if behind >= total:
             return shlex.join(["pahq", "show", str(folder), "--html", f"{folder}.html"])
         unseen = [*([] if seed is None else ["--seed", str(seed)]), "--offset", str(behind)]
-    words = ["pahq", "evaluate", str(folder), "--model", str(context.params["model"])]
+    words = ["pahq", "evaluate", str(folder), "--model", str(context.params["model"]), *more]
     for parameter in context.command.params:
         if parameter.name in _EVALUATES and is_given(context, parameter.name):
             words += _words(parameter, context.params[parameter.name])
@@ -91,11 +92,6 @@ def beside(folder: Path, name: str) -> Path:
         number += 1
         path = folder.with_name(f"{folder.name}-{name}-{number}")
     return path
-
-
-def shifted(threshold: float, factor: float) -> float:
-    """A threshold by a factor, short enough to type."""
-    return float(f"{threshold * factor:.2g}")
 
 
 def print_end(folder: Path, command: str) -> None:

@@ -9,12 +9,13 @@ import typer
 
 from pahq_hf.circuit.files import output_path
 from pahq_hf.cli.declared import Command
-from pahq_hf.cli.ending import again, evaluation, shifted
+from pahq_hf.cli.ending import again, evaluation
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.options import BatchOption
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
 from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import shifted
 from pahq_hf.search.registry import find_search
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pahq_hf.config import (
 )
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
-from pahq_hf.search.kind import check_direction, told
+from pahq_hf.search.kind import check_direction, shifted, told
 
 Tests = Literal["all", "verified"]
 GreedyT = TypeVar("GreedyT", bound="GreedyOptions")
@@ -104,6 +104,24 @@ class GreedyOptions(JsonConfig):
         """Raise `ConfigError` when the threshold is out of range."""
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
+
+    def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
+        """Options of another run that would keep more edges, or fewer.
+
+        Args:
+            more: Whether more are wanted.
+            total: Edges of the graph.
+
+        Returns:
+            New values by name, None for one to leave away; None where nothing is known to help.
+        """
+        if not more:
+            return {"threshold": shifted(self.threshold or 0.001, 3)}
+        if self.threshold > 0:
+            return {"threshold": shifted(self.threshold, 1 / 3)}
+        # At tau 0 only what helps is removed: all of it together is what takes the metric away.
+        left = dict.fromkeys(("threshold", "screen", "tests", "audit"))
+        return {"search": "budget", "max_gap": 0.1, **left}
 
     @property
     def decides_by(self) -> Criterion:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from pahq_hf.circuit.estimates import EstimateFacts, most_wrong
-from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, SCREEN_NAME
+from pahq_hf.circuit.files import SCREEN_NAME
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, MetricError, RunError
+from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.precision.margin import default_margin
 from pahq_hf.search.acdc import Decider, search
 from pahq_hf.search.acdc_options import ACDCConfig, GreedyT
@@ -176,14 +176,10 @@ def compare(work: Work[Any], found: Found, state: Search) -> None:
     """
     if len(state.records) < len(state.graph.readers):
         return
-    folder = work.folder
     ours, theirs = (found.kept, found.scores, found.tested), (state.kept, state.scores, state.tested)
     marked = np.zeros_like(state.estimated) if found.estimated is None else found.estimated
     if not (np.array_equal(marked, state.estimated) and all(map(np.array_equal, ours, theirs))):
-        raise RunError(
-            f"the circuit in {folder} is not the one its {JOURNAL_NAME} tells of: one of them was changed; "
-            f"remove {CIRCUIT_NAME} and --resume to make it again from the journal"
-        )
+        raise work.other_circuit()
 
 
 def _screen(work: Work[ACDCConfig]) -> Screen | None:

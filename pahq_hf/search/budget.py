@@ -177,9 +177,12 @@ def budget(work: Work[BudgetOptions]) -> Found:
         decider=lambda deciding, before: of_reader(deciding, before, bound, regime),
         reference=reference,
     )
-    facts = {"full": bound.full, "empty": bound.empty, "kept_below_tau": _kept_below_tau(state, options)}
-    if math.isfinite(bound.total):
-        facts["bound"] = bound.total
+    facts = {
+        "full": bound.full,
+        "empty": bound.empty,
+        "kept_below_tau": _kept_below_tau(state, options),
+        "bound": bound.total if math.isfinite(bound.total) else "inf",  # as options are written
+    }
     label = name if options.threshold == math.inf else f"{name}, tau {options.threshold:g}"
     return replace(found_by(work, state, done, {"budget": facts}), label=label)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import GreedyOptions
-from pahq_hf.search.kind import told
+from pahq_hf.search.kind import shifted, told
 
 DEFAULT_GAP = 0.1
 
@@ -32,8 +32,8 @@ class BudgetOptions(GreedyOptions):
     max_gap: float = field(
         default=DEFAULT_GAP,
         metadata=told(
-            "With --search budget, where tau is inf unless given: how far the circuit's metric may end from "
-            "the full model's, as a share of how far the empty circuit's is."
+            "How far the circuit's metric may end from the full model's, as a share of how far the empty "
+            "circuit's is; tau is inf there unless given."
         ),
     )
 
@@ -43,6 +43,16 @@ class BudgetOptions(GreedyOptions):
         check_number("max_gap", self.max_gap)
         if not self.max_gap >= 0:
             raise ConfigError(f"max_gap must be a share >= 0, such as 0.1, or inf; got {self.max_gap}")
+
+    def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
+        """Options of another run that would keep more edges, or fewer (`GreedyOptions.turned`)."""
+        if not more and self.max_gap < math.inf:
+            return {"max_gap": shifted(self.max_gap or 0.001, 3)}
+        if not more:
+            return {"threshold": shifted(self.threshold or 0.001, 3)} if self.threshold < math.inf else None
+        if self.max_gap == 0:
+            return None
+        return {"max_gap": DEFAULT_GAP if self.max_gap == math.inf else shifted(self.max_gap, 1 / 3)}
 
     def check_threshold(self) -> None:
         """Raise `ConfigError` when the threshold is out of range."""

@@ -77,6 +77,11 @@ def check_direction(direction: Direction, ablation: Ablation) -> None:
         )
 
 
+def shifted(value: float, factor: float) -> float:
+    """A value of an option by a factor, short enough to type."""
+    return float(f"{value * factor:.2g}")
+
+
 class Unsaid(str):
     """A default that can be told from the same value when somebody gives it."""
 
@@ -173,7 +178,6 @@ class SearchKind(Generic[OptionsT]):
             there.
         check: Checks a finished circuit against the journal of its search.
         is_own: Whether it is somebody's own, not the package's.
-        dial: The option that another run would lower to keep more edges.
     """
 
     name: str
@@ -187,7 +191,6 @@ class SearchKind(Generic[OptionsT]):
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
     is_own: bool = False
-    dial: str = "threshold"
 
     def direction_of(self, options: OptionsT) -> Direction:
         """In which direction it searches; somebody's own search knows one."""

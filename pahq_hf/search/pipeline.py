@@ -210,6 +210,7 @@ class Run(Generic[OptionsT]):
             circuit = Circuit.from_pretrained(folder)
             check_header(_header_of(circuit), self.told_header(), folder)
             self._check_finished(circuit, folder)
+            circuit.complete(folder)
             return circuit
         if not resume:
             refuse_overwrite(folder, "continue it with --resume or choose another folder")

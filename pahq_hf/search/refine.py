@@ -24,10 +24,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, MetricError, RunError
+from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
@@ -193,10 +192,7 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     _, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
     chosen = _chosen(work.graph, goal, beginning, passed, goal.best(beginning, passed))
     if not np.array_equal(chosen.kept, found.kept):
-        raise RunError(
-            f"the circuit in {work.folder} is not the one its {JOURNAL_NAME} tells of: one of them was "
-            f"changed; remove {CIRCUIT_NAME} and --resume to make it again from the journal"
-        )
+        raise work.other_circuit()
 
 
 def _kept_rounds(work: Work[RefineOptions], start: Passed, first: int) -> tuple[list[Round], list[Passed]]:

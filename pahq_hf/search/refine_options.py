@@ -7,7 +7,7 @@ from typing import Any
 
 from pahq_hf.config import Criterion, Direction, check_choice, check_number
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import SearchOptions, check_direction, told
+from pahq_hf.search.kind import SearchOptions, check_direction, shifted, told
 
 _GOALS = ("edges", "max_gap", "curve")
 MOST_VALIDATION = 0.5
@@ -66,6 +66,24 @@ class RefineOptions(SearchOptions):
     )
     criterion: Criterion | None = field(default=None, metadata=told("gap, which it always is."))
     direction: Direction = field(default="noising", metadata=told("As of acdc."))
+
+    def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
+        """Options of another run that would keep more edges, or fewer.
+
+        Args:
+            more: Whether more are wanted.
+            total: Edges of the graph.
+
+        Returns:
+            New values by name; None where nothing is known to help.
+        """
+        if self.edges is not None:
+            edges = min(2 * self.edges, total) if more else max(1, total // 20)
+            return None if edges == self.edges else {"edges": edges}
+        if self.max_gap is None or (more and self.max_gap == 0):
+            return None
+        gap = shifted(self.max_gap, 1 / 3) if more else shifted(self.max_gap or 0.001, 3)
+        return {"max_gap": gap} if gap < 1 else None
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""

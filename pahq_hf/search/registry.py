@@ -205,7 +205,6 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         ranks_kept_first=True,
         resolve=_resolve_budget,
         check=_check_budget,
-        dial="max_gap",
     ),
     **{
         name: SearchKind(

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from pahq_hf.circuit.files import make_folder
+from pahq_hf.circuit.files import CIRCUIT_NAME, JOURNAL_NAME, make_folder
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.run_record import Reused
 from pahq_hf.config import EngineConfig, EngineName
@@ -191,6 +191,14 @@ class Work(Generic[OptionsT]):
         """
         assert self._journal is not None
         return damaged(self._journal.path, f"record {number} on line {number + 1}{reason}")
+
+    def other_circuit(self) -> RunError:
+        """The error that a finished run's circuit is not what its steps end at."""
+        assert self._place is not None
+        return RunError(
+            f"the circuit in {self._place.path} is not the one its {JOURNAL_NAME} tells of: one of them was "
+            f"changed; remove {CIRCUIT_NAME} and --resume to make it again from the journal"
+        )
 
     def _begin(self) -> None:
         """Start the journal, if there is to be one."""

@@ -8,6 +8,7 @@ from pahq_hf.circuit.ablation import accuracy_under
 from pahq_hf.circuit.confirmation import Confirmation
 from pahq_hf.circuit.gates import gate_counts
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.render.asked import asked_facts, own_facts
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
 from pahq_hf.circuit.verdict import Verdict
@@ -48,8 +49,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "model": circuit.identity.base_model or "unknown",
         "task": run.task.name or "unknown",
         "method": run.method,
-        "threshold": asked.threshold,
-        "best edges": asked.topn,
+        **asked_facts(run),
         "direction": None if asked.direction == "noising" else asked.direction,
         "found by": gates_text(edges),
         "criterion": None if asked.criterion == "signed" else asked.criterion,
@@ -70,6 +70,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "with prompts swapped": swapped_text(run),
         "verified": _verified(run.confirmation),
         **_verdict_facts(verdict),
+        **own_facts(run),
         "in apply()": _plain(run, circuit.plain_ablation),
         "seconds": run.total_seconds,
     }

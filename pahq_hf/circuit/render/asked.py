@@ -1,0 +1,67 @@
+"""What a search was asked for, and what it says of itself, as names and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pahq_hf.circuit.run_record import RunRecord
+
+_STEPS = ("eap-ig", "refine")  # methods of which `steps` says something
+_SEED = ("random", "refine")  # and `seed`
+
+
+def asked_facts(run: RunRecord) -> dict[str, Any]:
+    """What a search was asked for; None where it was not.
+
+    Args:
+        run: What ran.
+    """
+    asked = run.arguments
+    facts = {
+        "threshold": _number(asked.threshold if asked.threshold is not None else asked.more.get("threshold")),
+        "best edges": asked.topn,
+        "most edges": _number(asked.more.get("edges")),
+        "max gap": _number(asked.more.get("max_gap")),
+    }
+    if run.method in _STEPS:
+        facts["steps"] = _number(asked.more.get("steps"))
+    if run.method in _SEED:
+        facts["seed"] = _number(asked.more.get("seed"))
+    return facts
+
+
+def own_facts(run: RunRecord) -> dict[str, Any]:
+    """What `budget` and `refine` say of themselves, as far as it is known.
+
+    Args:
+        run: What ran.
+    """
+    budget, refine = run.more.get("budget"), run.more.get("refine")
+    facts: dict[str, Any] = {}
+    if run.method == "budget" and isinstance(budget, Mapping):
+        facts["largest gap allowed"] = _number(budget.get("bound"))
+        facts["kept by the budget alone"] = _number(budget.get("kept_below_tau"))
+    if run.method == "refine" and isinstance(refine, Mapping):
+        facts["faithful on searched pairs"] = _faithful(refine.get("searched"))
+        facts["on pairs that judged"] = _faithful(refine.get("validation"))
+        taken, rounds = _number(refine.get("taken")), _number(refine.get("rounds"))
+        if "locally_minimal" in refine and rounds is not None:
+            facts["round taken"] = f"{'none: no edges are nearer' if taken is None else taken} of {rounds}"
+            facts["locally minimal"] = "yes" if refine["locally_minimal"] is True else "not known"
+    return facts
+
+
+def _faithful(facts: object) -> str | None:
+    if not isinstance(facts, Mapping):
+        return None
+    value, pairs = _number(facts.get("faithfulness")), _number(facts.get("examples"))
+    share = f"{value:.4g}" if isinstance(value, (int, float)) else "undefined"
+    return None if pairs is None else f"{share} ({pairs} pairs)"
+
+
+def _number(value: object) -> int | float | str | None:
+    """A number of a file, `inf` in words; None where it is something else."""
+    if value == "inf":
+        return "inf"
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
