@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Task
 
-FEWEST = 4  # pairs that judge; twice as many are left to be searched
+FEWEST = 4  # pairs that judge: fewer say too little, and are missed where they are searched
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +58,14 @@ def validation_pairs(task: Task, share: float, seed: int) -> list[int]:
 
     Args:
         task: The task.
-        share: Of its pairs, at most half; at least `FEWEST` of them are drawn unless it is 0.
+        share: Of its pairs, at most half.
         seed: The same seed draws the same.
 
     Returns:
-        Their numbers, rising; none where the task has too few.
+        Their numbers, rising; none where they would be fewer than `FEWEST`.
     """
-    wanted = max(FEWEST, round(share * len(task)))
-    if share == 0 or len(task) < 3 * FEWEST:
+    wanted = round(share * len(task))
+    if wanted < FEWEST:
         return []
     groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, prompt in enumerate(task.prompts()):

@@ -83,10 +83,11 @@ def refine(work: Work[RefineOptions]) -> Found:
     split = split_of(work, options.validation, options.seed)
     if options.validation and split.validation is None:
         logger.warning(
-            "%d prompt pairs are too few to keep some of them back: the circuit is judged on those it is "
-            "searched on; %d pairs are the fewest, 64 are better",
+            "of %d prompt pairs none are kept back: a share of %g is fewer than %d, or they are all alike; "
+            "the circuit is judged on those it is searched on; give it 64 pairs or more",
             len(task),
-            3 * FEWEST,
+            options.validation,
+            FEWEST,
         )
     with Measures.of(work, split) as measures:
         found = _refined(work, measures)

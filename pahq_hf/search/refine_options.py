@@ -31,8 +31,8 @@ class RefineOptions(SearchOptions):
         minibatch: Prompt pairs of a step.
         learn_pairs: Prompt pairs that learning sees of a generated task, which draws what `task` lacks of
             them; of a task that is data, learning sees those that it has.
-        validation: Share of the task's pairs that is kept back to judge circuits by, at least 4 pairs; 0
-            keeps none back, and judges by the pairs that are searched, as tasks of fewer than 12 pairs do.
+        validation: Share of the task's pairs that is kept back to judge circuits by. Where that is fewer than
+            4 pairs none are, and circuits are judged by those that are searched; so they are at 0.
         seed: Of the noise, the pairs that judge, and those that are drawn.
         criterion: `gap`: what it brings down is how far the metric is from the full model's.
         direction: As of ACDC; `both` has up to twice as many edges.

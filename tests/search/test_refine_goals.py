@@ -27,7 +27,13 @@ from tests.models import random_task
 
 TASK = random_task(batch=4, seed=21, metric="kl")
 WIDE = random_task(batch=12, length=7, padding="right", seed=11, metric="kl")
-OPTIONS: dict[str, Any] = {"search": "refine", "steps": 2, "minibatch": 3, "progress": False}
+OPTIONS: dict[str, Any] = {
+    "search": "refine",
+    "steps": 2,
+    "minibatch": 3,
+    "validation": 0.34,
+    "progress": False,
+}
 GAP: dict[str, Any] = {"max_gap": 0.4}
 CURVE: dict[str, Any] = {"curve": True}
 

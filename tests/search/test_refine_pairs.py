@@ -32,7 +32,14 @@ from tests.models import random_task
 from tests.tiers import examples, quick
 
 WIDE = random_task(batch=12, length=7, padding="right", seed=11, metric="kl")
-OPTIONS: dict[str, Any] = {"search": "refine", "edges": 9, "steps": 2, "minibatch": 3, "progress": False}
+OPTIONS: dict[str, Any] = {
+    "search": "refine",
+    "edges": 9,
+    "steps": 2,
+    "minibatch": 3,
+    "validation": 0.34,
+    "progress": False,
+}
 DEMO: list[PAHQModel] = []
 
 
@@ -136,13 +143,13 @@ def test_without_pairs_that_judge_the_last_circuit_is_kept_and_is_minimal(tmp_pa
 
 
 def test_few_pairs_are_not_split_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    task = WIDE.select(range(3 * FEWEST - 1))
+    task = WIDE.select(range(10))
     facts = refined(small(), task).discovery["refine"]
-    assert "validation" not in facts and facts["searched"]["examples"] == 11
-    assert "11 prompt pairs are too few to keep some of them back" in caplog.text
+    assert "validation" not in facts and facts["searched"]["examples"] == 10
+    assert "of 10 prompt pairs none are kept back: a share of 0.34 is fewer than 4" in caplog.text
     caplog.clear()
     refined(small(), task, validation=0.0)
-    assert "too few" not in caplog.text
+    assert "kept back" not in caplog.text
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
@@ -245,7 +252,7 @@ def test_equal_prompts_are_on_one_side(prompts: list[int], share: float, seed: i
 
 
 def test_another_seed_draws_others() -> None:
-    assert len({tuple(validation_pairs(WIDE, 0.25, seed)) for seed in range(5)}) > 1
+    assert len({tuple(validation_pairs(WIDE, 0.5, seed)) for seed in range(5)}) > 1
 
 
 def test_a_choice_of_examples_is_a_task_in_their_order() -> None:
@@ -278,7 +285,7 @@ def test_of_a_draw_that_is_short_it_takes_what_there_is() -> None:
     task = load_task("ioi", demo().tokenizer, n=12)
     assert task.more is not None
     same = task.drawn_by(lambda n, _: task.select([k % 12 for k in range(12)]))
-    split = Split.of(same, validation_pairs(same, 0.25, 0))
+    split = Split.of(same, validation_pairs(same, 0.34, 0))
     assert [len(each) for each in learning_pairs(split, same, 256, 0)] == [8, 8]
 
 
