@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,8 @@ from pahq_hf.config import Regime
 from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.evaluation.ground_truth.hand_built import KNOWN_MODELS, load_known_model
 from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
+from pahq_hf.search.attribution.options import MethodName
+from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\
 Score methods against models whose circuit is known by construction: how well do they tell
@@ -28,6 +31,10 @@ edges and nodes of the truth from the others? One row for each method and precis
 _EPILOG = """\
 rows, given as METHOD[:REGIME]
   acdc       One search for each threshold; each is one point of the curve. All regimes.
+  both       The same in both directions: what noising or denoising finds.
+  refine, refine-kl, refine-both
+             Its ranking, with room for twice as many edges as are true: by logit_diff, by kl, and by
+             logit_diff in both directions.
   eap, eap-ig, eap-ig-activations, clean-corrupted, hisp, exact, random
              One score per edge, signed: positive where removing the edge hurts. random: mean over --seeds.
 
@@ -36,13 +43,18 @@ figures
   trapezoid  Ties count one half.
   best       ACDC: share of true edges found at the threshold that finds most without a false one.
              Scores: true edges above the best false one.
-All methods minimise logit_diff, and removed edges carry the corrupted prompt's activations.
+All but refine-kl minimise logit_diff, and removed edges carry the corrupted prompt's activations.
 """
 
 _ROWS = (
-    "acdc:fp32,acdc:pahq,acdc:pahq-literal,acdc:rtn,eap,eap:pahq,eap:rtn,eap-ig,eap-ig:pahq,eap-ig:rtn,"
+    "acdc:fp32,acdc:pahq,acdc:pahq-literal,acdc:rtn,both,refine,refine-kl,refine-both,eap,eap:pahq,eap:rtn,eap-ig,eap-ig:pahq,eap-ig:rtn,"
     "hisp,exact,exact:rtn,random"
 )
+_REFINED: dict[str, dict[str, Any]] = {
+    "refine": {},
+    "refine-kl": {"metric": "kl"},
+    "refine-both": {"direction": "both"},
+}
 _THRESHOLDS = "0.00001,0.0001,0.001,0.003,0.01,0.03,0.1,0.3,1,3"
 
 
@@ -111,8 +123,15 @@ def measure(
         if regime not in models:
             models[regime] = PAHQModel(load_known_model(name, n=n).model, PAHQConfig(regime=regime))
         model = models[regime]
-        if method == "acdc":
-            kept = model.sweep(task, thresholds=thresholds, progress=False).kept
+        if method in ("acdc", "both"):
+            kept = (
+                model.sweep(task, thresholds=thresholds, progress=False).kept
+                if method == "acdc"
+                else [
+                    model.discover(task, threshold=tau, direction="both", progress=False).kept
+                    for tau in thresholds
+                ]
+            )
             yield Score.of(
                 name,
                 row,
@@ -122,10 +141,17 @@ def measure(
             continue
         runs = []
         for seed in range(seeds if method == "random" else 1):
-            scores = model.attribute(task, method=method, seed=seed).scores
+            scores = _scores(model, task, method, 2 * int(truth.sum()), seed)
             edges, nodes = edge_roc(graph, truth, scores=scores), node_roc(graph, truth, scores=scores)
             runs.append(Score.of(name, row, edges, nodes))
         yield mean(runs)
+
+
+def _scores(model: PAHQModel, task: Task, method: str, edges: int, seed: int) -> NDArray[np.float64]:
+    if method in _REFINED:
+        options = _REFINED[method]
+        return model.discover(task, search="refine", edges=edges, progress=False, **options).scores
+    return model.attribute(task, method=cast(MethodName, method), seed=seed).scores
 
 
 def show(scores: Sequence[Score]) -> None:

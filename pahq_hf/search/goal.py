@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pahq_hf.search.course import Beginning, Judged, Passed
+from pahq_hf.search.pruning import NOTHING
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Goal:
         return self.max_gap is None or beginning.gap(passed) <= self.max_gap * beginning.judge.whole
 
     def best(self, beginning: Beginning, passed: Sequence[Passed]) -> int | None:
-        """Which circuit is kept: the nearest of the size, or the smallest within the gap; of equals the last.
+        """Which circuit is kept: the nearest of the size, or the smallest within the gap.
+
+        Of circuits of the size that are equal within rounding it is the last.
 
         Returns:
             Its number; None where a ranking is asked for, or no edges at all are nearer.
@@ -45,9 +49,10 @@ class Goal:
         numbers = reversed(range(len(passed)))
         if self.edges is not None:
             fitting = [number for number in numbers if passed[number].size <= self.edges]
-            nearest = min(fitting, key=lambda number: beginning.gap(passed[number]), default=None)
-            is_far = nearest is None or beginning.gap(passed[nearest]) > beginning.judge.whole
-            return None if is_far else nearest
+            gaps = {number: beginning.gap(passed[number]) for number in fitting}
+            least, whole = min(gaps.values(), default=math.inf), beginning.judge.whole
+            near = [number for number in fitting if gaps[number] <= least + NOTHING * whole]
+            return near[0] if near and least <= whole else None
         within = [number for number in numbers if self.is_within(beginning, passed[number])]
         if self.is_ranking or not within:
             return None

@@ -22,6 +22,7 @@ _CANDIDATES = (
 _SWAPPED = 0.1  # of a circuit's edges that may be swapped at once
 _TRIES = 16  # single swaps that are tried before it ends
 _GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has to bring
+NOTHING = 1e-6  # of it, by which the metric moves where an edge does nothing: rounding
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,11 @@ class Pruned:
             yield self._taken(self._removal(edges))
 
     def at_size(self, edges: int) -> Iterator[Round]:
-        """Swap edges round by round, with at most so many, until no swap and no removal helps."""
+        """Swap edges round by round, with at most so many, until no swap helps; what does nothing goes."""
         while (better := self._relief() or self._swap(edges)) is not None:
             yield self._taken(better)
+        while (idle := self._idle()) is not None:
+            yield self._taken(idle)
 
     def within(self, gap: float) -> Iterator[Round]:
         """Remove edges round by round as long as the gap stays within a bound, and swap where none can go."""
@@ -204,6 +207,18 @@ class Pruned:
         if not self._is_nearer(metric):
             return None
         return Round(tuple(edge_list(self.kept & ~without)), (), metric)
+
+    def _idle(self) -> Round | None:
+        """The most of the edges that do nothing, without which all is as it was; None if there are none."""
+        effects, nothing = self.effects(), NOTHING * self._scale.whole
+        ranked = [edge for edge in least_first(self.kept, effects) if abs(effects[edge]) <= nothing]
+        size = len(ranked)
+        while size > 0:  # of edges that stand in for each other, each alone does nothing
+            without, metric = self._without(self.kept, ranked[:size])
+            if abs(metric - self.metric) <= nothing:
+                return Round(tuple(edge_list(self.kept & ~without)), (), metric)
+            size //= 2
+        return None
 
     def _is_nearer(self, metric: float) -> bool:
         return self._gap(metric) < self.gap - _GAIN * self._scale.whole

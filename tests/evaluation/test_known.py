@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from pahq_hf.capture.recording import capture
 from pahq_hf.errors import ConfigError
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.ground_truth.hand_built import KNOWN_MODELS, KnownModel, load_known_model
+from pahq_hf.evaluation.roc import edge_roc
+from tests.tiers import quick
 
 EVERY = pytest.mark.parametrize("name", KNOWN_MODELS)
 FP32 = PAHQConfig(regime="fp32")
@@ -110,6 +113,53 @@ def test_acdc_finds_one_path_of_an_or() -> None:
     assert [name for name, _ in circuit.edges] == ["input->a0.h0<v>", "a0.h0->m1", "m1->logits"]
 
 
+@pytest.mark.parametrize("name", quick(KNOWN_MODELS, "xor", "backup"))
+def test_refine_finds_the_circuit_and_no_more(name: str) -> None:
+    """Given room for twice as many edges.
+
+    By KL, which sees that either path of an OR does some good, but hardly the quietest voter: 2e-6.
+    """
+    known = load_known_model(name, n=16)
+    model = PAHQModel(known.model, FP32)
+    circuit = model.discover(
+        known.task,
+        search="refine",
+        edges=2 * len(known.edges),
+        metric="logit_diff" if name == "votes" else "kl",
+        steps=0,
+        progress=False,
+    )
+    assert {edge for edge, _ in circuit.edges} == set(known.edges)
+    assert edge_roc(known.graph, known.truth, scores=circuit.scores).auc("step") == 1
+    assert circuit.verified
+
+
+@EVERY
+def test_both_directions_find_every_path(name: str) -> None:
+    """Noising keeps one path of an OR, denoising all; a threshold below what the weakest voter says."""
+    known = load_known_model(name, n=16)
+    circuit = PAHQModel(known.model, FP32).discover(
+        known.task, threshold=0.001, direction="both", progress=False
+    )
+    assert {edge for edge, _ in circuit.edges} == set(known.edges)
+    alone = {edge for edge, gate in circuit.gates.items() if gate != "ADDER"}
+    assert alone == ({"input->a1.h3<v>", "a1.h3->m1"} if name == "backup" else set())
+    assert {circuit.gates[edge] for edge in alone} <= {"OR"}
+
+
+@pytest.mark.parametrize("name", quick(KNOWN_MODELS, "backup"))
+def test_refine_in_both_directions_finds_every_path(name: str) -> None:
+    """By logit_diff, which one path of the OR carries whole: noising alone has no use for the other."""
+    known = load_known_model(name, n=16)
+    model = PAHQModel(known.model, FP32)
+    asked: dict[str, Any] = {"search": "refine", "edges": 2 * len(known.edges), "steps": 0, "progress": False}
+    both = model.discover(known.task, direction="both", **asked)
+    assert {edge for edge, _ in both.edges} == set(known.edges)
+    assert both.verified and both.record.swapped.faithfulness == pytest.approx(1, abs=1e-4)
+    noising = {edge for edge, gate in both.gates.items() if gate != "OR"}
+    assert len(noising) == (3 if name == "backup" else len(known.edges))
+
+
 def test_unknown_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="known: induction"):
         load_known_model("sonnet")
@@ -119,15 +169,16 @@ def test_unknown_models_are_refused() -> None:
 
 def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "known.json"
-    rows = "acdc,eap-ig,exact,random"
+    rows = "acdc,both,eap-ig,exact,random"
     options = ["--rows", rows, "--thresholds", "0.01,0.3", "--n", "8", "--seeds", "2", "--json", str(file)]
     assert known_circuits.main(["--models", "induction,backup", *options]) == 0
     assert "backup" in capsys.readouterr().out
     scores = {(s["model"], s["method"]): s for s in json.loads(file.read_text())["scores"]}
-    assert len(scores) == 8
+    assert len(scores) == 10
     for method in ("acdc", "eap-ig", "exact"):
         assert scores["induction", method]["edge_step"] == 1
     assert scores["backup", "acdc"]["best"] == pytest.approx(3 / 5)
+    assert scores["backup", "both"]["best"] == 1
     for score in scores.values():
         assert 0 <= score["edge_step"] <= score["edge_trapezoid"] <= 1
 
