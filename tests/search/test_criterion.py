@@ -338,7 +338,7 @@ def test_what_means_nothing_is_refused(make: Any, message: str) -> None:
 
 
 def test_refine_takes_its_own() -> None:
-    assert RefineOptions(criterion="gap").to_dict() == RefineOptions().to_dict()
+    assert RefineOptions(edges=9, criterion="gap").to_dict() == RefineOptions(edges=9).to_dict()
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
