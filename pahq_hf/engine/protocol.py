@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import EngineName
+from pahq_hf.engine.backward_rules import DERIVATIVE, BackwardRules
 from pahq_hf.engine.phases import Phases
 
 if TYPE_CHECKING:  # whoever knows engines by these protocols alone loads no torch
@@ -311,8 +312,14 @@ class GradientRuns(CircuitRuns, Protocol):
             most: At most so many.
         """
 
-    def gradients(self, part: Part, embedding: Tensor) -> Gradients:
-        """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
+    def gradients(self, part: Part, embedding: Tensor, rules: BackwardRules = DERIVATIVE) -> Gradients:
+        """Gradients of a part's metric where the `input` writer writes something of its own.
+
+        Args:
+            part: The part.
+            embedding: What it writes. [batch, pos, d_model]
+            rules: Where the backward pass departs from the derivative.
+        """
 
     def gradients_beside(self, part: Part, writers: range, share: float) -> Gradients:
         """Gradients of a part's metric in the clean run, but for some writers.

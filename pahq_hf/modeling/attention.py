@@ -7,7 +7,7 @@ engines and the forward call the same pieces, so there is one source of numerics
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,13 @@ from pahq_hf.modeling.architectures.position_embeddings import Tables
 from pahq_hf.modeling.norms import BlockOutput, norm_heads, norm_jointly
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.products import DeltaProduct, Product
+
+Softmax = Callable[[Tensor], Tensor]  # over the last axis
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Probabilities over the last axis, in FP32 or better."""
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 class ReaderInputs(Protocol):
@@ -154,25 +161,28 @@ class PAHQAttention(nn.Module):
         bias = self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, (length, length))
         return bias, self.row.rotary.tables(self, kwargs)
 
-    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor | None, normalised: Softmax = softmax) -> Tensor:
         """Attention probabilities, softmax in FP32 or better.
 
         Args:
             q: Finished queries. [batch, head, query, d_head]
             k: Finished keys, one per head or shared by equal runs of heads. [batch, group, key, d_head]
             bias: What is added to scores, broadcastable to [batch, head, query, key], or None.
+            normalised: Makes probabilities of scores.
 
         Returns:
             [batch, head, query, key]
         """
-        return self.probabilities(torch.matmul(q, _per_head(k, q.shape[1]).transpose(-1, -2)), bias)
+        products = torch.matmul(q, _per_head(k, q.shape[1]).transpose(-1, -2))
+        return self.probabilities(products, bias, normalised)
 
-    def probabilities(self, products: Tensor, bias: Tensor | None) -> Tensor:
+    def probabilities(self, products: Tensor, bias: Tensor | None, normalised: Softmax = softmax) -> Tensor:
         """Attention probabilities, softmax in FP32 or better.
 
         Args:
             products: Of finished queries and keys, q k^T. [..., query, key]
             bias: What is added to scores, broadcastable to that, or None.
+            normalised: Makes probabilities of scores.
 
         Returns:
             [..., query, key]
@@ -182,8 +192,7 @@ class PAHQAttention(nn.Module):
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
             scores = scores + bias
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        return torch.softmax(scores, dim=-1, dtype=dtype).to(products.dtype)
+        return normalised(scores).to(products.dtype)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """What each head reads out: probabilities times values.
@@ -283,6 +292,7 @@ class PAHQAttention(nn.Module):
         layer_past: Any = None,
         reader_inputs: ReaderInputs | None = None,
         projected: Projected | None = None,
+        normalised: Softmax = softmax,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Hugging Face's attention forward.
@@ -295,6 +305,7 @@ class PAHQAttention(nn.Module):
             layer_past: The same, as older families call it.
             reader_inputs: Inputs that differ from head to head, put here by the engines' hooks.
             projected: Sees queries, keys and values, put here by hooks that take gradients.
+            normalised: Makes probabilities of scores, put here by the same.
             **kwargs: What else the family passes: the mask, rotary tables, positions.
 
         Returns:
@@ -311,7 +322,8 @@ class PAHQAttention(nn.Module):
         if past is not None:
             k, v = past.update(k, v, self.layer_idx)
         size = q.shape[-2], k.shape[-2]
-        weights = self.weights(q, k, self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, size))
+        bias = self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, size)
+        weights = self.weights(q, k, bias, normalised)
         out = self.out(self._read_out(weights, v))
         if self.row.adds_residual and residual is not None:
             out = out + residual

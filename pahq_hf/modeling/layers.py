@@ -24,6 +24,7 @@ class MLP:
         row: The family's row of the table.
         module: The MLP itself.
         linears: Its projections.
+        gates: Those of them whose results are multiplied with each other.
         output: What makes of the module's result what the block adds.
         entry: Module whose input is what the MLP reads.
         reads_stream: Whether that is the stream; else it is the stream after the norm.
@@ -39,6 +40,7 @@ class MLP:
     reads_stream: bool
     exit: nn.Module
     is_routed: bool = False
+    gates: tuple[PAHQLinear, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the block adds, of the normalised stream. [..., d_model] -> [..., d_model]"""
@@ -100,15 +102,19 @@ def patch_layer(block: nn.Module, row: Architecture, number: int, spec: GraphSpe
 
 def _patch_mlp(block: nn.Module, row: Architecture) -> MLP:
     module: nn.Module = row.find(block, row.mlp)
-    linears = []
+    linears, gates = [], []
     for path, projection in row.mlp_projections(block).items():
         parent, _, name = path.rpartition(".")
         linear = linear_from(projection, row)
         setattr(row.find(module, parent), name, linear)
         linears.append(linear)
+        if name in row.mlp_gates:
+            gates.append(linear)
     experts = getattr(module, row.experts, None) if row.experts else None
     if experts is not None:
-        linears += patch_experts(experts).linears()
+        patched = patch_experts(experts)
+        linears += patched.linears()
+        gates += [linear for linear in patched.gate_up if isinstance(linear, PAHQLinear)]
     post = row.optional(block, row.mlp_post_norm)
     own_norm = None if row.shares_norm else row.optional(block, row.mlp_norm)
     return MLP(
@@ -120,4 +126,5 @@ def _patch_mlp(block: nn.Module, row: Architecture) -> MLP:
         reads_stream=not row.shares_norm,
         exit=row.optional(block, row.mlp_exit) or post or module,
         is_routed=experts is not None,
+        gates=tuple(gates),
     )

@@ -46,7 +46,7 @@ class BlockOutput:
         """
         if self.norm is None:
             return self.multiplier
-        return torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + _epsilon(self.norm)) * self.multiplier
+        return torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + epsilon_of(self.norm)) * self.multiplier
 
     @property
     def gain(self) -> Tensor | None:
@@ -62,7 +62,8 @@ class BlockOutput:
         return x if gain is None else x * gain
 
 
-def _epsilon(norm: nn.Module) -> float:
+def epsilon_of(norm: nn.Module) -> float:
+    """What a norm adds to the mean square."""
     value = getattr(norm, "variance_epsilon", None)
     return float(norm.eps if value is None else value)  # type: ignore[arg-type]
 
@@ -155,4 +156,4 @@ class _Float64RMSNorm(nn.Module):
         """Normalise the last axis."""
         x = hidden_states - hidden_states.mean(-1, keepdim=True) if self.centred else hidden_states
         variance = x.pow(2).mean(-1, keepdim=True)
-        return (self.weight + self.offset) * (x * torch.rsqrt(variance + _epsilon(self)))
+        return (self.weight + self.offset) * (x * torch.rsqrt(variance + epsilon_of(self)))

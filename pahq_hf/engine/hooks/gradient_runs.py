@@ -12,6 +12,7 @@ from torch import Tensor
 from pahq_hf.capture.activations import Activations
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.config import Ablation
+from pahq_hf.engine.backward_rules import DERIVATIVE, BackwardRules
 from pahq_hf.engine.hooks.circuit_gradients import circuit_gradients
 from pahq_hf.engine.hooks.gradients import ReaderGradients, Shift, reader_gradients
 from pahq_hf.engine.protocol import Part
@@ -129,10 +130,18 @@ class Runs:
         other, forward = self.substitute.part(part.examples), self._rule.exactly(self.model)
         return circuit_gradients(self.model, part.task, part.metric, other, shares, self.session, forward)
 
-    def gradients(self, part: Part, embedding: Tensor) -> ReaderGradients:
-        """Gradients of a part's metric where the `input` writer writes `embedding`. [batch, pos, d_model]"""
+    def gradients(self, part: Part, embedding: Tensor, rules: BackwardRules = DERIVATIVE) -> ReaderGradients:
+        """Gradients of a part's metric where the `input` writer writes something of its own.
+
+        Args:
+            part: The part.
+            embedding: What it writes. [batch, pos, d_model]
+            rules: Where the backward pass departs from the derivative.
+        """
         forward = self._rule.exactly(self.model)
-        return reader_gradients(self.model, part.task, part.metric, embedding, self.session, forward)
+        return reader_gradients(
+            self.model, part.task, part.metric, embedding, self.session, forward, rules=rules
+        )
 
     def gradients_beside(self, part: Part, writers: range, share: float) -> ReaderGradients:
         """Gradients of a part's metric in the clean run, but for some writers.
@@ -150,7 +159,9 @@ class Runs:
         if first.is_input:
             return self.gradients(part, embedding + change)
         shift = Shift(first.layer, first.head is not None, change)
-        return reader_gradients(self.model, part.task, part.metric, embedding, self.session, forward, shift)
+        return reader_gradients(
+            self.model, part.task, part.metric, embedding, self.session, forward, shift=shift
+        )
 
     def chunks(self, part: Part, writers: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Real tokens of a part, as many at once as memory allows, and what edges would carry instead there.

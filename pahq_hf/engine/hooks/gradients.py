@@ -9,7 +9,7 @@ before it; that is done later, for a few tokens at a time, so that no more is he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from pahq_hf.capture.recording import forward_to_answers
 from pahq_hf.circuit.graph import ReaderKind
+from pahq_hf.engine.backward_rules import DERIVATIVE, BackwardRules
 from pahq_hf.engine.session import Session
+from pahq_hf.modeling.backward import frozen_norms, tempered, with_scaled_gradient
 from pahq_hf.modeling.hooks import LayerHooks, first_input, hook_layer, hooks
 from pahq_hf.modeling.layers import Layer
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -61,6 +63,7 @@ class ReaderGradients:
     Attributes:
         model: The patched model.
         session: Puts it into the precision that gradients run through.
+        rules: Where the backward pass departs from the derivative.
         streams: Per layer, the stream its heads read. [batch, pos, d_model]
         heads: Per layer, gradients of queries, keys and values before norm and rotation, one entry for each
             reader. [batch, entry, pos, d_head]
@@ -70,6 +73,7 @@ class ReaderGradients:
 
     model: PatchedModel
     session: Session
+    rules: BackwardRules = DERIVATIVE
     streams: list[Tensor] = field(default_factory=list)
     heads: list[dict[ReaderKind, Tensor]] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
@@ -92,9 +96,14 @@ class ReaderGradients:
             stream = self.streams[number].flatten(0, 1)[tokens]
             for kind in HEAD_KINDS:
                 y = self.heads[number][kind].transpose(0, 1).flatten(1, 2)[:, tokens]
-                with self.session():
+                with self.session(), _norms(model, self.rules):
                     gradients = _before_norm(model.layers[number], kind, stream, y)
                 yield graph.layer_readers(number, kind), gradients
+
+
+def _norms(model: PatchedModel, rules: BackwardRules) -> AbstractContextManager[None]:
+    """Inside, norms follow the rules."""
+    return frozen_norms(model) if rules.norms == "frozen" else nullcontext()
 
 
 def _before_norm(layer: Layer, kind: ReaderKind, stream: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +140,9 @@ def reader_gradients(
     embedding: Tensor,
     session: Session,
     forward: AbstractContextManager[None],
+    *,
     shift: Shift | None = None,
+    rules: BackwardRules = DERIVATIVE,
 ) -> ReaderGradients:
     """Gradients of a metric on some examples.
 
@@ -143,12 +154,13 @@ def reader_gradients(
         session: Puts the model into the precision that gradients run through.
         forward: The precision of the forward pass, and so of all activations.
         shift: What other writers write more.
+        rules: Where the backward pass departs from the derivative.
 
     Returns:
         The gradients.
     """
-    taps = _Taps(model, embedding, session, shift)
-    with session(), model.exact_embeddings(), torch.enable_grad():
+    taps = _Taps(model, embedding, ReaderGradients(model, session, rules), shift)
+    with session(), model.exact_embeddings(), torch.enable_grad(), _norms(model, rules):
         with forward, hooks(*taps.register()):
             logits = forward_to_answers(model, part, part.clean_ids)
         value = metric.followed(logits)
@@ -159,11 +171,13 @@ def reader_gradients(
 class _Taps:
     """Hooks that note down the tensors where gradients are wanted, in one forward pass."""
 
-    def __init__(self, model: PatchedModel, embedding: Tensor, session: Session, shift: Shift | None) -> None:
+    def __init__(
+        self, model: PatchedModel, embedding: Tensor, found: ReaderGradients, shift: Shift | None
+    ) -> None:
         self._model = model
         self._shift = shift
         self._embedding = embedding.detach().clone().requires_grad_()
-        self._found = ReaderGradients(model, session)
+        self._found = found
 
     def register(self) -> list[Any]:
         """Put all hooks in place; the caller removes them."""
@@ -172,6 +186,7 @@ class _Taps:
         handles: list[Any] = [first]
         for number, layer in enumerate(model.layers):
             handles += hook_layer(layer, model.spec.mlps, self._hooks_of(number))
+            handles += [gate.register_forward_hook(self._on_gate) for gate in layer.mlp.gates]
         if self._shift is not None and self._shift.is_heads:
             handles.append(self._shift.after_heads(model.layers[self._shift.layer]))
         handles.append(model.final_norm.register_forward_pre_hook(self._on_final))
@@ -189,6 +204,7 @@ class _Taps:
         return ReaderGradients(
             self._model,
             self._found.session,
+            self._found.rules,
             streams=self._found.streams,
             heads=[{kind: next(gradients) for kind in HEAD_KINDS} for _ in self._found.heads],
             mlps=[next(gradients) for _ in self._found.mlps],
@@ -207,9 +223,14 @@ class _Taps:
         self._found.final = _own(args[0])
         return (self._found.final, *args[1:])
 
+    def _on_gate(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return with_scaled_gradient(output, self._found.rules.gates)
+
     def _hooks_of(self, number: int) -> LayerHooks:
         found: dict[ReaderKind, Tensor] = {}
-        shift = self._shift
+        shift, rules = self._shift, self._found.rules
+        factors = {"q": rules.queries, "k": rules.keys, "v": rules.values}
+        passed = {"normalised": tempered(rules.temperature)}
 
         def on_stream(stream: Tensor) -> None:
             self._found.streams.append(stream.detach())
@@ -218,12 +239,12 @@ class _Taps:
         def projected(kind: ReaderKind, y: Tensor) -> Tensor:
             readers = self._model.spec.heads if kind == "q" else self._model.spec.kv_readers
             found[kind] = _own(y) if readers == y.shape[1] else y.repeat_interleave(readers // y.shape[1], 1)
-            return found[kind]
+            return with_scaled_gradient(found[kind], factors[kind])
 
         def on_attention(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return args, {**kwargs, "projected": projected}
+            return args, {**kwargs, **passed, "projected": projected}
 
         def on_mlp_input(reads: Tensor) -> Tensor:
             self._found.mlps.append(_own(reads))

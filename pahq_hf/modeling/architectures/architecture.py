@@ -54,6 +54,7 @@ class Architecture:
             attention's.
         mlp_post_norm: RMS norm of its output, before that is added to the stream.
         mlp_linears: Projections inside the MLP, those that a layer has.
+        mlp_gates: Which of these are multiplied with each other, by the last part of their names.
         experts: Where a mixture of experts keeps its matrices, stacked: `gate_up_proj`, `down_proj`.
         mlp_run: Computes the MLP of an input [batch, pos, d_model].
         mlp_exit: Module of the layer whose output is what the MLP makes; by default the MLP itself.
@@ -91,6 +92,7 @@ class Architecture:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_post_norm: str | None = None
     mlp_linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    mlp_gates: tuple[str, ...] = ("gate_proj", "up_proj", "gate_up_proj")
     experts: str | None = None
     mlp_run: MLPRun = call
     mlp_exit: str | None = None

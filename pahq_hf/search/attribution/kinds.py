@@ -12,7 +12,9 @@ from typing import Literal
 
 from pahq_hf.circuit.run_record import TITLES
 
-MethodName = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "hisp", "exact", "random"]
+MethodName = Literal[
+    "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "gim", "hisp", "exact", "random"
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ METHODS: Mapping[MethodName, MethodKind] = {
     "eap-ig": MethodKind(TITLES["eap-ig"]),
     "eap-ig-activations": MethodKind("EAP with gradients integrated over activations (EAP-IG-activations)"),
     "clean-corrupted": MethodKind("edge attribution patching at the clean and the corrupted run"),
+    "gim": MethodKind("EAP with gradient interaction modifications (GIM)", "clean"),
     "hisp": MethodKind(TITLES["hisp"], "clean"),
     "exact": MethodKind(TITLES["exact"], "nowhere"),
     "random": MethodKind(TITLES["random"], "nowhere"),

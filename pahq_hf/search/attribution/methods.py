@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pahq_hf.circuit.graph import Graph
+from pahq_hf.engine.backward_rules import DERIVATIVE, GIM, BackwardRules
 from pahq_hf.engine.protocol import Engine, GradientRuns, Gradients, Part
 from pahq_hf.errors import MetricError
 from pahq_hf.precision.sums import add_rows
@@ -68,9 +69,45 @@ def eap(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
         MetricError: If the metric's gradient is zero there, as of `kl`.
     """
     check_gradient("eap", runs.metric.name)
+    return _at_the_clean_run(runs, DERIVATIVE, on_done)
+
+
+def gim(runs: GradientRuns, on_done: Done = _nobody) -> Scores:
+    """EAP with the backward rules of Gradient Interaction Modifications (Edin et al. 2025, arXiv 2505.17630).
+
+    Three rules against gradients that are small where what counts is large, or counted twice. The forward
+    pass is the model's own.
+
+    - Attention's softmax has the Jacobian diag(p) - p p^T of p = softmax(scores / 2), without the factor 1/2
+      that a softmax of that temperature would have.
+    - The scale of norms is a constant: of those before blocks, after them, of queries and keys, and the last.
+    - Where activations are multiplied, each gets a share of the gradient: a half for values, for a gated
+      MLP's gate and for what it multiplies; a quarter for queries and for keys.
+
+    Differences from the authors' code (JoakimEdin/gim): the metric is any, not the difference of two logits;
+    edges into `logits` carry differences like all others; the rules hold in mixtures of experts as in
+    other gated MLPs, and the router's weights have their derivative.
+
+    Args:
+        runs: The task's runs.
+        on_done: Called with the number of prompts a gradient was taken of, each time.
+
+    Returns:
+        [readers, writers]
+
+    Raises:
+        MetricError: If the metric's gradient is zero there, as of `kl`.
+        UnsupportedModelError: If a norm is of an unknown kind.
+    """
+    check_gradient("gim", runs.metric.name)
+    return _at_the_clean_run(runs, GIM, on_done)
+
+
+def _at_the_clean_run(runs: GradientRuns, rules: BackwardRules, on_done: Done) -> Scores:
     total = np.zeros(runs.graph.all_edges.shape)
     for part in runs.parts():
-        _add_edge_scores(total, runs, part, runs.gradients(part, runs.clean.embedding[part.examples]))
+        clean = runs.clean.embedding[part.examples]
+        _add_edge_scores(total, runs, part, runs.gradients(part, clean, rules))
         on_done(len(part.task))
     return total
 

@@ -26,8 +26,9 @@ class AttributionConfig(JsonConfig):
 
     Attributes:
         method: `eap`; `eap-ig`, with integrated gradients over the inputs; `eap-ig-activations`, over what
-            the edge's writer writes; `clean-corrupted`, the mean of the gradients at both runs; `hisp`, head
-            importance; `exact`, every edge removed alone from the full model; `random`.
+            the edge's writer writes; `clean-corrupted`, the mean of the gradients at both runs; `gim`, with
+            the backward rules of GIM; `hisp`, head importance; `exact`, every edge removed alone from the
+            full model; `random`.
         metric: What is minimised; None takes the task's own.
         steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         topn: Keep so many edges; by default all, or those of the threshold.

@@ -22,6 +22,7 @@ from pahq_hf.search.attribution.methods import (
     eap_ig,
     eap_ig_activations,
     exact,
+    gim,
     hisp,
     passes_over_activations,
     random_scores,
@@ -111,6 +112,7 @@ _BY_GRADIENTS: Mapping[MethodName, _ByGradients] = {
     "clean-corrupted": _ByGradients(
         lambda runs, _, done: clean_corrupted(runs, done), lambda graph, steps: 2
     ),
+    "gim": _ByGradients(lambda runs, _, done: gim(runs, done)),
     "hisp": _ByGradients(lambda runs, _, done: hisp(runs, done)),
 }
 
