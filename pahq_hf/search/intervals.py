@@ -71,6 +71,7 @@ class IntervalSearch(ReaderSearch):
         self._ahead: Ahead | None = None
         self._tested = np.zeros(len(self._edges), dtype=bool)  # edges to be tested because sums missed
         self._measured = np.zeros(len(self._edges), dtype=bool)  # and where the metric is, too
+        self._alone = np.zeros(len(self._edges), dtype=bool)  # of which one at most is in an interval
         self._together = self._rule.together  # circuits to measure at once
         self._estimated: set[int] = set()
         self._audited: set[int] = set()
@@ -167,10 +168,12 @@ class IntervalSearch(ReaderSearch):
         highest = estimates.furthest if self._config.absolute else estimates.highest
         weighty = shares(self._sizes) >= self._rule.weighty
         margin = np.where(weighty, self._rule.wary, self._rule.margin)
-        tested = ~(highest < (1 - margin) * tau)  # slopes that are no numbers say nothing
-        tested |= way.stays | self._tested | way.heavy(self._sizes, self._rule, tau)
+        self._alone = ~(highest < (1 - margin) * tau) | way.heavy(self._sizes, self._rule, tau)
+        size = np.abs(estimates.scores) if self._config.absolute else estimates.scores
+        tested = ~(size < (1 - self._rule.margin) * tau)  # slopes that are no numbers say nothing
+        tested |= way.stays | self._tested | (highest >= tau)
         found, circuits, doubtful = [], 0, 0
-        for stop in way.stops(self._position, tested, self._measured, self._rule, tau):
+        for stop in way.stops(self._position, tested, self._alone, self._measured, self._rule, tau):
             found.append(stop)
             circuits += 1 + stop.is_test
             score = estimates.scores[stop.place] if stop.is_test else 0.0
@@ -249,8 +252,11 @@ class IntervalSearch(ReaderSearch):
         missed = abs(change - float(estimates.scores[some].sum()))
         scores = estimates.adding_up(some, change)
         if not missed <= allowed or any(map(self._config.stays, scores.tolist())):
+            lone = self._alone[some] & ~self._tested[some]
             if size <= self._rule.few:
                 self._tested[some] = True
+            elif lone.any():  # most likely its own step bent the way
+                self._tested[some] |= lone
             else:
                 self._measured[spread(first, place, self._rule.cut)[:-1]] = True
             return False

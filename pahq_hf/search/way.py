@@ -20,15 +20,16 @@ class IntervalRule:
     """When estimates decide: chosen by measurement (docs/verified-estimates.md).
 
     Attributes:
-        margin: m; an edge is tested if it may score (1 - m) tau or more.
+        margin: m; an edge is tested if by its estimate it may score (1 - m) tau or more, and alone between
+            two measured circuits if by a slope.
         wary: The margin of an edge that carries `weighty` of what all edges of the reader carry, squared: so
-            large a step may bend the way, and its own slope with it.
+            large a step may bend the way, and its own slope with it. It is alone.
         weighty: See there.
         residual: r; estimates may miss what the metric moved by, in all, by r tau.
         bend: Slopes may move by so many tau, all together, between two circuits whose metric is measured:
             what moves more may hide errors that cancel.
         turn: And by so many between two circuits at which slopes are measured.
-        heavy: An edge that carries so much of what an interval carries, squared, is tested where slopes move,
+        heavy: An edge that carries so much of what an interval carries, squared, is alone where slopes move,
             if its own moves by `stir` tau or more anywhere on the way; one that carries `all_but` so much, in
             any case there.
         stir: See there.
@@ -48,13 +49,13 @@ class IntervalRule:
     residual: float = 0.25
     bend: float = 1.0
     turn: float = 3.0
-    heavy: float = 0.1
+    heavy: float = 0.05
     stir: float = 0.2
     all_but: float = 0.4
     apart: int = 4
     few: int = 6
     cut: int = 6
-    together: int = 24
+    together: int = 12
     doubts: float = 0.4
     far: float = 2.0
     rounds: int = 3
@@ -209,32 +210,41 @@ class Way:
         return found
 
     def stops(
-        self, first: int, tested: Bools, measured: Bools, rule: IntervalRule, threshold: float
+        self,
+        first: int,
+        tested: Bools,
+        alone: Bools,
+        measured: Bools,
+        rule: IntervalRule,
+        threshold: float,
     ) -> list[Stop]:
         """Where the metric is measured from some position on, the way's end included.
 
         Args:
             first: The position.
             tested: Edges that are tested. [edges]
+            alone: Edges of which there is one between two measured circuits at most. [edges]
             measured: Edges before which it is measured in any case. [edges]
             rule: How far apart measured circuits are.
             threshold: tau.
         """
         moved = np.nan_to_num(self.estimates().moved)
         apart = max(rule.few, -(-len(self.stays) // rule.apart))
-        found, total, last = [], 0.0, first
+        found, total, last, lone = [], 0.0, first, False
         for place in range(first, self.end):
             if tested[place]:
                 found.append(Stop(place, True))
-                total, last = 0.0, place + 1
+                total, last, lone = 0.0, place + 1, False
                 continue
             total += float(moved[place])
+            lone |= bool(alone[place])
             following = place + 1
             if following == self.end or tested[following]:
                 continue
-            if measured[following] or total > rule.bend * threshold or following - last >= apart:
+            far = total > rule.bend * threshold or following - last >= apart
+            if far or measured[following] or (lone and alone[following]):
                 found.append(Stop(following, False))
-                total, last = 0.0, following
+                total, last, lone = 0.0, following, False
         if last < self.end:
             found.append(Stop(self.end, False))
         return found
