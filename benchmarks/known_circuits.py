@@ -35,7 +35,7 @@ rows, given as METHOD[:REGIME]
   refine, refine-kl, refine-both
              Its ranking, with room for twice as many edges as are true: by logit_diff, by kl, and by
              logit_diff in both directions.
-  eap, eap-ig, eap-ig-activations, clean-corrupted, gim, hisp, exact, random
+  eap, eap-ig, eap-ig-activations, clean-corrupted, gim, hisp, exact, random, ensemble
              One score per edge, signed: positive where removing the edge hurts. random: mean over --seeds.
 
 figures

@@ -34,7 +34,7 @@ Finished circuits below --out are not searched again."""
 _EPILOG = """\
 methods, given as NAME or NAME:REGIME[:FORMAT] (fp32 by default)
   acdc            The greedy search at the task's threshold; in its precision regimes.
-  eap, eap-ig, eap-ig-activations, clean-corrupted, gim, hisp, exact, random
+  eap, eap-ig, eap-ig-activations, clean-corrupted, gim, hisp, exact, random, ensemble
                   Attributions, of which as many edges are kept as acdc (fp32) kept.
 
 figures

@@ -305,7 +305,7 @@ class PAHQModel(RunnableModel):
             take_over: Take the place of another machine's process that works in `out`.
             progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
-                `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`,
+                `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`, `members`,
                 `direction`.
 
         Returns:

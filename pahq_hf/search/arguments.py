@@ -49,6 +49,7 @@ class AttributeOptions(TypedDict, total=False):
     ablation: Ablation
     seed: int
     criterion: Criterion | None
+    members: str
     direction: Direction
 
 

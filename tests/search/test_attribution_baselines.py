@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.hooks.gradient_runs import Runs
 from pahq_hf.engine.hooks.patched_run import PatchedRun
 from pahq_hf.engine.regime_rule import RegimeRule
-from pahq_hf.errors import MetricError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, MetricError, RunError, UnsupportedModelError
 from pahq_hf.modeling.hooks import hooks
 from pahq_hf.modeling.norms import epsilon_of
 from pahq_hf.modeling.patched_model import PatchedModel
@@ -34,7 +36,7 @@ from pahq_hf.search.attribution.methods import (
     passes_over_activations,
 )
 from tests.families import ALL_FAMILIES
-from tests.helpers import ALL_GRAPHS, FP32, wrapped
+from tests.helpers import ALL_GRAPHS, FP32, run_main, wrapped
 from tests.models import FAMILIES, random_task, tiny_gpt2
 from tests.tiers import quick
 
@@ -325,6 +327,64 @@ def test_through_low_weights_scores_are_near_those_of_fp32(method: Any) -> None:
     full, pahq, rtn = (scores(regime) for regime in ("fp32", "pahq", "rtn"))
     near, far = (np.linalg.norm(low - full) / np.linalg.norm(full) for low in (pahq, rtn))
     assert 0 < near < 0.08 and near < far
+
+
+# -- ensemble ----------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_is_the_mean_of_shares() -> None:
+    model = wrapped("llama")
+
+    def scores(**options: Any) -> np.ndarray:
+        return model.attribute(TASK, metric="logit_diff", steps=2, **options).scores
+
+    each = [scores(method=name) for name in ("eap-ig", "gim", "exact", "random")]
+    shares = [one / np.abs(one).sum() for one in each]
+    found = scores(method="ensemble", members="random, eap-ig,exact,gim")
+    np.testing.assert_allclose(found, sum(shares) / 4, rtol=1e-6, atol=1e-9)
+    assert np.abs(found).sum() <= 1 + 1e-9
+
+
+def test_the_members_of_an_ensemble_are_written_down(tmp_path: Path) -> None:
+    model = wrapped("gpt2")
+    first = model.attribute(TASK, method="ensemble", members="eap,gim", metric="nll", topn=9, out=tmp_path)
+    assert first.discovery["arguments"]["members"] == "eap,gim"
+    assert (
+        "mean of" in (tmp_path / "README.md").read_text() or "eap,gim" in (tmp_path / "README.md").read_text()
+    )
+    again = {"method": "ensemble", "metric": "nll", "topn": 9, "out": tmp_path, "resume": True}
+    assert np.array_equal(model.attribute(TASK, members="eap,gim", **again).scores, first.scores)
+    with pytest.raises(RunError, match="members"):
+        model.attribute(TASK, members="eap,hisp", **again)
+    plain = model.attribute(TASK, method="eap", metric="nll", topn=9)
+    assert "members" not in plain.discovery["arguments"]
+
+
+@pytest.mark.parametrize("members", ["eap", "eap,eap", "eap,ensemble", "eap,acdc", "", "eap,"])
+def test_members_that_are_none(members: str) -> None:
+    with pytest.raises(ConfigError, match="members must be two or more different methods"):
+        wrapped("gpt2").attribute(TASK, method="ensemble", members=members)
+
+
+def test_an_ensemble_refuses_what_its_members_do() -> None:
+    with pytest.raises(MetricError, match="gim cannot use kl"):
+        wrapped("gpt2").attribute(TASK, method="ensemble", members="eap-ig,gim", metric="kl")
+    with pytest.raises(ConfigError, match="criterion gap means nothing for method ensemble"):
+        wrapped("gpt2").attribute(TASK, method="ensemble", criterion="gap")
+
+
+def test_members_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["attribute", "demo", "--task", "sva", "--n", "2", "--method", "ensemble", "--topn", "20"]
+    assert run_main(*ask, "--members", "eap,gim", "--out", str(tmp_path / "a"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["arguments"]["members"] == "eap,gim"
+    assert run_main(*ask, "--members", "eap,gems", "--out", str(tmp_path / "b")) == 2
+    assert "members must be two or more different methods" in capsys.readouterr().err
+
+
+def test_a_screen_by_an_ensemble() -> None:
+    circuit = wrapped("gpt2").discover(TASK, threshold=0.01, metric="kl", screen="ensemble:0.3")
+    assert circuit.discovery["screen"]["method"] == "ensemble"
+    assert circuit.edge_count <= circuit.discovery["screen"]["survivors"]
 
 
 # -- what a metric has to have -----------------------------------------------------------------------------

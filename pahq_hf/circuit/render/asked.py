@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pahq_hf.circuit.run_record import RunRecord
 
-_STEPS = ("eap-ig", "refine")  # methods of which `steps` says something
+_STEPS = ("eap-ig", "eap-ig-activations", "ensemble", "refine")  # methods of which `steps` says something
 _SEED = ("random", "refine")  # and `seed`
+_NAMES = re.compile(r"[a-z, -]{1,200}")
 
 
 def asked_facts(run: RunRecord) -> dict[str, Any]:
@@ -28,6 +30,9 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
         facts["steps"] = _number(asked.more.get("steps"))
     if run.method in _SEED:
         facts["seed"] = _number(asked.more.get("seed"))
+    members = asked.more.get("members")
+    if run.method == "ensemble" and isinstance(members, str) and _NAMES.fullmatch(members):
+        facts["mean of"] = members
     return facts
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pahq_hf.circuit.run_record import TITLES
+from pahq_hf.errors import ConfigError
 
 MethodName = Literal[
-    "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "gim", "hisp", "exact", "random"
+    "eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "gim", "hisp", "exact", "random", "ensemble"
 ]
 
 
@@ -39,4 +40,30 @@ METHODS: Mapping[MethodName, MethodKind] = {
     "hisp": MethodKind(TITLES["hisp"], "clean"),
     "exact": MethodKind(TITLES["exact"], "nowhere"),
     "random": MethodKind(TITLES["random"], "nowhere"),
+    "ensemble": MethodKind("mean of the scores of several methods", "nowhere"),  # that is its members' affair
 }
+
+MEMBERS = (
+    "eap-ig,eap-ig-activations,clean-corrupted"  # that `ensemble` has by default: any metric allows them
+)
+
+
+def parse_members(text: str) -> tuple[MethodName, ...]:
+    """The methods of an ensemble.
+
+    Args:
+        text: Their names, with commas between them.
+
+    Raises:
+        ConfigError: If they are not two or more different ones.
+    """
+    given: object = text
+    names = [name.strip() for name in text.split(",")] if isinstance(given, str) else []
+    found = tuple(name for name in METHODS if name in names and name != "ensemble")
+    if len(found) != len(names) or len(found) < 2:
+        known = ", ".join(name for name in METHODS if name != "ensemble")
+        raise ConfigError(
+            f"members must be two or more different methods with commas between them, such as {MEMBERS}, of "
+            f"{known}; got {text!r}"
+        )
+    return found

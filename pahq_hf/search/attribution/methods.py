@@ -6,7 +6,7 @@ raises the minimised metric: the edge matters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -314,6 +314,24 @@ def random_scores(graph: Graph, seed: int) -> Scores:
     drawn = np.random.default_rng(seed).random(graph.all_edges.shape)
     scores: Scores = np.where(graph.all_edges, drawn, 0.0)
     return scores
+
+
+def mean_of_shares(members: Sequence[Scores]) -> Scores:
+    """The mean of several methods' scores, each as a share of all that its method attributes.
+
+    Mondorf et al. 2025 (arXiv 2510.06811) take the mean of scores as they are, of methods whose scores are
+    alike in size ("parallel ensemble"). Here each method has its magnitudes' sum as a unit, so that
+    those whose scores are of another size, as GIM's are, have the same say.
+
+    Args:
+        members: Scores of each method. [readers, writers]
+
+    Returns:
+        Between -1 and 1, with a sum of magnitudes of at most 1. [readers, writers]
+    """
+    shares = [scores / (np.abs(scores).sum() or 1.0) for scores in members]
+    mean: Scores = np.mean(shares, axis=0)
+    return mean
 
 
 # -- sums over tokens -------------------------------------------------------------------------------

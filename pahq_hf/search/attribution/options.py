@@ -16,7 +16,7 @@ from pahq_hf.config import (
     check_number,
 )
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.attribution.kinds import METHODS, MethodName
+from pahq_hf.search.attribution.kinds import MEMBERS, METHODS, MethodName, parse_members
 from pahq_hf.search.kind import Unsaid, check_direction, told
 
 
@@ -28,7 +28,7 @@ class AttributionConfig(JsonConfig):
         method: `eap`; `eap-ig`, with integrated gradients over the inputs; `eap-ig-activations`, over what
             the edge's writer writes; `clean-corrupted`, the mean of the gradients at both runs; `gim`, with
             the backward rules of GIM; `hisp`, head importance; `exact`, every edge removed alone from the
-            full model; `random`.
+            full model; `random`; `ensemble`, the mean of others.
         metric: What is minimised; None takes the task's own.
         steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         topn: Keep so many edges; by default all, or those of the threshold.
@@ -39,6 +39,7 @@ class AttributionConfig(JsonConfig):
         criterion: By what of scores edges are chosen: `signed`, as they are; `absolute`, their size; `gap`,
             how far removing the edge alone takes the metric from the full model's, which is their size too.
             None is `signed`, or what `absolute` says.
+        members: Methods that `ensemble` takes the mean of, with commas between them.
         direction: As of ACDC: `noising` scores edges of the clean run, `denoising` of the corrupted one.
     """
 
@@ -66,6 +67,10 @@ class AttributionConfig(JsonConfig):
         ),
     )
 
+    members: str = field(
+        default=MEMBERS,
+        metadata=told("Methods that method ensemble takes the mean of.", metavar="METHOD,METHOD..."),
+    )
     direction: Direction = field(
         default="noising",
         metadata=told(
@@ -89,8 +94,11 @@ class AttributionConfig(JsonConfig):
             check_choice("criterion", self.criterion, Criterion)
         if self.absolute and self.criterion not in (None, "absolute"):
             raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
-        if self.method == "random" and self.criterion == "gap":
-            raise ConfigError("criterion gap means nothing for method random, whose scores are of no metric")
+        parse_members(self.members)
+        if self.method in ("random", "ensemble") and self.criterion == "gap":
+            raise ConfigError(
+                f"criterion gap means nothing for method {self.method}, whose scores are of no metric"
+            )
         if self.method == "random" and self.direction != "noising":
             raise ConfigError(f"direction {self.direction} means nothing for method random: it runs nothing")
         for name in ("steps", "topn", "seed"):
@@ -115,12 +123,14 @@ class AttributionConfig(JsonConfig):
         return self.absolute or self.criterion == "gap"
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; `absolute` tells two criteria."""
+        """The configuration as JSON-ready values, without what it says in another way or does not use."""
         values = asdict(self)
         if self.criterion != "gap":
             del values["criterion"]
         if self.direction == "noising":
             del values["direction"]
+        if self.method != "ensemble":
+            del values["members"]
         return values
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
-from pahq_hf.search.attribution.kinds import MethodName
+from pahq_hf.search.attribution.kinds import MEMBERS, MethodName, parse_members
 from pahq_hf.search.attribution.methods import (
     Done,
     Scores,
@@ -24,6 +25,7 @@ from pahq_hf.search.attribution.methods import (
     exact,
     gim,
     hisp,
+    mean_of_shares,
     passes_over_activations,
     random_scores,
 )
@@ -53,6 +55,7 @@ def edge_scores(
     *,
     steps: int = 5,
     seed: int = 0,
+    members: str = MEMBERS,
     known: Mapping[int, Mapping[int, float]] | None = None,
     on_reader: Callable[[int, Mapping[int, float]], None] | None = None,
 ) -> Scores:
@@ -63,6 +66,7 @@ def edge_scores(
         captures: A setting, and its runs.
         steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         seed: Of `random`.
+        members: Methods of `ensemble`, with commas between them.
         known: Scores of readers that `exact` need not compute again, by reader and writer.
         on_reader: Called with the scores of every reader that `exact` has finished.
 
@@ -73,23 +77,40 @@ def edge_scores(
         MetricError: If the method means nothing for the metric, or numbers come out as NaN.
         TaskError: If the prompts do not fit the model.
     """
-    setting, progress = captures.setting, captures.progress
-    check_gradient(method, setting.metric)
-    if method == "random":
-        return random_scores(setting.graph, seed)
-    if method == "exact":
-        engine, known = captures.engine, known or {}
-        done = sum(map(len, known.values()))
-        with (
-            captures.phase("scores"),
-            progress.count(method, "edge", setting.graph.edge_count, done) as count,
-        ):
-            scores = exact(engine, count.advance, known=known, on_reader=on_reader)
-        return check_finite(scores, method)
+    names = methods_of(method, members)
+    for name in names:
+        check_gradient(name, captures.setting.metric)
+    runs = cache(captures.gradients)  # members of an ensemble share them
+
+    def scores_of(name: MethodName) -> Scores:
+        if name == "random":
+            return random_scores(captures.setting.graph, seed)
+        if name == "exact":
+            return _exactly(captures, known or {}, on_reader)
+        return _by_gradients(name, captures, runs, steps)
+
     try:
-        return check_finite(_by_gradients(method, captures, steps), method)
+        found = [check_finite(scores_of(name), name) for name in names]
     finally:
+        runs.cache_clear()
         trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
+    return mean_of_shares(found) if method == "ensemble" else found[0]
+
+
+def methods_of(method: MethodName, members: str) -> tuple[MethodName, ...]:
+    """The methods whose scores one is made of: itself, or the members of an ensemble."""
+    return parse_members(members) if method == "ensemble" else (method,)
+
+
+def _exactly(
+    captures: Captures,
+    known: Mapping[int, Mapping[int, float]],
+    on_reader: Callable[[int, Mapping[int, float]], None] | None,
+) -> Scores:
+    engine, done = captures.engine, sum(map(len, known.values()))
+    edges = captures.setting.graph.edge_count
+    with captures.phase("scores"), captures.progress.count("exact", "edge", edges, done) as count:
+        return exact(engine, count.advance, known=known, on_reader=on_reader)
 
 
 @dataclass(frozen=True)
@@ -117,8 +138,10 @@ _BY_GRADIENTS: Mapping[MethodName, _ByGradients] = {
 }
 
 
-def _by_gradients(method: MethodName, captures: Captures, steps: int) -> Scores:
-    runs, way = captures.gradients(), _BY_GRADIENTS[method]
+def _by_gradients(
+    method: MethodName, captures: Captures, make_runs: Callable[[], GradientRuns], steps: int
+) -> Scores:
+    runs, way = make_runs(), _BY_GRADIENTS[method]
     prompts = way.passes(captures.setting.graph, steps) * len(captures.setting.task)
     with captures.phase("scores"), captures.progress.count(method, "prompt", prompts) as count:
         return way.score(runs, steps, count.advance)
