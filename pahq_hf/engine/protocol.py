@@ -326,7 +326,7 @@ class GradientRuns(CircuitRuns, Protocol):
 
         Args:
             part: The part.
-            writers: They write `a_w + share (c_w - a_w)`: `input`, or all heads of a layer, or an MLP.
+            writers: `input`, all heads of a layer, or an MLP, which write `a_w + share (c_w - a_w)`.
             share: How far they are from the clean run.
         """
 

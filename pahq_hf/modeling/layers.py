@@ -24,7 +24,7 @@ class MLP:
         row: The family's row of the table.
         module: The MLP itself.
         linears: Its projections.
-        gates: Those of them whose results are multiplied with each other.
+        gates: Projections among them whose results are multiplied with each other.
         output: What makes of the module's result what the block adds.
         entry: Module whose input is what the MLP reads.
         reads_stream: Whether that is the stream; else it is the stream after the norm.

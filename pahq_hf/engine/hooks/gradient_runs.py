@@ -148,7 +148,7 @@ class Runs:
 
         Args:
             part: The part.
-            writers: They write `a_w + share (c_w - a_w)`: `input`, or all heads of a layer, or an MLP.
+            writers: `input`, all heads of a layer, or an MLP, which write `a_w + share (c_w - a_w)`.
             share: How far they are from the clean run.
         """
         embedding = self.clean.embedding[part.examples]
