@@ -21,7 +21,7 @@ from pahq_hf.config import Regime
 from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.evaluation.ground_truth.hand_built import KNOWN_MODELS, load_known_model
 from pahq_hf.evaluation.roc import Roc, edge_roc, node_roc
-from pahq_hf.search.attribution.options import MethodName
+from pahq_hf.search.attribution.kinds import MethodName
 from pahq_hf.tasks.base import Task
 
 _DESCRIPTION = """\

@@ -82,7 +82,11 @@ def test_a_model_that_is_moved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "metric"), [("eap-ig", "kl"), ("eap", "logit_diff"), ("hisp", "logit_diff")]
+    ("method", "metric"),
+    [
+        *(("eap-ig", "kl"), ("eap", "logit_diff"), ("hisp", "logit_diff")),
+        *(("eap-ig-activations", "kl"), ("clean-corrupted", "kl"), ("gim", "logit_diff")),
+    ],
 )
 def test_attribution_is_the_cpus_and_repeats_to_the_bit(method: Any, metric: Any) -> None:
     def scores(**where: Any) -> np.ndarray:
