@@ -168,10 +168,9 @@ class IntervalSearch(ReaderSearch):
         highest = estimates.furthest if self._config.absolute else estimates.highest
         weighty = shares(self._sizes) >= self._rule.weighty
         margin = np.where(weighty, self._rule.wary, self._rule.margin)
-        self._alone = ~(highest < (1 - margin) * tau) | way.heavy(self._sizes, self._rule, tau)
-        size = np.abs(estimates.scores) if self._config.absolute else estimates.scores
-        tested = ~(size < (1 - self._rule.margin) * tau)  # slopes that are no numbers say nothing
-        tested |= way.stays | self._tested | (highest >= tau)
+        self._alone = way.heavy(self._sizes, self._rule, tau)
+        tested = ~(highest < (1 - margin) * tau)  # slopes that are no numbers say nothing
+        tested |= way.stays | self._tested
         found, circuits, doubtful = [], 0, 0
         for stop in way.stops(self._position, tested, self._alone, self._measured, self._rule, tau):
             found.append(stop)

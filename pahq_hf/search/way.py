@@ -20,18 +20,17 @@ class IntervalRule:
     """When estimates decide: chosen by measurement (docs/verified-estimates.md).
 
     Attributes:
-        margin: m; an edge is tested if by its estimate it may score (1 - m) tau or more, and alone between
-            two measured circuits if by a slope.
+        margin: m; an edge is tested if it may score (1 - m) tau or more.
         wary: The margin of an edge that carries `weighty` of what all edges of the reader carry, squared: so
-            large a step may bend the way, and its own slope with it. It is alone.
+            large a step may bend the way, and its own slope with it.
         weighty: See there.
         residual: r; estimates may miss what the metric moved by, in all, by r tau.
         bend: Slopes may move by so many tau, all together, between two circuits whose metric is measured:
             what moves more may hide errors that cancel.
         turn: And by so many between two circuits at which slopes are measured.
-        heavy: An edge that carries so much of what an interval carries, squared, is alone where slopes move,
-            if its own moves by `stir` tau or more anywhere on the way; one that carries `all_but` so much, in
-            any case there.
+        heavy: Of edges that carry so much of what an interval carries, squared, and whose own slope moves by
+            `stir` tau or more anywhere on the way, there is one between two measured circuits where slopes
+            move; of those that carry `all_but` so much, in any case there.
         stir: See there.
         all_but: See there.
         apart: The metric is measured at least so many times on the way through a reader.

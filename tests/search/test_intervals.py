@@ -182,7 +182,7 @@ def test_an_edge_that_carries_much_is_alone_where_slopes_move() -> None:
     engine = Lying(graph, scores, said, moved=2.0)
     engine.sizes[edges[0]] = 10.0
     blind = decided(engine, share=0.0)
-    engine.sizes[edges[2:4]] = 10.0
+    engine.sizes[edges[2:4]] = 100.0
     assert edges[2] not in blind.kept and edges[2] in decided(engine, share=0.0).kept
 
 

@@ -224,7 +224,7 @@ def test_a_heavy_edges_slope_that_moves_further_on_is_stirred_too() -> None:
 
 
 @pytest.mark.parametrize("carried", [1.0, 0.1])
-def test_errors_of_edges_that_carry_much_cannot_cancel(carried: float) -> None:
+def test_an_edge_that_carries_much_is_tested_sooner(carried: float) -> None:
     """By its slopes either adds a third of a threshold; one adds more than that, the other as much less."""
     engines = [Saturating(np.zeros((1, EDGES)), np.zeros(EDGES), bend=0.0) for _ in range(2)]
     for engine in engines:
@@ -237,7 +237,7 @@ def test_errors_of_edges_that_carry_much_cannot_cancel(carried: float) -> None:
     ours = decided(IntervalSearch, engines[1], 0.0, absolute=False)
     assert every.kept == (44,)
     if carried > 1 / 3:
-        assert ours.kept == every.kept and ours.scores[40] == pytest.approx(-0.045)
+        assert ours.kept == every.kept and not {40, 44} & set(ours.estimated)
     else:  # believed of edges that carry little: this is what the audit is for
         assert ours.kept == () and {40, 44} <= set(ours.estimated)
 
