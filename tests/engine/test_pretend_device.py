@@ -8,7 +8,7 @@ import pytest
 
 from tests.families import ALL_FAMILIES
 from tests.pretend.form import can_compile
-from tests.pretend.paths import PATHS, fault, of_family
+from tests.pretend.paths import LONG, PATHS, fault, of_family
 from tests.pretend.process import BEST, rehearsed
 from tests.tiers import exhaustive, quick
 
@@ -138,3 +138,9 @@ _FEW = [("gpt2", "discover, pahq, verified"), ("llama", "discover, fp32, verifie
 @pytest.mark.parametrize(("family", "path"), [pair if pair in _FEW else exhaustive(*pair) for pair in _EVERY])
 def test_every_family_on_every_path(family: str, path: str) -> None:
     assert fault(rehearsed(BEST, of_family(family)[path])) == ""
+
+
+@pytest.mark.parametrize(("family", "path"), [exhaustive("llama", path) for path in LONG])
+def test_long_searches(family: str, path: str) -> None:
+    """Gradients at circuits, exact effects of removals and additions."""
+    assert fault(rehearsed(BEST, {"model": family, **LONG[path]})) == ""

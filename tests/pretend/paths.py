@@ -45,6 +45,8 @@ PATHS: dict[str, Path] = {
     "discover, pahq, verified": LOW | VERIFIED,
     "discover, pahq, verified, hooks": LOW | VERIFIED | HOOKS,
     "discover, pahq, screen": LOW | {"search": {"readers": "m1", "screen": "eap-ig:0.5"}},
+    "budget, pahq": LOW | SOME | {"command": "budget"},
+    "discover, pahq, both directions": LOW | SOME | {"command": "both"},
     "sweep, pahq": LOW | SOME | {"command": "sweep"},
     "attribute, pahq": LOW | {"command": "attribute"},
     "evaluate, pahq": LOW | {"command": "evaluate", "n": 2},
@@ -57,6 +59,11 @@ PATHS: dict[str, Path] = {
     "discover, pahq-literal": LITERAL | DEEP,
     "discover, pahq-literal, hooks": LITERAL | SOME | HOOKS,
     "discover, pahq-literal, verified": LITERAL | VERIFIED,
+}
+# Searches of minutes on a pretended device; in some families only.
+LONG: dict[str, Path] = {
+    "refine, fp32": FULL | {"command": "refine"},
+    "refine, pahq": LOW | {"command": "refine"},
 }
 # How far numbers may be off, of the largest: sums come in another order, which moves what is rounded then.
 # The CPU has no products in FP8, and computes those in BF16.

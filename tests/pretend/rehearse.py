@@ -130,6 +130,38 @@ def attribute(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     return of_circuit(circuit)
 
 
+def refined(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """The best quarter of all edges, by gradients at circuits and exact tests."""
+    circuit = model.discover(
+        task,
+        search="refine",
+        edges=model.graph.edge_count // 4,
+        steps=0,
+        engine=EngineConfig(**scenario.engine),
+        progress=False,
+    )
+    # Its scores are ranks, which edges that are alike may change.
+    return Answer(circuit.kept, np.array([circuit.record.metric.fp32]))
+
+
+def budget(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """The gap of a circuit stays within a bound."""
+    engine = EngineConfig(**scenario.engine)
+    return of_circuit(
+        model.discover(task, search="budget", max_gap=0.2, engine=engine, progress=False, **scenario.search)
+    )
+
+
+def both(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """A search by noising and one by denoising."""
+    engine = EngineConfig(**scenario.engine)
+    return of_circuit(
+        model.discover(
+            task, threshold=0.05, direction="both", engine=engine, progress=False, **scenario.search
+        )
+    )
+
+
 def audit(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     """A search, and a second opinion on what it removed: tests in FP32 where it decided."""
     circuit = discover(scenario, model, task)
@@ -194,6 +226,9 @@ def moved(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
 
 COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
     "discover": discovered,
+    "refine": refined,
+    "budget": budget,
+    "both": both,
     "sweep": sweep,
     "attribute": attribute,
     "evaluate": evaluate,
