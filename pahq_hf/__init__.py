@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pahq_hf.precision.formats.registry import LowFormat, register_format
     from pahq_hf.search.acdc_options import ACDCConfig
     from pahq_hf.search.attribution.options import AttributionConfig
+    from pahq_hf.search.bootstrap_options import BootstrapConfig
     from pahq_hf.search.registry import register_search
     from pahq_hf.search.sweep_result import Sweep
     from pahq_hf.tasks.base import Task
@@ -31,6 +32,7 @@ __all__ = [
     "ACDCConfig",
     "Architecture",
     "AttributionConfig",
+    "BootstrapConfig",
     "Circuit",
     "EngineConfig",
     "LowFormat",
@@ -51,6 +53,7 @@ _ROOMS = {
     "ACDCConfig": "search.acdc_options",
     "Architecture": "modeling.architectures.architecture",
     "AttributionConfig": "search.attribution.options",
+    "BootstrapConfig": "search.bootstrap_options",
     "Circuit": "circuit.circuit",
     "EngineConfig": "config",
     "LowFormat": "precision.formats.registry",

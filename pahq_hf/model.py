@@ -38,6 +38,8 @@ from pahq_hf.search.arguments import (
     check_work,
 )
 from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.bootstrap import BootstrapRun
+from pahq_hf.search.bootstrap_options import BootstrapConfig
 from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
 from pahq_hf.search.registry import default_search, find_search
@@ -164,6 +166,7 @@ class PAHQModel(RunnableModel):
         search: Literal["acdc"] | None = None,
         config: ACDCConfig | None = None,
         engine: EngineConfig | None = None,
+        bootstrap: int | BootstrapConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         take_over: bool = False,
@@ -178,6 +181,7 @@ class PAHQModel(RunnableModel):
         *,
         edges: int,
         engine: EngineConfig | None = None,
+        bootstrap: int | BootstrapConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         take_over: bool = False,
@@ -193,6 +197,7 @@ class PAHQModel(RunnableModel):
         search: str,
         config: Options | None = None,
         engine: EngineConfig | None = None,
+        bootstrap: int | BootstrapConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         take_over: bool = False,
@@ -207,6 +212,7 @@ class PAHQModel(RunnableModel):
         search: str | None = None,
         config: Options | None = None,
         engine: EngineConfig | None = None,
+        bootstrap: int | BootstrapConfig | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         take_over: bool = False,
@@ -222,6 +228,8 @@ class PAHQModel(RunnableModel):
                 else `acdc`.
             config: Its options, for ACDC an `ACDCConfig`; or give its fields as keywords (`threshold=0.01`).
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.
+            bootstrap: Searches on so many resamples of the pairs, too: the circuit is the same, and has
+                `frequencies`. Each is a whole search.
             out: Folder for the journal and the result; nothing is written without it.
             resume: Continue the run in `out`.
             take_over: Take the place of another machine's process that works in `out`.
@@ -239,7 +247,8 @@ class PAHQModel(RunnableModel):
         """
         kind = find_search(default_search(options) if search is None else search)
         wanted = self._wanted(kind, task, config, engine, options, "discover")
-        return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
+        drawn = None if bootstrap is None else BootstrapConfig.of(bootstrap)
+        return self._run(kind, wanted, task, engine, out, resume, take_over, progress, drawn)
 
     def sweep(
         self,
@@ -349,9 +358,14 @@ class PAHQModel(RunnableModel):
         resume: bool,
         take_over: bool,
         progress: bool,
+        drawn: BootstrapConfig | None = None,
     ) -> Circuit:
         with self._resumed(out, engine, resume, take_over) as limits:
-            run = make_run(kind, wanted, self._subject(task, limits), progress=progress)
+            subject = self._subject(task, limits)
+            if drawn is None:
+                run = make_run(kind, wanted, subject, progress=progress)
+            else:
+                run = BootstrapRun(kind, wanted, subject, drawn, progress=progress)
             with self._at_work("the search"):
                 return run.run(out, resume=resume, take_over=take_over)
 

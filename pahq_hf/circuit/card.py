@@ -59,7 +59,8 @@ def render_card(
         ablation=asked.ablation or "?",
         method=run.title,
         asked=_asked(run),
-        own={name: value for name, value in own_facts(run).items() if value is not None},
+        own={name: value for name, value in own_facts(run).items() if value is not None}
+        | run.bootstrap.texts,
         screen=asked.screen,
         direction=None if asked.direction == "noising" else asked.direction,
         gates=gates_text(edges),

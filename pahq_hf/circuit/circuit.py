@@ -56,6 +56,8 @@ class Circuit:
         estimated: Edges whose score is an estimate; None where the search takes none. [readers, writers]
         found_by: Of a search in both directions, which found each edge: 1 noising, 2 denoising, 3 both.
             [readers, writers]
+        frequencies: Of a search with a bootstrap, the share of the resamples in which each edge was kept.
+            [readers, writers]
     """
 
     graph: Graph
@@ -67,6 +69,7 @@ class Circuit:
     means: dict[str, NDArray[np.float32]] | None = None
     estimated: BoolArray | None = None
     found_by: FoundBy | None = None
+    frequencies: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         self.model = without_place(self.model)
@@ -76,7 +79,15 @@ class Circuit:
     @property
     def scored(self) -> ScoredEdges:
         """The edges alone: what pictures, pages and comparisons take."""
-        return ScoredEdges(self.graph, self.kept, self.scores, self.tested, self.estimated, self.found_by)
+        return ScoredEdges(
+            self.graph,
+            self.kept,
+            self.scores,
+            self.tested,
+            self.estimated,
+            self.found_by,
+            self.frequencies,
+        )
 
     @property
     def identity(self) -> ModelIdentity:
@@ -305,4 +316,5 @@ class Circuit:
             stored.means,
             edges.estimated,
             edges.found_by,
+            edges.frequencies,
         )

@@ -33,6 +33,8 @@ ANSWERS_NAME = "answers.jsonl"  # of a sweep
 SWEEP_NAME = "sweep.json"
 SWEEP_PREFIX = "tau-"  # of its runs' folders
 DIRECTION_NAMES = ("noising", "denoising")  # folders of the two runs of a search in both directions
+# Folders of a search with a bootstrap: the run of the task as it is, each resample's, their consensus.
+ORIGINAL_NAME, RESAMPLE_PREFIX, CONSENSUS_NAME = "original", "resample-", "consensus"
 
 Write = Callable[[Path], None]
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
@@ -204,6 +206,19 @@ def _died_while_saving(folder: Path) -> bool:
     except CircuitError:
         return False
     return bool(method != "acdc")
+
+
+def refuse_bootstrap(folder: Path) -> None:
+    """Check that a folder holds no unfinished search with a bootstrap, where one without is to run.
+
+    Raises:
+        RunError: If it does.
+    """
+    if os.path.exists(folder / ORIGINAL_NAME):
+        raise RunError(
+            f"{folder} holds a search with a bootstrap ({ORIGINAL_NAME}/); continue it with --resume and its "
+            "--bootstrap or choose another folder"
+        )
 
 
 def make_folder(folder: str | Path) -> Path:

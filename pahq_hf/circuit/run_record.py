@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pahq_hf.circuit.bootstrap_facts import BootstrapFacts
 from pahq_hf.circuit.confirmation import Confirmation
 from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.sections import Section
@@ -216,6 +217,7 @@ class RunRecord(Section):
         metric: The minimised metric.
         swapped: The same with clean and corrupted prompts swapped, of a search by denoising.
         directions: Of a search in both directions, what each came to, by its name.
+        bootstrap: What resamples of the prompts came to, of a search with a bootstrap.
         verified: Whether the hooks engine confirmed the search's value.
         verdict: Whether the circuit does what the model does.
         kl: KL from the full model in FP32, in a sweep.
@@ -245,6 +247,7 @@ class RunRecord(Section):
     metric: MetricFacts = field(default_factory=MetricFacts)
     swapped: MetricFacts = field(default_factory=MetricFacts)
     directions: Mapping[str, Any] = field(default_factory=dict)
+    bootstrap: BootstrapFacts = field(default_factory=BootstrapFacts)
     verified: bool | None = None
     verdict: Verdict | None = None
     kl: float | None = None

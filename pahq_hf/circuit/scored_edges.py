@@ -26,6 +26,8 @@ class ScoredEdges:
             [readers, writers]
         found_by: Who found each edge of a search in both directions; None of any other (`gates.found_by`).
             [readers, writers]
+        frequencies: In which share of resamples of the prompts the search kept each edge; None of one without
+            a bootstrap. [readers, writers]
     """
 
     graph: Graph
@@ -34,6 +36,7 @@ class ScoredEdges:
     tested: BoolArray
     estimated: BoolArray | None = None
     found_by: FoundBy | None = None
+    frequencies: NDArray[np.float64] | None = None
 
     @property
     def edge_count(self) -> int:
@@ -47,6 +50,15 @@ class ScoredEdges:
     def gate(self, reader: int, writer: int) -> str | None:
         """What an edge is by who found it: `AND`, `OR` or `ADDER`; None where that is not known."""
         return None if self.found_by is None else GATES.get(int(self.found_by[reader, writer]))
+
+    def frequency(self, reader: int, writer: int) -> float | None:
+        """In which share of the resamples an edge was kept; None without a bootstrap."""
+        return None if self.frequencies is None else float(self.frequencies[reader, writer])
+
+    def more_of(self, reader: int, writer: int) -> dict[str, str | float]:
+        """What some searches know of an edge beside its score: its `gate`, its `frequency`."""
+        found = {"gate": self.gate(reader, writer), "frequency": self.frequency(reader, writer)}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def gates(self) -> dict[str, str]:
@@ -77,7 +89,8 @@ class ScoredEdges:
         """The kept edges as a directed multigraph of nodes.
 
         An edge carries `score`, `reader` (its full name), `kind` (q, k, v, mlp, logits) and, of a search in
-        both directions, `gate`. A shared key/value group becomes one edge to each of its heads.
+        both directions, `gate`, with a bootstrap `frequency`. A shared key/value group becomes one edge to
+        each of its heads.
 
         Returns:
             The graph.
@@ -87,8 +100,6 @@ class ScoredEdges:
         for r, w in edge_list(self.kept):
             reader = self.graph.readers[r]
             targets = [self.graph.writers[node].name for node in reader.nodes] or ["logits"]
-            gate = self.gate(r, w)
-            facts = {} if gate is None else {"gate": gate}
             for target in targets:
                 result.add_edge(
                     self.graph.writers[w].name,
@@ -96,6 +107,6 @@ class ScoredEdges:
                     score=float(self.scores[r, w]),
                     reader=reader.name,
                     kind=reader.kind,
-                    **facts,
+                    **self.more_of(r, w),
                 )
         return result

@@ -29,7 +29,7 @@ from pahq_hf.circuit.files import (
     write_together,
 )
 from pahq_hf.circuit.gates import fits
-from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
@@ -69,7 +69,7 @@ class StoredCircuit:
 
     def to_json(self) -> dict[str, Any]:
         """The EAP-IG / MIB style document: config, nodes, kept edges."""
-        spec, gates = self.edges.graph.spec, self.edges.gates
+        spec, edges = self.edges.graph.spec, self.edges
         return {
             "cfg": {
                 "format_version": FORMAT_VERSION,
@@ -82,10 +82,14 @@ class StoredCircuit:
                 "coupled_heads": spec.coupled,
                 **self.model,
             },
-            "nodes": {name: {"in_graph": True} for name in self.edges.nodes},
+            "nodes": {name: {"in_graph": True} for name in edges.nodes},
             "edges": {
-                name: {"score": score, "in_graph": True, **({"gate": gates[name]} if name in gates else {})}
-                for name, score in self.edges.edges
+                edges.graph.edge_name(r, w): {
+                    "score": float(edges.scores[r, w]),
+                    "in_graph": True,
+                    **edges.more_of(r, w),
+                }
+                for r, w in edge_list(edges.kept)
             },
         }
 
@@ -137,6 +141,8 @@ def _write_scores(edges: ScoredEdges, path: Path) -> None:
         tensors["estimated"] = edges.estimated.astype(np.uint8)
     if edges.found_by is not None:
         tensors["found_by"] = edges.found_by.astype(np.uint8)
+    if edges.frequencies is not None:
+        tensors["frequency"] = edges.frequencies.astype(np.float64)
     layout = {
         "axes": "readers, writers",
         "readers": [reader.name for reader in graph.readers],
@@ -185,8 +191,13 @@ def read_circuit(folder: Path) -> StoredCircuit:
     found_by = tensors["found_by"].astype(np.uint8) if "found_by" in tensors else None
     if found_by is not None and not fits(found_by, kept):
         raise CircuitError(f"{folder / SCORES_NAME}: 'found_by' does not tell who found which kept edges")
+    frequencies = tensors["frequency"].astype(np.float64) if "frequency" in tensors else None
+    if frequencies is not None and not ((frequencies >= 0) & (frequencies <= graph.all_edges)).all():
+        raise CircuitError(f"{folder / SCORES_NAME}: 'frequency' has no shares of resamples from 0 to 1")
     return StoredCircuit(
-        ScoredEdges(graph, kept, tensors["score"].astype(np.float64), tested, estimated, found_by),
+        ScoredEdges(
+            graph, kept, tensors["score"].astype(np.float64), tested, estimated, found_by, frequencies
+        ),
         model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
         discovery=discovery,
         means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
@@ -239,8 +250,8 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     missing = [name for name in _SCORE_NAMES if name not in tensors]
     if missing:
         raise CircuitError(f"cannot read {path}: it has no {missing[0]!r}")
-    # Only some searches have these; earlier versions had neither.
-    names = [*_SCORE_NAMES, *(name for name in ("estimated", "found_by") if name in tensors)]
+    # Only some searches have these; earlier versions had none.
+    names = [*_SCORE_NAMES, *(name for name in ("estimated", "found_by", "frequency") if name in tensors)]
     found = {name: tensors[name] for name in names}
     mlp = int(spec.mlps)
     shape = (

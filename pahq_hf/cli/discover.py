@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pahq_hf.circuit.files import output_path
-from pahq_hf.cli.declared import Command, turned
+from pahq_hf.circuit.files import CIRCUIT_NAME, output_path
+from pahq_hf.cli.declared import Command, chosen_options, turned
 from pahq_hf.cli.ending import after, again, beside, evaluation, is_given
 from pahq_hf.cli.groups import SearchChoice
 from pahq_hf.cli.options import BatchOption
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
 from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.errors import ConfigError
+from pahq_hf.search.bootstrap_options import BootstrapConfig, check_search
 from pahq_hf.search.kind import SearchKind
 from pahq_hf.search.registry import default_search, find_search, searches
 
@@ -40,6 +42,24 @@ def discover(
         ),
     ] = "acdc",
     batch: BatchOption = None,
+    bootstrap: Annotated[
+        int | None,
+        typer.Option(
+            metavar="B",
+            help="Search on so many resamples of the pairs too, and say how often each edge is found. Each "
+            "takes as long as the search.",
+        ),
+    ] = None,
+    consensus: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the resamples: edges in as many make the consensus circuit. 0.5 by default.",
+        ),
+    ] = None,
+    bootstrap_seed: Annotated[
+        int | None, typer.Option(metavar="SEED", help="What the resamples are drawn by. 0 by default.")
+    ] = None,
 ) -> None:
     """Find the circuit of a task with ACDC, or another search, and write it to a folder."""
     from pahq_hf.cli.tables import run_table
@@ -53,9 +73,17 @@ def discover(
         raise ConfigError(
             f"search {search!r} has a command of its own: pahq {kind.command} --method {search}"
         )
+    drawn = _bootstrap(bootstrap, consensus=consensus, seed=bootstrap_seed)
+    if drawn is not None:
+        check_search(kind, kind.make_options(chosen_options(kind, options)))
     wanted = prepare(kind, options, asked, out, batch=batch)
+    if drawn is not None and not asked.run.as_json and not (out / CIRCUIT_NAME).exists():
+        runs = f"{drawn.resamples + 1:,} searches, each as long as one without it"
+        sys.stderr.write(f"pahq: --bootstrap {drawn.resamples} takes {runs}\n")
     with verdict_in_table(not asked.run.as_json):
-        circuit = wanted.model.discover(wanted.task, search=search, config=wanted.options, **wanted.how)
+        circuit = wanted.model.discover(
+            wanted.task, search=search, config=wanted.options, bootstrap=drawn, **wanted.how
+        )
     options_used, total = wanted.options, circuit.graph.edge_count
 
     def judged() -> str:
@@ -73,6 +101,18 @@ def discover(
         circuit.verdict, good=judged, more=lambda: other(more=True), fewer=lambda: other(more=False)
     )
     conclude(out, circuit.discovery, lambda: run_table(circuit), command, circuit, as_json=asked.run.as_json)
+
+
+def _bootstrap(resamples: int | None, **given: Any) -> BootstrapConfig | None:
+    """What is asked of resamples; None if nothing is.
+
+    Raises:
+        ConfigError: If it is out of range, or about resamples where none are asked for.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if resamples is None and values:
+        raise ConfigError("--consensus and --bootstrap-seed are about resamples: give --bootstrap B too")
+    return None if resamples is None else BootstrapConfig(resamples, **values)
 
 
 discover_command = keeps_journal(Command(discover, _discoverers))

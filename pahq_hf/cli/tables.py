@@ -119,6 +119,8 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
         mark = " (estimate)" if circuit.scored.is_estimate(r, w) else ""
         gate = circuit.scored.gate(r, w)
         mark += "" if gate is None else f" {gate}"
+        share = circuit.scored.frequency(r, w)
+        mark += "" if share is None else f" in {share:.4g} of the resamples"
         table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}{mark}")
     return table
 

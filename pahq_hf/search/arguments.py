@@ -71,6 +71,7 @@ _WORK_HINTS = {
     **{name: _AT_LOADING.format(name) for name in (*PRECISION_KEYWORDS, "device", "dtype", "base_model")},
     **{name: _ENGINE.format(name) for name in ("batch", "memory_budget", "activation_store")},
     "n": "prompts are chosen with the task: load_task(..., n=...)",
+    "bootstrap": "discover alone takes it: model.discover(task, bootstrap=...)",
     "tau": "did you mean 'threshold'?",
 }
 

@@ -105,6 +105,12 @@ class BothWays(Run[OptionsT]):
         }
         self._take_over = False
 
+    def hush(self) -> None:
+        """Leave out warnings, in both directions (`Run.hush`)."""
+        super().hush()
+        for run in self._parts.values():
+            run.hush()
+
     def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
         """Take all phases, of both directions (`Run.run`)."""
         self._take_over = take_over

@@ -27,7 +27,7 @@ import pahq_hf
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
-from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_overwrite, refuse_sweep
+from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_bootstrap, refuse_overwrite, refuse_sweep
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
@@ -82,6 +82,7 @@ class Run(Generic[OptionsT]):
 
     Attributes:
         bench: Its captured runs; runs of one setting may be given the same.
+        called: What tells it from others in a log, where it is one of several.
 
     Raises:
         MetricError: If the task lacks what the metric needs.
@@ -107,6 +108,7 @@ class Run(Generic[OptionsT]):
         self.clock = RunClock()
         self.limits = subject.limits
         self.lock: RunLock | None = None  # while it has a folder
+        self.called = ""
         self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
 
     @property
@@ -118,6 +120,10 @@ class Run(Generic[OptionsT]):
     def reporter(self) -> Progress:
         """Who is told how far it is."""
         return self.bench.progress
+
+    def hush(self) -> None:
+        """Leave out warnings that another run on nearly the same prompts gives."""
+        self.bench.hush()
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""
@@ -182,6 +188,8 @@ class Run(Generic[OptionsT]):
             return self.finished(folder, resume=resume) or self._run(folder, resume)
 
     def _run(self, folder: Path | None, resume: bool) -> Circuit:
+        if folder is not None:
+            refuse_bootstrap(folder)
         with PeakMemory(self.setting.model.device) as peak:
             searched = self.search(folder, resume=resume)
             circuit = self.conclude(searched, self.bench.judge(), peak)
@@ -307,7 +315,7 @@ class Run(Generic[OptionsT]):
                 verdict = replace(verdict, searched=int(edges.sum()), searched_kept=int(kept.sum()))
             means, applied = judge.means, judge.applied(found.kept, verdict)
         if found.label is not None:
-            announce(verdict, found.label or self.kind.name)
+            announce(verdict, self.called + (found.label or self.kind.name))
         weights, tested = self.setting.model.precision, int(found.tested.sum())
         told = self.kind.told_facts
         facts = found.recordable(told)

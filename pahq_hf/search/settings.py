@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pahq_hf.circuit.files import ANSWERS_NAME, DIRECTION_NAMES, JOURNAL_NAME, SWEEP_PREFIX
+from pahq_hf.circuit.files import ANSWERS_NAME, DIRECTION_NAMES, JOURNAL_NAME, ORIGINAL_NAME, SWEEP_PREFIX
 from pahq_hf.config import Compute, EngineName
 
 
@@ -43,7 +43,8 @@ class RunSettings:
         folder = Path(folder)
         try:
             runs = sorted(folder.glob(f"{SWEEP_PREFIX}*/{JOURNAL_NAME}"))
-            runs += [folder / name / JOURNAL_NAME for name in DIRECTION_NAMES]
+            parts = (folder, folder / ORIGINAL_NAME)
+            runs += [part / name / JOURNAL_NAME for part in parts for name in ("", *DIRECTION_NAMES)]
         except OSError:  # a name that is too long, for one
             runs = []
         for path in (folder / JOURNAL_NAME, *runs, folder / ANSWERS_NAME):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -141,24 +142,25 @@ class Task:
         """Some of the examples, in an order of their own, as a task.
 
         Args:
-            examples: Which, each once.
+            examples: Which; one that is named twice is there twice.
 
         Returns:
             The task; its prompts are as wide as this one's.
         """
         import torch
 
-        place = {example: number for number, example in enumerate(examples)}
-        owners = self.answer_rows.tolist()
-        chosen = [row for row, owner in enumerate(owners) if owner in place]
-        chosen.sort(key=lambda row: (place[owners[row]], row))
+        rows_of: defaultdict[int, list[int]] = defaultdict(list)
+        for row, owner in enumerate(self.answer_rows.tolist()):
+            rows_of[owner].append(row)
+        owners = [place for place, example in enumerate(examples) for _ in rows_of[example]]
+        chosen = [row for example in examples for row in rows_of[example]]
         index, rows = torch.tensor(list(examples)), torch.tensor(chosen)
         return replace(
             self,
             clean_ids=self.clean_ids[index],
             corrupted_ids=self.corrupted_ids[index],
             attention_mask=self.attention_mask[index],
-            answer_rows=torch.tensor([place[owners[row]] for row in chosen]),
+            answer_rows=torch.tensor(owners),
             answer_positions=self.answer_positions[rows],
             answers=tuple(self.answers[row] for row in chosen),
             distractors=tuple(self.distractors[row] for row in chosen),

@@ -71,6 +71,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "verified": _verified(run.confirmation),
         **_verdict_facts(verdict),
         **own_facts(run),
+        **run.bootstrap.texts,
         "in apply()": _plain(run, circuit.plain_ablation),
         "seconds": run.total_seconds,
     }

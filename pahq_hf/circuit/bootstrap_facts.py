@@ -1,0 +1,63 @@
+"""`BootstrapFacts`: how far a search finds the same circuit when its prompts are drawn again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pahq_hf.circuit.sections import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapFacts(Section):
+    """What the searches on resamples of the prompts came to.
+
+    Attributes:
+        resamples: How many there were.
+        seed: What they were drawn by.
+        between: Mean Jaccard index of the circuits of two resamples.
+        with_circuit: Mean Jaccard index of a resample's circuit and that of the prompts as they are.
+        share: Share of the resamples that keep an edge of the consensus.
+        consensus: Edges of the consensus.
+        faithfulness: Of the consensus, on the prompts as they are.
+        always: Edges that every resample kept.
+        ever: Edges that some resample kept.
+        unconfirmed: Resamples whose circuit the hooks engine did not confirm.
+        seconds: What the searches on the resamples took.
+        evaluations: Values of the metric that they computed.
+    """
+
+    resamples: int | None = None
+    seed: int | None = None
+    between: float | None = None
+    with_circuit: float | None = None
+    share: float | None = None
+    consensus: int | None = None
+    faithfulness: float | None = None
+    always: int | None = None
+    ever: int | None = None
+    unconfirmed: int | None = None
+    seconds: float | None = None
+    evaluations: int | None = None
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What people are told, by name; nothing without a bootstrap."""
+        found: dict[str, str] = {}
+        if self.resamples is None:
+            return found
+        if self.between is not None and self.with_circuit is not None:
+            found["stability"] = (
+                f"Jaccard {self.between:.3g} between two of {self.resamples:,} resamples, "
+                f"{self.with_circuit:.3g} of one with the circuit of all prompts"
+            )
+        if self.unconfirmed:
+            found["resamples not verified"] = f"{self.unconfirmed:,} of {self.resamples:,}"
+        if self.always is not None and self.ever is not None:
+            found["edges of resamples"] = f"{self.always:,} in all, {self.ever:,} in any"
+        if self.consensus is not None and self.share is not None:
+            value = "undefined" if self.faithfulness is None else f"{self.faithfulness:.4g}"
+            share = f"{self.share:.4g} of the resamples or more"
+            found["consensus"] = f"{self.consensus:,} edges, in {share}: faithfulness {value}"
+        if self.seconds is not None:
+            found["seconds of resamples"] = f"{self.seconds:.6g}"
+        return found

@@ -1,0 +1,274 @@
+"""How far a search finds the same circuit when its prompts are drawn again (docs/searches.md).
+
+A run with a bootstrap is several in one folder: the search on the task as it is, and the same search on
+resamples of its pairs, each with a journal of its own. Its circuit is that of the task as it is, with how
+often the resamples kept each edge; the edges that enough of them kept are a circuit beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahq_hf.circuit.bootstrap_facts import BootstrapFacts
+from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.comparison import jaccard
+from pahq_hf.circuit.files import CIRCUIT_NAME, CONSENSUS_NAME, JOURNAL_NAME, ORIGINAL_NAME, RESAMPLE_PREFIX
+from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.errors import RunError
+from pahq_hf.precision.memory import PeakMemory
+from pahq_hf.search.bootstrap_options import BootstrapConfig, check_pairs, check_search
+from pahq_hf.search.directions import make_run
+from pahq_hf.search.kind import Found, OptionsT, SearchKind
+from pahq_hf.search.pipeline import Run, Searched
+from pahq_hf.search.subject import Subject
+from pahq_hf.tasks.base import Task
+
+
+def drawn(examples: int, seed: int, number: int) -> list[int]:
+    """The pairs of a resample: as many as there are, each drawn from all of them.
+
+    Args:
+        examples: How many there are.
+        seed: The same seed draws the same.
+        number: Of the resample, from 1.
+
+    Returns:
+        Their numbers, rising; some are there several times, and some never.
+    """
+    random_numbers = random.Random(f"bootstrap {seed} {number}")
+    return sorted(int(random_numbers.random() * examples) for _ in range(examples))
+
+
+def resample(task: Task, seed: int, number: int) -> Task:
+    """A task of pairs that were drawn from another's. It says which, and draws more if that one does.
+
+    Args:
+        task: The task.
+        seed: The same seed draws the same.
+        number: Of the resample, from 1.
+    """
+    pairs = drawn(len(task), seed, number)
+    source = {**task.source, "resample": number, "pairs": pairs}
+    found = replace(task.select(pairs), name=f"{task.name}, resample {number}", source=source)
+    return found if task.more is None else found.drawn_by(task.more)
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """What the circuits of resamples have in common.
+
+    Attributes:
+        frequencies: The share of them that each edge is in. [readers, writers]
+        between: Mean Jaccard index of two of them.
+        with_circuit: Mean Jaccard index of one and the circuit of the task as it is.
+    """
+
+    frequencies: NDArray[np.float64]
+    between: float
+    with_circuit: float
+
+    @classmethod
+    def of(cls, original: BoolArray, resamples: Sequence[BoolArray]) -> Stability:
+        """Compare circuits.
+
+        Args:
+            original: The circuit of the task as it is. [readers, writers]
+            resamples: The circuits of its resamples, two at least. [readers, writers]
+        """
+        counts = np.sum(np.stack(resamples), axis=0, dtype=np.int64)
+        return cls(
+            np.asarray(counts / len(resamples)),
+            float(np.mean([_alike(a, b) for a, b in combinations(resamples, 2)])),
+            float(np.mean([_alike(original, each) for each in resamples])),
+        )
+
+
+def _alike(a: BoolArray, b: BoolArray) -> float:
+    """The Jaccard index; two circuits without edges are the same."""
+    found = jaccard(a, b)
+    return 1.0 if found is None else found
+
+
+class BootstrapRun(Run[OptionsT]):
+    """A run of a search on a task and on resamples of its pairs.
+
+    Args:
+        kind: The search.
+        options: What is asked of it.
+        subject: The model on its prompts, and how it is computed.
+        asked: How many resamples, and what is made of them.
+        progress: Say on stderr how far it is.
+
+    Raises:
+        MetricError: If the task lacks what the metric needs.
+        ConfigError: If an option means nothing for this model, task or precision, or
+            there is nothing to resample.
+    """
+
+    def __init__(
+        self,
+        kind: SearchKind[OptionsT],
+        options: OptionsT,
+        subject: Subject,
+        asked: BootstrapConfig,
+        *,
+        progress: bool = True,
+    ) -> None:
+        check_search(kind, options)
+        check_pairs(subject.task)
+        self._original = make_run(kind, options, subject, progress=progress)
+        super().__init__(kind, self._original.options, subject, progress=progress)
+        self._wanted, self._subject, self._asked, self._progress = options, subject, asked, progress
+        self._take_over = False
+
+    def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
+        """Take all phases, on the task and on all resamples (`Run.run`)."""
+        self._take_over = take_over
+        return super().run(out, resume=resume, take_over=take_over)
+
+    def finished(self, folder: Path | None, *, resume: bool) -> Circuit | None:
+        """The circuit of a run that is finished already, held against those of its resamples.
+
+        Args:
+            folder: The run's folder.
+            resume: Whether there may be a run. One of other resamples, or of another share, goes on.
+
+        Raises:
+            RunError: If the folder holds another run, or any run when there may be none.
+        """
+        circuit = super().finished(folder, resume=resume)
+        if folder is None:
+            return circuit
+        told = None if circuit is None else circuit.frequencies
+        if told is None and (circuit is not None or os.path.exists(folder / JOURNAL_NAME)):
+            raise RunError(
+                f"{folder} holds a search without a bootstrap; continue it without --bootstrap or choose "
+                "another folder"
+            )
+        if circuit is None or not self._is_asked_for(circuit, folder):
+            return None
+        names = [self._name(number) for number in range(self._asked.resamples + 1)]
+        if all(os.path.exists(folder / name / CIRCUIT_NAME) for name in names):
+            kept = [Circuit.from_pretrained(folder / name).kept for name in names]
+            same = np.array_equal(circuit.kept, kept[0])
+            shares = Stability.of(kept[0], kept[1:]).frequencies
+            if told is None or not (same and np.array_equal(shares, told)):
+                raise RunError(
+                    f"the circuit in {folder} is not what its resamples found: one of them was changed; "
+                    f"remove {CIRCUIT_NAME} and --resume to make it again"
+                )
+        return circuit
+
+    def _is_asked_for(self, circuit: Circuit, folder: Path) -> bool:
+        """Whether a finished circuit has the resamples and the consensus that are wanted."""
+        told, asked = circuit.record.bootstrap, self._asked
+        if told.seed != asked.seed:
+            raise RunError(
+                f"{folder} holds another run: its bootstrap seed is {told.seed} there, {asked.seed} now; "
+                "choose another folder"
+            )
+        return (told.resamples, told.share) == (asked.resamples, asked.consensus)
+
+    @staticmethod
+    def _name(number: int) -> str:
+        """The folder of a resample; 0 is the task as it is."""
+        return ORIGINAL_NAME if number == 0 else f"{RESAMPLE_PREFIX}{number:04d}"
+
+    def _part(self, number: int) -> Run[OptionsT]:
+        """The run on a resample."""
+        if number == 0:
+            return self._original
+        task = resample(self._subject.task, self._asked.seed, number)
+        run = make_run(self.kind, self._wanted, replace(self._subject, task=task), progress=self._progress)
+        run.called = f"resample {number}: "
+        run.hush()
+        return run
+
+    def _run(self, folder: Path | None, resume: bool) -> Circuit:
+        circuits: list[Circuit] = []
+        total = self._asked.resamples + 1
+        with self.reporter.count("bootstrap", "run", total) as count:
+            for number in range(total):
+                run = self._part(number)
+                run.fingerprint = self.fingerprint
+                where = None if folder is None else folder / self._name(number)
+                circuits.append(run.run(where, resume=resume, take_over=self._take_over))
+                run.bench.clear()
+                self.check_lock()
+                count.advance(1)
+        original, others = circuits[0], circuits[1:]
+        found = Stability.of(original.kept, [circuit.kept for circuit in others])
+        consensus = self._consensus(found.frequencies, circuits)
+        facts = self._facts(found, consensus, others)
+        consensus.discovery["bootstrap"] = facts
+        if folder is not None:
+            self.check_lock()
+            consensus.save_pretrained(folder / CONSENSUS_NAME)
+        circuit = replace(
+            original, discovery=original.discovery | {"bootstrap": facts}, frequencies=found.frequencies
+        )
+        if folder is not None:
+            self.save(circuit, folder)
+        return circuit
+
+    def _consensus(self, frequencies: NDArray[np.float64], circuits: Sequence[Circuit]) -> Circuit:
+        """The edges that enough resamples kept, measured on the task as it is; frequencies are its scores."""
+        share, count = self._asked.consensus, self._asked.resamples
+        readers = getattr(self.options, "readers", None)
+        kept: BoolArray = (frequencies >= share) & (frequencies > 0)
+        kind = replace(
+            self.kind,
+            name="consensus",
+            title=f"edges in at least {share:.4g} of {count:,} resamples: {self.kind.title}",
+            ranks_kept_first=False,
+            fixed={},
+            resolve=None,
+            check=None,
+        )
+        run = Run(kind, self.options, self._subject, progress=self._progress)
+        run.fingerprint, run.called = self.fingerprint, ""
+        with PeakMemory(self.setting.model.device) as peak:
+            final, engine = None, {}
+            if circuits[0].record.verified is not None:
+                with run.clock.phase("evaluate"):
+                    final = run.bench.engine.metric_of(kept)
+                    run.bench.engine.finish()
+                engine = {"settings": circuits[0].record.settings, "engine": circuits[0].record.engine}
+            found = Found(
+                kept,
+                frequencies,
+                np.logical_or.reduce([circuit.tested for circuit in circuits[1:]]),
+                final,
+                searched=None if readers is None else self.setting.graph.match_readers(readers),
+            )
+            circuit = run.conclude(Searched(found, engine), run.bench.judge(), peak)
+        run.bench.clear()
+        return replace(circuit, frequencies=frequencies)
+
+    def _facts(self, found: Stability, consensus: Circuit, resamples: Sequence[Circuit]) -> dict[str, Any]:
+        """What the record says of the resamples."""
+        records = [circuit.record for circuit in resamples]
+        verdict = consensus.verdict
+        return BootstrapFacts(
+            resamples=len(resamples),
+            seed=self._asked.seed,
+            between=found.between,
+            with_circuit=found.with_circuit,
+            share=self._asked.consensus,
+            consensus=consensus.edge_count,
+            faithfulness=None if verdict is None else verdict.faithfulness,
+            always=int((found.frequencies == 1).sum()),
+            ever=int((found.frequencies > 0).sum()),
+            unconfirmed=sum(record.doubt is not None for record in records),
+            seconds=round(sum(record.total_seconds or 0.0 for record in records), 3),
+            evaluations=sum(record.evaluations or 0 for record in records),
+        ).to_json()
