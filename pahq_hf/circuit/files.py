@@ -214,7 +214,8 @@ def refuse_bootstrap(folder: Path) -> None:
     Raises:
         RunError: If it does.
     """
-    if os.path.exists(folder / ORIGINAL_NAME):
+    runs = (folder / ORIGINAL_NAME / name for name in ("", *DIRECTION_NAMES))
+    if any(os.path.exists(run / JOURNAL_NAME) for run in runs):
         raise RunError(
             f"{folder} holds a search with a bootstrap ({ORIGINAL_NAME}/); continue it with --resume and its "
             "--bootstrap or choose another folder"

@@ -244,6 +244,7 @@ def test_a_folder_is_of_one_kind_of_run(whole: Path, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="holds a search with a bootstrap"):
             model.discover(TASK, threshold=0.2, direction=direction, out=half, resume=True, progress=False)
     plain = tmp_path / "plain"
+    (plain / "original").mkdir(parents=True)  # somebody's own, and no run
     model.discover(TASK, threshold=0.2, out=plain, progress=False)
     with pytest.raises(RunError, match="holds a search without a bootstrap"):
         discover(plain, resume=True)
