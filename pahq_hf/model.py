@@ -42,7 +42,7 @@ from pahq_hf.search.bootstrap import BootstrapRun
 from pahq_hf.search.bootstrap_options import BootstrapConfig
 from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
-from pahq_hf.search.registry import default_search, find_search
+from pahq_hf.search.registry import advice_on, default_search, find_search
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep import SweepRun
@@ -342,7 +342,8 @@ class PAHQModel(RunnableModel):
     ) -> OptionsT:
         """The options of a search, from either form of them; all that was given is checked."""
         where = f"search {kind.name!r} of {method}" if method == "discover" else method
-        check_work(given, kind.fields, where, config=(config, kind.options), engine=(engine, EngineConfig))
+        advice, known = advice_on(kind) if method == "discover" else None, kind.fields
+        check_work(given, known, where, advice, config=(config, kind.options), engine=(engine, EngineConfig))
         check_task(task, method)
         if config is not None and given:
             raise ConfigError("give either config or its fields as keywords, not both")

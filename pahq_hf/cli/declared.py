@@ -17,6 +17,7 @@ from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.declaration import PREFIX, option_name, plain_type
 from pahq_hf.search.kind import SearchKind, shifted
+from pahq_hf.search.registry import searches
 
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
@@ -179,9 +180,20 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
     for name, value in given.items():
         own = name if name in names else name.removeprefix(PREFIX)
         if own not in names:
-            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}")
+            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}{_taken(name)}")
         found[names[own]] = value
     return found
+
+
+def _taken(name: str) -> str:
+    """Which searches of the package's own command take an option, if some do."""
+    takers = [
+        kind.name
+        for kind in searches().values()
+        if kind.command == "discover"
+        and any(option_name(entry) == name and entry.name in kind.fields for entry in fields(kind.options))
+    ]
+    return f", which is of --search {' and '.join(takers)}" if takers else ""
 
 
 def turned(kind: SearchKind[Any], options: Any, *, more: bool, total: int) -> dict[str, Any] | None:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from pahq_hf.circuit.files import ANSWERS_NAME, CIRCUIT_NAME, JOURNAL_NAME, SWEEP_NAME, SWEEP_PREFIX
+from pahq_hf.circuit.files import (
+    ANSWERS_NAME,
+    CIRCUIT_NAME,
+    DIRECTION_NAMES,
+    JOURNAL_NAME,
+    SWEEP_NAME,
+    SWEEP_PREFIX,
+)
 from pahq_hf.circuit.terminal import Terminated, ending, printable
 from pahq_hf.errors import PAHQError
 
@@ -72,7 +79,8 @@ def say_resumed(out: Path, what: str, *, finished: bool, **ignored: object) -> N
         **ignored: Options that a finished one has no use for; None where they were not given.
     """
     given = " and ".join(f"--{name}" for name, value in ignored.items() if value is not None)
-    begun = any(os.path.exists(out / name) for name in (CIRCUIT_NAME, JOURNAL_NAME, ANSWERS_NAME, SWEEP_NAME))
+    kept = CIRCUIT_NAME, JOURNAL_NAME, ANSWERS_NAME, SWEEP_NAME
+    begun = any(os.path.exists(out / part / name) for part in ("", *DIRECTION_NAMES) for name in kept)
     if not begun:
         text = f"no {what} in {out} yet: starting one"
     elif given and finished:

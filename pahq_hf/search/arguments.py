@@ -77,7 +77,11 @@ _WORK_HINTS = {
 
 
 def check_work(
-    options: Mapping[str, Any], known: Iterable[str], method: str, **objects: tuple[object, type]
+    options: Mapping[str, Any],
+    known: Iterable[str],
+    method: str,
+    advice: Mapping[str, str] | None = None,
+    **objects: tuple[object, type],
 ) -> None:
     """Check what a method of `PAHQModel` was given.
 
@@ -85,12 +89,13 @@ def check_work(
         options: Its keyword arguments.
         known: The names there are.
         method: Its name.
+        advice: What to do instead of some that are unknown, by name.
         **objects: Configurations by the names of their arguments, and the classes they must have.
 
     Raises:
         ConfigError: If a name is unknown, or a configuration is something else.
     """
-    check_names(options, list(known), method, _WORK_HINTS)
+    check_names(options, list(known), method, {**(advice or {}), **_WORK_HINTS})
     for name, (value, kind) in objects.items():
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{name} must be an instance of {kind.__name__}; got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from pahq_hf.config import Criterion, Direction, check_choice, check_number
@@ -112,7 +113,7 @@ class RefineOptions(SearchOptions):
             value = getattr(self, name)
             if value is None and name in _GOALS:
                 continue
-            if type(value) is not int or value < least:
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
                 raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
         for name in ("rate", "noise"):
             check_number(name, getattr(self, name))

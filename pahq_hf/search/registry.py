@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pahq_hf.circuit.run_record import TITLES
@@ -12,7 +13,7 @@ from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.kinds import METHODS
 from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.budget_options import BudgetOptions
-from pahq_hf.search.declaration import check_declarations, check_shared
+from pahq_hf.search.declaration import check_declarations, check_shared, option_name
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
 from pahq_hf.search.refine_options import RefineOptions
 
@@ -116,6 +117,23 @@ def default_search(given: Collection[str]) -> str:
 def searches() -> Mapping[str, SearchKind[Any]]:
     """All searches by name."""
     return dict(_SEARCHES)
+
+
+def advice_on(kind: SearchKind[Any]) -> dict[str, str]:
+    """What to do instead of options that a search of `discover` has not, by what is given.
+
+    They are those of other searches, and its own by their names on the command line.
+    """
+    found: dict[str, list[str]] = {}
+    for other in _SEARCHES.values():
+        for name in set(other.fields).difference(kind.fields) if other.command == "discover" else ():
+            found.setdefault(name, []).append(other.name)
+    advice = {name: f"it is an option of search {' and '.join(others)}" for name, others in found.items()}
+    for entry in fields(kind.options):
+        typed = option_name(entry)
+        if entry.name in kind.fields and typed not in kind.fields:
+            advice[typed] = f"in Python it is {entry.name!r}"
+    return advice
 
 
 # -- those of the package: their functions need torch, which most commands do without ---------------------

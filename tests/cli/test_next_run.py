@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pahq_hf import Circuit
@@ -174,3 +175,50 @@ def test_an_option_of_several_searches_says_what_each_means() -> None:
 def test_an_option_that_a_search_lacks_is_called_as_it_was_typed() -> None:
     with pytest.raises(ConfigError, match=r"search 'acdc' takes no --search-seed$"):
         chosen_options(find_search("acdc"), {"search_seed": 7})
+
+
+@pytest.mark.parametrize(
+    ("search", "given", "advice"),
+    [
+        ("acdc", {"edges": 10}, "it is an option of search refine"),
+        ("refine", {"readers": "m*"}, "it is an option of search acdc and budget"),
+        ("refine", {"tests": "verified"}, "it is an option of search acdc"),
+        ("refine", {"noise_seed": 0}, "in Python it is 'seed'"),
+        ("refine", {"edgse": 10}, "did you mean 'edges'?"),
+    ],
+)
+def test_what_another_search_takes_is_called_that(search: str, given: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(advice)}$"):
+        wrapped("llama", layers=1).discover(random_task(), search=search, **given)
+
+
+@pytest.mark.parametrize(("option", "takers"), [("edges", "refine"), ("max_gap", "budget and refine")])
+def test_the_command_line_says_which_search_takes_an_option(option: str, takers: str) -> None:
+    with pytest.raises(ConfigError, match=f", which is of --search {takers}$"):
+        chosen_options(find_search("acdc"), {option: 1})
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    model, task = wrapped("llama", layers=1), random_task()
+    found = model.discover(task, edges=np.int64(4), steps=np.int32(0), progress=False)
+    assert found.discovery["arguments"]["edges"] == 4
+    with pytest.raises(ConfigError, match="edges must be a whole number from 1 on"):
+        model.discover(task, edges=np.bool_(True), steps=0)
+
+
+def test_members_are_of_an_ensemble() -> None:
+    with pytest.raises(ConfigError, match="members are of method ensemble; the method is gim"):
+        wrapped("gpt2").attribute(random_task(), method="gim", members="eap,hisp", metric="nll")
+
+
+def test_a_run_in_both_directions_that_stopped_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no journal of its own: its two runs have."""
+    words = ["discover", "demo", "--task", "sva", "--n", "2", "--readers", "logits", "--threshold", "0.1"]
+    words += ["--direction", "both", "--out", str(tmp_path / "run")]
+    assert run_main(*words) == 0
+    (tmp_path / "run" / "circuit.json").unlink()
+    capsys.readouterr()
+    assert run_main(*words, "--resume") == 0
+    assert "starting one" not in capsys.readouterr().err

@@ -95,6 +95,8 @@ class AttributionConfig(JsonConfig):
         if self.absolute and self.criterion not in (None, "absolute"):
             raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
         parse_members(self.members)
+        if self.method != "ensemble" and self.members != MEMBERS:
+            raise ConfigError(f"members are of method ensemble; the method is {self.method}")
         if self.method in ("random", "ensemble") and self.criterion == "gap":
             raise ConfigError(
                 f"criterion gap means nothing for method {self.method}, whose scores are of no metric"
