@@ -312,7 +312,9 @@ def test_self_check_finds_wrong_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     from pahq_hf.modeling.attention import PAHQAttention
 
     weights = PAHQAttention.weights
-    monkeypatch.setattr(PAHQAttention, "weights", lambda self, q, k, mask: weights(self, q, k, None))
+    monkeypatch.setattr(
+        PAHQAttention, "weights", lambda self, q, k, mask, *rest: weights(self, q, k, None, *rest)
+    )
     with pytest.raises(SelfCheckError, match="logits"):
         PAHQModel(tiny_gpt2())
 
