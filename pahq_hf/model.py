@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +36,14 @@ from pahq_hf.search.arguments import (
     SweepOptions,
     check_task,
     check_work,
+    wanted_options,
 )
 from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.bootstrap import BootstrapRun
 from pahq_hf.search.bootstrap_options import BootstrapConfig
 from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
-from pahq_hf.search.registry import advice_on, default_search, find_search
+from pahq_hf.search.registry import default_search, find_search
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep import SweepRun
@@ -246,7 +247,7 @@ class PAHQModel(RunnableModel):
             RunError: If `out` cannot be written or holds another run.
         """
         kind = find_search(default_search(options) if search is None else search)
-        wanted = self._wanted(kind, task, config, engine, options, "discover")
+        wanted = wanted_options(kind, task, config, engine, options, "discover")
         drawn = None if bootstrap is None else BootstrapConfig.of(bootstrap)
         return self._run(kind, wanted, task, engine, out, resume, take_over, progress, drawn)
 
@@ -287,7 +288,7 @@ class PAHQModel(RunnableModel):
         if "threshold" in options:
             raise ConfigError("a sweep takes thresholds, not a threshold")
         kind = find_search("acdc")
-        wanted = self._wanted(kind, task, config, engine, options, "sweep")
+        wanted = wanted_options(kind, task, config, engine, options, "sweep")
         with self._resumed(out, engine, resume, take_over) as limits:
             sweep = SweepRun(kind, wanted, thresholds, self._subject(task, limits), progress=progress)
             with self._at_work("the sweep"):
@@ -330,24 +331,6 @@ class PAHQModel(RunnableModel):
         wanted = AttributionConfig.from_dict(dict(options))
         kind = find_search(wanted.method)
         return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
-
-    def _wanted(
-        self,
-        kind: SearchKind[OptionsT],
-        task: Task,
-        config: Options | None,
-        engine: EngineConfig | None,
-        given: Mapping[str, Any],
-        method: str,
-    ) -> OptionsT:
-        """The options of a search, from either form of them; all that was given is checked."""
-        where = f"search {kind.name!r} of {method}" if method == "discover" else method
-        advice, known = advice_on(kind) if method == "discover" else None, kind.fields
-        check_work(given, known, where, advice, config=(config, kind.options), engine=(engine, EngineConfig))
-        check_task(task, method)
-        if config is not None and given:
-            raise ConfigError("give either config or its fields as keywords, not both")
-        return kind.settled(config) if isinstance(config, kind.options) else kind.make_options(given)
 
     def _run(
         self,

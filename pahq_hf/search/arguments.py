@@ -8,10 +8,12 @@ from typing import Any, TypedDict
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation, Criterion, Direction
+from pahq_hf.config import Ablation, Criterion, Direction, EngineConfig
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.search.acdc_options import Tests
 from pahq_hf.search.attribution.kinds import MethodName
+from pahq_hf.search.kind import Options, OptionsT, SearchKind
+from pahq_hf.search.registry import advice_on
 from pahq_hf.tasks.base import Task
 
 
@@ -109,3 +111,33 @@ def check_task(task: object, method: str) -> None:
     """
     if not isinstance(task, Task):
         raise ConfigError(f"{method} takes a Task (load_task(...)); got {describe(task)}")
+
+
+def wanted_options(
+    kind: SearchKind[OptionsT],
+    task: Task,
+    config: Options | None,
+    engine: EngineConfig | None,
+    given: Mapping[str, Any],
+    method: str,
+) -> OptionsT:
+    """The options of a search, from either form of them; all that was given is checked.
+
+    Args:
+        kind: The search.
+        task: What was given as the task.
+        config: The options as an object, or None.
+        engine: What was given as the engine's configuration.
+        given: The options as keywords.
+        method: Of `PAHQModel`: `discover` or `sweep`.
+
+    Raises:
+        ConfigError: If something is not what it must be.
+    """
+    where = f"search {kind.name!r} of {method}" if method == "discover" else method
+    advice, known = advice_on(kind) if method == "discover" else None, kind.fields
+    check_work(given, known, where, advice, config=(config, kind.options), engine=(engine, EngineConfig))
+    check_task(task, method)
+    if config is not None and given:
+        raise ConfigError("give either config or its fields as keywords, not both")
+    return kind.settled(config) if isinstance(config, kind.options) else kind.make_options(given)
