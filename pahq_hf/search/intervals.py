@@ -71,7 +71,6 @@ class IntervalSearch(ReaderSearch):
         self._ahead: Ahead | None = None
         self._tested = np.zeros(len(self._edges), dtype=bool)  # edges to be tested because sums missed
         self._measured = np.zeros(len(self._edges), dtype=bool)  # and where the metric is, too
-        self._alone = np.zeros(len(self._edges), dtype=bool)  # of which one at most is in an interval
         self._together = self._rule.together  # circuits to measure at once
         self._estimated: set[int] = set()
         self._audited: set[int] = set()
@@ -151,10 +150,11 @@ class IntervalSearch(ReaderSearch):
     def _follow(self, ahead: Ahead) -> None:
         """Decide the next edges as far as circuits are measured at once."""
         first, estimates = self._position, ahead.way.estimates()
-        stops = self._next_stops(ahead.way, estimates)
+        alone = ahead.way.heavy(self._sizes, self._rule, self._config.threshold)
+        stops = self._next_stops(ahead.way, estimates, alone)
         values = self._values(ahead, stops)
         for stop in stops:
-            if not self._go(estimates, stop.place, values):
+            if not self._go(estimates, alone, stop.place, values):
                 break
             if stop.is_test and not self._decide_as_foretold(ahead, estimates, values):
                 break
@@ -162,17 +162,16 @@ class IntervalSearch(ReaderSearch):
             self._together = min(self._rule.together, 2 * self._together)
         self._report(self._position - first)
 
-    def _next_stops(self, way: Way, estimates: Estimates) -> list[Stop]:
+    def _next_stops(self, way: Way, estimates: Estimates, alone: Bools) -> list[Stop]:
         """The next circuits to measure: some at once, fewer where edges may be decided another way."""
         tau = self._config.threshold
         highest = estimates.furthest if self._config.absolute else estimates.highest
         weighty = shares(self._sizes) >= self._rule.weighty
         margin = np.where(weighty, self._rule.wary, self._rule.margin)
-        self._alone = way.heavy(self._sizes, self._rule, tau)
         tested = ~(highest < (1 - margin) * tau)  # slopes that are no numbers say nothing
         tested |= way.stays | self._tested
         found, circuits, doubtful = [], 0, 0
-        for stop in way.stops(self._position, tested, self._alone, self._measured, self._rule, tau):
+        for stop in way.stops(self._position, tested, alone, self._measured, self._rule, tau):
             found.append(stop)
             circuits += 1 + stop.is_test
             score = estimates.scores[stop.place] if stop.is_test else 0.0
@@ -230,11 +229,12 @@ class IntervalSearch(ReaderSearch):
         self._ahead = Ahead(Way(way.points, changed), missed=missed) if near else None
         return False
 
-    def _go(self, estimates: Estimates, place: int, values: dict[Place, float]) -> bool:
+    def _go(self, estimates: Estimates, alone: Bools, place: int, values: dict[Place, float]) -> bool:
         """Let edges between two measured circuits go, if their estimates add up to what the metric moved by.
 
         Args:
             estimates: Of all edges.
+            alone: Edges of which there is one between two measured circuits at most. [edges]
             place: Up to which edge.
             values: Metrics on the way.
 
@@ -251,7 +251,7 @@ class IntervalSearch(ReaderSearch):
         missed = abs(change - float(estimates.scores[some].sum()))
         scores = estimates.adding_up(some, change)
         if not missed <= allowed or any(map(self._config.stays, scores.tolist())):
-            lone = self._alone[some] & ~self._tested[some]
+            lone = alone[some] & ~self._tested[some]
             if size <= self._rule.few:
                 self._tested[some] = True
             elif lone.any():  # most likely its own step bent the way
