@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +25,7 @@ from pahq_hf import Circuit, PAHQConfig, PAHQModel, Task
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.cli.app import main
 from pahq_hf.search.state import ReaderRecord, Search
+from pahq_hf.search.work import Work
 from tests.families import ALL_FAMILIES
 from tests.forked import PAHQ, Ended, Forked
 from tests.models import FAMILIES
@@ -169,6 +171,22 @@ def signalled(arguments: Sequence[str], journal: Path, lines: int, number: signa
         time.sleep(0.002)
     os.kill(process.pid, number)
     return process.ended()
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Interrupt a run that has kept so many steps of its search, just before it keeps the next."""
+    keep, kept = Work.keep, []
+
+    def stop(self: Work[Any], step: Any) -> None:
+        if len(kept) == steps:
+            raise KeyboardInterrupt
+        kept.append(step)
+        keep(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Work, "keep", stop)
+        yield
 
 
 def run_main(*arguments: str) -> int:

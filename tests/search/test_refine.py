@@ -22,9 +22,8 @@ from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.search.learning import Schedule
 from pahq_hf.search.pruning import _GAIN, changed
-from pahq_hf.search.work import Work
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
-from tests.helpers import assert_same_circuit, files_of, run_main, wrapped
+from tests.helpers import assert_same_circuit, files_of, interrupted_after, run_main, wrapped
 from tests.models import random_task
 from tests.tiers import examples, quick
 
@@ -95,20 +94,9 @@ def test_on_the_demo_it_is_nearer_than_acdc_and_attribution_at_equal_size() -> N
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_an_interrupted_run_ends_where_another_does(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
+def test_an_interrupted_run_ends_where_another_does(finished: Path, tmp_path: Path, steps: int) -> None:
     """After a level of learning, and after a round of removals; and killed just before a step is kept."""
-    keep, kept = Work.keep, []
-
-    def stop(self: Work[Any], step: Any) -> None:
-        if len(kept) == steps:
-            raise KeyboardInterrupt
-        kept.append(step)
-        keep(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Work, "keep", stop)
+    with interrupted_after(steps):
         refined(small(), tmp_path)
     circuit = refined(small(), tmp_path, resume=True)
     assert_same_circuit(circuit, Circuit.from_pretrained(finished))

@@ -20,9 +20,8 @@ from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.attribution.selection import top_edges
 from pahq_hf.search.journal import Chain
 from pahq_hf.search.pruning import changed
-from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
-from tests.helpers import assert_same_circuit, run_main, wrapped
+from tests.helpers import assert_same_circuit, interrupted_after, run_main, wrapped
 from tests.models import random_task
 
 TASK = random_task(batch=4, seed=21, metric="kl")
@@ -122,19 +121,9 @@ def test_a_curve_ranks_all_edges_as_the_search_came_through_them(runs: dict[str,
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize(("name", "goal"), [("gap", GAP), ("curve", CURVE)])
 def test_an_interrupted_run_ends_where_another_does(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    name: str, goal: dict[str, Any], steps: int,
-) -> None:  # fmt: skip
-    keep, kept = Work.keep, []
-
-    def stop(self: Work[Any], step: Any) -> None:
-        if len(kept) == steps:
-            raise KeyboardInterrupt
-        kept.append(step)
-        keep(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Work, "keep", stop)
+    runs: dict[str, Path], tmp_path: Path, name: str, goal: dict[str, Any], steps: int
+) -> None:
+    with interrupted_after(steps):
         refined(tmp_path, **goal)
     assert_same_circuit(refined(tmp_path, resume=True, **goal), Circuit.from_pretrained(runs[name]))
     for file in ("circuit.json", "scores.safetensors", "journal.jsonl", "learned.safetensors"):

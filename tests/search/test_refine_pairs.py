@@ -25,9 +25,8 @@ from pahq_hf.errors import RunError
 from pahq_hf.search import minibatches
 from pahq_hf.search.journal import Chain
 from pahq_hf.search.pairs import FEWEST, Split, learning_pairs, validation_pairs
-from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
-from tests.helpers import assert_same_circuit, wrapped
+from tests.helpers import assert_same_circuit, interrupted_after, wrapped
 from tests.models import random_task
 from tests.tiers import examples, quick
 
@@ -169,19 +168,8 @@ def test_it_is_judged_in_every_precision(regime: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 9])
-def test_an_interrupted_run_is_judged_as_another(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    keep, kept = Work.keep, []
-
-    def stop(self: Work[Any], step: Any) -> None:
-        if len(kept) == steps:
-            raise KeyboardInterrupt
-        kept.append(step)
-        keep(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Work, "keep", stop)
+def test_an_interrupted_run_is_judged_as_another(finished: Path, tmp_path: Path, steps: int) -> None:
+    with interrupted_after(steps):
         refined(small(), out=tmp_path)
     assert_same_circuit(refined(small(), out=tmp_path, resume=True), Circuit.from_pretrained(finished))
     for name in ("circuit.json", "scores.safetensors", "journal.jsonl", "learned.safetensors"):
