@@ -17,7 +17,7 @@ from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.declaration import PREFIX, option_name, plain_type
 from pahq_hf.search.kind import SearchKind, shifted
-from pahq_hf.search.registry import searches
+from pahq_hf.search.registry import options_of_discover
 
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
@@ -180,19 +180,14 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
     for name, value in given.items():
         own = name if name in names else name.removeprefix(PREFIX)
         if own not in names:
-            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}{_taken(name)}")
+            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}{_whose(name)}")
         found[names[own]] = value
     return found
 
 
-def _taken(name: str) -> str:
-    """Which searches of the package's own command take an option, if some do."""
-    takers = [
-        kind.name
-        for kind in searches().values()
-        if kind.command == "discover"
-        and any(option_name(entry) == name and entry.name in kind.fields for entry in fields(kind.options))
-    ]
+def _whose(name: str) -> str:
+    """Which searches take an option, if some do."""
+    takers = [search for search, entry in options_of_discover() if option_name(entry) == name]
     return f", which is of --search {' and '.join(takers)}" if takers else ""
 
 

@@ -18,7 +18,7 @@ from pahq_hf.config import (
 )
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.options import parse_screen
-from pahq_hf.search.kind import check_direction, shifted, told
+from pahq_hf.search.kind import check_criterion, check_direction, shifted, told
 
 Tests = Literal["all", "verified"]
 GreedyT = TypeVar("GreedyT", bound="GreedyOptions")
@@ -93,10 +93,7 @@ class GreedyOptions(JsonConfig):
         check_choice("order", self.order, ReaderOrder)
         check_choice("ablation", self.ablation, Ablation)
         check_direction(self.direction, self.ablation)
-        if self.criterion is not None:
-            check_choice("criterion", self.criterion, Criterion)
-        if self.absolute and self.criterion not in (None, "absolute"):
-            raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
+        check_criterion(self.criterion, self.absolute)
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.run_record import RunRecord
-from pahq_hf.config import Ablation, Direction, JsonConfig, check_choice, check_metric_name
+from pahq_hf.config import Ablation, Criterion, Direction, JsonConfig, check_choice, check_metric_name
 from pahq_hf.errors import ConfigError, check_names, code_of, describe
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -75,6 +75,18 @@ def check_direction(direction: Direction, ablation: Ablation) -> None:
             f"direction {direction} swaps clean and corrupted prompts, which needs ablation corrupted; got "
             f"{ablation}"
         )
+
+
+def check_criterion(criterion: Criterion | None, absolute: bool) -> None:
+    """Check a criterion against `absolute`, its older form.
+
+    Raises:
+        ConfigError: If it is none, or they say different things.
+    """
+    if criterion is not None:
+        check_choice("criterion", criterion, Criterion)
+    if absolute and criterion not in (None, "absolute"):
+        raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {criterion}")
 
 
 def shifted(value: float, factor: float) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pahq_hf.circuit.run_record import TITLES
@@ -119,15 +119,22 @@ def searches() -> Mapping[str, SearchKind[Any]]:
     return dict(_SEARCHES)
 
 
+def options_of_discover() -> Iterator[tuple[str, Field[Any]]]:
+    """Every option that can be given of every search of `pahq discover`, after the search's name."""
+    for kind in _SEARCHES.values():
+        if kind.command == "discover":
+            yield from ((kind.name, entry) for entry in fields(kind.options) if entry.name in kind.fields)
+
+
 def advice_on(kind: SearchKind[Any]) -> dict[str, str]:
     """What to do instead of options that a search of `discover` has not, by what is given.
 
     They are those of other searches, and its own by their names on the command line.
     """
     found: dict[str, list[str]] = {}
-    for other in _SEARCHES.values():
-        for name in set(other.fields).difference(kind.fields) if other.command == "discover" else ():
-            found.setdefault(name, []).append(other.name)
+    for search, entry in options_of_discover():
+        if entry.name not in kind.fields:
+            found.setdefault(entry.name, []).append(search)
     advice = {name: f"it is an option of search {' and '.join(others)}" for name, others in found.items()}
     for entry in fields(kind.options):
         typed = option_name(entry)

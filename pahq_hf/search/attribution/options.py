@@ -17,7 +17,7 @@ from pahq_hf.config import (
 )
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.attribution.kinds import MEMBERS, METHODS, MethodName, parse_members
-from pahq_hf.search.kind import Unsaid, check_direction, told
+from pahq_hf.search.kind import Unsaid, check_criterion, check_direction, told
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ class AttributionConfig(JsonConfig):
             check_metric_name(self.metric)
         check_choice("ablation", self.ablation, Ablation)
         check_direction(self.direction, self.ablation)
-        if self.criterion is not None:
-            check_choice("criterion", self.criterion, Criterion)
-        if self.absolute and self.criterion not in (None, "absolute"):
-            raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {self.criterion}")
+        check_criterion(self.criterion, self.absolute)
         parse_members(self.members)
         if self.method != "ensemble" and self.members != MEMBERS:
             raise ConfigError(f"members are of method ensemble; the method is {self.method}")
