@@ -38,3 +38,8 @@ class Setting:
     def rule(self) -> RegimeRule:
         """How low precision is used."""
         return RegimeRule.of(self.precision, self.model.device)
+
+    @property
+    def has_means(self) -> bool:
+        """Whether it depends on the other prompts what stands in for a prompt's edges."""
+        return self.ablation.startswith("mean")

@@ -17,7 +17,7 @@ import numpy as np
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.attribution.selection import top_edges
-from pahq_hf.search.minibatches import Minibatch, Minibatches
+from pahq_hf.search.minibatches import Minibatches
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of all edges, where gradients are averaged
 _RANKED = 32  # pairs whose gradients rank edges, at least, where there are so many
@@ -132,7 +132,7 @@ class Learner:
             batch = self._batches[number]
             for share in _SHARES:
                 shares = np.where(self._graph.all_edges, share, 0.0)
-                total += batch.pairs * _gradient_at(batch, shares)[1] / len(_SHARES)
+                total += batch.pairs * batch.at_circuit(shares)[1] / len(_SHARES)
             pairs += batch.pairs
             if pairs >= _RANKED:
                 break
@@ -155,7 +155,7 @@ class Learner:
             noisy = scores + schedule.noise * (1 - number / steps) * drawn
             size = schedule.size(level, (number + 1) / steps)
             circuit = best(self._graph, noisy, size).astype(float)
-            gap, effects = _gradient_at(self._batches[step % len(self._batches)], circuit)
+            gap, effects = self._batches[step % len(self._batches)].at_circuit(circuit)
             gradient = -math.copysign(1.0, gap) * effects  # of the gap, in every edge's share
             mean = _FIRST * mean + (1 - _FIRST) * gradient
             square = _SECOND * square + (1 - _SECOND) * gradient**2
@@ -163,18 +163,6 @@ class Learner:
             scores -= schedule.rate * at / (np.sqrt(square / (1 - _SECOND ** (step + 1))) + _SMALLEST)
             on_step(size, abs(gap))
         return Learned(level + 1, scores, mean, square, learned.start)
-
-
-def _gradient_at(batch: Minibatch, shares: Scores) -> tuple[float, Scores]:
-    """How far a minibatch's metric is from the full model's, and what removing each edge adds to it.
-
-    Returns:
-        `m(C) - m(full)`, and [readers, writers]
-    """
-    found = [batch.runs.at_circuit(part, shares) for part in batch.parts]
-    effects: Scores = np.sum([effects for _, effects in found], axis=0) / batch.share
-    gap = sum(value - part.full for (value, _), part in zip(found, batch.parts, strict=True))
-    return gap / batch.share, effects
 
 
 def best(graph: Graph, scores: Scores, size: int) -> BoolArray:

@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pahq_hf.engine.protocol import CircuitRuns, Part
+from pahq_hf.engine.setting import Setting
 from pahq_hf.tasks.base import Task
 
 _ROOM = 512 << 20  # bytes of runs that stay
@@ -35,6 +39,20 @@ class Minibatch:
     def pairs(self) -> int:
         """How many."""
         return sum(len(part.task) for part in self.parts)
+
+    def at_circuit(self, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """How far the metric is from the full model's at a circuit, and what removing each edge adds to it.
+
+        Args:
+            shares: Of each edge. [readers, writers]
+
+        Returns:
+            `m(C) - m(full)`, and [readers, writers]
+        """
+        found = [self.runs.at_circuit(part, shares) for part in self.parts]
+        effects: NDArray[np.float64] = np.sum([effects for _, effects in found], axis=0) / self.share
+        gap = sum(value - part.full for (value, _), part in zip(found, self.parts, strict=True))
+        return gap / self.share, effects
 
 
 class Minibatches(Protocol):
@@ -115,3 +133,24 @@ class OfOneRun:
 
 def _pairs(parts: Sequence[Part]) -> int:
     return sum(len(part.task) for part in parts)
+
+
+def minibatches_of(
+    tasks: Sequence[Task],
+    least: int,
+    seed: int,
+    setting: Setting,
+    capture: Callable[[Task], CircuitRuns],
+) -> Minibatches:
+    """Minibatches of the pairs that are learned from.
+
+    Args:
+        tasks: The pairs (`pairs.learned_from`).
+        least: Pairs of a minibatch, at least, where a task has so many.
+        seed: Of their order.
+        setting: Tells what stands in for removed edges.
+        capture: Captures the runs of some pairs.
+    """
+    if setting.has_means:
+        return OfOneRun(capture(tasks[0]), least)
+    return CapturedAnew(tasks, least, seed, capture)

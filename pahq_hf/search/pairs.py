@@ -7,15 +7,18 @@ circuits is kept. Equal prompts go to the same side.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Task
 
+logger = logging.getLogger(__name__)
 FEWEST = 4  # pairs that judge: fewer say too little, and are missed where they are searched
 
 
@@ -79,6 +82,37 @@ def validation_pairs(task: Task, share: float, seed: int) -> list[int]:
         if len(found) >= wanted:
             return sorted(found)
     return []  # nearly all prompts are the same
+
+
+def warn_unsplit(split: Split, share: float) -> None:
+    """Say so where a share of the pairs was to judge, and none do.
+
+    Args:
+        split: The task in two.
+        share: Of the pairs that were to judge.
+    """
+    if share and split.validation is None:
+        logger.warning(
+            "of %d prompt pairs none are kept back: a share of %g is fewer than %d, or they are all alike; "
+            "the circuit is judged on those it is searched on; give it 64 pairs or more",
+            len(split.searched),
+            share,
+            FEWEST,
+        )
+
+
+def learned_from(split: Split, setting: Setting, count: int, seed: int) -> list[Task]:
+    """The pairs that a search learns from.
+
+    Args:
+        split: The setting's task in two.
+        setting: Where means stand in for edges, which pairs they are makes a difference: there are no others.
+        count: How many are wanted in all.
+        seed: The same seed draws the same.
+    """
+    if setting.has_means:
+        return [split.searched]
+    return learning_pairs(split, setting.task, count, seed)
 
 
 def learning_pairs(split: Split, whole: Task, count: int, seed: int) -> list[Task]:

@@ -17,7 +17,6 @@ is split off before, and no phase sees them: the circuit of the size that is nea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -34,15 +33,13 @@ from pahq_hf.search.goal import Goal
 from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
-from pahq_hf.search.minibatches import CapturedAnew, Minibatches, OfOneRun
-from pahq_hf.search.pairs import FEWEST, Split, learning_pairs
+from pahq_hf.search.minibatches import Minibatches, minibatches_of
+from pahq_hf.search.pairs import learned_from, warn_unsplit
 from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
 from pahq_hf.search.work import Work
-from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import find_metric
 
-logger = logging.getLogger(__name__)
 _MORE = 1.4  # times as many edges as are asked for are learned
 _PLUS = 100  # and so many more at least
 _RANKED = 300  # edges that are learned where all are to be ranked
@@ -79,16 +76,9 @@ def refine(work: Work[RefineOptions]) -> Found:
     Raises:
         RunError: If what an interrupted run kept is damaged, or a step cannot be written.
     """
-    options, task = work.options, work.setting.task
+    options = work.options
     split = split_of(work, options.validation, options.seed)
-    if options.validation and split.validation is None:
-        logger.warning(
-            "of %d prompt pairs none are kept back: a share of %g is fewer than %d, or they are all alike; "
-            "the circuit is judged on those it is searched on; give it 64 pairs or more",
-            len(task),
-            options.validation,
-            FEWEST,
-        )
+    warn_unsplit(split, options.validation)
     with Measures.of(work, split) as measures:
         found = _refined(work, measures)
     if split.validation is None:
@@ -102,8 +92,12 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     if not work.steps:
         work.keep(beginning.to_json())
     schedule = _schedule(options, graph)
-    tasks = _learning_tasks(work, measures.split)
-    learned, levels = _learn(work, schedule, measures, goal, beginning, lambda: _batches(work, tasks))
+    tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed)
+
+    def batches() -> Minibatches:
+        return minibatches_of(tasks, options.minibatch, options.seed, work.setting, work.circuit_runs)
+
+    learned, levels = _learn(work, schedule, measures, goal, beginning, batches)
     start = _started(learned, levels, goal, beginning)
     rounds, passed = _kept_rounds(work, start, 1 + len(levels))
     circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric)
@@ -234,24 +228,6 @@ def _schedule(options: RefineOptions, graph: Graph) -> Schedule:
     else:
         size = min(graph.edge_count // 2, _RANKED if options.max_gap is None else _FEWEST)
     return Schedule.towards(size, graph, options.steps, options.rate, options.noise, options.seed)
-
-
-def _batches(work: Work[RefineOptions], tasks: Sequence[Task]) -> Minibatches:
-    least, seed = work.options.minibatch, work.options.seed
-    if _means(work.options):
-        return OfOneRun(work.circuit_runs(tasks[0]), least)
-    return CapturedAnew(tasks, least, seed, work.circuit_runs)
-
-
-def _learning_tasks(work: Work[RefineOptions], split: Split) -> list[Task]:
-    """The pairs to learn from. Where means stand in for edges, of which pairs they are makes a difference."""
-    if _means(work.options):
-        return [split.searched]
-    return learning_pairs(split, work.setting.task, work.options.learn_pairs, work.options.seed)
-
-
-def _means(options: RefineOptions) -> bool:
-    return options.ablation.startswith("mean")
 
 
 def _is_learned(levels: Sequence[Level], schedule: Schedule, goal: Goal, beginning: Beginning) -> bool:
