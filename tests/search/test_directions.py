@@ -16,6 +16,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from pahq_hf import Circuit, PAHQModel, load_task
+from pahq_hf.circuit.render.asked import own_facts
+from pahq_hf.circuit.render.facts import run_facts
 from pahq_hf.circuit.render.page import circuit_page
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_referee
@@ -145,6 +147,11 @@ def options_of(name: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
+def _sure(circuit: Circuit) -> dict[str, Any]:
+    found = circuit.record.estimates
+    return {"tested by": found.shares, "decisions like ACDC's": found.text} if found.text else {}
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_takes_a_direction(name: str, tmp_path: Path) -> None:
     model, options = wrapped("llama"), options_of(name)
@@ -159,10 +166,16 @@ def test_every_search_takes_a_direction(name: str, tmp_path: Path) -> None:
     assert other.record.swapped.final == swapped.record.metric.final
     assert_same_circuit(Circuit.from_pretrained(tmp_path / "run" / "noising"), one)
     assert_same_circuit(Circuit.from_pretrained(tmp_path / "run" / "denoising"), other)
+    for direction, single in (("noising", one), ("denoising", other)):
+        said = own_facts(single.record) | _sure(single)
+        alone = {f"{direction}: {fact}": value for fact, value in said.items() if value is not None}
+        assert alone.items() <= run_facts(both).items()
+        assert all(f"| {fact} | " in (tmp_path / "run" / "README.md").read_text() for fact in alone)
+        assert bool(alone) is (name in ("budget", "verified", "refine"))
     if name == "budget":
-        said, facts = other.discovery["budget"], other.record.swapped
+        budget, facts = other.discovery["budget"], other.record.swapped
         assert facts.final_recomputed is not None
-        assert abs(facts.final_recomputed - said["full"]) <= said["bound"] + 1e-5
+        assert abs(facts.final_recomputed - budget["full"]) <= budget["bound"] + 1e-5
 
 
 @pytest.mark.parametrize("kind", ["sparse", "hooks"])

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pahq_hf.circuit.estimates import EstimateFacts
+from pahq_hf.circuit.files import DIRECTION_NAMES
 from pahq_hf.circuit.run_record import RunRecord
 
 _STEPS = ("eap-ig", "eap-ig-activations", "ensemble", "refine")  # methods of which `steps` says something
@@ -39,15 +41,27 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
 def own_facts(run: RunRecord) -> dict[str, Any]:
     """What `budget` and `refine` say of themselves, as far as it is known.
 
+    Of a search in both directions it is what each of them says, and how sure each is of its estimates.
+
     Args:
         run: What ran.
     """
-    budget, refine = run.more.get("budget"), run.more.get("refine")
+    facts = _own(run.method, run.more)
+    for name in DIRECTION_NAMES:
+        part = run.directions.get(name)
+        if isinstance(part, Mapping):
+            told = _own(run.method, part) | _estimates(part.get("estimates"))
+            facts |= {f"{name}: {fact}": value for fact, value in told.items()}
+    return facts
+
+
+def _own(method: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    budget, refine = said.get("budget"), said.get("refine")
     facts: dict[str, Any] = {}
-    if run.method == "budget" and isinstance(budget, Mapping):
+    if method == "budget" and isinstance(budget, Mapping):
         facts["largest gap allowed"] = _number(budget.get("bound"))
         facts["kept by the budget alone"] = _number(budget.get("kept_below_tau"))
-    if run.method == "refine" and isinstance(refine, Mapping):
+    if method == "refine" and isinstance(refine, Mapping):
         facts["faithful on searched pairs"] = _faithful(refine.get("searched"))
         facts["on pairs that judged"] = _faithful(refine.get("validation"))
         taken, rounds = _number(refine.get("taken")), _number(refine.get("rounds"))
@@ -55,6 +69,13 @@ def own_facts(run: RunRecord) -> dict[str, Any]:
             facts["round taken"] = f"{'none: no edges are nearer' if taken is None else taken} of {rounds}"
             facts["locally minimal"] = "yes" if refine["locally_minimal"] is True else "not known"
     return facts
+
+
+def _estimates(said: object) -> dict[str, Any]:
+    facts = EstimateFacts.from_json(said) if isinstance(said, Mapping) else EstimateFacts()
+    if facts.text is None:
+        return {}
+    return {"tested by": facts.shares, "decisions like ACDC's": facts.text}
 
 
 def _faithful(facts: object) -> str | None:
