@@ -101,15 +101,15 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     start = _started(learned, levels, goal, beginning)
     rounds, passed = _kept_rounds(work, start, 1 + len(levels))
     circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric)
-    with work.progress.count("refining", "edge", max(0, start.size - (options.edges or 0))) as count:
-        count.advance(start.size - passed[-1].size)
+    going = max(0, start.size - (options.edges or 0))
+    with work.progress.count("refining", "removed edge", going, start.size - passed[-1].size) as count:
         for taken in _rounds(circuit, goal, beginning):
             taken = replace(taken, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
             rounds.append(taken)
             passed.append(Passed(circuit.kept, taken.metric, taken.validation))
+            count.note(left=passed[-1].size, gap=f"{beginning.gap(passed[-1]):.4g}")
             count.advance(len(taken.removed) - len(taken.added))
-            count.note(gap=f"{beginning.gap(passed[-1]):.4g}")
     chosen = goal.best(beginning, passed)
     kept = _chosen(graph, goal, beginning, passed, chosen)
     last = passed[-1] if chosen is None else kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,7 @@ def test_the_command_line_finds_it(tmp_path: Path, capsys: pytest.CaptureFixture
     facts = json.loads((tmp_path / "run" / "discovery.json").read_text())
     assert facts["refine"]["rounds"] > 0 and facts["edges"]["kept"] <= 12
     assert "learned.safetensors" in files_of(tmp_path / "run")
-    capsys.readouterr()
+    said = re.search(r"refining: (\d+) removed edges in .*, left (\d+), gap ", capsys.readouterr().err)
+    assert said is not None and int(said[1]) + int(said[2]) == facts["refine"]["start"]
     assert run_main(*arguments, "--edges", "0", "--out", str(tmp_path / "other")) == 2
     assert "edges" in capsys.readouterr().err
