@@ -209,11 +209,11 @@ class RunRecord(Section):
         estimates: Decisions taken by estimates, and their audit.
         screen: What a screen passed over.
         resumed_readers: Readers that an interrupted run had decided.
-        evaluations: Values of the metric that were computed.
+        evaluations: Values of the metric that were computed, by all parts of an interrupted run.
         reused: Values that another search of the same sweep had computed.
         apply: How well the circuit answers in `apply`.
-        seconds: By phase, and `total`.
-        peak_memory: Bytes by kind.
+        seconds: By phase, and `total`, of all parts of an interrupted run.
+        peak_memory: Bytes by kind, of the process that finished it.
         metric: The minimised metric.
         swapped: The same with clean and corrupted prompts swapped, of a search by denoising.
         directions: Of a search in both directions, what each came to, by its name.

@@ -1,4 +1,4 @@
-"""Seconds of a run by phase, over all its parts: a run that was interrupted took what all of them took."""
+"""What a run took, over all its parts: a run that was interrupted took what all of them took."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _INTERVAL = 1.0  # seconds a killed run may forget
 
 
 class RunClock:
-    """Counts a run's seconds, and keeps them beside its journal until it is finished.
+    """Counts a run's seconds by phase, and keeps them beside its journal until it is finished.
 
-    They are no part of the journal itself, in which the same run is the same to the byte. Phases may lie
-    within each other: a second counts for the innermost one.
+    With them it keeps how often its parts did something, such as computing a value. They are no part of the
+    journal itself, in which the same run is the same to the byte. Phases may lie within each other: a second
+    counts for the innermost one.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class RunClock:
         self._running: list[str | None] = []
         self._since = 0.0  # when the innermost one began to count
         self._kept = time.perf_counter()
+        self._earlier: dict[str, int] = {}  # what earlier parts have counted
+        self._counting: Callable[[], Mapping[str, int]] = dict
 
     @contextmanager
     def phase(self, name: str | None) -> Iterator[None]:
@@ -77,6 +80,16 @@ class RunClock:
                 found[f"{name}.{part}"] = found.get(f"{name}.{part}", 0.0) + value
         return found
 
+    def count_by(self, counting: Callable[[], Mapping[str, int]]) -> None:
+        """Take what this part of the run has done so far from somebody who counts it."""
+        self._counting = counting
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often all parts of the run did something, by what it is."""
+        now = self._counting()
+        return {name: self._earlier.get(name, 0) + now.get(name, 0) for name in {**self._earlier, **now}}
+
     def report(self) -> dict[str, float]:
         """The seconds of a run at its end, rounded: its phases, their `total`, and their parts."""
         found = self.seconds
@@ -86,7 +99,10 @@ class RunClock:
         return {name: round(value, 3) for name, value in listed.items()}
 
     def take_over(self, folder: Path) -> None:
-        """Add what the run in a folder has taken so far, where that is known."""
+        """Add what the run in a folder has taken so far, where that is known.
+
+        An earlier version kept seconds alone.
+        """
         try:
             found = json.loads((folder / SECONDS_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -94,6 +110,8 @@ class RunClock:
         for name, value in found.items() if isinstance(found, dict) else ():
             if type(value) is float and 0 <= value < float("inf"):
                 self._seconds[name] = self._seconds.get(name, 0.0) + value
+            elif type(value) is int and value >= 0:
+                self._earlier[name] = self._earlier.get(name, 0) + value
 
     def add(self, seconds: Mapping[str, object]) -> None:
         """Add what a finished part of the run took, as `report` says it."""
@@ -102,7 +120,7 @@ class RunClock:
                 self._seconds[name] = self._seconds.get(name, 0.0) + value
 
     def keep(self, folder: Path) -> None:
-        """Keep the seconds so far in a folder; not more often than once a second.
+        """Keep what it has taken so far in a folder; not more often than once a second.
 
         Raises:
             RunError: If it cannot be written.
@@ -112,7 +130,7 @@ class RunClock:
 
     @contextmanager
     def saving(self, folder: Callable[[], Path | None], check: Callable[[], None]) -> Iterator[None]:
-        """Keep the seconds in a folder when what is inside ends, however it does.
+        """Keep what it has taken in a folder when what is inside ends, however it does.
 
         Args:
             folder: Says at the end where the run's journal is; None keeps none.
@@ -128,7 +146,7 @@ class RunClock:
                     self._write(where)
 
     def _write(self, folder: Path) -> None:
-        write_text(folder / SECONDS_NAME, json.dumps(self.seconds) + "\n")
+        write_text(folder / SECONDS_NAME, json.dumps(self.seconds | self.counts) + "\n")
         self._kept = time.perf_counter()
 
     def forget(self, folder: Path) -> None:

@@ -138,7 +138,6 @@ class RecallingEngine:
         source: What answers depend on beside the calls: which engine computes, and where.
 
     Attributes:
-        evaluations: Metric values the engine computed, whoever asked it.
         recalled: Metric values known already.
         recalled_readers: Readers about which nothing had to be computed.
     """
@@ -152,7 +151,6 @@ class RecallingEngine:
         self.gains_by_batches = engine.gains_by_batches
         self.phases = engine.phases
         self.clean_logits = engine.clean_logits
-        self.evaluations = engine.evaluations
         self.recalled = 0
         self.recalled_readers = 0
         self._kept = engine.graph.all_edges.copy()
@@ -164,6 +162,11 @@ class RecallingEngine:
         self._asked: _Kind | None = None  # the last question, if nothing was accepted since
         self._key = ""
         self._computed = False  # whether anything about the reader was
+
+    @property
+    def evaluations(self) -> int:
+        """Metric values the engine computed, whoever asked it."""
+        return self._engine.evaluations
 
     # -- the protocol of an engine ------------------------------------------------------------------
 
@@ -212,7 +215,6 @@ class RecallingEngine:
         self._catch_up()
         found = self._engine.slopes(reader, candidates, writers)
         self._computed = True
-        self.evaluations = self._engine.evaluations
         return found
 
     def accept(self, trial: Trial, k: int) -> None:
@@ -266,7 +268,6 @@ class RecallingEngine:
 
     def _learn(self, key: str, values: Sequence[float]) -> Values:
         self._computed = True
-        self.evaluations = self._engine.evaluations
         self._answers.add(key, values)
         return values
 

@@ -39,7 +39,7 @@ class SweepRow:
         kept: Edges of its circuit.
         live: Kept edges on a path from `input` to `logits`.
         tested: Edges that were tested.
-        evaluations: Metric values computed for it; of the last session, if the sweep was interrupted.
+        evaluations: Metric values computed for it.
         reused: Metric values that another threshold's search had computed.
         name: The metric that was minimised.
         metric: The circuit's, in FP32.

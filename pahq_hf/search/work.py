@@ -90,6 +90,8 @@ class Work(Generic[OptionsT]):
         self._journal = journal
         self._got_on = False
         self.steps: Sequence[Step] = () if journal is None else tuple(journal.steps)
+        self._open: list[Engine] = []  # of some of the prompts, in use now
+        clock.count_by(self._counts)
 
     @property
     def graph(self) -> Graph:
@@ -127,9 +129,11 @@ class Work(Generic[OptionsT]):
             engine.phases.take()  # capturing is no search's own
         self._clock.watch("search", engine.phases)
         self._named = self._named or engine.name
+        self._open.append(engine)
         try:
             yield engine
         finally:
+            self._open.remove(engine)
             self._elsewhere += engine.evaluations
             del engine
             bench.clear()
@@ -239,6 +243,15 @@ class Work(Generic[OptionsT]):
         finally:
             self._own.finish()
 
+    def _counts(self) -> dict[str, int]:
+        """Values that were computed for this part of the run, and those that another search had computed."""
+        own = 0 if self._own is None else self._own.evaluations - self._before
+        computed = own + self._elsewhere + sum(engine.evaluations for engine in self._open)
+        found = {"evaluations": computed} if computed else {}
+        if self._recalling is not None:
+            found |= {"reused": self._recalling.recalled, "reused_readers": self._recalling.recalled_readers}
+        return found
+
     def close(self) -> dict[str, Any]:
         """Let the engine go.
 
@@ -248,10 +261,10 @@ class Work(Generic[OptionsT]):
         self._clock.release()
         own, recalling = self._own, self._recalling
         facts: dict[str, Any] = {"settings": self.run_settings.to_dict()}
+        counts = self._clock.counts  # of earlier parts too
         if own is not None or self._named is not None:
-            evaluations = 0 if own is None else own.evaluations - self._before
-            facts |= {"engine": self._name, "evaluations": evaluations + self._elsewhere}
+            facts |= {"engine": self._name, "evaluations": counts.get("evaluations", 0)}
         if recalling is not None:
-            facts["reused"] = Reused(evaluations=recalling.recalled, readers=recalling.recalled_readers)
+            facts["reused"] = Reused(evaluations=counts["reused"], readers=counts["reused_readers"])
         self._own = self._recalling = self._engine = None
         return facts

@@ -183,12 +183,12 @@ def test_candidates_say_exactly_what_is_gone_and_change_nothing() -> None:
     assert engine.focus(reader) is None  # no precision to change
 
 
-def test_evaluations_count_what_the_search_asked_for() -> None:
+def test_evaluations_count_every_value() -> None:
     engine = engine_of(wrapped("gpt2"), random_task())
     engine.begin(engine.graph.all_edges)
     engine.try_(engine.graph.logits_reader, [[0], [1], [2]])
     engine.metric_of(engine.graph.no_edges())
-    assert engine.evaluations == 4
+    assert engine.evaluations == 5
 
 
 # -- nothing stays behind ---------------------------------------------------------------------------

@@ -157,7 +157,8 @@ def test_exact_scores_go_on_reader_by_reader(tmp_path: Path, monkeypatch: pytest
     circuit = model.attribute(TASK, out=tmp_path, resume=True, **options)
     assert_same_circuit(circuit, whole)
     assert whole.verified and circuit.verified
-    assert (circuit.record.evaluations or 0) < (whole.record.evaluations or 0)
+    both, one = circuit.record.evaluations or 0, whole.record.evaluations or 0
+    assert one <= both < 1.5 * one  # of both parts: the second has gone on
     assert_same_circuit(model.attribute(TASK, out=tmp_path, resume=True, **options), whole)
     with pytest.raises(RunError, match="its topn is 9 there, 8 now"):
         model.attribute(TASK, out=tmp_path, resume=True, **(options | {"topn": 8}))

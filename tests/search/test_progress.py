@@ -238,9 +238,18 @@ def test_a_killed_run_forgets_a_second(tmp_path: Path, monkeypatch: pytest.Monke
     assert 0 < json.loads((tmp_path / "seconds.json").read_text())["search"] <= clock.seconds["search"]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"search": "long", "capture": -1.0, "screen": NaN}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        '{"search": "long", "capture": -1.0, "screen": NaN}',
+        "{",
+        '{"evaluations": -3, "reused": true}',
+    ],
+)
 def test_damaged_seconds_count_for_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "seconds.json").write_text(text)
     clock = RunClock()
     clock.take_over(tmp_path)
-    assert clock.seconds == {}
+    assert clock.seconds == {} and clock.counts == {}

@@ -153,8 +153,8 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest
         discover(out, resume=True, search="acdc")
     circuit = discover(out, resume=True)
     assert_same_circuit(circuit, whole)
-    evaluated = [run.record.evaluations for run in (circuit, whole)]
-    assert evaluated[0] < evaluated[1]
+    both, one = (run.record.evaluations or 0 for run in (circuit, whole))
+    assert one <= both < 2 * one  # of both parts: the second has gone on
 
 
 def test_a_step_before_the_engine_is_asked_pins_the_engine(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ class HooksEngine:
     @in_session
     def metric_of(self, kept: BoolArray) -> float:
         """The minimised metric of a circuit."""
+        self.evaluations += 1
         return self._value(self.logits(kept))
 
     def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
