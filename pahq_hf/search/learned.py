@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
-import numpy as np
+from numpy.typing import NDArray
 
 from pahq_hf.circuit.files import LEARNED_NAME
+from pahq_hf.circuit.graph import Graph
 from pahq_hf.search.course import Passed
 from pahq_hf.search.journal import check_header
 from pahq_hf.search.kept_arrays import DAMAGED, cannot_continue, checksum, read_arrays, save_arrays
-from pahq_hf.search.learning import Learned
 from pahq_hf.search.pruning import as_float
 from pahq_hf.search.work import Work
+
+
+class State(Protocol):
+    """What a search has learned after some levels: a frozen dataclass whose fields but `level` are arrays."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def level(self) -> int:
+        """Levels that are done."""
+
+    def check(self, graph: Graph) -> None:
+        """Check that it can be of a graph.
+
+        Raises:
+            ValueError: If not.
+        """
+
+
+StateT = TypeVar("StateT", bound=State)
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Level:
     validation: float | None = None
 
     @classmethod
-    def of(cls, learned: Learned, passed: Passed) -> Level:
+    def of(cls, learned: State, passed: Passed) -> Level:
         """What is to be said of a level and its circuit."""
         return cls(learned.level, checked(learned), passed.size, passed.metric, passed.validation)
 
@@ -58,20 +78,18 @@ class Level:
         return found if judged is None else replace(found, validation=as_float(judged))
 
 
-_ARRAYS = ("scores", "mean", "square", "start")
 _WHAT = "what it has learned"
 
 
-def keep_scores(work: Work[Any], learned: Learned) -> None:
+def keep_scores(work: Work[Any], learned: State) -> None:
     """Keep the state after a level in the run's folder, if it has one.
 
     Raises:
         RunError: If it cannot be written.
     """
     if work.folder is not None:
-        arrays = {name: getattr(learned, name) for name in _ARRAYS}
         notes = {"header": dict(work.header), "level": learned.level, "learned": checked(learned)}
-        save_arrays(work.folder / LEARNED_NAME, arrays, notes)
+        save_arrays(work.folder / LEARNED_NAME, _arrays(learned), notes)
 
 
 def kept_levels(work: Work[Any], last: int) -> list[Level]:
@@ -98,12 +116,13 @@ def kept_levels(work: Work[Any], last: int) -> list[Level]:
     return found
 
 
-def load_scores(work: Work[Any], levels: Sequence[Level]) -> Learned | None:
+def load_scores(work: Work[Any], levels: Sequence[Level], kind: type[StateT]) -> StateT | None:
     """The state that an interrupted run kept; None if it kept none.
 
     Args:
         work: The search.
         levels: What the journal tells of; the state may be one level ahead.
+        kind: What the search learns.
 
     Raises:
         RunError: If it is missing, damaged, or of another run.
@@ -113,14 +132,12 @@ def load_scores(work: Work[Any], levels: Sequence[Level]) -> Learned | None:
         return None
     path = folder / LEARNED_NAME
     try:
-        arrays, notes = read_arrays(path, _ARRAYS)
+        arrays, notes = read_arrays(path, (entry.name for entry in fields(kind) if entry.name != "level"))
         level, header = notes["level"], dict(notes["header"])
         if type(level) is not int or not header:
             raise ValueError("it does not say what it is")
-        edges = work.graph.all_edges
-        if any(array.shape != edges.shape for array in arrays.values()) or arrays["start"].dtype != np.bool_:
-            raise ValueError("its scores are not those of the graph")
-        learned = Learned(level, **arrays)
+        learned: StateT = cast(Any, kind)(level=level, **arrays)
+        learned.check(work.graph)
         if notes["learned"] != checked(learned):
             raise ValueError("its scores do not have their checksum")
         if level not in (len(levels), len(levels) + 1):
@@ -133,6 +150,11 @@ def load_scores(work: Work[Any], levels: Sequence[Level]) -> Learned | None:
     return learned
 
 
-def checked(learned: Learned) -> str:
+def checked(learned: State) -> str:
     """A checksum of what a level came to."""
-    return checksum((getattr(learned, name) for name in _ARRAYS), of=str(learned.level))
+    return checksum(_arrays(learned).values(), of=str(learned.level))
+
+
+def _arrays(learned: State) -> dict[str, NDArray[Any]]:
+    names = [entry.name for entry in fields(learned) if entry.name != "level"]
+    return {name: getattr(learned, name) for name in names}

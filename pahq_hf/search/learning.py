@@ -97,6 +97,16 @@ class Learned:
     square: Scores
     start: BoolArray
 
+    def check(self, graph: Graph) -> None:
+        """Check that it can be of a graph.
+
+        Raises:
+            ValueError: If not.
+        """
+        arrays = (self.scores, self.mean, self.square, self.start)
+        if any(array.shape != graph.all_edges.shape for array in arrays) or self.start.dtype != np.bool_:
+            raise ValueError("its scores are not those of the graph")
+
 
 class Learner:
     """Learns scores of edges.

@@ -181,7 +181,7 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     beginning, schedule = kept_beginning(work), _schedule(work.options, work.graph)
     goal = _goal(work.options)
     levels = kept_levels(work, len(schedule.levels))
-    learned = load_scores(work, levels)
+    learned = load_scores(work, levels, Learned)
     if learned is None or not _is_learned(levels, schedule, goal, beginning):
         return
     _, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
@@ -260,7 +260,7 @@ def _learn(
         What they came to, and what the journal says of them.
     """
     levels = kept_levels(work, len(schedule.levels))
-    learned = load_scores(work, levels)
+    learned = load_scores(work, levels, Learned)
     if learned is not None and learned.level > len(levels):  # it stopped between the two
         circuit = _circuit(work, schedule, learned)
         levels.append(_keep_level(work, learned, measures.of_circuit(circuit)))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
-from pahq_hf.config import Criterion, Direction, check_choice, check_number
+from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import SearchOptions, check_direction, shifted, told
+from pahq_hf.search.kind import shifted, told
+from pahq_hf.search.learning_options import LearningOptions
 
 _GOALS = ("edges", "max_gap", "curve")
-MOST_VALIDATION = 0.5
 _MOST = 100.0  # standard deviations: scores differ by ten
 
 
 @dataclass(frozen=True)
-class RefineOptions(SearchOptions):
-    """Options of `refine`.
+class RefineOptions(LearningOptions):
+    """Options of `refine`, beside those of every search that learns.
 
     Attributes:
         edges: How many the circuit has at most: the nearest of the size is looked for.
@@ -29,15 +28,9 @@ class RefineOptions(SearchOptions):
             edges by gradients averaged along the mask.
         rate: How far a score moves in a step, in standard deviations of where they start.
         noise: On the scores, at the beginning of each halving.
-        minibatch: Prompt pairs of a step.
-        learn_pairs: Prompt pairs that learning sees of a generated task, which draws what `task` lacks of
-            them; of a task that is data, learning sees those that it has.
-        validation: Share of the task's pairs that is kept back to judge circuits by. Where that is fewer than
-            4 pairs none are, and circuits are judged by those that are searched; so they are at 0.
-        seed: Of the noise, the pairs that judge, and those that are drawn.
-        criterion: `gap`: what it brings down is how far the metric is from the full model's.
-        direction: As of ACDC; `both` has up to twice as many edges.
     """
+
+    search: ClassVar[str] = "refine"
 
     edges: int | None = field(default=None, metadata=told("Keep so many edges at most.", min=1))
     max_gap: float | None = field(
@@ -53,20 +46,6 @@ class RefineOptions(SearchOptions):
     steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
-    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
-    learn_pairs: int = field(
-        default=256, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
-    )
-    validation: float = field(
-        default=0.25,
-        metadata=told("Share of the prompt pairs that is kept back to judge circuits by."),
-    )
-    seed: int = field(
-        default=0,
-        metadata=told("Seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
-    )
-    criterion: Criterion | None = field(default=None, metadata=told("gap, which it always is."))
-    direction: Direction = field(default="noising", metadata=told("As of acdc."))
 
     def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
         """Options of another run that would keep more edges, or fewer.
@@ -89,11 +68,6 @@ class RefineOptions(SearchOptions):
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         super().validate()
-        check_direction(self.direction, self.ablation)
-        if self.criterion is not None:
-            check_choice("criterion", self.criterion, Criterion)
-        if self.criterion not in (None, "gap"):
-            raise ConfigError(f"refine brings the gap down: its criterion is gap, not {self.criterion}")
         asked = [
             name for name in _GOALS if getattr(self, name) is not None and getattr(self, name) is not False
         ]
@@ -108,25 +82,5 @@ class RefineOptions(SearchOptions):
             check_number("max_gap", self.max_gap)
             if not 0 <= self.max_gap < 1:
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
-        whole = {"edges": 1, "steps": 0, "minibatch": 1, "learn_pairs": 0, "seed": 0}
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if value is None and name in _GOALS:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-                raise ConfigError(f"{name} must be a whole number from {least} on; got {value!r}")
-        for name in ("rate", "noise"):
-            check_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) <= _MOST:
-                raise ConfigError(f"{name} must be a number from 0 to {_MOST:g}; got {getattr(self, name)!r}")
-        check_number("validation", self.validation)
-        if not 0 <= self.validation <= MOST_VALIDATION:
-            raise ConfigError(
-                f"validation must be a share from 0 to {MOST_VALIDATION:g}, of the pairs that are kept back; "
-                f"got {self.validation!r}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; there is one criterion."""
-        left = {"criterion", *(["direction"] if self.direction == "noising" else [])}
-        return {name: value for name, value in super().to_dict().items() if name not in left}
+        self.check_whole({"steps": 0} | ({} if self.edges is None else {"edges": 1}))
+        self.check_range({"rate": _MOST, "noise": _MOST})

@@ -1,0 +1,99 @@
+"""Options of searches that learn from prompt pairs, whatever they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, ClassVar
+
+from pahq_hf.config import Criterion, Direction, check_choice, check_number
+from pahq_hf.errors import ConfigError
+from pahq_hf.search.kind import SearchOptions, check_direction, told
+
+MOST_VALIDATION = 0.5
+
+
+@dataclass(frozen=True)
+class LearningOptions(SearchOptions):
+    """Options of a search that learns from prompt pairs.
+
+    Attributes:
+        minibatch: Prompt pairs of a step.
+        learn_pairs: Prompt pairs that learning sees of a generated task, which draws what `task` lacks of
+            them; of a task that is data, learning sees those that it has.
+        validation: Share of the task's pairs that is kept back to judge circuits by. Where that is fewer than
+            4 pairs none are, and circuits are judged by those that are searched; so they are at 0.
+        seed: Of what is drawn, the pairs that judge and those that are learned from among it.
+        criterion: `gap`: what it brings down is how far the metric is from the full model's.
+        direction: As of ACDC; `both` has up to twice as many edges.
+    """
+
+    search: ClassVar[str]  # whose options they are
+
+    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
+    learn_pairs: int = field(
+        default=256, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
+    )
+    validation: float = field(
+        default=0.25,
+        metadata=told("Share of the prompt pairs that is kept back to judge circuits by."),
+    )
+    seed: int = field(
+        default=0,
+        metadata=told("Seed of the noise, and of which pairs judge.", min=0, name="noise_seed"),
+    )
+    criterion: Criterion | None = field(default=None, metadata=told("gap, which it always is."))
+    direction: Direction = field(default="noising", metadata=told("As of acdc."))
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when a value is out of range."""
+        super().validate()
+        check_direction(self.direction, self.ablation)
+        if self.criterion is not None:
+            check_choice("criterion", self.criterion, Criterion)
+        if self.criterion not in (None, "gap"):
+            raise ConfigError(
+                f"{self.search} brings the gap down: its criterion is gap, not {self.criterion}"
+            )
+        self.check_whole({"minibatch": 1, "learn_pairs": 0, "seed": 0})
+        check_number("validation", self.validation)
+        if not 0 <= self.validation <= MOST_VALIDATION:
+            raise ConfigError(
+                f"validation must be a share from 0 to {MOST_VALIDATION:g}, of the pairs that are kept back; "
+                f"got {self.validation!r}"
+            )
+
+    def check_whole(self, least: Mapping[str, int]) -> None:
+        """Check that options are whole numbers.
+
+        Args:
+            least: The least value of each.
+
+        Raises:
+            ConfigError: If one is not.
+        """
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < bound:
+                raise ConfigError(f"{name} must be a whole number from {bound} on; got {value!r}")
+
+    def check_range(self, most: Mapping[str, float]) -> None:
+        """Check that options are numbers from 0 on.
+
+        Args:
+            most: The largest value of each.
+
+        Raises:
+            ConfigError: If one is not.
+        """
+        for name, bound in most.items():
+            value = getattr(self, name)
+            check_number(name, value)
+            if not 0 <= value <= bound:
+                raise ConfigError(f"{name} must be a number from 0 to {bound:g}; got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; there is one criterion."""
+        left = {"criterion", *(["direction"] if self.direction == "noising" else [])}
+        return {name: value for name, value in super().to_dict().items() if name not in left}
