@@ -39,9 +39,9 @@ def at_circuit(
     return sum(value for value, _ in found), np.sum([effects for _, effects in found], axis=0)
 
 
-def soft(graph: Graph, seed: int) -> Floats:
-    """Shares of all edges, of which some are gone and some kept altogether."""
-    drawn = np.random.default_rng(seed).uniform(-0.3, 1.3, graph.all_edges.shape).clip(0, 1)
+def soft(graph: Graph, seed: int, least: float = -0.3) -> Floats:
+    """Shares of all edges, of which some are gone and some kept; the lower `least`, the more are gone."""
+    drawn = np.random.default_rng(seed).uniform(least, 1.3, graph.all_edges.shape).clip(0, 1)
     shares: Floats = np.where(graph.all_edges, drawn, 0.0)
     return shares
 
@@ -55,10 +55,20 @@ def test_effects_are_what_a_little_less_of_an_edge_does(
     name: str, metric: str, ablation: Any, padding: str
 ) -> None:
     """Of edges drawn from all, at a soft circuit: kept, gone, and between."""
+    check_effects(name, metric, ablation, padding, least=-0.3)
+
+
+@pytest.mark.parametrize("name", quick(ALL_GRAPHS, "llama"))
+def test_so_they_are_where_hardly_an_edge_is_left(name: str) -> None:
+    """Many nodes are not read then, or what reads them does not reach the output."""
+    check_effects(name, "logit_diff", "corrupted", "left", least=-3.0)
+
+
+def check_effects(name: str, metric: str, ablation: Any, padding: str, least: float) -> None:
     model, task = wrapped(name, dtype=torch.float64), TASKS[padding]
     graph = model.patched.graph
     judge = SoftReferee(referee(name, task, metric=metric, ablation=ablation), graph)
-    shares = soft(graph, seed=3)
+    shares = soft(graph, 3, least)
     value, effects = at_circuit(model, metric, shares, task, ablation)
     # All are edges to the referee, which knows no others.
     assert value == pytest.approx(judge(np.where(graph.all_edges, shares, 1.0)), abs=1e-7)

@@ -5,15 +5,17 @@ reads what stands in for everything plus the shares of `a_w - c_w` (docs/semanti
 gradient in the share of edge (w, r) is `∂m/∂input_r · (a_w - c_w)`, of edges that are gone as well.
 
 All readers' inputs depend on what nearly all writers write. So that memory does not grow with the number of
-edges, what is written is one buffer, and so is the gradient of it: a reader takes from the first on the way
-forwards, and adds to the second on the way back. Autograd knows nothing of the buffers, but a chain of tokens
-through all readers and writers makes it go back in exactly the order in which it came.
+edges, what is written is one buffer, and so are the gradients of what is read: a reader takes from the first
+on the way forwards and fills its rows of the second on the way back, where a writer's gradient is what its
+edges add up of the rows above it. Autograd knows nothing of the buffers, but a chain of tokens through all
+readers and writers makes it go back in exactly the order in which it came. Edges without a share cost
+nothing, and where no gradient arrives, since nothing that reads a node reaches the metric, none is followed
+any farther.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,54 +34,106 @@ from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import Metric, checked
 
 
-@dataclass
-class _Written:
-    """What writers write in one pass, and what comes back to them.
+class _Streams:
+    """What writers write in one pass, and the gradients of what readers read.
 
-    Attributes:
-        differences: `a_w - c_w`. [writers, batch, pos, d_model]
-        gradients: Of the metric in them, added up over the readers so far. [writers, batch, pos, d_model]
-        effects: What removing each edge would add to the metric if all were linear. [readers, writers]
+    Args:
+        written: `a_w - c_w` of writers. [writers, batch, pos, d_model]
+        shares: Of each edge. [readers, writers]
     """
 
-    differences: Tensor
-    gradients: Tensor
-    effects: NDArray[np.float64]
+    def __init__(self, written: Tensor, shares: NDArray[np.float64]) -> None:
+        self._written = written
+        self._gradients = written.new_empty(len(shares), *written.shape[1:])  # [readers, batch, pos, d_model]
+        self._arrived = np.zeros(len(shares), dtype=bool)  # readers that the metric depends on
+        self._used = shares != 0
+        self._shares = torch.from_numpy(shares).to(written)
+
+    def write(self, writers: slice, differences: Tensor) -> None:
+        """Note down what consecutive writers write. [writer, batch, pos, d_model]"""
+        self._written[writers] = differences
+
+    def read(self, readers: slice) -> Tensor:
+        """What the edges of consecutive readers add up to. [reader, batch, pos, d_model]"""
+        writers = _places(self._used[readers].any(axis=0))
+        seen = _of(self._written, writers)
+        total = _of(self._shares[readers].T, writers).T @ seen.flatten(1)
+        return total.unflatten(1, seen.shape[1:])
+
+    def arrive(self, readers: slice, gradients: Tensor) -> None:
+        """Note down the gradients of what consecutive readers read. [reader, batch, pos, d_model]"""
+        self._gradients[readers] = gradients
+        self._arrived[readers] = True
+
+    def gradients_of(self, writers: slice) -> Tensor | None:
+        """The gradients of what consecutive writers wrote; None where they are all zero.
+
+        Returns:
+            [writer, batch, pos, d_model]
+        """
+        rows = self._used[:, writers].any(axis=1) & self._arrived
+        if not rows.any():
+            return None
+        readers = _places(rows)
+        total = _of(self._shares[:, writers], readers).T @ _of(self._gradients, readers).flatten(1)
+        return total.unflatten(1, self._gradients.shape[1:])
+
+    def effects(self) -> NDArray[np.float64]:
+        """What removing each edge would add to the metric if all were linear; anything where there is none.
+
+        Returns:
+            [readers, writers]
+        """
+        found = np.zeros(self._used.shape)
+        if self._arrived.any():
+            gradients = _of(self._gradients, _places(self._arrived)).flatten(1)
+            found[self._arrived] = -(gradients @ self._written.flatten(1).T).double().cpu().numpy()
+        return found
+
+
+def _places(chosen: NDArray[np.bool_]) -> slice | NDArray[np.intp]:
+    """Where something is so: a slice if it is everywhere in between."""
+    found = np.flatnonzero(chosen)
+    if len(found) and found[-1] - found[0] + 1 > len(found):
+        return found
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+
+
+def _of(rows: Tensor, places: slice | NDArray[np.intp]) -> Tensor:
+    """Some rows, copied only where they are not consecutive."""
+    return rows[places] if isinstance(places, slice) else rows[torch.from_numpy(places).to(rows.device)]
 
 
 class _Write(torch.autograd.Function):
     """Writers write into the buffer; the gradient of what they wrote is what readers have added up."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, differences: Tensor, written: _Written, writers: slice) -> Tensor:
-        ctx.written, ctx.writers = written, writers
-        written.differences[writers] = differences
+    def forward(ctx: Any, token: Tensor, differences: Tensor, streams: _Streams, writers: slice) -> Tensor:
+        ctx.streams, ctx.writers = streams, writers
+        streams.write(writers, differences)
         return token.clone()
 
     @staticmethod
-    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return token, ctx.written.gradients[ctx.writers], None, None
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        return token, ctx.streams.gradients_of(ctx.writers), None, None
 
 
 class _Read(torch.autograd.Function):
-    """Readers read from the buffer, and add their gradients to those of what they read."""
+    """Readers read from the buffer, and leave the gradients of what they read."""
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, ablated: Tensor, written: _Written, readers: range, shares: Tensor
+        ctx: Any, token: Tensor, ablated: Tensor, streams: _Streams, readers: slice
     ) -> tuple[Tensor, Tensor]:
-        ctx.written, ctx.readers, ctx.shares = written, readers, shares  # shares: [reader, writers seen]
-        seen = written.differences[: shares.shape[1]]
-        return ablated + torch.einsum("rw,wbpd->rbpd", shares, seen), token.clone()
+        ctx.streams, ctx.readers = streams, readers
+        ctx.set_materialize_grads(False)
+        return ablated + streams.read(readers), token.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, token: Tensor) -> tuple[Any, ...]:
-        written, readers, shares = ctx.written, ctx.readers, ctx.shares
-        seen = shares.shape[1]
-        written.gradients[:seen] += torch.einsum("rw,rbpd->wbpd", shares, gradient)
-        effects = gradient.flatten(1) @ written.differences[:seen].flatten(1).T
-        written.effects[readers.start : readers.stop, :seen] = -effects.double().cpu().numpy()
-        return token, None, None, None, None
+    def backward(ctx: Any, gradients: Tensor | None, token: Tensor) -> tuple[Any, ...]:
+        if gradients is not None:
+            ctx.streams.arrive(ctx.readers, gradients)
+        return token, None, None, None
 
 
 class SoftRun(PatchedRun):
@@ -95,8 +149,7 @@ class SoftRun(PatchedRun):
         graph, embedding = model.graph, substitute.embedding
         room = embedding.new_zeros(len(graph.writers), *embedding.shape)
         super().__init__(model, substitute, graph.no_edges(), room)
-        self._shares = torch.from_numpy(shares).to(embedding)
-        self._written = _Written(room, torch.zeros_like(room), np.zeros(shares.shape))
+        self._buffers = _Streams(room, shares)
         self._start = embedding.new_zeros(()).requires_grad_()
         self._token = self._start
         self._heads: dict[int, Tensor] = {}  # what heads of the present layer read, by their first reader
@@ -111,7 +164,7 @@ class SoftRun(PatchedRun):
             What removing each edge would add to it if all were linear. [readers, writers]
         """
         torch.autograd.grad(value, self._start)
-        return self._written.effects
+        return np.where(self._graph.all_edges, self._buffers.effects(), 0.0)
 
     def _streams(self, readers: range, stream: Tensor, ablated: Tensor) -> Tensor:
         if self._graph.readers[readers.start].kind not in HEAD_KINDS:
@@ -125,14 +178,13 @@ class SoftRun(PatchedRun):
         return self._heads[readers.start]
 
     def _read(self, readers: range, ablated: Tensor) -> Tensor:
-        seen = int(self._graph.prefix[readers.start])
-        shares = self._shares[readers.start : readers.stop, :seen]
         streams: Tensor
-        streams, self._token = _Read.apply(self._token, ablated, self._written, readers, shares)
+        rows = slice(readers.start, readers.stop)
+        streams, self._token = _Read.apply(self._token, ablated, self._buffers, rows)
         return streams
 
     def _put(self, writers: slice, differences: Tensor) -> None:
-        self._token = _Write.apply(self._token, differences, self._written, writers)
+        self._token = _Write.apply(self._token, differences, self._buffers, writers)
 
 
 def circuit_gradients(
