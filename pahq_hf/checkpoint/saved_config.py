@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from pahq_hf.checkpoint.load import load, load_tokenizer
+from pahq_hf.checkpoint.placement import one_device
 from pahq_hf.config import CONFIG_NAME, PAHQConfig
 from pahq_hf.errors import HubError, ModelLoadError, UnsupportedModelError
+from pahq_hf.modeling.lowering import check_lowerable
 from pahq_hf.precision.fp32.source import WeightSource
+from pahq_hf.precision.products import resolve_compute
 
 _PLACE = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -78,6 +82,7 @@ def load_by_name(
         ConfigError: If a saved configuration is damaged.
     """
     config = given or PAHQConfig(**fields)
+    _check_loadable(config, arguments)
     try:
         model, source = load(
             name, streamed=config.is_low, quantize_embeddings=config.quantize_embeddings, **arguments
@@ -90,3 +95,19 @@ def load_by_name(
         rest["revision"] = saved.revision
         return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest)
     return LoadedModel(model, load_tokenizer(name, **arguments), source, config, name)
+
+
+def _check_loadable(config: PAHQConfig, arguments: dict[str, Any]) -> None:
+    """Check what of a configuration needs no weights, before anybody waits for them.
+
+    Raises:
+        ConfigError: If the dtype or the device is none for it.
+    """
+    dtype = arguments.get("dtype", torch.float32)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)  # `auto` is none: the checkpoint will say
+    if config.is_low and isinstance(dtype, torch.dtype):
+        check_lowerable(dtype)
+    if config.compute == "fp8":
+        device = one_device(arguments.get("device_map"), arguments.get("max_memory"))
+        resolve_compute(config.compute, config.format, device)

@@ -17,7 +17,7 @@ from pahq_hf.cli.options import AblationOption, MetricOption
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.declaration import PREFIX, option_name, plain_type
 from pahq_hf.search.kind import SearchKind, shifted
-from pahq_hf.search.registry import options_of_discover
+from pahq_hf.search.registry import options_of as options_of_searches
 
 _ABSENT = inspect.Parameter.empty
 _EVERY_SEARCH: dict[str, Any] = {"metric": MetricOption, "ablation": AblationOption}
@@ -103,8 +103,10 @@ class Command:
                 helps.setdefault(name, {}).setdefault(_help(parameter), []).append(kind.name)
                 if name not in found or _least(parameter) < _least(found[name]):
                     found[name] = parameter
+        names = [kind.name for kind in kinds]
         return {
-            name: _told(parameter, helps[name], alone=len(kinds) == 1) for name, parameter in found.items()
+            name: _told(parameter, helps[name], alone=list(helps[name].values()) == [names])
+            for name, parameter in found.items()
         }
 
 
@@ -127,7 +129,7 @@ def _told(parameter: inspect.Parameter, helps: Mapping[str, list[str]], *, alone
     Args:
         parameter: The option.
         helps: What is said of it, and by which searches.
-        alone: Whether there is but one search.
+        alone: Whether all searches say the same.
     """
     if alone or parameter.name in _EVERY_SEARCH:
         return parameter
@@ -180,15 +182,18 @@ def chosen_options(kind: SearchKind[Any], given: Mapping[str, Any]) -> dict[str,
     for name, value in given.items():
         own = name if name in names else name.removeprefix(PREFIX)
         if own not in names:
-            raise ConfigError(f"search {kind.name!r} takes no --{name.replace('_', '-')}{_whose(name)}")
+            what = "method" if kind.command == "attribute" else "search"
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{what} {kind.name!r} takes no --{flag}{_whose(name, kind.command, what)}")
         found[names[own]] = value
     return found
 
 
-def _whose(name: str) -> str:
-    """Which searches take an option, if some do."""
-    takers = [search for search, entry in options_of_discover() if option_name(entry) == name]
-    return f", which is of --search {' and '.join(takers)}" if takers else ""
+def _whose(name: str, command: str | None, what: str) -> str:
+    """Which searches of a command take an option, if some do."""
+    declared = options_of_searches(command or "discover")
+    takers = [search for search, entry in declared if option_name(entry) == name]
+    return f", which is of --{what} {' and '.join(takers)}" if takers else ""
 
 
 def turned(kind: SearchKind[Any], options: Any, *, more: bool, total: int) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from pahq_hf.cli.options import BatchOption
 from pahq_hf.cli.output import keeps_journal, verdict_in_table
 from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.bootstrap_options import BootstrapConfig, check_search
+from pahq_hf.search.bootstrap_options import BootstrapConfig, check_pairs, check_search
 from pahq_hf.search.kind import SearchKind
 from pahq_hf.search.registry import default_search, find_search, searches
 
@@ -73,9 +73,13 @@ def discover(
         raise ConfigError(
             f"search {search!r} has a command of its own: pahq {kind.command} --method {search}"
         )
+    if batch is not None and not kind.in_batches:
+        takers = " and ".join(each.name for each in _discoverers() if each.in_batches)
+        raise ConfigError(f"search {search!r} takes no --batch, which is of --search {takers}")
     drawn = _bootstrap(bootstrap, consensus=consensus, seed=bootstrap_seed)
     if drawn is not None:
         check_search(kind, kind.make_options(chosen_options(kind, options)))
+        check_pairs(asked.task.n)
     wanted = prepare(kind, options, asked, out, batch=batch)
     if drawn is not None and not asked.run.as_json and not (out / CIRCUIT_NAME).exists():
         runs = f"{drawn.resamples + 1:,} searches, each as long as one without it"

@@ -16,9 +16,12 @@ from pahq_hf.cli.output import JsonOption, print_json, print_rich
 from pahq_hf.errors import ConfigError
 from pahq_hf.precision.threads import take_threads
 from pahq_hf.search.progress import make_progress
+from pahq_hf.tasks.catalog import foreseen_metric
 
 if TYPE_CHECKING:
     from pahq_hf.circuit.circuit import Circuit
+
+SAMPLES = 20
 
 
 def evaluate(
@@ -36,7 +39,7 @@ def evaluate(
     completeness: Annotated[
         bool, typer.Option("--completeness", help="The complement, and damage to circuit and model alike.")
     ] = False,
-    samples: Annotated[int, typer.Option(min=0, help="Random subsets for --completeness.")] = 20,
+    samples: Annotated[int, typer.Option(min=0, help="Random subsets for --completeness.")] = SAMPLES,
     audit: Annotated[
         int,
         typer.Option(
@@ -81,7 +84,10 @@ def evaluate(
     prompts.check()
     if plots is not None and not curve and reference is None:
         raise ConfigError("--plots draws what --curve and --reference measure: give one of them")
+    if samples != SAMPLES and not completeness:
+        raise ConfigError("--samples are random subsets of --completeness: give it too")
     found = Circuit.from_pretrained(circuit, token=source.token)
+    foreseen_metric(prompts.task, metric or found.record.arguments.metric)
     known = None if reference is None else _read_reference(reference)
     if known is not None:
         reference_facts(found, known)  # what does not fit should fail before the model runs

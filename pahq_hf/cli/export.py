@@ -10,6 +10,7 @@ import typer
 from pahq_hf.circuit.files import output_path
 from pahq_hf.cli.circuit_options import CircuitArgument
 from pahq_hf.cli.output import JsonOption, print_json
+from pahq_hf.errors import ConfigError
 
 _ExportFormat = Literal["mib", "mib-circuits", "csv", "graphml", "dot"]
 
@@ -28,6 +29,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a circuit for other tools: EAP-IG / MIB JSON, nine circuits for MIB, CSV, GraphML or DOT."""
+    if rank != "signed" and fmt != "mib-circuits":
+        raise ConfigError(f"--rank is of --format mib-circuits; the format is {fmt}")
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.interchange import export as write
 

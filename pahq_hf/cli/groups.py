@@ -37,6 +37,7 @@ from pahq_hf.cli.options import (
     ThreadsOption,
     TokenOption,
     TrustOption,
+    check_format,
     load_arguments,
     read_bytes,
     read_policy,
@@ -123,6 +124,7 @@ class PrecisionChoice:
         Raises:
             ConfigError: If options contradict each other.
         """
+        check_format(self.precision, self.fmt)
         return PAHQConfig(
             self.precision,
             self.fmt,

@@ -17,6 +17,7 @@ from pahq_hf.cli.options import (
     SplitOption,
     StoreOption,
     TablesOption,
+    check_format,
     read_bytes,
     read_policy,
 )
@@ -45,6 +46,7 @@ def info(
     from pahq_hf.config import PAHQConfig
     from pahq_hf.modeling.architectures.lookup import graph_spec
 
+    check_format(precision, fmt)
     arguments = source.arguments()
     pahq = PAHQConfig(
         precision,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pahq_hf.config import Ablation, Active, Compute, EngineName, Regime, StoreName
+from pahq_hf.config import Ablation, Active, Compute, EngineName, PAHQConfig, Regime, StoreName
 from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings
@@ -62,6 +62,18 @@ FormatOption = Annotated[
         help=f"Low-precision format: {', '.join(known_formats())}, or a registered one.",
     ),
 ]
+
+
+def check_format(precision: Regime, name: str) -> None:
+    """Check that a format is of a regime that has one.
+
+    Raises:
+        ConfigError: If somebody gave one, and it is not.
+    """
+    if precision == "fp32" and name != PAHQConfig().format:
+        raise ConfigError(f"--format {name} is of a low-precision regime; the precision is fp32")
+
+
 BudgetOption = Annotated[
     str | None, typer.Option(help="Memory for candidates and decoded weights, e.g. 4GiB.")
 ]

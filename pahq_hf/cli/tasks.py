@@ -9,7 +9,7 @@ import typer
 
 from pahq_hf.cli.options import RevisionOption, TokenOption, TrustOption, load_arguments
 from pahq_hf.cli.output import JsonOption, print_json, print_rich
-from pahq_hf.errors import ModelLoadError, TaskError
+from pahq_hf.errors import ConfigError, ModelLoadError, TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,8 @@ def tasks(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generated tasks, with an example of each."""
+    if model is None and (revision is not None or token is not None or trust_remote_code):
+        raise ConfigError("--revision, --token and --trust-remote-code are about a model: give --model too")
     from pahq_hf.cli.tables import facts_table
     from pahq_hf.tasks.catalog import DESCRIPTIONS
 

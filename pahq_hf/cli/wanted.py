@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pahq_hf.circuit.files import CIRCUIT_NAME, SWEEP_NAME, read_json, refuse_run, refuse_sweep
 from pahq_hf.cli.declared import chosen_options
 from pahq_hf.cli.ending import print_end
-from pahq_hf.cli.groups import ModelChoice, RunChoice, SearchChoice
+from pahq_hf.cli.groups import EngineChoice, ModelChoice, RunChoice, SearchChoice
 from pahq_hf.cli.output import exit_unverified, print_json, print_rich, say_resumed
 from pahq_hf.config import PAHQConfig
-from pahq_hf.errors import CircuitError
+from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.precision.threads import take_threads
 from pahq_hf.search.kind import SearchKind
 from pahq_hf.search.progress import make_progress
 from pahq_hf.search.settings import RunSettings
+from pahq_hf.tasks.catalog import foreseen_metric
 
 if TYPE_CHECKING:
     from pahq_hf.circuit.circuit import Circuit
@@ -68,6 +69,8 @@ def prepare(
     asked.task.check()
     options, engine = kind.make_options(chosen_options(kind, given)), limits.config(batch)
     precision = asked.precision.config()
+    kind.foresee(options, foreseen_metric(asked.task.task, options.metric), precision)
+    _check_limits(kind, options, asked.limits)
     _check_folder(out, run, is_sweep=sweep is not None)
     model = _load(asked.model, precision, run, out)
     task = asked.task.load(model.tokenizer)
@@ -83,6 +86,26 @@ def prepare(
         "progress": not run.as_json,
     }
     return Wanted(options, model, task, how)
+
+
+def _check_limits(kind: SearchKind[Any], options: Any, limits: EngineChoice) -> None:
+    """Check that a search has a use for what is said of engines.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if kind.is_own or getattr(options, "has_engine", True):
+        return
+    given = {
+        "engine": limits.engine is not None,
+        "memory-budget": limits.memory_budget is not None,
+        "activation-store": limits.activation_store != "ram",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"method {kind.name!r} takes no --{name}, which is of --method exact: it has no engine"
+            )
 
 
 def _check_folder(out: Path, run: RunChoice, *, is_sweep: bool) -> None:

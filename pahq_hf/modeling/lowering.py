@@ -44,10 +44,7 @@ def lower(
         ConfigError: If the model is not in float32, or a pattern of the policy matches nothing.
         ModelLoadError: If a weight holds NaN or infinity, or the spill file cannot be written.
     """
-    if model.hf.dtype != torch.float32:
-        raise ConfigError(
-            "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
-        )
+    check_lowerable(model.hf.dtype)
     formats: dict[WeightMatrix, Layout] = dict(layouts(model.precision.parts, policy or {}, fmt).items())
     stay = embeddings is None and model.embedding.weight.is_meta
     if embeddings is not None or stay:
@@ -66,6 +63,18 @@ def lower(
             linear.lower(formats[linear], blocks[name], compute, device)
         trim()
     model.precision.free_staging()
+
+
+def check_lowerable(dtype: torch.dtype) -> None:
+    """Check that weights of a dtype can be kept in low precision.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if dtype != torch.float32:
+        raise ConfigError(
+            "low-precision regimes need dtype=torch.float32: load the model so, or choose precision fp32"
+        )
 
 
 def _named_linears(model: PatchedModel) -> Iterator[tuple[str, PAHQLinear]]:

@@ -12,13 +12,16 @@ from pahq_hf.config import (
     Criterion,
     Direction,
     JsonConfig,
+    PAHQConfig,
     check_choice,
     check_metric_name,
     check_number,
 )
-from pahq_hf.errors import ConfigError
+from pahq_hf.errors import ConfigError, MetricError
+from pahq_hf.search.attribution.kinds import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import check_criterion, check_direction, shifted, told
+from pahq_hf.tasks.metrics import find_metric
 
 Tests = Literal["all", "verified"]
 GreedyT = TypeVar("GreedyT", bound="GreedyOptions")
@@ -101,6 +104,15 @@ class GreedyOptions(JsonConfig):
         """Raise `ConfigError` when the threshold is out of range."""
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ConfigError(f"threshold must be a finite number >= 0; got {self.threshold}")
+
+    def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
+        """Check what needs no model (`SearchKind.foresee`).
+
+        Raises:
+            ConfigError: If there is a margin where there is no second look.
+        """
+        if self.margin and precision.regime != "pahq":
+            raise ConfigError(f"a margin needs precision pahq: in {precision.regime} there is no second look")
 
     def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
         """Options of another run that would keep more edges, or fewer.
@@ -203,6 +215,21 @@ class ACDCConfig(GreedyOptions):
             )
         if self.screen is not None:
             parse_screen(self.screen)
+
+    def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
+        """Check what needs no model (`SearchKind.foresee`).
+
+        Raises:
+            ConfigError: If there is a margin where there is no second look.
+            MetricError: If the screen's method means nothing for the metric, or estimates have no gradient.
+        """
+        super().foresee(metric, precision)
+        if metric is None:
+            return
+        if self.screen is not None:
+            check_gradient(parse_screen(self.screen)[0], metric)
+        if self.estimates and not find_metric(metric).differentiable:
+            raise MetricError(f"metric {metric} has no gradient, which estimates follow: use tests all")
 
     @property
     def estimates(self) -> bool:

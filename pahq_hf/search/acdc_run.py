@@ -22,12 +22,9 @@ from pahq_hf.circuit.files import SCREEN_NAME
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.precision.margin import default_margin
 from pahq_hf.search.acdc import Decider, search
 from pahq_hf.search.acdc_options import ACDCConfig, GreedyT
-from pahq_hf.search.attribution.methods import check_gradient
-from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.expectation import search_progress
 from pahq_hf.search.kind import Found
@@ -36,7 +33,6 @@ from pahq_hf.search.replay import replay, step_of
 from pahq_hf.search.screen import Screen, make_screen
 from pahq_hf.search.state import ReaderRecord, Search
 from pahq_hf.search.work import Work
-from pahq_hf.tasks.metrics import find_metric
 
 
 def acdc(work: Work[ACDCConfig]) -> Found:
@@ -117,10 +113,7 @@ def resolve(options: ACDCConfig, setting: Setting) -> ACDCConfig:
         MetricError: If the screen's method means nothing for the metric, or estimates have no gradient.
     """
     setting.graph.match_readers(options.readers)  # a wrong glob fails before any work
-    if options.screen is not None:
-        check_gradient(parse_screen(options.screen)[0], setting.metric)
-    if options.tests == "verified" and not find_metric(setting.metric).differentiable:
-        raise MetricError(f"metric {setting.metric} has no gradient, which estimates follow: use tests all")
+    options.foresee(setting.metric, setting.precision)
     return with_margin(options, setting.precision)
 
 
@@ -135,8 +128,7 @@ def with_margin(acdc: GreedyT, pahq: PAHQConfig) -> GreedyT:
             return acdc
         formats = {pahq.format, *pahq.policy.values()}
         return replace(acdc, margin=default_margin(formats, pahq.compute))
-    if acdc.margin:
-        raise ConfigError(f"a margin needs precision pahq: in {pahq.regime} there is no second look")
+    acdc.foresee(None, pahq)
     return acdc
 
 

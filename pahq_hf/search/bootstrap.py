@@ -124,7 +124,7 @@ class BootstrapRun(Run[OptionsT]):
         progress: bool = True,
     ) -> None:
         check_search(kind, options)
-        check_pairs(subject.task)
+        check_pairs(len(subject.task))
         self._original = make_run(kind, options, subject, progress=progress)
         super().__init__(kind, self._original.options, subject, progress=progress)
         self._wanted, self._subject, self._asked, self._progress = options, subject, asked, progress

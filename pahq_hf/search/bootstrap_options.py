@@ -10,7 +10,6 @@ from pahq_hf.errors import ConfigError, describe
 
 if TYPE_CHECKING:
     from pahq_hf.search.kind import SearchKind
-    from pahq_hf.tasks.base import Task
 
 _MOST = 10_000  # resamples
 
@@ -75,11 +74,14 @@ def check_search(kind: SearchKind[Any], options: Any) -> None:
         )
 
 
-def check_pairs(task: Task) -> None:
+def check_pairs(examples: int | None) -> None:
     """Check that there are prompts to draw from.
+
+    Args:
+        examples: How many pairs the task has; None if that is not known yet.
 
     Raises:
         ConfigError: If there is one pair.
     """
-    if len(task) < 2:
+    if examples is not None and examples < 2:
         raise ConfigError("a bootstrap draws from the task's pairs, and there is but one: give two or more")

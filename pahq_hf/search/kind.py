@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.run_record import RunRecord
-from pahq_hf.config import Ablation, Criterion, Direction, JsonConfig, check_choice, check_metric_name
+from pahq_hf.config import (
+    Ablation,
+    Criterion,
+    Direction,
+    JsonConfig,
+    PAHQConfig,
+    check_choice,
+    check_metric_name,
+)
 from pahq_hf.errors import ConfigError, check_names, code_of, describe
 
 if TYPE_CHECKING:  # a kind is known before torch is
@@ -190,6 +198,8 @@ class SearchKind(Generic[OptionsT]):
             there.
         check: Checks a finished circuit against the journal of its search.
         is_own: Whether it is somebody's own, not the package's.
+        without: Options that it has no use for, though others with the same class have.
+        in_batches: Whether it tries candidates side by side (`EngineConfig.batch`).
     """
 
     name: str
@@ -203,6 +213,8 @@ class SearchKind(Generic[OptionsT]):
     resolve: Callable[[OptionsT, Setting], OptionsT] | None = None
     check: Callable[[Work[OptionsT], Found], None] | None = None
     is_own: bool = False
+    without: frozenset[str] = frozenset()
+    in_batches: bool = True
 
     def direction_of(self, options: OptionsT) -> Direction:
         """In which direction it searches; somebody's own search knows one."""
@@ -216,7 +228,8 @@ class SearchKind(Generic[OptionsT]):
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the options that can be given."""
-        return tuple(entry.name for entry in fields(self.options) if entry.name not in self.fixed)
+        left = {*self.fixed, *self.without}
+        return tuple(entry.name for entry in fields(self.options) if entry.name not in left)
 
     def make_options(self, values: Mapping[str, Any]) -> OptionsT:
         """Options by name.
@@ -232,6 +245,21 @@ class SearchKind(Generic[OptionsT]):
                 raise ConfigError(f"search {self.name!r} needs option {entry.name!r}, which has no default")
         with self.running():
             return self.options(**given)
+
+    def foresee(self, options: OptionsT, metric: str | None, precision: PAHQConfig) -> None:
+        """Check options against what is known before there is a model.
+
+        Args:
+            options: The options.
+            metric: Name of the metric; None where only the data will tell.
+            precision: How weights will be kept.
+
+        Raises:
+            ConfigError: If one cannot be.
+            MetricError: If one means nothing for the metric.
+        """
+        if not self.is_own and hasattr(options, "foresee"):
+            options.foresee(metric, precision)
 
     def resolved(self, options: OptionsT, setting: Setting) -> OptionsT:
         """Options, checked against a setting and for what a journal can hold.

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
-from pahq_hf.config import Criterion, Direction, check_choice, check_number
-from pahq_hf.errors import ConfigError
+from pahq_hf.config import Criterion, Direction, PAHQConfig, check_choice, check_number
+from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.search.kind import SearchOptions, check_direction, told
+from pahq_hf.tasks.metrics import find_metric
 
 MOST_VALIDATION = 0.5
+LEARN_PAIRS = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LearningOptions(SearchOptions):
 
     minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
     learn_pairs: int = field(
-        default=256, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
+        default=LEARN_PAIRS, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
     )
     validation: float = field(
         default=0.25,
@@ -57,12 +59,26 @@ class LearningOptions(SearchOptions):
                 f"{self.search} brings the gap down: its criterion is gap, not {self.criterion}"
             )
         self.check_whole({"minibatch": 1, "learn_pairs": 0, "seed": 0})
+        if self.ablation.startswith("mean") and self.learn_pairs not in (LEARN_PAIRS, 0):
+            raise ConfigError(
+                f"learn_pairs draws more pairs than are searched, and ablation {self.ablation} learns from "
+                "those alone: their means would be others"
+            )
         check_number("validation", self.validation)
         if not 0 <= self.validation <= MOST_VALIDATION:
             raise ConfigError(
                 f"validation must be a share from 0 to {MOST_VALIDATION:g}, of the pairs that are kept back; "
                 f"got {self.validation!r}"
             )
+
+    def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
+        """Check what needs no model (`SearchKind.foresee`).
+
+        Raises:
+            MetricError: If the metric has no gradient.
+        """
+        if metric is not None and not find_metric(metric).differentiable:
+            raise MetricError(f"metric {metric} has no gradient, by which {self.search} ranks edges")
 
     def check_whole(self, least: Mapping[str, int]) -> None:
         """Check that options are whole numbers.

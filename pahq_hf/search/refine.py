@@ -25,7 +25,7 @@ import numpy as np
 
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError, MetricError
+from pahq_hf.errors import ConfigError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
@@ -38,7 +38,6 @@ from pahq_hf.search.pairs import learned_from, warn_unsplit
 from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
 from pahq_hf.search.work import Work
-from pahq_hf.tasks.metrics import find_metric
 
 _MORE = 1.4  # times as many edges as are asked for are learned
 _PLUS = 100  # and so many more at least
@@ -56,8 +55,7 @@ def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
     total = setting.graph.edge_count
     if options.edges is not None and options.edges > total:
         raise ConfigError(f"this model has {total:,} edges; cannot keep {options.edges:,} of them")
-    if not find_metric(setting.metric).differentiable:
-        raise MetricError(f"metric {setting.metric} has no gradient, by which refine ranks edges")
+    options.foresee(setting.metric, setting.precision)
     return options
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from pahq_hf.config import check_number
@@ -84,3 +84,7 @@ class RefineOptions(LearningOptions):
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
         self.check_whole({"steps": 0} | ({} if self.edges is None else {"edges": 1}))
         self.check_range({"rate": _MOST, "noise": _MOST})
+        learning = [entry for entry in fields(self) if entry.name in ("rate", "noise")]
+        for entry in learning if self.steps == 0 else []:
+            if getattr(self, entry.name) != entry.default:
+                raise ConfigError(f"{entry.name} is of steps of learning, and steps 0 takes none")

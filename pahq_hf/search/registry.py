@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pahq_hf.circuit.run_record import TITLES
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.acdc_options import ACDCConfig
-from pahq_hf.search.attribution.kinds import METHODS
+from pahq_hf.search.attribution.kinds import METHODS, OWN
 from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.declaration import check_declarations, check_shared, option_name
@@ -119,10 +119,10 @@ def searches() -> Mapping[str, SearchKind[Any]]:
     return dict(_SEARCHES)
 
 
-def options_of_discover() -> Iterator[tuple[str, Field[Any]]]:
-    """Every option that can be given of every search of `pahq discover`, after the search's name."""
+def options_of(*commands: str) -> Iterator[tuple[str, Field[Any]]]:
+    """Every option that can be given of every search of some commands of `pahq`, after the search's name."""
     for kind in _SEARCHES.values():
-        if kind.command == "discover":
+        if kind.command in commands:
             yield from ((kind.name, entry) for entry in fields(kind.options) if entry.name in kind.fields)
 
 
@@ -132,7 +132,7 @@ def advice_on(kind: SearchKind[Any]) -> dict[str, str]:
     They are those of other searches, and its own by their names on the command line.
     """
     found: dict[str, list[str]] = {}
-    for search, entry in options_of_discover():
+    for search, entry in options_of("discover", *([] if kind.command is None else [kind.command])):
         if entry.name not in kind.fields:
             found.setdefault(entry.name, []).append(search)
     advice = {name: f"it is an option of search {' and '.join(others)}" for name, others in found.items()}
@@ -238,6 +238,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
             AttributionConfig,
             _attribute,
             fixed={"method": name},
+            without=frozenset(OWN) - method.takes,
             phase="scores",
             command="attribute",
             resolve=_resolve_attribution,
@@ -249,6 +250,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         "learned scores, refined by exact tests",
         RefineOptions,
         _refine,
+        in_batches=False,
         resolve=_resolve_refine,
         check=_check_refine,
     ),

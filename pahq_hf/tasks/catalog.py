@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pahq_hf.errors import MetricError
 from pahq_hf.tasks import docstring, gendered_pronoun, greater_than, induction, ioi, sva
-from pahq_hf.tasks.metrics import default_metric
+from pahq_hf.tasks.metrics import default_metric, find_metric
+
+_WITHOUT_DISTRACTORS = ("induction",)  # what is right there is right against all
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,25 @@ DESCRIPTIONS: tuple[TaskFacts, ...] = (
         default_metric("sva"),
     ),
 )
+
+
+def foreseen_metric(task: str, given: str | None) -> str | None:
+    """What a task will be scored with, checked as far as that is known before there are prompts.
+
+    Args:
+        task: What `load_task` is given.
+        given: The metric that is asked for; None takes the task's own.
+
+    Returns:
+        Name of the metric; None where only the data will tell.
+
+    Raises:
+        MetricError: If there is no such metric, or a generated task lacks what it needs.
+    """
+    name = task.partition(":")[0]
+    if name not in [facts.name for facts in DESCRIPTIONS]:
+        return given
+    metric = default_metric(name) if given is None else given
+    if "distractors" in find_metric(metric).needs and name in _WITHOUT_DISTRACTORS:
+        raise MetricError(f"metric {metric} needs a distractor for every example; task {name!r} has none")
+    return metric

@@ -119,7 +119,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_options_go_to_json_and_back() -> None:
-    config = AttributionConfig("hisp", "nll", 7, topn=3, absolute=True, ablation="zero", seed=4)
+    config = AttributionConfig("eap-ig", "nll", 7, topn=3, absolute=True, ablation="zero")
     assert AttributionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -19,8 +19,7 @@ from pahq_hf.engine.backward_rules import DERIVATIVE, GIM, BackwardRules
 from pahq_hf.engine.protocol import Engine, GradientRuns, Gradients, Part
 from pahq_hf.errors import MetricError
 from pahq_hf.precision.sums import add_rows
-from pahq_hf.search.attribution.kinds import METHODS, MethodName
-from pahq_hf.tasks.metrics import find_metric
+from pahq_hf.search.attribution.kinds import check_gradient
 
 Scores = NDArray[np.float64]
 
@@ -30,29 +29,6 @@ _CANDIDATES = 64  # edges removed side by side
 
 def _nobody(_: int) -> None:
     """Nobody counts."""
-
-
-def check_gradient(method: MethodName, metric: str) -> None:
-    """Check that a method means anything for a metric.
-
-    Args:
-        method: Name of the method.
-        metric: Name of the metric.
-
-    Raises:
-        MetricError: If there is no such metric, or the method takes a gradient that it does not have, or that
-            is zero at the clean run.
-    """
-    spec, gradient = find_metric(metric), METHODS[method].gradient
-    if gradient != "nowhere" and not spec.differentiable:
-        raise MetricError(
-            f"{method} cannot use {metric}, which has no gradient; use exact, or a metric such as logit_diff"
-        )
-    if gradient == "clean" and spec.flat_at_full:
-        raise MetricError(
-            f"{method} cannot use {metric}: its gradient at the clean run is zero, and so would be every "
-            "score; use eap-ig, or a metric such as logit_diff"
-        )
 
 
 def eap(runs: GradientRuns, on_done: Done = _nobody) -> Scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 from pahq_hf.config import (
@@ -11,12 +11,22 @@ from pahq_hf.config import (
     Criterion,
     Direction,
     JsonConfig,
+    PAHQConfig,
     check_choice,
     check_metric_name,
     check_number,
 )
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.attribution.kinds import MEMBERS, METHODS, MethodName, parse_members
+from pahq_hf.search.attribution.kinds import (
+    MEMBERS,
+    METHODS,
+    OWN,
+    MethodName,
+    check_gradient,
+    check_own,
+    methods_of,
+    parse_members,
+)
 from pahq_hf.search.kind import Unsaid, check_criterion, check_direction, told
 
 
@@ -92,8 +102,13 @@ class AttributionConfig(JsonConfig):
         check_direction(self.direction, self.ablation)
         check_criterion(self.criterion, self.absolute)
         parse_members(self.members)
-        if self.method != "ensemble" and self.members != MEMBERS:
-            raise ConfigError(f"members are of method ensemble; the method is {self.method}")
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        values = {name: getattr(self, name) for name in OWN}
+        check_own(
+            self.method,
+            self.members,
+            {name: value for name, value in values.items() if value != defaults[name]},
+        )
         if self.method in ("random", "ensemble") and self.criterion == "gap":
             raise ConfigError(
                 f"criterion gap means nothing for method {self.method}, whose scores are of no metric"
@@ -115,6 +130,21 @@ class AttributionConfig(JsonConfig):
             raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0; got {self.seed}")
+
+    def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
+        """Check what needs no model (`SearchKind.foresee`).
+
+        Raises:
+            MetricError: If the method means nothing for the metric.
+        """
+        for method in methods_of(self.method, self.members):
+            if metric is not None:
+                check_gradient(method, metric)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine measures circuits for it."""
+        return any(METHODS[method].has_engine for method in methods_of(self.method, self.members))
 
     @property
     def by_size(self) -> bool:

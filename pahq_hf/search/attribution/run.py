@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.attribution.methods import Scores, check_gradient
+from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.attribution.options import AttributionConfig
-from pahq_hf.search.attribution.scoring import edge_scores, methods_of
+from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import edges_from, top_edges
 from pahq_hf.search.kind import Found
 from pahq_hf.search.work import Work
@@ -56,8 +56,7 @@ def resolve(options: AttributionConfig, setting: Setting) -> AttributionConfig:
         MetricError: If the method means nothing for the metric.
         ConfigError: If more edges are asked for than there are.
     """
-    for method in methods_of(options.method, options.members):
-        check_gradient(method, setting.metric)
+    options.foresee(setting.metric, setting.precision)
     total = setting.graph.edge_count
     if options.topn is not None and options.topn > total:
         raise ConfigError(f"this model has {total:,} edges; cannot keep {options.topn:,} of them")

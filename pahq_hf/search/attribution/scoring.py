@@ -12,12 +12,11 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
-from pahq_hf.search.attribution.kinds import MEMBERS, MethodName, parse_members
+from pahq_hf.search.attribution.kinds import MEMBERS, MethodName, check_gradient, methods_of
 from pahq_hf.search.attribution.methods import (
     Done,
     Scores,
     check_finite,
-    check_gradient,
     clean_corrupted,
     eap,
     eap_ig,
@@ -95,11 +94,6 @@ def edge_scores(
         runs.cache_clear()
         trim()  # the runs are gone: whoever evaluates or searches next has runs of its own
     return mean_of_shares(found) if method == "ensemble" else found[0]
-
-
-def methods_of(method: MethodName, members: str) -> tuple[MethodName, ...]:
-    """The methods whose scores one is made of: itself, or the members of an ensemble."""
-    return parse_members(members) if method == "ensemble" else (method,)
 
 
 def _exactly(
