@@ -18,6 +18,7 @@ Active = Literal["receiver", "both"]
 Compute = Literal["auto", "fp32", "bf16", "fp8"]
 Ablation = Literal["corrupted", "zero", "mean", "mean-corrupted"]
 Criterion = Literal["signed", "absolute", "gap"]  # by what of an edge searches decide
+Level = Literal["edge", "node"]  # what searches keep or remove
 Direction = Literal["noising", "denoising", "both"]  # in which prompts are patched into each other
 EngineName = Literal["sparse", "hooks"]
 StoreName = Literal["ram", "disk"]

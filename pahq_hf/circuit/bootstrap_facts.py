@@ -24,6 +24,7 @@ class BootstrapFacts(Section):
         unconfirmed: Resamples whose circuit the hooks engine did not confirm.
         seconds: What the searches on the resamples took.
         evaluations: Values of the metric that they computed.
+        units: `node`, where the above counts whole nodes and not edges.
     """
 
     resamples: int | None = None
@@ -38,6 +39,7 @@ class BootstrapFacts(Section):
     unconfirmed: int | None = None
     seconds: float | None = None
     evaluations: int | None = None
+    units: str | None = None
 
     @property
     def texts(self) -> dict[str, str]:
@@ -45,6 +47,7 @@ class BootstrapFacts(Section):
         found: dict[str, str] = {}
         if self.resamples is None:
             return found
+        of = "nodes" if self.units == "node" else "edges"
         if self.between is not None and self.with_circuit is not None:
             found["stability"] = (
                 f"Jaccard {self.between:.3g} between two of {self.resamples:,} resamples, "
@@ -53,11 +56,11 @@ class BootstrapFacts(Section):
         if self.unconfirmed:
             found["resamples not verified"] = f"{self.unconfirmed:,} of {self.resamples:,}"
         if self.always is not None and self.ever is not None:
-            found["edges of resamples"] = f"{self.always:,} in all, {self.ever:,} in any"
+            found[f"{of} of resamples"] = f"{self.always:,} in all, {self.ever:,} in any"
         if self.consensus is not None and self.share is not None:
             value = "undefined" if self.faithfulness is None else f"{self.faithfulness:.4g}"
             share = f"{self.share:.4g} of the resamples or more"
-            found["consensus"] = f"{self.consensus:,} edges, in {share}: faithfulness {value}"
+            found["consensus"] = f"{self.consensus:,} {of}, in {share}: faithfulness {value}"
         if self.seconds is not None:
             found["seconds of resamples"] = f"{self.seconds:.6g}"
         return found

@@ -67,6 +67,7 @@ def render_card(
         swapped=swapped_text(run),
         criterion=None if asked.criterion == "signed" else asked.criterion,
         precision=_precision(run.precision),
+        nodes=run.nodes,
         kept=edges.edge_count,
         live=int(edges.live.sum()),
         tested=run.edges.tested or 0,

@@ -31,6 +31,7 @@ from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.naming import without_place
+from pahq_hf.circuit.nodes import ScoredNodes
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
 from pahq_hf.circuit.storage import StoredCircuit, read_circuit, write_circuit
@@ -58,6 +59,8 @@ class Circuit:
             [readers, writers]
         frequencies: Of a search with a bootstrap, the share of the resamples in which each edge was kept.
             [readers, writers]
+        scored_nodes: Of a search at level node, which heads and MLPs are in, and their scores; an edge's
+            score is that of the lesser of its ends then.
     """
 
     graph: Graph
@@ -70,6 +73,7 @@ class Circuit:
     estimated: BoolArray | None = None
     found_by: FoundBy | None = None
     frequencies: NDArray[np.float64] | None = None
+    scored_nodes: ScoredNodes | None = None
 
     def __post_init__(self) -> None:
         self.model = without_place(self.model)
@@ -87,6 +91,7 @@ class Circuit:
             self.estimated,
             self.found_by,
             self.frequencies,
+            self.scored_nodes,
         )
 
     @property
@@ -148,6 +153,13 @@ class Circuit:
     def nodes(self) -> list[str]:
         """Names of the nodes that a kept edge touches, in model order, `logits` last."""
         return self.scored.nodes
+
+    @property
+    def node_scores(self) -> dict[str, float]:
+        """Scores of all heads and MLPs by name, of a search at level node; else empty."""
+        nodes = self.scored_nodes
+        tested = [] if nodes is None else np.flatnonzero(nodes.tested).tolist()
+        return {self.graph.writers[w].name: float(nodes.scores[w]) for w in tested} if nodes else {}
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """The circuit as a directed multigraph of nodes (`ScoredEdges.to_networkx`)."""
@@ -317,4 +329,5 @@ class Circuit:
             edges.estimated,
             edges.found_by,
             edges.frequencies,
+            edges.scored_nodes,
         )

@@ -70,20 +70,24 @@ def to_mib(circuit: Circuit) -> dict[str, Any]:
     }
     return {
         "cfg": cfg,
-        "nodes": {name: {"in_graph": name in kept_nodes} for name in names},
+        "nodes": {
+            name: {"in_graph": name in kept_nodes, **circuit.scored.more_of_node(name)} for name in names
+        },
         "edges": dict(_mib_edges(circuit)),
     }
 
 
 def _mib_edges(circuit: Circuit) -> Iterator[tuple[str, dict[str, Any]]]:
-    graph = circuit.graph
+    graph, edges = circuit.graph, circuit.scored
     for r, reader in enumerate(graph.readers):
-        targets = [reader.name]
+        inside = edges.targets(r)  # of whole nodes not every head that reads there is
+        targets = {reader.name: bool(inside)}
         if reader.kind in ("k", "v"):
-            targets = [f"{graph.writers[node].name}<{reader.kind}>" for node in reader.nodes]
+            names = [graph.writers[node].name for node in reader.nodes]
+            targets = {f"{name}<{reader.kind}>": name in inside for name in names}
         for w in range(int(graph.prefix[r])):
-            facts = {"score": float(circuit.scores[r, w]), "in_graph": bool(circuit.kept[r, w])}
-            for target in targets:
+            for target, is_in in targets.items():
+                facts = {"score": float(circuit.scores[r, w]), "in_graph": is_in and bool(circuit.kept[r, w])}
                 yield f"{graph.writers[w].name}->{target}", facts
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pahq_hf.circuit.bootstrap_facts import BootstrapFacts
 from pahq_hf.circuit.confirmation import Confirmation
 from pahq_hf.circuit.estimates import EstimateFacts
+from pahq_hf.circuit.nodes import ScoredNodes
 from pahq_hf.circuit.sections import Section
 from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError
@@ -23,7 +24,7 @@ TITLES = {
     "exact": "removing each edge alone",
     "random": "random scores",
 }
-_OBJECTS = ("header", "arguments", "precision", "task", "edges", "metric", "seconds")
+_OBJECTS = ("header", "arguments", "precision", "task", "edges", "nodes", "metric", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,33 @@ class EdgeCounts(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeCounts(Section):
+    """How many heads and MLPs there are, where whole nodes are kept or removed.
+
+    Attributes:
+        total: In the graph.
+        tested: Heads and MLPs with a score.
+        kept: In the circuit.
+    """
+
+    total: int | None = None
+    tested: int | None = None
+    kept: int | None = None
+
+    @classmethod
+    def of(cls, nodes: ScoredNodes | None) -> NodeCounts:
+        """Of the nodes of a circuit; None has none."""
+        if nodes is None:
+            return cls()
+        return cls(total=len(nodes.kept) - 1, tested=int(nodes.tested.sum()), kept=nodes.count)
+
+    @property
+    def text(self) -> str | None:
+        """The same in words; None where edges are kept or removed."""
+        return None if self.kept is None or self.total is None else f"{self.kept:,} of {self.total:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskFacts(Section):
     """The prompts in words; `more` holds the rest of their `Task.source`.
 
@@ -134,6 +162,11 @@ class SearchArguments(Section):
         if self.more.get("criterion") == "gap":
             return "gap"
         return "absolute" if self.more.get("absolute") is True else "signed"
+
+    @property
+    def level(self) -> str:
+        """What was kept or removed: `edge` or `node`."""
+        return "node" if self.more.get("level") == "node" else "edge"
 
     @property
     def direction(self) -> str:
@@ -205,6 +238,7 @@ class RunRecord(Section):
         versions: Of everything that could change a number, and the device.
         hardware: The GPU.
         edges: How many were tested, kept, ...
+        nodes: The same of heads and MLPs, where these are the units.
         second_looks: Tests made again in FP32.
         estimates: Decisions taken by estimates, and their audit.
         screen: What a screen passed over.
@@ -235,6 +269,7 @@ class RunRecord(Section):
     versions: Mapping[str, Any] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
     edges: EdgeCounts = field(default_factory=EdgeCounts)
+    nodes: NodeCounts = field(default_factory=NodeCounts)
     second_looks: Mapping[str, Any] = field(default_factory=dict)
     estimates: EstimateFacts = field(default_factory=EstimateFacts)
     screen: Mapping[str, Any] = field(default_factory=dict)

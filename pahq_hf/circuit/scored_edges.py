@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.gates import GATES, FoundBy
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
+from pahq_hf.circuit.nodes import ScoredNodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class ScoredEdges:
             [readers, writers]
         frequencies: In which share of resamples of the prompts the search kept each edge; None of one without
             a bootstrap. [readers, writers]
+        scored_nodes: Where whole nodes were kept or removed, which; an edge's score is that of the lesser of
+            its ends then. None where edges were.
     """
 
     graph: Graph
@@ -37,6 +40,7 @@ class ScoredEdges:
     estimated: BoolArray | None = None
     found_by: FoundBy | None = None
     frequencies: NDArray[np.float64] | None = None
+    scored_nodes: ScoredNodes | None = None
 
     @property
     def edge_count(self) -> int:
@@ -60,6 +64,12 @@ class ScoredEdges:
         found = {"gate": self.gate(reader, writer), "frequency": self.frequency(reader, writer)}
         return {name: value for name, value in found.items() if value is not None}
 
+    def more_of_node(self, name: str) -> dict[str, str | float]:
+        """What is known of a node, where nodes have a score: that, its `gate`, its `frequency`."""
+        if self.scored_nodes is None or name == "logits":
+            return {}
+        return self.scored_nodes.more_of(self.graph.writer_index(name))
+
     @property
     def gates(self) -> dict[str, str]:
         """The same by the names of the edges that have one, in model order."""
@@ -81,26 +91,40 @@ class ScoredEdges:
         """Names of the nodes that a kept edge touches, in model order, `logits` last."""
         touched: BoolArray = np.any(self.kept, axis=0)
         for r in np.flatnonzero(self.kept.any(axis=1)):
-            touched[list(self.graph.readers[r].nodes)] = True
+            touched[self._led_to(int(r))] = True
         names = [writer.name for writer, inside in zip(self.graph.writers, touched, strict=True) if inside]
         return [*names, "logits"] if self.kept[self.graph.logits_reader].any() else names
+
+    def _led_to(self, reader: int) -> list[int]:
+        """Writers whose node an edge into a reader leads to; of nodes that are units those that are in."""
+        nodes, units = self.graph.readers[reader].nodes, self.scored_nodes
+        return [node for node in nodes if units is None or units.kept[node]]
+
+    def targets(self, reader: int) -> list[str]:
+        """Names of the nodes that an edge into a reader leads to: several where heads share it.
+
+        Of whole nodes it is those that are in the circuit.
+        """
+        if not self.graph.readers[reader].nodes:
+            return ["logits"]
+        return [self.graph.writers[node].name for node in self._led_to(reader)]
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """The kept edges as a directed multigraph of nodes.
 
         An edge carries `score`, `reader` (its full name), `kind` (q, k, v, mlp, logits) and, of a search in
         both directions, `gate`, with a bootstrap `frequency`. A shared key/value group becomes one edge to
-        each of its heads.
+        each of its heads. Where whole nodes were kept or removed, a node carries its `score`.
 
         Returns:
             The graph.
         """
         result = nx.MultiDiGraph()
-        result.add_nodes_from(self.nodes)
+        for name in self.nodes:
+            result.add_node(name, **self.more_of_node(name))
         for r, w in edge_list(self.kept):
             reader = self.graph.readers[r]
-            targets = [self.graph.writers[node].name for node in reader.nodes] or ["logits"]
-            for target in targets:
+            for target in self.targets(r):
                 result.add_edge(
                     self.graph.writers[w].name,
                     target,

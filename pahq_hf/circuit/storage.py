@@ -31,6 +31,7 @@ from pahq_hf.circuit.files import (
 from pahq_hf.circuit.gates import fits
 from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.nodes import NODE_TENSORS, node_tensors, read_nodes
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
 from pahq_hf.errors import CircuitError, ConfigError, RunError
@@ -82,7 +83,7 @@ class StoredCircuit:
                 "coupled_heads": spec.coupled,
                 **self.model,
             },
-            "nodes": {name: {"in_graph": True} for name in edges.nodes},
+            "nodes": {name: {"in_graph": True, **edges.more_of_node(name)} for name in edges.nodes},
             "edges": {
                 edges.graph.edge_name(r, w): {
                     "score": float(edges.scores[r, w]),
@@ -143,6 +144,8 @@ def _write_scores(edges: ScoredEdges, path: Path) -> None:
         tensors["found_by"] = edges.found_by.astype(np.uint8)
     if edges.frequencies is not None:
         tensors["frequency"] = edges.frequencies.astype(np.float64)
+    if edges.scored_nodes is not None:
+        tensors |= node_tensors(edges.scored_nodes)
     layout = {
         "axes": "readers, writers",
         "readers": [reader.name for reader in graph.readers],
@@ -196,7 +199,14 @@ def read_circuit(folder: Path) -> StoredCircuit:
         raise CircuitError(f"{folder / SCORES_NAME}: 'frequency' has no shares of resamples from 0 to 1")
     return StoredCircuit(
         ScoredEdges(
-            graph, kept, tensors["score"].astype(np.float64), tested, estimated, found_by, frequencies
+            graph,
+            kept,
+            tensors["score"].astype(np.float64),
+            tested,
+            estimated,
+            found_by,
+            frequencies,
+            read_nodes(tensors, document.get("nodes"), graph, kept, folder),
         ),
         model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
         discovery=discovery,
@@ -258,10 +268,12 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
         1 + spec.layers * (spec.heads + 2 * spec.kv_readers + mlp),
         1 + spec.layers * (spec.heads + mlp),
     )
+    found |= {name: tensors[name] for name in NODE_TENSORS if name in tensors}
     for name, tensor in found.items():
-        if tensor.shape != shape:
+        wanted = shape[1:] if name in NODE_TENSORS else shape
+        if tensor.shape != wanted:
             raise CircuitError(
-                f"{path}: {name} has shape {tensor.shape}; the graph in {CIRCUIT_NAME} has {shape}"
+                f"{path}: {name} has shape {tensor.shape}; the graph in {CIRCUIT_NAME} has {wanted}"
             )
     return found
 

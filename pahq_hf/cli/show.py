@@ -32,7 +32,7 @@ def show(
     """Show a circuit: what ran, kept edges per layer, the strongest edges; or a page or picture of it."""
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.files import write_atomically, write_text
-    from pahq_hf.cli.tables import edge_table, layer_table, run_table
+    from pahq_hf.cli.tables import edge_table, layer_table, node_table, run_table
 
     circuit = Circuit.from_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
     if html is not None:
@@ -49,4 +49,4 @@ def show(
     if as_json:
         print_json({**circuit.to_json(), "discovery": circuit.discovery})
     elif html is None and svg is None and png is None:
-        print_rich(run_table(circuit), layer_table(circuit), edge_table(circuit))
+        print_rich(run_table(circuit), layer_table(circuit), node_table(circuit) or edge_table(circuit))

@@ -125,6 +125,21 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
     return table
 
 
+def node_table(circuit: Circuit, count: int = _TOP) -> Table | None:
+    """The kept heads and MLPs with the largest scores; None where edges were kept or removed."""
+    nodes = circuit.scored_nodes
+    if nodes is None:
+        return None
+    kept = np.flatnonzero(nodes.kept & nodes.tested)
+    order = kept[np.argsort(-np.abs(nodes.scores[kept]), kind="stable")[:count]]
+    table = Table(title=f"Strongest {len(order)} nodes", title_justify="left")
+    table.add_column("node")
+    table.add_column("score", justify="right")
+    for node in order.tolist():
+        table.add_row(Text(circuit.graph.writers[node].name), f"{nodes.scores[node]:+.4g}")
+    return table
+
+
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
     """A sweep's circuits, one a line."""
     table = Table(

@@ -12,6 +12,7 @@ from pahq_hf.config import (
     Criterion,
     Direction,
     JsonConfig,
+    Level,
     PAHQConfig,
     check_choice,
     check_metric_name,
@@ -20,7 +21,15 @@ from pahq_hf.config import (
 from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.search.attribution.kinds import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
-from pahq_hf.search.kind import check_criterion, check_direction, shifted, told
+from pahq_hf.search.kind import (
+    LEVEL,
+    check_criterion,
+    check_direction,
+    check_level,
+    check_regime,
+    shifted,
+    told,
+)
 from pahq_hf.tasks.metrics import find_metric
 
 Tests = Literal["all", "verified"]
@@ -44,6 +53,7 @@ class GreedyOptions(JsonConfig):
         direction: `noising`: circuits run on clean prompts, removed edges carry corrupted activations.
             `denoising` searches with the two swapped; `both` keeps what either finds.
         readers: Comma-separated globs; only matching readers are searched, others keep all edges.
+        level: `edge`, or `node`: whole heads and MLPs are kept or removed, each with all its edges out.
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
             have no second look.
@@ -80,6 +90,7 @@ class GreedyOptions(JsonConfig):
             "into the corrupted run; both: the edges that either finds."
         ),
     )
+    level: Level = field(default="edge", metadata=LEVEL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +108,7 @@ class GreedyOptions(JsonConfig):
         check_choice("ablation", self.ablation, Ablation)
         check_direction(self.direction, self.ablation)
         check_criterion(self.criterion, self.absolute)
+        check_level(self.level, readers=self.readers, margin=self.margin or None)
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
 
@@ -109,8 +121,10 @@ class GreedyOptions(JsonConfig):
         """Check what needs no model (`SearchKind.foresee`).
 
         Raises:
-            ConfigError: If there is a margin where there is no second look.
+            ConfigError: If there is a margin where there is no second look, or no component of a node's to
+                raise.
         """
+        check_regime(self.level, precision)
         if self.margin and precision.regime != "pahq":
             raise ConfigError(f"a margin needs precision pahq: in {precision.regime} there is no second look")
 
@@ -158,6 +172,8 @@ class GreedyOptions(JsonConfig):
             del values["criterion"]
         if self.direction == "noising":
             del values["direction"]
+        if self.level == "edge":
+            del values["level"]
         return values | {name: "inf" for name in self.endless if values[name] == math.inf}
 
     @classmethod
@@ -215,6 +231,7 @@ class ACDCConfig(GreedyOptions):
             )
         if self.screen is not None:
             parse_screen(self.screen)
+        check_level(self.level, screen=self.screen, tests=self.tests if self.estimates else None)
 
     def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
         """Check what needs no model (`SearchKind.foresee`).

@@ -121,14 +121,16 @@ def with_margin(acdc: GreedyT, pahq: PAHQConfig) -> GreedyT:
     """The search with the margin of its regime.
 
     Raises:
-        ConfigError: If there is a margin where there is no second look.
+        ConfigError: If there is a margin where there is no second look, or no component of a node's to raise.
     """
+    acdc.foresee(None, pahq)
     if pahq.regime == "pahq":
+        if acdc.level == "node":
+            return replace(acdc, margin=0.0)
         if acdc.margin is not None:
             return acdc
         formats = {pahq.format, *pahq.policy.values()}
         return replace(acdc, margin=default_margin(formats, pahq.compute))
-    acdc.foresee(None, pahq)
     return acdc
 
 

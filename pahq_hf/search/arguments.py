@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from pahq_hf.checkpoint.arguments import PRECISION_KEYWORDS
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import ReaderOrder
-from pahq_hf.config import Ablation, Criterion, Direction, EngineConfig
+from pahq_hf.config import Ablation, Criterion, Direction, EngineConfig, Level
 from pahq_hf.errors import ConfigError, check_names, describe
 from pahq_hf.search.acdc_options import Tests
 from pahq_hf.search.attribution.kinds import MethodName
@@ -30,6 +30,7 @@ class SweepOptions(TypedDict, total=False):
     tests: Tests
     audit: float | None
     criterion: Criterion | None
+    level: Level
 
 
 class DiscoverOptions(SweepOptions, total=False):

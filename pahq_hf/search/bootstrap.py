@@ -84,9 +84,8 @@ class Stability:
             original: The circuit of the task as it is. [readers, writers]
             resamples: The circuits of its resamples, two at least. [readers, writers]
         """
-        counts = np.sum(np.stack(resamples), axis=0, dtype=np.int64)
         return cls(
-            np.asarray(counts / len(resamples)),
+            _shares(resamples),
             float(np.mean([_alike(a, b) for a, b in combinations(resamples, 2)])),
             float(np.mean([_alike(original, each) for each in resamples])),
         )
@@ -96,6 +95,30 @@ def _alike(a: BoolArray, b: BoolArray) -> float:
     """The Jaccard index; two circuits without edges are the same."""
     found = jaccard(a, b)
     return 1.0 if found is None else found
+
+
+def counted(circuit: Circuit, resamples: Sequence[Circuit]) -> Circuit:
+    """A circuit with how often resamples kept each edge; and each node, where nodes are kept or removed.
+
+    Args:
+        circuit: The circuit.
+        resamples: The circuits of the resamples.
+    """
+    nodes, edges = circuit.scored_nodes, _shares([each.kept for each in resamples])
+    inside = [each.scored_nodes.kept for each in resamples if each.scored_nodes is not None]
+    if nodes is not None and inside:
+        nodes = replace(nodes, frequencies=_shares(inside))
+    return replace(circuit, frequencies=edges, scored_nodes=nodes)
+
+
+def _shares(kept: Sequence[BoolArray]) -> NDArray[np.float64]:
+    return np.asarray(np.sum(np.stack(kept), axis=0, dtype=np.int64) / len(kept))
+
+
+def _frequencies(circuit: Circuit) -> list[list[Any] | None]:
+    nodes = circuit.scored_nodes
+    both = (circuit.frequencies, None if nodes is None else nodes.frequencies)
+    return [None if each is None else each.tolist() for each in both]
 
 
 class BootstrapRun(Run[OptionsT]):
@@ -158,10 +181,10 @@ class BootstrapRun(Run[OptionsT]):
             return None
         names = [self._name(number) for number in range(self._asked.resamples + 1)]
         if all(os.path.exists(folder / name / CIRCUIT_NAME) for name in names):
-            kept = [Circuit.from_pretrained(folder / name).kept for name in names]
-            same = np.array_equal(circuit.kept, kept[0])
-            shares = Stability.of(kept[0], kept[1:]).frequencies
-            if told is None or not (same and np.array_equal(shares, told)):
+            parts = [Circuit.from_pretrained(folder / name) for name in names]
+            same = np.array_equal(circuit.kept, parts[0].kept)
+            again = counted(circuit, parts[1:])
+            if told is None or not (same and _frequencies(circuit) == _frequencies(again)):
                 raise RunError(
                     f"the circuit in {folder} is not what its resamples found: one of them was changed; "
                     f"remove {CIRCUIT_NAME} and --resume to make it again"
@@ -206,29 +229,34 @@ class BootstrapRun(Run[OptionsT]):
                 self.check_lock()
                 count.advance(1)
         original, others = circuits[0], circuits[1:]
-        found = Stability.of(original.kept, [circuit.kept for circuit in others])
+        found = self._stability(circuits)
         consensus = self._consensus(found.frequencies, circuits)
         facts = self._facts(found, consensus, others)
         consensus.discovery["bootstrap"] = facts
         if folder is not None:
             self.check_lock()
             consensus.save_pretrained(folder / CONSENSUS_NAME)
-        circuit = replace(
-            original, discovery=original.discovery | {"bootstrap": facts}, frequencies=found.frequencies
+        circuit = counted(
+            replace(original, discovery=original.discovery | {"bootstrap": facts}), circuits[1:]
         )
         if folder is not None:
             self.save(circuit, folder)
         return circuit
 
+    def _stability(self, circuits: Sequence[Circuit]) -> Stability:
+        """What the resamples' circuits have in common, by what is kept or removed: edges or nodes."""
+        original, *others = (self.units.found(circuit).kept for circuit in circuits)
+        return Stability.of(original, others)
+
     def _consensus(self, frequencies: NDArray[np.float64], circuits: Sequence[Circuit]) -> Circuit:
-        """The edges that enough resamples kept, measured on the task as it is; frequencies are its scores."""
+        """What enough resamples kept, measured on the task as it is; frequencies are its scores."""
         share, count = self._asked.consensus, self._asked.resamples
         readers = getattr(self.options, "readers", None)
         kept: BoolArray = (frequencies >= share) & (frequencies > 0)
         kind = replace(
             self.kind,
             name="consensus",
-            title=f"edges in at least {share:.4g} of {count:,} resamples: {self.kind.title}",
+            title=f"{self.units.word}s in at least {share:.4g} of {count:,} resamples: {self.kind.title}",
             ranks_kept_first=False,
             fixed={},
             resolve=None,
@@ -237,22 +265,23 @@ class BootstrapRun(Run[OptionsT]):
         run = Run(kind, self.options, self._subject, progress=self._progress)
         run.fingerprint, run.called = self.fingerprint, ""
         with PeakMemory(self.setting.model.device) as peak:
-            final, engine = None, {}
+            found = self.units.circuit(
+                Found(
+                    kept,
+                    frequencies,
+                    np.logical_or.reduce([self.units.found(circuit).tested for circuit in circuits[1:]]),
+                    searched=None if readers is None else self.setting.graph.match_readers(readers),
+                )
+            )
+            engine: dict[str, Any] = {}
             if circuits[0].record.verified is not None:
                 with run.clock.phase("evaluate"):
-                    final = run.bench.engine.metric_of(kept)
+                    found = replace(found, final=run.bench.engine.metric_of(found.kept))
                     run.bench.engine.finish()
                 engine = {"settings": circuits[0].record.settings, "engine": circuits[0].record.engine}
-            found = Found(
-                kept,
-                frequencies,
-                np.logical_or.reduce([circuit.tested for circuit in circuits[1:]]),
-                final,
-                searched=None if readers is None else self.setting.graph.match_readers(readers),
-            )
             circuit = run.conclude(Searched(found, engine), run.bench.judge(), peak)
         run.bench.clear()
-        return replace(circuit, frequencies=frequencies)
+        return counted(circuit, circuits[1:])
 
     def _facts(self, found: Stability, consensus: Circuit, resamples: Sequence[Circuit]) -> dict[str, Any]:
         """What the record says of the resamples."""
@@ -264,11 +293,12 @@ class BootstrapRun(Run[OptionsT]):
             between=found.between,
             with_circuit=found.with_circuit,
             share=self._asked.consensus,
-            consensus=consensus.edge_count,
+            consensus=int(self.units.found(consensus).kept.sum()),
             faithfulness=None if verdict is None else verdict.faithfulness,
             always=int((found.frequencies == 1).sum()),
             ever=int((found.frequencies > 0).sum()),
             unconfirmed=sum(record.doubt is not None for record in records),
             seconds=round(sum(record.total_seconds or 0.0 for record in records), 3),
             evaluations=sum(record.evaluations or 0 for record in records),
+            units=None if self.units.word == "edge" else self.units.word,
         ).to_json()

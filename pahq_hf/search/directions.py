@@ -179,16 +179,17 @@ class BothWays(Run[OptionsT]):
         return Searched(replace(found, final=final), facts)
 
     def _union(self, circuits: dict[str, Circuit]) -> Found:
-        """The edges that either found, each with the better score of those that it has there."""
-        noising, denoising = (circuits[name] for name in DIRECTION_NAMES)
+        """What either found, each edge or node with the better score of those that it has there."""
+        noising, denoising = (self.units.found(circuits[name]) for name in DIRECTION_NAMES)
         readers = getattr(self.options, "readers", None)
-        by_size = getattr(self.options, "by_size", noising.record.arguments.criterion == "absolute")
+        criterion = circuits[DIRECTION_NAMES[0]].record.arguments.criterion
+        by_size = getattr(self.options, "by_size", criterion == "absolute")
         tested = noising.tested | denoising.tested
         takes = _is_better(denoising, noising, by_size=by_size)
         estimated = None
         if noising.estimated is not None and denoising.estimated is not None:
             estimated = np.where(takes, denoising.estimated, noising.estimated)
-        return Found(
+        union = Found(
             noising.kept | denoising.kept,
             np.where(takes, denoising.scores, noising.scores),
             tested,
@@ -197,10 +198,11 @@ class BothWays(Run[OptionsT]):
             estimated=estimated,
             found_by=np.where(tested, found_by(noising.kept, denoising.kept), 0).astype(np.uint8),
         )
+        return self.units.circuit(union)
 
 
-def _is_better(one: Circuit, other: Circuit, *, by_size: bool) -> BoolArray:
-    """Of which edges the score of one circuit counts before that of another. [readers, writers]
+def _is_better(one: Found, other: Found, *, by_size: bool) -> BoolArray:
+    """Of which edges the score of one search counts before that of another. [readers, writers]
 
     Args:
         one: The one.

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.gates import FoundBy
 from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.nodes import ScoredNodes
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.config import (
     Ablation,
     Criterion,
     Direction,
     JsonConfig,
+    Level,
     PAHQConfig,
     check_choice,
     check_metric_name,
@@ -71,6 +73,11 @@ def told(
     return {key: value for key, value in facts.items() if value is not None}
 
 
+LEVEL = told(
+    "edge: single edges are kept or removed; node: whole heads and MLPs, each with all its edges out."
+)
+
+
 def check_direction(direction: Direction, ablation: Ablation) -> None:
     """Check a direction against what stands in for removed edges.
 
@@ -95,6 +102,43 @@ def check_criterion(criterion: Criterion | None, absolute: bool) -> None:
         check_choice("criterion", criterion, Criterion)
     if absolute and criterion not in (None, "absolute"):
         raise ConfigError(f"absolute is criterion absolute: leave it out, or criterion {criterion}")
+
+
+def check_level(level: Level, **others: object) -> None:
+    """Check what is kept or removed against options that are about edges.
+
+    Args:
+        level: What is kept or removed.
+        **others: Values of such options by name; None where nothing is asked for.
+
+    Raises:
+        ConfigError: If it is none, or one of them means nothing for whole nodes.
+    """
+    check_choice("level", level, Level)
+    for name, value in others.items():
+        if level == "node" and value is not None:
+            raise ConfigError(f"level node has no {name}: {_NO_NODES[name]}")
+
+
+def check_regime(level: Level, precision: PAHQConfig) -> None:
+    """Check that what is kept or removed can be tested in a precision.
+
+    Raises:
+        ConfigError: If it is nodes, and the precision is about the component under test.
+    """
+    if level == "node" and precision.regime == "pahq-literal":
+        raise ConfigError(
+            "precision pahq-literal raises what reads the edge under test, and a node goes with edges into "
+            "many: at level node use pahq, fp32 or rtn"
+        )
+
+
+_NO_NODES = {
+    "readers": "they choose among edges, and a node goes with all of its edges out",
+    "margin": "a test of a node measures the whole circuit, in FP32 where edges have second looks",
+    "screen": "there are few nodes, and all are tested",
+    "tests": "there are few nodes, and all are tested; estimates are of edges",
+}
 
 
 def shifted(value: float, factor: float) -> float:
@@ -146,6 +190,7 @@ class Found:
         label: What tells it from others in a log; None has its verdict not logged.
         estimated: Tested edges whose score is an estimate; None if the search takes none. [readers, writers]
         found_by: Which direction found each edge, of a search in both. [readers, writers]
+        nodes: Where whole nodes were kept or removed, which; the pipeline fills it.
     """
 
     kept: BoolArray
@@ -157,6 +202,7 @@ class Found:
     label: str | None = ""
     estimated: BoolArray | None = None
     found_by: FoundBy | None = None
+    nodes: ScoredNodes | None = None
 
     def recordable(self, told: Iterable[str] = ()) -> dict[str, Any]:
         """Facts that the record of a run can hold; of the others there is a warning.

@@ -31,6 +31,7 @@ from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_bootstrap, r
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
+    NodeCounts,
     PrecisionFacts,
     RunRecord,
     SearchArguments,
@@ -50,6 +51,7 @@ from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.subject import Subject
+from pahq_hf.search.units import Units, units_of
 from pahq_hf.search.verification import Judge
 from pahq_hf.search.work import RunFolder, Work
 from pahq_hf.tasks.metrics import check_metric
@@ -110,6 +112,11 @@ class Run(Generic[OptionsT]):
         self.lock: RunLock | None = None  # while it has a folder
         self.called = ""
         self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
+
+    @property
+    def units(self) -> Units:
+        """What it keeps or removes."""
+        return units_of(self.options, self.setting.graph)
 
     @property
     def searched_on(self) -> Bench:
@@ -235,8 +242,7 @@ class Run(Generic[OptionsT]):
         journal = Journal.read(folder)
         if journal is not None:
             check_header(journal.header, self.told_header(), folder)
-            found = Found(circuit.kept, circuit.scores, circuit.tested, estimated=circuit.estimated)
-            self.kind.check(self._work(folder, journal), found)
+            self.kind.check(self._work(folder, journal), self.units.found(circuit))
 
     def _journal(self, folder: Path | None, resume: bool) -> Journal | None:
         """The journal of the run that is continued; None if there is none, or it did not get that far."""
@@ -282,7 +288,7 @@ class Run(Generic[OptionsT]):
         ):
             with self.kind.running():
                 returned = self.kind.function(work)
-            found = checked(returned, self.setting.graph, self.kind.name)
+            found = work.units.circuit(checked(returned, work.graph, self.kind.name))
             if found.final is None:
                 with self.clock.phase("evaluate"):
                     found = replace(found, final=work.metric_of(found.kept))
@@ -335,6 +341,7 @@ class Run(Generic[OptionsT]):
                 kept=verdict.kept,
                 live=verdict.live,
             ),
+            nodes=NodeCounts.of(found.nodes),
             apply=AppliedFacts.from_json(applied),
             seconds=self.clock.report(),
             peak_memory={
@@ -360,6 +367,7 @@ class Run(Generic[OptionsT]):
             means,
             found.estimated,
             found.found_by,
+            scored_nodes=found.nodes,
         )
 
     # -- 5. save --------------------------------------------------------------------------------------

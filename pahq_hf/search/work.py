@@ -24,6 +24,7 @@ from pahq_hf.search.kind import OptionsT
 from pahq_hf.search.progress import Progress
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.search.shared_answers import RecallingEngine
+from pahq_hf.search.units import Units, units_of
 from pahq_hf.tasks.base import Task
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Work(Generic[OptionsT]):
         options: What is asked for.
         setting: Model, task, metric, ablation and precision.
         limits: Which engine computes metrics, and what it may take.
+        units: What it keeps or removes: its graph, engines and gradients are of these.
         progress: Who is told how far it is.
         steps: What an earlier part of an interrupted run kept, in order; empty for a new one.
         is_begun: Whether there was such a part.
@@ -76,6 +78,7 @@ class Work(Generic[OptionsT]):
         self.options = options
         self.setting: Setting = bench.setting
         self.limits: EngineConfig = bench.limits
+        self.units: Units = units_of(options, bench.setting.graph)
         self.progress: Progress = bench.progress
         self.is_begun = journal is not None
         self._bench = bench
@@ -95,8 +98,8 @@ class Work(Generic[OptionsT]):
 
     @property
     def graph(self) -> Graph:
-        """The model's graph."""
-        return self.setting.graph
+        """The graph of what is kept or removed: the model's, where that is edges."""
+        return self.units.graph
 
     # -- what computes --------------------------------------------------------------------------------
 
@@ -111,7 +114,7 @@ class Work(Generic[OptionsT]):
             self._clock.watch("search", own.phases)
             self._before = own.evaluations
             self._recalling = self._bench.recalling(own)
-            self._own, self._engine = own, self._recalling or own
+            self._own, self._engine = own, self.units.engine(self._recalling or own)
             self._begin()
         return self._engine
 
@@ -131,7 +134,7 @@ class Work(Generic[OptionsT]):
         self._named = self._named or engine.name
         self._open.append(engine)
         try:
-            yield engine
+            yield self.units.engine(engine)
         finally:
             self._open.remove(engine)
             self._elsewhere += engine.evaluations
@@ -146,7 +149,7 @@ class Work(Generic[OptionsT]):
     def circuit_runs(self, task: Task) -> CircuitRuns:
         """Runs of some prompts whose gradients can be taken at circuits, captured now and quietly."""
         with self._clock.elsewhere():
-            return self._bench.on(task, quiet=True).circuit_runs()
+            return self.units.circuit_runs(self._bench.on(task, quiet=True).circuit_runs())
 
     def shared(self, key: object, make: Callable[[], T]) -> T:
         """What the first search of a sweep makes, and all its others take."""
@@ -235,7 +238,7 @@ class Work(Generic[OptionsT]):
         return None if self._journal is None or not self._got_on else self._journal.path.parent
 
     def metric_of(self, kept: BoolArray) -> float | None:
-        """A circuit's metric by the search's engine; None if it had none."""
+        """The metric of a circuit of edges by the search's engine; None if it had none."""
         if self._own is None:
             return None
         try:

@@ -22,7 +22,8 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
         run: What ran.
     """
     asked = run.arguments
-    facts = {
+    facts: dict[str, Any] = {
+        "level": "node" if asked.level == "node" else None,
         "threshold": _number(asked.threshold if asked.threshold is not None else asked.more.get("threshold")),
         "best edges": asked.topn,
         "most edges": _number(asked.more.get("edges")),

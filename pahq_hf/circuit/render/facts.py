@@ -56,6 +56,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "screen": asked.screen,
         "ablation": asked.ablation,
         "precision": run.precision.regime,
+        "nodes kept": run.nodes.text,
         "edges kept": f"{edges.edge_count:,} of {edges.graph.edge_count:,}",
         "searched": None if verdict is None else verdict.part,
         "edges live": int(edges.live.sum()),
@@ -79,10 +80,11 @@ def run_facts(circuit: Described) -> dict[str, Any]:
 
 
 def gates_text(edges: ScoredEdges) -> str | None:
-    """How many edges were found by which direction; None unless a search took both."""
-    if edges.found_by is None:
+    """How many edges, or nodes, were found by which direction; None unless a search took both."""
+    found = edges.found_by if edges.scored_nodes is None else edges.scored_nodes.found_by
+    if found is None:
         return None
-    counts = gate_counts(edges.found_by)
+    counts = gate_counts(found)
     return (
         f"noising alone {counts['AND']:,} (AND), denoising alone {counts['OR']:,} (OR), "
         f"both {counts['ADDER']:,} (ADDER)"

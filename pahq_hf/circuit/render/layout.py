@@ -99,7 +99,7 @@ def layout(circuit: ScoredEdges, *, all_nodes: bool = False, most: int | None = 
     edges: list[LayoutEdge] = []
     for r, w in edge_list(circuit.kept if most is None else _strongest(circuit, most)):
         reader, start = graph.readers[r], places[graph.writers[w].name]
-        for target in [graph.writers[node].name for node in reader.nodes] or ["logits"]:
+        for target in circuit.targets(r):
             edges.append(
                 LayoutEdge(
                     writer=start.name,
