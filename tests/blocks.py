@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FEW = 4  # examples of the blocks' tasks in `make test`
 _FENCE = re.compile(r"```(\w*)$")
+_LEARNS = re.compile(r"pahq discover (?=.*(--search refine|--edges))(?!.*--search (?!refine))")
 _MARK = re.compile(r"<!-- (not run|exhaustive): (.+) -->$")
 
 
@@ -102,9 +103,12 @@ def unfenced_code(file: str) -> list[str]:
     ]
 
 
-def fewer_examples(text: str) -> str:
-    """Code with tasks of at most `FEW` examples; nothing else is changed."""
-    return re.sub(r"(--n |\bn=)(\d+)\b", lambda found: f"{found[1]}{min(int(found[2]), FEW)}", text)
+def less_work(text: str) -> str:
+    """Code with tasks of at most `FEW` examples, edges and resamples, one step of learning."""
+    text = re.sub(r"(--n |\bn=)(\d+)\b", lambda found: f"{found[1]}{min(int(found[2]), FEW)}", text)
+    text = re.sub(r"(--bootstrap )\d+\b", r"\g<1>2", text)
+    text = re.sub(r"(--edges )\d\d+\b", r"\g<1>20", text)
+    return f"{text} --steps 1" if _LEARNS.match(text) and "--steps" not in text else text
 
 
 def run_file(file: str, *, exhaustive: bool) -> None:
@@ -112,18 +116,18 @@ def run_file(file: str, *, exhaustive: bool) -> None:
 
     Args:
         file: Which.
-        exhaustive: As written, those marked so as well; else on fewer examples.
+        exhaustive: As written, those marked so as well; else with less work.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(file):
         if not block.runs or (block.mark and not exhaustive):
             continue
         if block.language == "python":
-            text = block.text if exhaustive else fewer_examples(block.text)
+            text = block.text if exhaustive else less_work(block.text)
             exec(compile("\n" * (block.line - 1) + text, ROOT / file, "exec"), namespace)
             continue
         for command in block.commands:
-            code = _run_command(command if exhaustive else fewer_examples(command))
+            code = _run_command(command if exhaustive else less_work(command))
             if code:
                 raise SystemExit(f"{file}:{block.line}: `{command}` ended with exit code {code}")
 

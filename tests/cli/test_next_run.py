@@ -19,6 +19,7 @@ from pahq_hf.errors import ConfigError
 from pahq_hf.search.registry import find_search
 from tests.helpers import files_of, run_main, wrapped
 from tests.models import random_task
+from tests.tiers import exhaustive
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -66,10 +67,10 @@ def test_another_run_that_may_do_better_is_known(
 @pytest.mark.parametrize(
     ("options", "next_words"),
     [
-        (["--threshold", "0", "--absolute"], ["discover", "--threshold", "0.003"]),
+        exhaustive(["--threshold", "0", "--absolute"], ["discover", "--threshold", "0.003"]),
         (["--edges", "1", "--steps", "0"], ["discover", "--edges", "2", "--steps", "0"]),
         (["--search", "budget", "--max-gap", "inf", "--threshold", "50"], ["discover", "--max-gap", "0.1"]),
-        (["--search", "refine", "--curve", "--steps", "0"], ["evaluate", "--curve"]),
+        exhaustive(["--search", "refine", "--curve", "--steps", "0"], ["evaluate", "--curve"]),
     ],
 )
 def test_the_next_command_runs(
@@ -91,9 +92,13 @@ def test_the_next_command_runs(
             ["--edges", "9", "--steps", "0", "--noise-seed", "3"],
             ["most edges 9", "steps 0", "seed 3", "locally minimal", "round taken", "on searched pairs"],
         ),
-        (["--search", "refine", "--max-gap", "0.25", "--steps", "0"], ["max gap 0.25", "steps 0", "seed 0"]),
+        exhaustive(
+            ["--search", "refine", "--max-gap", "0.25", "--steps", "0"], ["max gap 0.25", "steps 0", "seed 0"]
+        ),
         (["--search", "budget", "--max-gap", "0.2"], ["threshold inf", "max gap 0.2", "largest gap allowed"]),
-        (["--search", "budget", "--max-gap", "inf", "--threshold", "9"], ["threshold 9", "max gap inf"]),
+        exhaustive(
+            ["--search", "budget", "--max-gap", "inf", "--threshold", "9"], ["threshold 9", "max gap inf"]
+        ),
         (["--threshold", "9"], ["threshold 9"]),
     ],
 )  # fmt: skip

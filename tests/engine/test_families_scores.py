@@ -43,6 +43,7 @@ def scores(engine: Any) -> NDArray[np.float64]:
     return np.concatenate(found)
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("regime", RULES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_engines_score_alike_however_many_tokens_go_at_once(

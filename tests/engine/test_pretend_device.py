@@ -97,10 +97,8 @@ ALL = {
 }
 # Of every kind of path at least one; the others are crossings of these.
 _QUICK = (
-    *("direct, pahq", "auto, pahq", "to, pahq", "wrap, fp32"),
-    *("pahq-literal", "tables", "policy", "format mx", "ablation mean", "tight budget"),
-    *("verified, pahq", "gemma2, compute fp32", "hooks, pahq"),
-    *("apply", "generate", "eap-ig", "eap", "command line, pahq"),
+    *("direct, pahq", "to, pahq", "wrap, fp32", "tables", "ablation mean", "tight budget"),
+    *("verified, pahq", "hooks, pahq", "apply", "generate", "eap-ig", "command line, pahq"),
 )
 # In the form that needs no compiler, wherever the other one runs: enough to keep it working.
 PURE = ("direct, fp32", "direct, pahq", "to, pahq", "apply")

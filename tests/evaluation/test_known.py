@@ -60,7 +60,7 @@ def test_every_edge_is_needed_but_redundant_ones(name: str) -> None:
             assert effect > 1e-3
 
 
-@EVERY
+@pytest.mark.parametrize("name", quick(KNOWN_MODELS, "xor", "backup"))
 def test_no_other_edge_has_an_effect(name: str) -> None:
     known, model, _ = judge(name)
     scores = model.attribute(known.task, method="exact").scores
@@ -134,7 +134,7 @@ def test_refine_finds_the_circuit_and_no_more(name: str) -> None:
     assert circuit.verified
 
 
-@EVERY
+@pytest.mark.parametrize("name", quick(KNOWN_MODELS, "chain", "backup"))
 def test_both_directions_find_every_path(name: str) -> None:
     """Noising keeps one path of an OR, denoising all; a threshold below what the weakest voter says."""
     known = load_known_model(name, n=16)

@@ -54,6 +54,7 @@ def check_arithmetic(document: dict[str, Any]) -> None:
             assert row["sample"]["deviation"] < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_speed_of_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # BF16 products of whole batches and of single tests are not rounded alike.
     anchored = "pahq:compute=fp32"

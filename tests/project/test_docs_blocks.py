@@ -1,6 +1,6 @@
 """Every code block of the documentation runs; `gpt2` is a small model on a Hub on loopback.
 
-As written in the exhaustive tests, in the others on fewer examples.
+As written in the exhaustive tests, in the others on fewer examples, with little learning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.blocks import (
     ROOT,
     blocks_of,
     documents,
-    fewer_examples,
+    less_work,
     mentioned_programs,
     run_file,
     unfenced_code,
@@ -128,9 +128,17 @@ def test_make_demo_finds_the_circuit_and_shows_it(tmp_path: Path, capsys: pytest
     assert "a0.h" in capsys.readouterr().out
 
 
-def test_few_examples_are_all_that_is_changed() -> None:
+def test_work_is_all_that_is_changed() -> None:
     line = "$ pahq discover gpt2 --n 50 --threshold 0.01 --topn 200; load_task('ioi', n=3), f(mean=30, n=20)"
-    assert fewer_examples(line) == line.replace("--n 50", "--n 4").replace(" n=20", " n=4")
+    assert less_work(line) == line.replace("--n 50", "--n 4").replace(" n=20", " n=4")
+    for learns in ("--n 3 --edges 9", "--search refine --curve --bootstrap 2"):
+        assert less_work(f"pahq discover gpt2 {learns}") == f"pahq discover gpt2 {learns} --steps 1"
+    for other in (
+        "discover gpt2 --edges 9 --search mine",
+        "attribute gpt2 --edges 9",
+        "discover --steps 7 --edges 9",
+    ):
+        assert less_work(f"pahq {other}") == f"pahq {other}"
 
 
 def test_a_block_that_fails_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.search.bootstrap import drawn, resample
 from tests.helpers import assert_same_circuit, files_of, journal_lines, named, run_main, wrapped
 from tests.models import random_task
+from tests.tiers import exhaustive, quick
 
 TASK = random_task(batch=5, length=7, padding="right", seed=11, rows=2, metric="logit_diff")
 SAME = ("circuit.json", "scores.safetensors", "means.safetensors", "journal.jsonl")
@@ -85,9 +86,9 @@ def test_a_resample_is_a_task_of_the_pairs_drawn(number: int) -> None:
     [
         ("fp32", {}),
         ("pahq", {}),
-        ("fp32", {"tests": "verified"}),
-        ("fp32", {"ablation": "mean"}),
-        ("fp32", {"direction": "both"}),
+        exhaustive("fp32", {"tests": "verified"}),
+        exhaustive("fp32", {"ablation": "mean"}),
+        exhaustive("fp32", {"direction": "both"}),
         ("fp32", {"search": "budget", "threshold": 0.1, "max_gap": 0.2}),
     ],
 )
@@ -118,13 +119,13 @@ def test_it_is_the_same_search_on_each_resample(regime: Any, options: dict[str, 
 
 def test_refine_searches_resamples_too() -> None:
     """Equal prompts go to the same side of its split, and a generated task draws fresh pairs for each."""
-    model = wrapped("llama")
+    model = wrapped("gpt2", layers=1)
     task = random_task(batch=16, length=7, seed=5)
-    options: dict[str, Any] = {"edges": 12, "steps": 1, "progress": False}
+    options: dict[str, Any] = {"edges": 9, "steps": 1, "progress": False}
     ours = model.discover(task, bootstrap=2, **options)
     kept = [model.discover(resample(task, 0, n), **options).kept for n in (1, 2)]
     assert np.array_equal(ours.frequencies, np.mean(kept, axis=0))  # type: ignore[arg-type]
-    assert 0 < ours.edge_count <= 12
+    assert 0 < ours.edge_count <= 9
     drawing = task.drawn_by(lambda count, seed: random_task(batch=count, length=7, seed=seed % 2**31))
     assert resample(drawing, 0, 1).more is drawing.more
 
@@ -204,7 +205,10 @@ def cut(whole: Path, folder: Path, *lines: int | None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lines", [(1,), (5,), (None,), (None, 4), (None, None, None, 2), (None,) * 4])
+@pytest.mark.parametrize(
+    "lines",
+    quick([(1,), (5,), (None,), (None, 4), (None, None, None, 2), (None,) * 4], (5,), (None, 4), (None,) * 4),
+)
 def test_it_goes_on_where_it_was_interrupted(
     whole: Path, tmp_path: Path, lines: tuple[int | None, ...]
 ) -> None:

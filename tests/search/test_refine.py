@@ -94,7 +94,7 @@ def test_on_the_demo_it_is_nearer_than_acdc_and_attribution_at_equal_size() -> N
     assert gaps[0] <= min(gaps[1:])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", quick([1, 2, 3, 5], 2, 5))
 def test_an_interrupted_run_ends_where_another_does(finished: Path, tmp_path: Path, steps: int) -> None:
     """After a level of learning, and after a round of removals; and killed just before a step is kept."""
     with interrupted_after(steps):

@@ -23,6 +23,7 @@ from pahq_hf.search.pruning import changed
 from pahq_hf.tasks.base import Task
 from tests.helpers import assert_same_circuit, interrupted_after, run_main, wrapped
 from tests.models import random_task
+from tests.tiers import quick
 
 TASK = random_task(batch=4, seed=21, metric="kl")
 WIDE = random_task(batch=12, length=7, padding="right", seed=11, metric="kl")
@@ -118,7 +119,7 @@ def test_a_curve_ranks_all_edges_as_the_search_came_through_them(runs: dict[str,
         assert row["validation"] == pytest.approx(judging.metric_of(best), abs=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", quick([1, 2, 3, 5], 1, 5))
 @pytest.mark.parametrize(("name", "goal"), [("gap", GAP), ("curve", CURVE)])
 def test_an_interrupted_run_ends_where_another_does(
     runs: dict[str, Path], tmp_path: Path, name: str, goal: dict[str, Any], steps: int

@@ -293,7 +293,7 @@ def test_data_are_not_extended_nor_is_what_was_made_of_a_task() -> None:
 
 def test_a_run_says_how_many_pairs_it_learned_from(tmp_path: Path) -> None:
     task = load_task("ioi", demo().tokenizer, n=12, metric="kl")
-    options: dict[str, Any] = {"edges": 20, "steps": 1, "minibatch": 16}
+    options: dict[str, Any] = {"edges": None, "max_gap": 0.8, "steps": 1, "minibatch": 16}
     assert refined(demo(), task, learn_pairs=64, **options).discovery["refine"]["learned_on"] == 64
     assert refined(demo(), task, learn_pairs=0, **options).discovery["refine"]["learned_on"] == 8
     assert refined(demo(), task, ablation="mean", **options).discovery["refine"]["learned_on"] == 8

@@ -415,6 +415,7 @@ def test_wrong_thresholds_are_one_line(
 # -- the benchmark ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_compares_ways_to_the_same_circuits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def decided(
     return kind(work).run()
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("bend", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_decisions_are_those_of_tests(absolute: bool, bend: float) -> None:
