@@ -316,7 +316,7 @@ class PAHQModel(RunnableModel):
             progress: Say on stderr how far it is.
             **options: Fields of `AttributionConfig`: `method` (`eap-ig` by default), `metric`, `steps`,
                 `topn`, `threshold`, `absolute`, `ablation`, `seed`, `criterion`, `members`,
-                `direction`.
+                `direction`, `level`.
 
         Returns:
             The circuit; `scores` holds the score of every edge, positive where removing it would hurt.

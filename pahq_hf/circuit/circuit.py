@@ -118,6 +118,14 @@ class Circuit:
         """Number of kept edges."""
         return self.scored.edge_count
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many edges are in, and of how many; of a search at level node, how many heads and MLPs."""
+        nodes = self.scored_nodes
+        if nodes is None:
+            return self.edge_count, self.graph.edge_count
+        return nodes.count, len(nodes.kept) - 1
+
     @cached_property
     def live(self) -> BoolArray:
         """Kept edges on some path from `input` to `logits`. [readers, writers]"""

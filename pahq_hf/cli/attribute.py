@@ -36,12 +36,12 @@ def attribute(
     wanted = prepare(find_search(method), options, asked, out)
     with verdict_in_table(not asked.run.as_json):
         circuit = wanted.model.attribute(wanted.task, **wanted.how, **wanted.options.to_dict())
-    total, threshold = circuit.graph.edge_count, wanted.options.threshold
+    (kept, total), threshold = circuit.size, wanted.options.threshold
 
     def more() -> str:
         if threshold is not None:
             return again(context, threshold=shifted(threshold, 1 / 3), out=beside(out, "more"))
-        return again(context, topn=min(2 * circuit.edge_count, total), out=beside(out, "more"))
+        return again(context, topn=min(2 * kept, total), out=beside(out, "more"))
 
     command = after(
         circuit.verdict,

@@ -88,7 +88,7 @@ def discover(
         circuit = wanted.model.discover(
             wanted.task, search=search, config=wanted.options, bootstrap=drawn, **wanted.how
         )
-    options_used, total = wanted.options, circuit.graph.edge_count
+    options_used, total = wanted.options, circuit.size[1]
 
     def judged() -> str:
         ranks = getattr(options_used, "curve", False) is True

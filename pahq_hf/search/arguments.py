@@ -54,6 +54,7 @@ class AttributeOptions(TypedDict, total=False):
     criterion: Criterion | None
     members: str
     direction: Direction
+    level: Level
 
 
 class EvaluateOptions(TypedDict, total=False):

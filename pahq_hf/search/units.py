@@ -43,8 +43,13 @@ class Units(Protocol):
     def circuit_runs(self, runs: CircuitRuns) -> CircuitRuns:
         """Runs whose gradients can be taken at circuits, as a search sees them."""
 
-    def scores(self, edges: Scores) -> Scores:
-        """Scores of units, of first-order scores of edges. [readers, writers], each of its graph."""
+    def scores(self, edges: Scores, *, adds_up: bool) -> Scores:
+        """Scores of units, of those of edges by attribution. [readers, writers], each of its graph.
+
+        Args:
+            edges: Of edges.
+            adds_up: Whether those of a node's edges out add up to its own.
+        """
 
     def circuit(self, found: Found) -> Found:
         """What a search found, as edges of the model's graph."""
@@ -72,7 +77,7 @@ class Edges:
         """The runs themselves."""
         return runs
 
-    def scores(self, edges: Scores) -> Scores:
+    def scores(self, edges: Scores, *, adds_up: bool) -> Scores:
         """The scores themselves."""
         return edges
 
@@ -111,9 +116,13 @@ class Nodes:
         """Runs in which every node has a share."""
         return NodeRuns(runs, self.graph)
 
-    def scores(self, edges: Scores) -> Scores:
-        """The sum over each node's edges out: `(c_w - a_w) · ∂L/∂a_w`. [blocks, writers]"""
-        return self.graph.spread(edges.sum(axis=0))
+    def scores(self, edges: Scores, *, adds_up: bool) -> Scores:
+        """The sum over a node's edges out, `(c_w - a_w) · ∂L/∂a_w`; or of its edge into `logits`.
+
+        Returns:
+            [blocks, writers]
+        """
+        return self.graph.spread(edges.sum(axis=0) if adds_up else edges[self.whole.logits_reader])
 
     def circuit(self, found: Found) -> Found:
         """The edges between the nodes that were found."""

@@ -28,12 +28,15 @@ class MethodKind:
         gradient: Where it takes the metric's gradient: nowhere, at the clean run only, or elsewhere too.
         takes: Options that it has and others have not (`OWN`).
         has_engine: Whether it measures circuits by an engine.
+        adds_up: Whether a node's score is the sum of those of its edges out. Else it is that of its edge into
+            `logits`.
     """
 
     title: str
     gradient: Literal["nowhere", "clean", "elsewhere"] = "elsewhere"
     takes: frozenset[str] = frozenset()
     has_engine: bool = False
+    adds_up: bool = True
 
 
 _STEPS, _SEED = frozenset({"steps"}), frozenset({"seed"})
@@ -47,7 +50,7 @@ METHODS: Mapping[MethodName, MethodKind] = {
     ),
     "clean-corrupted": MethodKind("edge attribution patching at the clean and the corrupted run"),
     "gim": MethodKind("EAP with gradient interaction modifications (GIM)", "clean"),
-    "hisp": MethodKind(TITLES["hisp"], "clean"),
+    "hisp": MethodKind(TITLES["hisp"], "clean", adds_up=False),
     "exact": MethodKind(TITLES["exact"], "nowhere", has_engine=True),
     "random": MethodKind(TITLES["random"], "nowhere", _SEED),
     # What its members are decides the rest.

@@ -11,6 +11,7 @@ from pahq_hf.config import (
     Criterion,
     Direction,
     JsonConfig,
+    Level,
     PAHQConfig,
     check_choice,
     check_metric_name,
@@ -27,7 +28,15 @@ from pahq_hf.search.attribution.kinds import (
     methods_of,
     parse_members,
 )
-from pahq_hf.search.kind import Unsaid, check_criterion, check_direction, told
+from pahq_hf.search.kind import (
+    LEVEL,
+    Unsaid,
+    check_criterion,
+    check_direction,
+    check_level,
+    check_regime,
+    told,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class AttributionConfig(JsonConfig):
             "that either chooses."
         ),
     )
+    level: Level = field(default="edge", metadata=LEVEL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +111,7 @@ class AttributionConfig(JsonConfig):
         check_choice("ablation", self.ablation, Ablation)
         check_direction(self.direction, self.ablation)
         check_criterion(self.criterion, self.absolute)
+        check_level(self.level)
         parse_members(self.members)
         defaults = {entry.name: entry.default for entry in fields(self)}
         values = {name: getattr(self, name) for name in OWN}
@@ -136,7 +147,10 @@ class AttributionConfig(JsonConfig):
 
         Raises:
             MetricError: If the method means nothing for the metric.
+            ConfigError: If it removes nodes, and the precision is about the component under test.
         """
+        if self.has_engine:
+            check_regime(self.level, precision)
         for method in methods_of(self.method, self.members):
             if metric is not None:
                 check_gradient(method, metric)
@@ -160,6 +174,8 @@ class AttributionConfig(JsonConfig):
             del values["direction"]
         if self.method != "ensemble":
             del values["members"]
+        if self.level == "edge":
+            del values["level"]
         return values
 
 

@@ -13,6 +13,7 @@ from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.attribution.scoring import edge_scores
 from pahq_hf.search.attribution.selection import edges_from, top_edges
 from pahq_hf.search.kind import Found
+from pahq_hf.search.units import units_of
 from pahq_hf.search.work import Work
 
 
@@ -39,6 +40,7 @@ def attribute(work: Work[AttributionConfig]) -> Found:
         steps=options.steps,
         seed=options.seed,
         members=options.members,
+        units=work.units,
         known=_finished(work),
         on_reader=lambda reader, found: work.keep(
             {"reader": reader, "scores": {str(writer): score for writer, score in found.items()}}
@@ -57,9 +59,10 @@ def resolve(options: AttributionConfig, setting: Setting) -> AttributionConfig:
         ConfigError: If more edges are asked for than there are.
     """
     options.foresee(setting.metric, setting.precision)
-    total = setting.graph.edge_count
+    units = units_of(options, setting.graph)
+    total = units.graph.edge_count
     if options.topn is not None and options.topn > total:
-        raise ConfigError(f"this model has {total:,} edges; cannot keep {options.topn:,} of them")
+        raise ConfigError(f"this model has {total:,} {units.word}s; cannot keep {options.topn:,} of them")
     return options
 
 

@@ -12,7 +12,7 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.engine.protocol import Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.precision.memory import trim
-from pahq_hf.search.attribution.kinds import MEMBERS, MethodName, check_gradient, methods_of
+from pahq_hf.search.attribution.kinds import MEMBERS, METHODS, MethodName, check_gradient, methods_of
 from pahq_hf.search.attribution.methods import (
     Done,
     Scores,
@@ -29,6 +29,7 @@ from pahq_hf.search.attribution.methods import (
     random_scores,
 )
 from pahq_hf.search.progress import Progress
+from pahq_hf.search.units import Edges, Units
 
 
 class Captures(Protocol):
@@ -55,10 +56,11 @@ def edge_scores(
     steps: int = 5,
     seed: int = 0,
     members: str = MEMBERS,
+    units: Units | None = None,
     known: Mapping[int, Mapping[int, float]] | None = None,
     on_reader: Callable[[int, Mapping[int, float]], None] | None = None,
 ) -> Scores:
-    """Score all edges.
+    """Score all edges, or all nodes.
 
     Args:
         method: Name of the method.
@@ -66,27 +68,29 @@ def edge_scores(
         steps: Runs whose gradients `eap-ig` averages, and `eap-ig-activations` for each writer.
         seed: Of `random`.
         members: Methods of `ensemble`, with commas between them.
+        units: What is scored, which the engine of `captures` removes; edges by default.
         known: Scores of readers that `exact` need not compute again, by reader and writer.
         on_reader: Called with the scores of every reader that `exact` has finished.
 
     Returns:
-        Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers]
+        Positive where removing the edge raises the metric, 0 where there is no edge. [readers, writers] of
+        the graph of the units
 
     Raises:
         MetricError: If the method means nothing for the metric, or numbers come out as NaN.
         TaskError: If the prompts do not fit the model.
     """
-    names = methods_of(method, members)
+    names, units = methods_of(method, members), units or Edges(captures.setting.graph)
     for name in names:
         check_gradient(name, captures.setting.metric)
     runs = cache(captures.gradients)  # members of an ensemble share them
 
     def scores_of(name: MethodName) -> Scores:
         if name == "random":
-            return random_scores(captures.setting.graph, seed)
+            return random_scores(units.graph, seed)
         if name == "exact":
-            return _exactly(captures, known or {}, on_reader)
-        return _by_gradients(name, captures, runs, steps)
+            return _exactly(captures, units, known or {}, on_reader)
+        return units.scores(_by_gradients(name, captures, runs, steps), adds_up=METHODS[name].adds_up)
 
     try:
         found = [check_finite(scores_of(name), name) for name in names]
@@ -98,12 +102,12 @@ def edge_scores(
 
 def _exactly(
     captures: Captures,
+    units: Units,
     known: Mapping[int, Mapping[int, float]],
     on_reader: Callable[[int, Mapping[int, float]], None] | None,
 ) -> Scores:
-    engine, done = captures.engine, sum(map(len, known.values()))
-    edges = captures.setting.graph.edge_count
-    with captures.phase("scores"), captures.progress.count("exact", "edge", edges, done) as count:
+    engine, done, total = captures.engine, sum(map(len, known.values())), units.graph.edge_count
+    with captures.phase("scores"), captures.progress.count("exact", units.word, total, done) as count:
         return exact(engine, count.advance, known=known, on_reader=on_reader)
 
 
