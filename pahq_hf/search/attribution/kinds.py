@@ -28,8 +28,8 @@ class MethodKind:
         gradient: Where it takes the metric's gradient: nowhere, at the clean run only, or elsewhere too.
         takes: Options that it has and others have not (`OWN`).
         has_engine: Whether it measures circuits by an engine.
-        adds_up: Whether a node's score is the sum of those of its edges out. Else it is that of its edge into
-            `logits`.
+        adds_up: Whether scores of a node's edges out add up to the node's. Else the edge into `logits` has
+            the node's score.
     """
 
     title: str
