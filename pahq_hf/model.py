@@ -224,9 +224,9 @@ class PAHQModel(RunnableModel):
 
         Args:
             task: The prompts.
-            search: Name of the search: `acdc`, `budget`, `refine`, a method of attribution, or one of your
-                own (`register_search`). By default `refine` where `edges` are given and no `threshold`,
-                else `acdc`.
+            search: Name of the search: `acdc`, `budget`, `refine`, `edge-pruning`, `ugs`, a method of
+                attribution, or one of your own (`register_search`). By default `refine` where `edges` are
+                given and no `threshold`, else `acdc`.
             config: Its options, for ACDC an `ACDCConfig`; or give its fields as keywords (`threshold=0.01`).
             engine: Which engine computes metrics, and its limits; decisions do not depend on it.
             bootstrap: Searches on so many resamples of the pairs, too: the circuit is the same, and has

@@ -38,7 +38,8 @@ def discover(
         str,
         typer.Option(
             metavar="NAME",
-            help="acdc, budget, refine, or a registered search; --edges without --threshold means refine.",
+            help="acdc, budget, refine, edge-pruning, ugs, or a registered search; --edges without "
+            "--threshold means refine.",
         ),
     ] = "acdc",
     batch: BatchOption = None,

@@ -238,7 +238,17 @@ def _measured(run: Run[Any], bench: Bench, found: Found, final: float | None) ->
 
 def _told(circuit: Circuit) -> dict[str, Any]:
     """What the record of both directions says of one."""
-    names = ("metric", "swapped", "verified", "second_looks", "estimates", "screen", "budget", "refine")
+    names = (
+        "metric",
+        "swapped",
+        "verified",
+        "second_looks",
+        "estimates",
+        "screen",
+        "budget",
+        "refine",
+        "masks",
+    )
     document = circuit.record.to_json()
     facts = {"edges": circuit.edge_count, "live": int(circuit.live.sum())}
     return facts | {name: document[name] for name in names if name in document}

@@ -54,6 +54,24 @@ class Minibatch:
         gap = sum(value - part.full for (value, _), part in zip(found, self.parts, strict=True))
         return gap / self.share, effects
 
+    def at_circuits(self, shares: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """The same where each pair has a circuit of its own.
+
+        Args:
+            shares: Of each edge. [pairs, readers, writers]
+
+        Returns:
+            How far the metric is from the full model's, and what removing each edge from each pair's circuit
+            adds to it. [pairs, readers, writers]
+        """
+        gap, found, first = 0.0, [], 0
+        for part in self.parts:
+            last = first + len(part.task)
+            value, effects = self.runs.at_circuit(part, shares[first:last])
+            gap, first = gap + value - part.full, last
+            found.append(effects)
+        return gap / self.share, np.concatenate(found) / self.share
+
 
 class Minibatches(Protocol):
     """Minibatches by number."""
@@ -141,6 +159,7 @@ def minibatches_of(
     seed: int,
     setting: Setting,
     capture: Callable[[Task], CircuitRuns],
+    times: int = 1,
 ) -> Minibatches:
     """Minibatches of the pairs that are learned from.
 
@@ -150,7 +169,13 @@ def minibatches_of(
         seed: Of their order.
         setting: Tells what stands in for removed edges.
         capture: Captures the runs of some pairs.
+        times: How often each pair of a minibatch is in it.
     """
-    if setting.has_means:
-        return OfOneRun(capture(tasks[0]), least)
-    return CapturedAnew(tasks, least, seed, capture)
+
+    def repeated(task: Task) -> CircuitRuns:
+        return capture(task.select([pair for pair in range(len(task)) for _ in range(times)]))
+
+    run = capture if times == 1 else repeated
+    return (
+        OfOneRun(run(tasks[0]), least * times) if setting.has_means else CapturedAnew(tasks, least, seed, run)
+    )

@@ -15,6 +15,7 @@ from pahq_hf.search.attribution.options import AttributionConfig
 from pahq_hf.search.budget_options import BudgetOptions
 from pahq_hf.search.declaration import check_declarations, check_shared, option_name
 from pahq_hf.search.kind import Found, OptionsT, SearchKind, check_options
+from pahq_hf.search.mask_options import EdgePruningOptions, MaskOptions, UGSOptions
 from pahq_hf.search.refine_options import RefineOptions
 
 if TYPE_CHECKING:
@@ -212,6 +213,30 @@ def _check_refine(work: Work[RefineOptions], found: Found) -> None:
     check(work, found)
 
 
+def _edge_pruning(work: Work[EdgePruningOptions]) -> Found:
+    from pahq_hf.search.edge_pruning import edge_pruning
+
+    return edge_pruning(work)
+
+
+def _ugs(work: Work[UGSOptions]) -> Found:
+    from pahq_hf.search.ugs import ugs
+
+    return ugs(work)
+
+
+def _resolve_masks(options: MaskOptions, setting: Setting) -> MaskOptions:
+    from pahq_hf.search.masks import resolve
+
+    return resolve(options, setting)
+
+
+def _check_masks(work: Work[MaskOptions], found: Found) -> None:
+    from pahq_hf.search.masks import check
+
+    check(work, found)
+
+
 _SEARCHES: dict[str, SearchKind[Any]] = {
     "acdc": SearchKind(
         "acdc",
@@ -253,5 +278,23 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         in_batches=False,
         resolve=_resolve_refine,
         check=_check_refine,
+    ),
+    "edge-pruning": SearchKind(
+        "edge-pruning",
+        "hard concrete masks (Edge Pruning)",
+        EdgePruningOptions,
+        _edge_pruning,
+        in_batches=False,
+        resolve=_resolve_masks,
+        check=_check_masks,
+    ),
+    "ugs": SearchKind(
+        "ugs",
+        "uniform gradient sampling of masks (UGS)",
+        UGSOptions,
+        _ugs,
+        in_batches=False,
+        resolve=_resolve_masks,
+        check=_check_masks,
     ),
 }

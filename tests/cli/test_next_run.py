@@ -53,6 +53,8 @@ DEMO = ["demo", "--task", "gendered_pronoun", "--n", "2", "--precision", "fp32"]
         ("refine", {"max_gap": 0.3}, {"max_gap": 0.1}, {"max_gap": 0.9}),
         ("refine", {"max_gap": 0.6}, {"max_gap": 0.2}, None),
         ("refine", {"curve": True}, None, None),
+        ("ugs", {"edges": 100}, {"edges": 200}, {"edges": 23}),
+        ("edge-pruning", {"edges": 479}, None, {"edges": 23}),
     ],
 )  # fmt: skip
 def test_another_run_that_may_do_better_is_known(
@@ -185,7 +187,7 @@ def test_an_option_that_a_search_lacks_is_called_as_it_was_typed() -> None:
 @pytest.mark.parametrize(
     ("search", "given", "advice"),
     [
-        ("acdc", {"edges": 10}, "it is an option of search refine"),
+        ("acdc", {"edges": 10}, "it is an option of search refine and edge-pruning and ugs"),
         ("refine", {"readers": "m*"}, "it is an option of search acdc and budget"),
         ("refine", {"tests": "verified"}, "it is an option of search acdc"),
         ("refine", {"noise_seed": 0}, "in Python it is 'seed'"),
@@ -197,7 +199,9 @@ def test_what_another_search_takes_is_called_that(search: str, given: dict[str, 
         wrapped("llama", layers=1).discover(random_task(), search=search, **given)
 
 
-@pytest.mark.parametrize(("option", "takers"), [("edges", "refine"), ("max_gap", "budget and refine")])
+@pytest.mark.parametrize(
+    ("option", "takers"), [("edges", "refine and edge-pruning and ugs"), ("max_gap", "budget and refine")]
+)
 def test_the_command_line_says_which_search_takes_an_option(option: str, takers: str) -> None:
     with pytest.raises(ConfigError, match=f", which is of --search {takers}$"):
         chosen_options(find_search("acdc"), {option: 1})

@@ -122,6 +122,20 @@ def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     close(one_by_one[1], effects, 1e-9)
 
 
+@pytest.mark.parametrize("name", quick(["gpt2", "llama", "gemma2"], "gpt2", "gemma2"))
+def test_each_example_may_have_a_circuit_of_its_own(name: str) -> None:
+    model = wrapped(name, dtype=torch.float64)
+    setting = Setting(model.patched, LEFT, "kl", "corrupted", model.pahq_config)
+    runs = make_gradient_runs(setting)
+    shares = np.stack([soft(runs.graph, seed) for seed in range(len(LEFT))])
+    (together,) = runs.circuit_parts()
+    value, effects = runs.at_circuit(together, shares)
+    found = [runs.at_circuit(part, shares[k]) for k, part in enumerate(runs.circuit_parts(most=1))]
+    assert value == pytest.approx(sum(alone for alone, _ in found), rel=1e-9)
+    assert effects.shape == shares.shape
+    close(effects, np.stack([alone for _, alone in found]), 1e-9)
+
+
 def test_a_metric_without_a_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {name: find_metric(name) for name in known_metrics()}
     monkeypatch.setattr("pahq_hf.tasks.metrics._METRICS", names)  # what is registered ends with the test

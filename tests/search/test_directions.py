@@ -137,6 +137,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "screen": {"screen": "eap-ig:0.5"},
     "verified": {"tests": "verified", "readers": "logits,m*"},
     "refine": {"search": "refine", "edges": 12, "steps": 1, "threshold": None},
+    "ugs": {"search": "ugs", "edges": 12, "steps": 2, "samples": 2, "threshold": None},
     "exact": {"search": "exact", "topn": 15, "threshold": None},
     "eap": {"search": "eap", "topn": 15, "threshold": None},
 }
@@ -171,7 +172,7 @@ def test_every_search_takes_a_direction(name: str, tmp_path: Path) -> None:
         alone = {f"{direction}: {fact}": value for fact, value in said.items() if value is not None}
         assert alone.items() <= run_facts(both).items()
         assert all(f"| {fact} | " in (tmp_path / "run" / "README.md").read_text() for fact in alone)
-        assert bool(alone) is (name in ("budget", "verified", "refine"))
+        assert bool(alone) is (name in ("budget", "verified", "refine", "ugs"))
     if name == "budget":
         budget, facts = other.discovery["budget"], other.record.swapped
         assert facts.final_recomputed is not None

@@ -10,8 +10,10 @@ from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.files import DIRECTION_NAMES
 from pahq_hf.circuit.run_record import RunRecord
 
-_STEPS = ("eap-ig", "eap-ig-activations", "ensemble", "refine")  # methods of which `steps` says something
-_SEED = ("random", "refine")  # and `seed`
+_MASKS = ("edge-pruning", "ugs")  # methods that learn masks
+# Methods of which `steps` says something, and of which `seed` does.
+_STEPS = ("eap-ig", "eap-ig-activations", "ensemble", "refine", *_MASKS)
+_SEED = ("random", "refine", *_MASKS)
 _NAMES = re.compile(r"[a-z, -]{1,200}")
 
 
@@ -40,7 +42,7 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
 
 
 def own_facts(run: RunRecord) -> dict[str, Any]:
-    """What `budget` and `refine` say of themselves, as far as it is known.
+    """What searches say of themselves, as far as it is known.
 
     Of a search in both directions it is what each of them says, and how sure each is of its estimates.
 
@@ -57,19 +59,34 @@ def own_facts(run: RunRecord) -> dict[str, Any]:
 
 
 def _own(method: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
-    budget, refine = said.get("budget"), said.get("refine")
+    budget, refine, masks = said.get("budget"), said.get("refine"), said.get("masks")
     facts: dict[str, Any] = {}
     if method == "budget" and isinstance(budget, Mapping):
         facts["largest gap allowed"] = _number(budget.get("bound"))
         facts["kept by the budget alone"] = _number(budget.get("kept_below_tau"))
     if method == "refine" and isinstance(refine, Mapping):
-        facts["faithful on searched pairs"] = _faithful(refine.get("searched"))
-        facts["on pairs that judged"] = _faithful(refine.get("validation"))
+        facts |= _on_pairs(refine)
         taken, rounds = _number(refine.get("taken")), _number(refine.get("rounds"))
         if "locally_minimal" in refine and rounds is not None:
             facts["round taken"] = f"{'none: no edges are nearer' if taken is None else taken} of {rounds}"
             facts["locally minimal"] = "yes" if refine["locally_minimal"] is True else "not known"
+    if method in _MASKS and isinstance(masks, Mapping):
+        facts |= _on_pairs(masks)
+        taken, stretches = _number(masks.get("taken")), _number(masks.get("stretches"))
+        facts["stretch taken"] = None if None in (taken, stretches) else f"{taken} of {stretches}"
+        expected = _number(masks.get("expected_edges"))
+        facts["edges of a mask on average"] = (
+            f"{expected:.4g}" if isinstance(expected, (int, float)) else None
+        )
     return facts
+
+
+def _on_pairs(said: Mapping[str, Any]) -> dict[str, Any]:
+    """How faithful a circuit is on either kind of pairs."""
+    return {
+        "faithful on searched pairs": _faithful(said.get("searched")),
+        "on pairs that judged": _faithful(said.get("validation")),
+    }
 
 
 def _estimates(said: object) -> dict[str, Any]:

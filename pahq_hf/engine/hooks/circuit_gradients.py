@@ -2,7 +2,8 @@
 
 A circuit may be soft here: each edge has a share, 1 where it is kept and 0 where it is gone, and a reader
 reads what stands in for everything plus the shares of `a_w - c_w` (docs/semantics.md, section 2). The
-gradient in the share of edge (w, r) is `∂m/∂input_r · (a_w - c_w)`, of edges that are gone as well.
+gradient in the share of edge (w, r) is `∂m/∂input_r · (a_w - c_w)`, of edges that are gone as well. Each
+example may have a circuit of its own.
 
 All readers' inputs depend on what nearly all writers write. So that memory does not grow with the number of
 edges, what is written is one buffer, and so are the gradients of what is read: a reader takes from the first
@@ -39,15 +40,17 @@ class _Streams:
 
     Args:
         written: `a_w - c_w` of writers. [writers, batch, pos, d_model]
-        shares: Of each edge. [readers, writers]
+        shares: Of each edge. [readers, writers], or of each example its own: [batch, readers, writers]
     """
 
     def __init__(self, written: Tensor, shares: NDArray[np.float64]) -> None:
         self._written = written
-        self._gradients = written.new_empty(len(shares), *written.shape[1:])  # [readers, batch, pos, d_model]
-        self._arrived = np.zeros(len(shares), dtype=bool)  # readers that the metric depends on
-        self._used = shares != 0
+        count = shares.shape[-2]
+        self._gradients = written.new_empty(count, *written.shape[1:])  # [readers, batch, pos, d_model]
+        self._arrived = np.zeros(count, dtype=bool)  # readers that the metric depends on
+        self._used = (shares != 0).reshape(-1, *shares.shape[-2:]).any(axis=0)  # [readers, writers]
         self._shares = torch.from_numpy(shares).to(written)
+        self._is_each = shares.ndim == 3
 
     def write(self, writers: slice, differences: Tensor) -> None:
         """Note down what consecutive writers write. [writer, batch, pos, d_model]"""
@@ -57,6 +60,9 @@ class _Streams:
         """What the edges of consecutive readers add up to. [reader, batch, pos, d_model]"""
         writers = _places(self._used[readers].any(axis=0))
         seen = _of(self._written, writers)
+        if self._is_each:
+            own = _of(self._shares[:, readers].movedim(2, 0), writers)  # [writer, batch, reader]
+            return torch.einsum("wbr,wbpd->rbpd", own, seen)
         total = _of(self._shares[readers].T, writers).T @ seen.flatten(1)
         return total.unflatten(1, seen.shape[1:])
 
@@ -75,6 +81,9 @@ class _Streams:
         if not rows.any():
             return None
         readers = _places(rows)
+        if self._is_each:
+            own = _of(self._shares[..., writers].movedim(1, 0), readers)  # [reader, batch, writer]
+            return torch.einsum("rbw,rbpd->wbpd", own, _of(self._gradients, readers))
         total = _of(self._shares[:, writers], readers).T @ _of(self._gradients, readers).flatten(1)
         return total.unflatten(1, self._gradients.shape[1:])
 
@@ -82,12 +91,16 @@ class _Streams:
         """What removing each edge would add to the metric if all were linear; anything where there is none.
 
         Returns:
-            [readers, writers]
+            [readers, writers], or of each example its own: [batch, readers, writers]
         """
-        found = np.zeros(self._used.shape)
+        found = np.zeros(self._shares.shape)
         if self._arrived.any():
-            gradients = _of(self._gradients, _places(self._arrived)).flatten(1)
-            found[self._arrived] = -(gradients @ self._written.flatten(1).T).double().cpu().numpy()
+            gradients = _of(self._gradients, _places(self._arrived))
+            if self._is_each:
+                total = torch.einsum("rbpd,wbpd->brw", gradients, self._written)
+            else:
+                total = gradients.flatten(1) @ self._written.flatten(1).T
+            found[..., self._arrived, :] = -total.double().cpu().numpy()
         return found
 
 
@@ -142,7 +155,7 @@ class SoftRun(PatchedRun):
     Args:
         model: The patched model.
         substitute: What stands in for removed edges, of the examples of the pass.
-        shares: Of each edge. [readers, writers]
+        shares: Of each edge. [readers, writers], or of each example its own: [batch, readers, writers]
     """
 
     def __init__(self, model: PatchedModel, substitute: Activations, shares: NDArray[np.float64]) -> None:
@@ -161,7 +174,7 @@ class SoftRun(PatchedRun):
             value: The metric.
 
         Returns:
-            What removing each edge would add to it if all were linear. [readers, writers]
+            What removing each edge would add to it if all were linear, shaped as its shares.
         """
         torch.autograd.grad(value, self._start)
         return np.where(self._graph.all_edges, self._buffers.effects(), 0.0)
@@ -203,13 +216,15 @@ def circuit_gradients(
         part: The examples.
         metric: The metric of these examples.
         substitute: What stands in for removed edges.
-        shares: Of each edge, 1 where it is kept and 0 where it is gone. [readers, writers]
+        shares: Of each edge, 1 where it is kept and 0 where it is gone. [readers, writers], or of each
+            example its own: [batch, readers, writers]
         session: Puts the model into the precision that gradients run through.
         forward: The precision of the forward pass.
 
     Returns:
         The metric, and what removing each edge would add to it if all were linear: of an edge that is gone
-        what removing it once more would. [readers, writers]
+        what removing it once more would. It is shaped as the shares, each example's part by itself where each
+        has its own.
     """
     run = SoftRun(model, substitute, shares)
     with session(), model.exact_embeddings(), torch.enable_grad():

@@ -117,11 +117,12 @@ class Runs:
 
         Args:
             part: The part.
-            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers]
+            shares: 1 where an edge is kept, 0 where it is gone. [readers, writers], or of each example its
+                own: [batch, readers, writers]
 
         Returns:
             The part's share of the metric, and of what removing each edge adds to it if all is linear, gone
-            or not. [readers, writers]
+            or not: shaped as `shares`, each example's by itself where each has its own.
 
         Raises:
             MetricError: If the metric has no gradient, or is NaN there.
