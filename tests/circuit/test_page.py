@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
 from pahq_hf import Circuit
 from pahq_hf.circuit.graph import GraphSpec
+from pahq_hf.circuit.nodes import ScoredNodes
 from pahq_hf.circuit.render.layout import layout
 from pahq_hf.circuit.render.page import circuit_page, compare_page
 from pahq_hf.circuit.render.picture import draw
@@ -215,6 +218,21 @@ def test_click_highlights_what_runs_through_a_node(shown: Opened, circuit: Circu
         assert set(shown.ask("highlightedNodes")) == nodes
         assert sorted(shown.ask("highlightedLines")) == edges
         assert shown.page.locator("#details h2").text_content() == name
+
+
+def test_whole_nodes_show_their_scores(browser: Browser, circuit: Circuit, pages: Path) -> None:
+    """On the pointer's touch and where a node is selected; circuits of edges show none."""
+    graph = circuit.graph
+    scores = np.arange(len(graph.writers)) / 8 - 0.5
+    kept = np.ones(len(graph.writers), dtype=bool)
+    nodes = ScoredNodes(kept, scores, np.arange(len(kept)) > 0)
+    of_nodes = replace(circuit, kept=graph.all_edges.copy(), scored_nodes=nodes)
+    score = f"{scores[graph.writer_index('m1')]:+.4g}"
+    with opened(browser, circuit_page(of_nodes), pages) as shown:
+        shown.click("m1")
+        assert (shown.page.locator("#details p").text_content() or "").startswith(f"score {score}; ")
+        shown.click("logits")
+        assert "score" not in (shown.page.locator("#details p").text_content() or "")
 
 
 def test_clearing(shown: Opened) -> None:

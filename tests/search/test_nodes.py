@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -254,7 +255,10 @@ def test_card_page_and_tables_show_nodes(
     ours = discover(tmp_path / "run")
     kept = len(ours.nodes) - 2
     assert f"{kept} of 10 nodes, " in render_card(ours)
-    assert "nodes kept" in circuit_page(ours)
+    page = circuit_page(ours)
+    drawn = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    scores = {node["name"]: node["scores"] for node in drawn["nodes"]}
+    assert scores == {name: [ours.node_scores.get(name)] for name in ours.nodes} and "nodes kept" in page
     assert run_main("show", str(tmp_path / "run")) == 0
     shown = capsys.readouterr().out
     assert f"Strongest {kept} nodes" in shown and "nodes kept" in shown and "level" in shown

@@ -94,6 +94,7 @@ def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
     tested: list[list[int]] = [[] for _ in circuits]
     estimated: list[list[int]] = [[] for _ in circuits]
     gates: list[list[str | None]] = [[] for _ in circuits]
+    node_scores = [_node_scores(circuit) for circuit in circuits]
     for (writer, reader), lines in groupby(places.edges, key=lambda edge: (edge.writer, edge.reader_name)):
         parts = list(lines)
         targets = [number[part.reader] for part in parts]
@@ -110,11 +111,26 @@ def _drawing(union: ScoredEdges, circuits: list[ScoredEdges]) -> dict[str, Any]:
             guessed.append(int(circuit.is_estimate(*index)))
             gate.append(circuit.gate(*index))
     return {
-        "nodes": [{"name": node.name, "kind": node.kind, "x": node.x, "y": node.y} for node in places.nodes],
+        "nodes": [
+            {
+                "name": node.name,
+                "kind": node.kind,
+                "x": node.x,
+                "y": node.y,
+                "scores": [own.get(node.name) for own in node_scores],
+            }
+            for node in places.nodes
+        ],
         "readers": list(readers.values()),
         "edges": {**edges, "scores": scores, "tested": tested, "estimated": estimated, "gates": gates},
         "rows": places.rows,
     }
+
+
+def _node_scores(circuit: ScoredEdges) -> dict[str, float]:
+    """Scores of the nodes that are in, where whole nodes have one."""
+    found = {name: circuit.more_of_node(name).get("score") for name in circuit.nodes}
+    return {name: _finite(score) for name, score in found.items() if isinstance(score, float)}
 
 
 def _finite(score: float) -> float:

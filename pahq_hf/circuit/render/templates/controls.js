@@ -71,7 +71,9 @@ function showDetails() {
     const others = highlight(shownEdges()).nodes.size - 1;
     const near = [...all.into[node], ...all.outOf[node]].sort((a, b) => b.strength - a.strength);
     title = nodes[node].name;
+    const own = nodeScore(node);
     text =
+      (own === "" ? "" : `${own}; `) +
       `${all.into[node].length} in, ${all.outOf[node].length} out; ` +
       `${others.toLocaleString("en")} other nodes on paths through it`;
     entries = edgeItems(near.slice(0, 8));

@@ -90,6 +90,13 @@ function number(value) {
   return value === null ? "–" : (value < 0 ? "−" : "+") + Number(Math.abs(value).toPrecision(compares ? 3 : 4));
 }
 
+// Of whole nodes; "" where edges were kept or removed.
+function nodeScore(i) {
+  const scores = nodes[i].scores;
+  if (scores.every((score) => score === null)) return "";
+  return compares ? `score A ${number(scores[0])}, B ${number(scores[1])}` : `score ${number(scores[0])}`;
+}
+
 function scoreText(edge) {
   const one = (i) => {
     const gate = edge.gates[i] === null ? "" : ` ${edge.gates[i]}`;

@@ -86,7 +86,9 @@ function nodeText(i) {
   const strongest = [...all.into[i], ...all.outOf[i]].sort((a, b) => b.strength - a.strength).slice(0, 4);
   const lines = strongest.map((edge) => `${escaped(edge.name)}  ${escaped(scoreText(edge))}`);
   const counts = `${all.into[i].length} in, ${all.outOf[i].length} out`;
-  return [`<b>${escaped(nodes[i].name)}</b>`, counts, ...lines].join("<br>");
+  const own = nodeScore(i);
+  const score = own === "" ? [] : [escaped(own)];
+  return [`<b>${escaped(nodes[i].name)}</b>`, ...score, counts, ...lines].join("<br>");
 }
 
 const nodeTexts = nodes.map((_, i) => nodeText(i));
