@@ -17,10 +17,12 @@ class Goal:
     Attributes:
         edges: How many edges the circuit has at most.
         max_gap: How far its metric may be from the full model's, as a share of how far that of no edges is.
+        word: What is counted, as a run is told from others: edges, or nodes.
     """
 
     edges: int | None = None
     max_gap: float | None = None
+    word: str = "edge"
 
     @property
     def is_ranking(self) -> bool:
@@ -31,7 +33,7 @@ class Goal:
     def name(self) -> str | None:
         """What tells the run from others in a log; None where all edges are kept whatever comes out."""
         if self.edges is not None:
-            return f"{self.edges} edges"
+            return f"{self.edges} {self.word}s"
         return None if self.max_gap is None else f"refine, gap up to {self.max_gap:g}"
 
     def is_within(self, beginning: Beginning, passed: Judged) -> bool:

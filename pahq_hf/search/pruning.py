@@ -291,7 +291,9 @@ def after(graph: Graph, kept: BoolArray, taken: Round) -> BoolArray:
         ValueError: If the round is none of this circuit's.
     """
     removed, added = taken.removed, taken.added
-    edges = all(0 <= r < len(graph.readers) and 0 <= w < graph.prefix[r] for r, w in (*removed, *added))
+    rows, columns = graph.all_edges.shape
+    inside = all(0 <= r < rows and 0 <= w < columns for r, w in (*removed, *added))
+    edges = inside and all(graph.all_edges[edge] for edge in (*removed, *added))
     if not edges or not (removed or added) or len({*removed, *added}) < len(removed) + len(added):
         raise ValueError("it does not change edges of the graph")
     if not all(kept[edge] for edge in removed) or any(kept[edge] for edge in added):

@@ -37,10 +37,10 @@ from pahq_hf.search.minibatches import Minibatches, minibatches_of
 from pahq_hf.search.pairs import learned_from, warn_unsplit
 from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
+from pahq_hf.search.units import units_of
 from pahq_hf.search.work import Work
 
 _MORE = 1.4  # times as many edges as are asked for are learned
-_PLUS = 100  # and so many more at least
 _RANKED = 300  # edges that are learned where all are to be ranked
 _FEWEST = 25  # the fewest that are learned where a gap is asked for
 
@@ -52,9 +52,10 @@ def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
         ConfigError: If more edges are asked for than there are.
         MetricError: If the metric has no gradient.
     """
-    total = setting.graph.edge_count
+    units = units_of(options, setting.graph)
+    total = units.graph.edge_count
     if options.edges is not None and options.edges > total:
-        raise ConfigError(f"this model has {total:,} edges; cannot keep {options.edges:,} of them")
+        raise ConfigError(f"this model has {total:,} {units.word}s; cannot keep {options.edges:,} of them")
     options.foresee(setting.metric, setting.precision)
     return options
 
@@ -85,11 +86,11 @@ def refine(work: Work[RefineOptions]) -> Found:
 
 
 def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
-    options, graph, goal = work.options, work.graph, _goal(work.options)
+    options, graph, goal = work.options, work.graph, _goal(work)
     beginning = kept_beginning(work) if work.steps else measures.begin()
     if not work.steps:
         work.keep(beginning.to_json())
-    schedule = _schedule(options, graph)
+    schedule = _schedule(work)
     tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed)
 
     def batches() -> Minibatches:
@@ -100,7 +101,8 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     rounds, passed = _kept_rounds(work, start, 1 + len(levels))
     circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric)
     going = max(0, start.size - (options.edges or 0))
-    with work.progress.count("refining", "removed edge", going, start.size - passed[-1].size) as count:
+    what = f"removed {work.units.word}"
+    with work.progress.count("refining", what, going, start.size - passed[-1].size) as count:
         for taken in _rounds(circuit, goal, beginning):
             taken = replace(taken, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
@@ -176,8 +178,8 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     """
     if not work.steps or work.folder is None:
         return
-    beginning, schedule = kept_beginning(work), _schedule(work.options, work.graph)
-    goal = _goal(work.options)
+    beginning, schedule = kept_beginning(work), _schedule(work)
+    goal = _goal(work)
     levels = kept_levels(work, len(schedule.levels))
     learned = load_scores(work, levels, Learned)
     if learned is None or not _is_learned(levels, schedule, goal, beginning):
@@ -213,16 +215,17 @@ def _kept_rounds(work: Work[RefineOptions], start: Passed, first: int) -> tuple[
     return rounds, passed
 
 
-def _goal(options: RefineOptions) -> Goal:
-    return Goal(options.edges, options.max_gap)
+def _goal(work: Work[RefineOptions]) -> Goal:
+    return Goal(work.options.edges, work.options.max_gap, work.units.word)
 
 
 # -- learning ---------------------------------------------------------------------------------------------
 
 
-def _schedule(options: RefineOptions, graph: Graph) -> Schedule:
+def _schedule(work: Work[RefineOptions]) -> Schedule:
+    options, graph = work.options, work.graph
     if options.edges is not None:
-        size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + _PLUS))
+        size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + work.units.spare))
     else:
         size = min(graph.edge_count // 2, _RANKED if options.max_gap is None else _FEWEST)
     return Schedule.towards(size, graph, options.steps, options.rate, options.noise, options.seed)

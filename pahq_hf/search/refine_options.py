@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from pahq_hf.config import check_number
+from pahq_hf.config import Level, PAHQConfig, check_number
 from pahq_hf.errors import ConfigError
-from pahq_hf.search.kind import shifted, told
+from pahq_hf.search.kind import LEVEL, check_level, check_regime, shifted, told
 from pahq_hf.search.learning_options import LearningOptions
 
 _GOALS = ("edges", "max_gap", "curve")
@@ -28,6 +28,7 @@ class RefineOptions(LearningOptions):
             edges by gradients averaged along the mask.
         rate: How far a score moves in a step, in standard deviations of where they start.
         noise: On the scores, at the beginning of each halving.
+        level: `edge`, or `node`: `edges` counts whole heads and MLPs then, each with all its edges out.
     """
 
     search: ClassVar[str] = "refine"
@@ -46,6 +47,8 @@ class RefineOptions(LearningOptions):
     steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
+
+    level: Level = field(default="edge", metadata=LEVEL)
 
     def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
         """Options of another run that would keep more edges, or fewer.
@@ -84,7 +87,25 @@ class RefineOptions(LearningOptions):
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
         self.check_whole({"steps": 0} | ({} if self.edges is None else {"edges": 1}))
         self.check_range({"rate": _MOST, "noise": _MOST})
+        check_level(self.level)
         learning = [entry for entry in fields(self) if entry.name in ("rate", "noise")]
         for entry in learning if self.steps == 0 else []:
             if getattr(self, entry.name) != entry.default:
                 raise ConfigError(f"{entry.name} is of steps of learning, and steps 0 takes none")
+
+    def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
+        """Check what needs no model (`SearchKind.foresee`).
+
+        Raises:
+            ConfigError: If nodes cannot be tested in the precision.
+            MetricError: If the metric has no gradient.
+        """
+        check_regime(self.level, precision)
+        super().foresee(metric, precision)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values, without the level of edges."""
+        values = super().to_dict()
+        if self.level == "edge":
+            del values["level"]
+        return values

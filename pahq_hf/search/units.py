@@ -34,6 +34,10 @@ class Units(Protocol):
         """What one is called."""
 
     @property
+    def spare(self) -> int:
+        """How many more than are asked for a search begins with at least, where it tests which may go."""
+
+    @property
     def graph(self) -> Graph:
         """The graph as a search sees it: what it calls edges are the units."""
 
@@ -68,6 +72,7 @@ class Edges:
 
     graph: Graph
     word = "edge"
+    spare = 100
 
     def engine(self, engine: Engine) -> Engine:
         """The engine itself."""
@@ -102,6 +107,7 @@ class Nodes:
     whole: Graph
     by_size: bool = False
     word = "node"
+    spare = 10
 
     @cached_property
     def graph(self) -> NodeGraph:

@@ -1,8 +1,9 @@
-"""Attribution at level node."""
+"""Attribution and `refine` at level node."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,65 @@ def test_what_it_cannot_do_is_refused() -> None:
         AttributionConfig(level="heads")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at level node use pahq, fp32 or rtn"):
         wrapped("llama", regime="pahq-literal").attribute(TASK, method="exact", level="node", progress=False)
+
+
+# -- refine ------------------------------------------------------------------------------------------------
+
+REFINE: dict[str, Any] = {
+    "search": "refine",
+    "level": "node",
+    "edges": 4,
+    "metric": "kl",
+    "steps": 1,
+    "learn_pairs": 0,
+    "validation": 0.0,
+}
+
+
+def test_refine_finds_nodes_that_nothing_betters(tmp_path: Path) -> None:
+    """Its gap is the referee's, no larger than that of the best by attribution, and no node is in the way."""
+    model, judge = wrapped("llama"), referee("llama", TASK, metric="kl")
+    ours = model.discover(TASK, out=tmp_path / "whole", progress=False, **REFINE)
+    graph, nodes = ours.graph, ours.scored_nodes
+    assert nodes is not None and 0 < nodes.count <= 4 and ours.verified
+    assert ours.discovery["refine"]["locally_minimal"]
+
+    def gap(inside: set[str]) -> float:
+        removed = {
+            (w.name, r.name)
+            for i, r in enumerate(graph.readers)
+            for w in graph.writers[: int(graph.prefix[i])]
+            if w.name not in inside
+        }
+        return judge.metric(removed)
+
+    inside = set(ours.nodes) - {"logits"}
+    found = gap(inside)
+    assert ours.record.metric.fp32 == pytest.approx(found, abs=1e-5)
+    whole = gap({"input"})
+    for name in inside - {"input"}:
+        assert gap(inside - {name}) >= found - 1e-3 * whole
+    others = attribute(method="eap-ig", metric="kl", topn=4, absolute=True)
+    assert found <= gap(set(others.nodes) - {"logits"}) + 1e-6
+    assert all(0 <= score <= 1 for score in ours.node_scores.values())
+    least = min(ours.node_scores[name] for name in inside - {"input"})
+    assert all(score < least for name, score in ours.node_scores.items() if name not in inside)
+
+    # Stopped after the first round, it ends in the same bytes.
+    folder = interrupted(tmp_path / "whole", tmp_path / "half", 3)
+    shutil.copy(tmp_path / "whole" / "learned.safetensors", folder)
+    model.discover(TASK, out=folder, progress=False, resume=True, **REFINE)
+    assert (folder / "journal.jsonl").read_bytes() == (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    assert (folder / "scores.safetensors").read_bytes() == (
+        tmp_path / "whole" / "scores.safetensors"
+    ).read_bytes()
+    model.discover(TASK, out=folder, progress=False, resume=True, **REFINE)  # held against its journal
+
+
+def test_refine_counts_nodes() -> None:
+    with pytest.raises(ConfigError, match="this model has 10 nodes; cannot keep 11 of them"):
+        wrapped("llama").discover(TASK, progress=False, **(REFINE | {"edges": 11}))
+    ours = wrapped("llama").discover(TASK, progress=False, **(REFINE | {"edges": None, "max_gap": 0.3}))
+    metric = ours.record.metric
+    assert ours.size[0] < 10 and ours.verified
+    assert metric.fp32 is not None and metric.full is not None

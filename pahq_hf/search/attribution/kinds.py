@@ -93,7 +93,7 @@ def check_own(method: MethodName, members: str, given: Mapping[str, object]) -> 
 
     Args:
         method: Its name.
-        members: Those of an ensemble.
+        members: Methods of an ensemble.
         given: Options of `OWN` that somebody gave.
 
     Raises:
