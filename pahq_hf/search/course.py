@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.search.pairs import Split, validation_pairs
-from pahq_hf.search.pruning import Scale
+from pahq_hf.search.pruning import GAIN, Edge, Scale, changed, least_first
 from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
 
@@ -91,6 +91,13 @@ class Beginning:
         """The scale by which circuits are chosen."""
         return self.searched if self.validation is None else self.validation
 
+    def is_near(self, one: Judged, other: Judged) -> bool:
+        """Whether no swap would be made for what two circuits differ by, on either kind of pairs."""
+        near = abs(one.metric - other.metric) <= GAIN * self.searched.whole
+        if self.validation is None or one.validation is None or other.validation is None:
+            return near
+        return near and abs(one.validation - other.validation) <= GAIN * self.validation.whole
+
     def gap(self, passed: Judged) -> float:
         """How far a circuit is from the full model by what judges it."""
         return self.judge.gap(passed.metric if passed.validation is None else passed.validation)
@@ -133,6 +140,38 @@ class Measures:
     def of_circuit(self, kept: BoolArray) -> Passed:
         """A circuit, measured."""
         return Passed(kept, self.engine.metric_of(kept), self.validation_of(kept))
+
+    def without_idle(self, beginning: Beginning, passed: Passed, may_go: Callable[[Passed], bool]) -> Passed:
+        """A circuit without the edges that do nothing there, on either kind of pairs.
+
+        Args:
+            beginning: What is nothing is a share of its scales.
+            passed: The circuit.
+            may_go: Whether what is left without some of them will do.
+
+        Returns:
+            What is left of it; the circuit itself if every edge does something.
+        """
+        graph, now = self.engine.graph, passed
+        while idle := self._idle(beginning, now):
+            size = len(idle)
+            while size > 0:  # of edges that stand in for each other, each alone does nothing
+                other = self.of_circuit(graph.live_edges(changed(now.kept, idle[:size], ())))
+                if may_go(other):
+                    break
+                size //= 2
+            if size == 0:
+                break
+            now = other
+        return now
+
+    def _idle(self, beginning: Beginning, passed: Passed) -> list[Edge]:
+        """Edges of a circuit that do nothing, those first that move the metric least."""
+        effects = self.engine.drop_each(passed.kept)
+        idle = passed.kept & (abs(effects) <= beginning.searched.nothing)
+        if self._judge is not None and beginning.validation is not None and idle.any():
+            idle &= abs(self._judge.drop_each(passed.kept)) <= beginning.validation.nothing
+        return [edge for edge in least_first(passed.kept, effects) if idle[edge]]
 
     def facts(self, beginning: Beginning, passed: Passed) -> dict[str, Any]:
         """What a run says of its circuit on either kind of pairs."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pahq_hf.search.course import Beginning, Judged, Passed
-from pahq_hf.search.pruning import NOTHING
+from pahq_hf.search.pruning import GAIN, NOTHING, Scale
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,24 @@ class Goal:
 
     def is_within(self, beginning: Beginning, passed: Judged) -> bool:
         """Whether a circuit is as near as is asked for, by what judges it; any is where a size is."""
-        return self.max_gap is None or beginning.gap(passed) <= self.max_gap * beginning.judge.whole
+        bound = self.bound(beginning.judge)
+        return bound is None or beginning.gap(passed) <= bound
+
+    def bound(self, scale: Scale) -> float | None:
+        """How large a gap may be, rounding at least; None where any may."""
+        return None if self.max_gap is None else max(self.max_gap, NOTHING) * scale.whole
+
+    def may_lose(self, beginning: Beginning, best: Judged, bare: Judged) -> bool:
+        """Whether a circuit may lose edges that do nothing each: all of them may do a little together.
+
+        Args:
+            beginning: The scales.
+            best: The circuit.
+            bare: Without them.
+        """
+        if not beginning.is_near(best, bare):
+            return False
+        return self.max_gap is None or beginning.gap(bare) <= max(self.max_gap, GAIN) * beginning.judge.whole
 
     def best(self, beginning: Beginning, passed: Sequence[Passed]) -> int | None:
         """Which circuit is kept: the nearest of the size, or the smallest within the gap.

@@ -21,7 +21,7 @@ _CANDIDATES = (
 )
 _SWAPPED = 0.1  # of a circuit's edges that may be swapped at once
 _TRIES = 16  # single swaps that are tried before it ends
-_GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has to bring
+GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has to bring
 NOTHING = 1e-6  # of it, by which the metric moves where an edge does nothing: rounding
 
 
@@ -57,6 +57,11 @@ class Scale:
         """The gap of no edges."""
         return self.gap(self.empty)
 
+    @property
+    def nothing(self) -> float:
+        """By how much the metric moves where an edge does nothing."""
+        return NOTHING * self.whole
+
     def gap(self, metric: float) -> float:
         """How far a metric is from that of all edges."""
         return abs(metric - self.full)
@@ -71,18 +76,23 @@ class Round:
         added: Edges that come back.
         metric: Of the circuit then.
         validation: The same on the pairs that judge; None if there are none, or it is not measured yet.
+        is_back: Whether it goes to the best circuit before, without what does nothing there: it is the last
+            one, and its circuit is kept.
     """
 
     removed: tuple[Edge, ...]
     added: tuple[Edge, ...]
     metric: float
     validation: float | None = None
+    is_back: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As a step of a journal."""
         found: dict[str, Any] = {"removed": [list(edge) for edge in self.removed], "metric": self.metric}
         if self.added:
             found["added"] = [list(edge) for edge in self.added]
+        if self.is_back:
+            found["back"] = True
         return found if self.validation is None else found | {"validation": self.validation}
 
     @classmethod
@@ -93,14 +103,24 @@ class Round:
             ValueError: If a value is missing or of another type; or TypeError or KeyError.
         """
         removed, added, judged = step["removed"], step.get("added", []), step.get("validation")
-        if any(type(index) is not int for e in (*removed, *added) for index in e):
+        is_back = step.get("back", False)
+        if type(is_back) is not bool or any(
+            type(index) is not int for e in (*removed, *added) for index in e
+        ):
             raise TypeError("a value is of another type")
         return cls(
             tuple((r, w) for r, w in removed),
             tuple((r, w) for r, w in added),
             as_float(step["metric"]),
             None if judged is None else as_float(judged),
+            is_back,
         )
+
+    @classmethod
+    def back(cls, last: BoolArray, kept: BoolArray, metric: float, validation: float | None) -> Round:
+        """The round from the last circuit to another, which was measured. [readers, writers]"""
+        removed, added = (tuple(edge_list(one & ~other)) for one, other in ((last, kept), (kept, last)))
+        return cls(removed, added, metric, validation, is_back=True)
 
 
 class Pruned:
@@ -210,7 +230,7 @@ class Pruned:
 
     def _idle(self) -> Round | None:
         """The most of the edges that do nothing, without which all is as it was; None if there are none."""
-        effects, nothing = self.effects(), NOTHING * self._scale.whole
+        effects, nothing = self.effects(), self._scale.nothing
         ranked = [edge for edge in least_first(self.kept, effects) if abs(effects[edge]) <= nothing]
         size = len(ranked)
         while size > 0:  # of edges that stand in for each other, each alone does nothing
@@ -221,7 +241,7 @@ class Pruned:
         return None
 
     def _is_nearer(self, metric: float) -> bool:
-        return self._gap(metric) < self.gap - _GAIN * self._scale.whole
+        return self._gap(metric) < self.gap - GAIN * self._scale.whole
 
     # -- swapping -------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -103,14 +104,19 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     going = max(0, start.size - (options.edges or 0))
     what = f"removed {work.units.word}"
     with work.progress.count("refining", what, going, start.size - passed[-1].size) as count:
-        for taken in _rounds(circuit, goal, beginning):
+        for taken in () if rounds and rounds[-1].is_back else _rounds(circuit, goal, beginning):
             taken = replace(taken, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
             rounds.append(taken)
             passed.append(Passed(circuit.kept, taken.metric, taken.validation))
             count.note(left=passed[-1].size, gap=f"{beginning.gap(passed[-1]):.4g}")
             count.advance(len(taken.removed) - len(taken.added))
-    chosen = goal.best(beginning, passed)
+    back = _back(measures, goal, beginning, rounds, passed)
+    if back is not None:
+        work.keep(back.to_json())
+        rounds.append(back)
+        passed.append(Passed(after(graph, passed[-1].kept, back), back.metric, back.validation))
+    chosen, is_last = _taken(goal, beginning, rounds, passed)
     kept = _chosen(graph, goal, beginning, passed, chosen)
     last = passed[-1] if chosen is None else kept
     worth = _worth(measures, beginning, circuit, last)
@@ -118,7 +124,7 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     if goal.is_ranking:
         facts["curve"] = [each.facts() for each in passed]
     else:
-        facts |= {"taken": chosen, "locally_minimal": chosen == len(rounds)}
+        facts |= {"taken": chosen, "locally_minimal": is_last}
     facts |= {"learned_on": sum(map(len, tasks)), **measures.facts(beginning, kept)}
     tested = start.kept.copy()
     for each in passed:
@@ -135,12 +141,41 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
 
 def _rounds(circuit: Pruned, goal: Goal, beginning: Beginning) -> Iterator[Round]:
     """The rounds towards what is asked for."""
-    if goal.max_gap is not None:
-        yield from circuit.within(goal.max_gap * beginning.searched.whole)
+    bound = goal.bound(beginning.searched)
+    if bound is not None:
+        yield from circuit.within(bound)
         return
     yield from circuit.to_size(goal.edges or 0)
     if goal.edges is not None:
         yield from circuit.at_size(goal.edges)
+
+
+def _back(
+    measures: Measures, goal: Goal, beginning: Beginning, rounds: Sequence[Round], passed: Sequence[Passed]
+) -> Round | None:
+    """From the last circuit to the best one without the edges that do nothing there.
+
+    Returns:
+        The round; None where every edge of the best does something, or where it was taken.
+    """
+    chosen, is_last = _taken(goal, beginning, rounds, passed)
+    if chosen is None or (rounds and rounds[-1].is_back) or (is_last and goal.edges is not None):
+        return None  # rounds to a size end without what does nothing
+    last, best = passed[-1], passed[chosen]
+    bare = measures.without_idle(beginning, best, partial(goal.may_lose, beginning, best))
+    if bare is best or np.array_equal(bare.kept, last.kept):
+        return None
+    return Round.back(last.kept, bare.kept, bare.metric, bare.validation)
+
+
+def _taken(
+    goal: Goal, beginning: Beginning, rounds: Sequence[Round], passed: Sequence[Passed]
+) -> tuple[int | None, bool]:
+    """Which circuit is kept, and whether it is where removals and swaps ended."""
+    is_back = bool(rounds) and rounds[-1].is_back
+    walked = len(rounds) - is_back
+    best = goal.best(beginning, passed[: walked + 1])
+    return (len(rounds) if is_back else best), best == walked
 
 
 def _chosen(
@@ -184,8 +219,9 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     learned = load_scores(work, levels, Learned)
     if learned is None or not _is_learned(levels, schedule, goal, beginning):
         return
-    _, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
-    chosen = _chosen(work.graph, goal, beginning, passed, goal.best(beginning, passed))
+    rounds, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
+    number, _ = _taken(goal, beginning, rounds, passed)
+    chosen = _chosen(work.graph, goal, beginning, passed, number)
     if not np.array_equal(chosen.kept, found.kept):
         raise work.other_circuit()
 

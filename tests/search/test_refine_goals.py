@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from pahq_hf import Circuit, PAHQModel
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
-from pahq_hf.config import EngineConfig
+from pahq_hf.config import EngineConfig, PAHQConfig
 from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
@@ -22,7 +23,7 @@ from pahq_hf.search.journal import Chain
 from pahq_hf.search.pruning import changed
 from pahq_hf.tasks.base import Task
 from tests.helpers import assert_same_circuit, interrupted_after, run_main, wrapped
-from tests.models import random_task
+from tests.models import random_task, tiny_gpt2
 from tests.tiers import quick
 
 TASK = random_task(batch=4, seed=21, metric="kl")
@@ -46,8 +47,8 @@ def refined(out: Path | None = None, task: Task = WIDE, **options: Any) -> Circu
     return small().discover(task, out=out, **(OPTIONS | options))
 
 
-def engine_on(task: Task) -> Engine:
-    model = small()
+def engine_on(task: Task, model: PAHQModel | None = None) -> Engine:
+    model = model or small()
     return make_engine(Setting(model.patched, task, "kl", "corrupted", model.pahq_config), EngineConfig())
 
 
@@ -95,10 +96,41 @@ def test_without_pairs_that_judge_no_edge_can_go_within_the_gap() -> None:
         assert engine.metric_of(changed(circuit.kept, [edge], ())) > bound
 
 
-@pytest.mark.parametrize("task", [TASK, WIDE])
-def test_a_gap_of_nothing_takes_the_edges_that_do_something(task: Task) -> None:
-    circuit = refined(task=task, max_gap=0.0, steps=0)
-    assert circuit.verified and circuit.record.metric.fp32 == pytest.approx(0, abs=1e-6)
+def nearly_idle(share: float) -> PAHQModel:
+    """A model whose first head writes a small share of what it did: next to nothing, though not nothing."""
+    model = tiny_gpt2(layers=1)
+    rows = model.config.n_embd // model.config.n_head
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_proj.weight[:rows] *= share
+    return PAHQModel(model, PAHQConfig(regime="fp32"))
+
+
+@pytest.mark.parametrize(("task", "share", "is_back"), [(TASK, 1e-4, False), (WIDE, 2e-3, True)])
+def test_a_gap_of_nothing_takes_the_edges_that_do_something(
+    task: Task, share: float, is_back: bool, tmp_path: Path
+) -> None:
+    """Each does something on the pairs that are searched or on those that judge, by brute force."""
+    model, options = nearly_idle(share), OPTIONS | {"max_gap": 0.0, "steps": 0}
+    circuit = model.discover(task, out=tmp_path / "run", **options)
+    judging = steps_of(tmp_path / "run")[0]["validation"]
+    kinds = [task.select([k for k in range(len(task)) if k not in judging])]
+    engines = [engine_on(pairs, model) for pairs in (*kinds, *([task.select(judging)] if judging else []))]
+    wholes = [engine.metric_of(circuit.graph.no_edges()) for engine in engines]
+    assert circuit.verified and (circuit.kept == circuit.live).all()
+    assert not [name for name, _ in circuit.edges if "a0.h0" in name]
+    for engine, most in zip(engines, wholes, strict=True):
+        assert engine.metric_of(circuit.kept) <= 1.1e-4 * most
+    for edge in edge_list(circuit.kept):
+        without = changed(circuit.kept, [edge], ())
+        moved = [engine.metric_of(without) - engine.metric_of(circuit.kept) for engine in engines]
+        assert any(abs(by) > 0.9e-6 * most for by, most in zip(moved, wholes, strict=True))
+    steps = steps_of(tmp_path / "run")
+    assert steps[-1].get("back", False) is is_back
+    with interrupted_after(len(steps) - 1):
+        model.discover(task, out=tmp_path / "parts", **options)
+    assert_same_circuit(model.discover(task, out=tmp_path / "parts", resume=True, **options), circuit)
+    assert_same_circuit(model.discover(task, out=tmp_path / "run", resume=True, **options), circuit)
+    assert steps_of(tmp_path / "parts") == steps
 
 
 def test_a_curve_ranks_all_edges_as_the_search_came_through_them(runs: dict[str, Path]) -> None:
