@@ -282,12 +282,34 @@ class SparseEngine:
         self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]]
     ) -> list[float]:
         """Metrics of the first candidates, as many as fit."""
+        return self._as_many_as_fit(
+            focus,
+            lambda: min(focus.together, len(candidates)),
+            self._memory.halve_together,
+            lambda size: self._try(focus, state, candidates[:size]),
+        )
+
+    def _as_many_as_fit(
+        self,
+        focus: Focus,
+        most: Callable[[], int],
+        halve: Callable[[int], bool],
+        attempt: Callable[[int], T],
+    ) -> T:
+        """What comes of the first candidates, as many as memory allows.
+
+        Args:
+            focus: The reader, which forgets what it can make again.
+            most: How many may be tried now.
+            halve: Allows fewer than so many from now on. False where that was the least.
+            attempt: Computes the first so many.
+        """
         while True:
-            some = candidates[: focus.together]
+            size = most()
             try:
-                return self._try(focus, state, some)
+                return attempt(size)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not out_of_memory(error) or not self._memory.halve_together(len(some)):
+                if not out_of_memory(error) or not halve(size):
                     raise
                 focus.forget()
             self._buffers.clear()  # only here the failed attempt has let go of what it had made
@@ -325,19 +347,20 @@ class SparseEngine:
         self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]], writers: Sequence[int]
     ) -> tuple[list[float], Tensor]:
         """Metrics and slopes of the first candidates, as many as fit."""
-        while True:
-            size = min(self._memory.followed(state, focus.reader), focus.together, len(candidates))
-            try:
-                with self.phases("node"):
-                    delta = focus.changes(candidates[:size])
-                values, gradients = self._measuring.followed(state, focus.reader, delta, state.arithmetic)
-                with self.phases("node"):
-                    return values, focus.effects(gradients, writers)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not out_of_memory(error) or not self._memory.halve(size):
-                    raise
-                focus.forget()
-            self._buffers.clear()
+
+        def follow(size: int) -> tuple[list[float], Tensor]:
+            with self.phases("node"):
+                delta = focus.changes(candidates[:size])
+            values, gradients = self._measuring.followed(state, focus.reader, delta, state.arithmetic)
+            with self.phases("node"):
+                return values, focus.effects(gradients, writers)
+
+        return self._as_many_as_fit(
+            focus,
+            lambda: min(self._memory.followed(state, focus.reader), focus.together, len(candidates)),
+            self._memory.halve,
+            follow,
+        )
 
     @in_session
     @torch.no_grad()
