@@ -7,11 +7,14 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, get_args
 
 from pahq_hf.circuit.files import make_folder, read_json, write_text
 from pahq_hf.errors import CircuitError, ConfigError, check_names, check_place
 from pahq_hf.precision.threads import check_threads
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit.hub import PushOptions
 
 Regime = Literal["fp32", "pahq", "pahq-literal", "rtn"]
 Active = Literal["receiver", "both"]
@@ -153,17 +156,24 @@ class PAHQConfig(JsonConfig):
         }
         write_text(make_folder(folder) / CONFIG_NAME, json.dumps(document, indent=2) + "\n")
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Publish `pahq_config.json` on the Hub.
+
+        Args:
+            repo_id: `owner/name`, or a name for the token's owner.
+            **options: As for `Circuit.push_to_hub`: `private`, `token`, `revision`, `create_pr`,
+                `commit_message`, `subfolder`.
 
         Returns:
             Where the commit can be seen.
 
         Raises:
+            ConfigError: If an option is unknown.
             HubError: If the Hub refuses.
         """
-        from pahq_hf.circuit.hub import push
+        from pahq_hf.circuit.hub import PushOptions, push
 
+        check_names(options, list(PushOptions.__annotations__), "push_to_hub")
         options.setdefault("commit_message", "Configuration of a patched model (pahq_hf)")
         return push(self.save_pretrained, repo_id, **options)
 

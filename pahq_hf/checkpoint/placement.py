@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ def usable_device(device: str | int | torch.device) -> torch.device:
     """
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # What follows is for those who build PyTorch.
+        reason = shorten(reason.partition(". ")[0], 200, placeholder=" ...")
         raise ConfigError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 

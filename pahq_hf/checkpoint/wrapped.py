@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pahq_hf.circuit.hub import PushOptions
 
 
 class WrappedModel(nn.Module):
@@ -69,8 +72,12 @@ class WrappedModel(nn.Module):
         """
         self._reloading().save_pretrained(folder)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish `pahq_config.json` on the Hub; options as for `Circuit.push_to_hub`.
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Publish `pahq_config.json` on the Hub.
+
+        Args:
+            repo_id: `owner/name`, or a name for the token's owner.
+            **options: As for `PAHQConfig.push_to_hub`.
 
         Returns:
             Where the commit can be seen.

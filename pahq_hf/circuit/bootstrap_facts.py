@@ -22,6 +22,7 @@ class BootstrapFacts(Section):
         always: Edges that every resample kept.
         ever: Edges that some resample kept.
         unconfirmed: Resamples whose circuit the hooks engine did not confirm.
+        consensus_verified: Whether it confirmed the consensus; None where nothing was compared.
         seconds: What the searches on the resamples took.
         evaluations: Values of the metric that they computed.
         units: `node`, where the above counts whole nodes and not edges.
@@ -37,9 +38,21 @@ class BootstrapFacts(Section):
     always: int | None = None
     ever: int | None = None
     unconfirmed: int | None = None
+    consensus_verified: bool | None = None
     seconds: float | None = None
     evaluations: int | None = None
     units: str | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """What a user is told, on one line, of circuits that the hooks engine did not confirm; else None."""
+        parts = []
+        if self.unconfirmed:
+            parts.append(f"{self.unconfirmed:,} of {self.resamples or self.unconfirmed:,} resamples")
+        if self.consensus_verified is False:
+            parts.append("the consensus")
+        told = " and ".join(parts)
+        return f"the result is kept, but not verified: {told}; please report it" if parts else None
 
     @property
     def texts(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
@@ -110,6 +111,18 @@ def _check_size(place: HubPlace, name: str) -> None:
     size = get_hf_file_metadata(url, token=place.token).size
     if size is not None and size > _MAX_BYTES:
         raise HubError(f"{name} of {place.repo_id} has {size:,} bytes, more than any circuit: not downloaded")
+
+
+class PushOptions(TypedDict, total=False):
+    """What `push_to_hub` takes beside the repository; `push` says what each is."""
+
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+    commit_message: str
+    subfolder: str | None
+    overwrite_card: bool
 
 
 def push(

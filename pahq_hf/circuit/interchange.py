@@ -19,7 +19,7 @@ from pahq_hf.circuit.render.palette import LIGHT
 from pahq_hf.circuit.terminal import printable
 from pahq_hf.errors import CircuitError, ConfigError
 
-_CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested")
+_CSV_COLUMNS = ("writer", "reader", "kind", "score", "in_graph", "tested", "estimated")
 
 
 def export(circuit: Circuit, path: str | Path, fmt: str) -> None:
@@ -140,7 +140,9 @@ def _to_csv(circuit: Circuit) -> str:
     table.writerow(_CSV_COLUMNS)
     for r, reader in enumerate(graph.readers):
         for w in range(int(graph.prefix[r])):
-            facts = float(circuit.scores[r, w]), int(circuit.kept[r, w]), int(circuit.tested[r, w])
+            estimated = circuit.scored.is_estimate(r, w)
+            tested = bool(circuit.tested[r, w]) and not estimated
+            facts = float(circuit.scores[r, w]), int(circuit.kept[r, w]), int(tested), int(estimated)
             table.writerow((graph.writers[w].name, reader.name, reader.kind, *facts))
     return text.getvalue()
 

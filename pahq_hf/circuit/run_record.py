@@ -318,7 +318,7 @@ class RunRecord(Section):
         """What a user is told, on one line, of a circuit that the hooks engine did not confirm; else None."""
         found, threshold = self.confirmation, self.arguments.threshold
         if found is None or found.verified:
-            return None
+            return self.bootstrap.doubt
         where = "" if threshold is None else f"tau {threshold:g}: "
         return f"{where}the result is kept, but not verified: {found.text}; please report it"
 

@@ -47,6 +47,11 @@ class ScoredEdges:
         """Number of kept edges."""
         return int(self.kept.sum())
 
+    @property
+    def estimates(self) -> BoolArray:
+        """Edges whose score is an estimate. [readers, writers]"""
+        return np.zeros_like(self.tested) if self.estimated is None else self.estimated
+
     def is_estimate(self, reader: int, writer: int) -> bool:
         """Whether an edge's score is an estimate."""
         return self.estimated is not None and bool(self.estimated[reader, writer])

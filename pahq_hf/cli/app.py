@@ -101,7 +101,7 @@ def _run() -> int:
             _fail(_unforeseen(error, source, shown=shown), _BUG if source is None else _BAD_INPUT)
         if len(sys.argv) == 1:  # the bare command, which has shown its help
             sys.exit(_BAD_INPUT)
-        _fail(describe())
+        _fail(describe().replace("Value error, ", ""))  # as the library calls what a choice is not
 
 
 def _quiet_start() -> None:

@@ -70,13 +70,16 @@ def _minimality_table(found: dict[str, Any]) -> Table:
 
 
 def _audit_table(found: Audited) -> Table:
+    said = f"{found.text} ({found.estimated:,} were estimates)"
+    if not found.edges:  # no row to show
+        return facts_table({"decisions like ACDC's": said})
     table = Table(title="Removed edges, tested again in FP32 where they were decided", title_justify="left")
     table.add_column("decided otherwise")
     for title in ("score", "exact"):
         table.add_column(title, justify="right")
     for name, scores in found.edges.items():
         table.add_row(Text(name), f"{scores['score']:+.4g}", f"{scores['exact']:+.4g}")
-    table.caption = f"decisions like ACDC's: {found.text} ({found.estimated:,} were estimates)"
+    table.caption = f"decisions like ACDC's: {said}"
     return table
 
 

@@ -56,6 +56,7 @@ class Bench:
         self.clock = clock or RunClock()
         self._answers = answers
         self._warns = warns
+        self.is_hushed = False  # whether another run on nearly the same prompts has said all warnings
         self._engine: Engine | None = None
         self._shared: dict[object, Any] = {}
 
@@ -115,8 +116,8 @@ class Bench:
         return found
 
     def hush(self) -> None:
-        """Tell nobody of a full model that cannot do the task."""
-        self._warns = False
+        """Leave out warnings that another run on nearly the same prompts gives."""
+        self._warns, self.is_hushed = False, True
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the seconds inside under a name."""

@@ -298,6 +298,7 @@ class BootstrapRun(Run[OptionsT]):
             always=int((found.frequencies == 1).sum()),
             ever=int((found.frequencies > 0).sum()),
             unconfirmed=sum(record.doubt is not None for record in records),
+            consensus_verified=consensus.record.verified,
             seconds=round(sum(record.total_seconds or 0.0 for record in records), 3),
             evaluations=sum(record.evaluations or 0 for record in records),
             units=None if self.units.word == "edge" else self.units.word,

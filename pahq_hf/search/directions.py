@@ -103,6 +103,7 @@ class BothWays(Run[OptionsT]):
             name: make_run(kind, kind.with_option(options, "direction", name), subject, progress=progress)
             for name in DIRECTION_NAMES
         }
+        self._parts["denoising"].hush()  # noising says it
         self._take_over = False
 
     def hush(self) -> None:

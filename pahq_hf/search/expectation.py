@@ -132,5 +132,6 @@ def search_progress(
     for record in done:
         state.apply(record)
     tested = int(state.tested.sum())
-    with progress.count(name, "test", tested + expected.remaining(state), tested) as count:
+    unit = "decision" if config.estimates else "test"
+    with progress.count(name, unit, tested + expected.remaining(state), tested) as count:
         yield SearchProgress(count, expected, chosen)

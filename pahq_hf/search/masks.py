@@ -163,7 +163,8 @@ def learn_masks(work: Work[OptionsT], make: Callable[[Graph, OptionsT], Method])
     """
     options = work.options
     split = split_of(work, options.validation, options.seed)
-    warn_unsplit(split, options.validation)
+    if not work.is_hushed:
+        warn_unsplit(split, options.validation)
     with Measures.of(work, split) as measures:
         found = _learned(work, measures, make(work.graph, options))
     if split.validation is None:

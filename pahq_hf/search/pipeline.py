@@ -131,6 +131,7 @@ class Run(Generic[OptionsT]):
     def hush(self) -> None:
         """Leave out warnings that another run on nearly the same prompts gives."""
         self.bench.hush()
+        self.searched_on.hush()
 
     def header(self) -> dict[str, Any]:
         """What pins a run: two runs with equal headers make equal decisions."""

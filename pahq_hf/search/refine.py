@@ -78,7 +78,8 @@ def refine(work: Work[RefineOptions]) -> Found:
     """
     options = work.options
     split = split_of(work, options.validation, options.seed)
-    warn_unsplit(split, options.validation)
+    if not work.is_hushed:
+        warn_unsplit(split, options.validation)
     with Measures.of(work, split) as measures:
         found = _refined(work, measures)
     if split.validation is None:

@@ -111,8 +111,16 @@ def default_search(given: Collection[str]) -> str:
 
     Args:
         given: Names of the options that are given.
+
+    Raises:
+        ConfigError: If there is a threshold too.
     """
-    return "refine" if "edges" in given and "threshold" not in given else "acdc"
+    if {"edges", "threshold"} <= {*given}:
+        raise ConfigError(
+            "edges (--edges) asks refine for a circuit of that size, threshold (--threshold) asks acdc for "
+            "one at that tau: give one of them, or name the search"
+        )
+    return "refine" if "edges" in given else "acdc"
 
 
 def searches() -> Mapping[str, SearchKind[Any]]:

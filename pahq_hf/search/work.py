@@ -65,6 +65,7 @@ class Work(Generic[OptionsT]):
         progress: Who is told how far it is.
         steps: What an earlier part of an interrupted run kept, in order; empty for a new one.
         is_begun: Whether there was such a part.
+        is_hushed: Whether another run on nearly the same prompts gives the warnings.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Work(Generic[OptionsT]):
         self.units: Units = units_of(options, bench.setting.graph)
         self.progress: Progress = bench.progress
         self.is_begun = journal is not None
+        self.is_hushed = bench.is_hushed
         self._bench = bench
         self._clock = clock
         self._place = place

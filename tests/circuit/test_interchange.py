@@ -121,6 +121,7 @@ def test_other_documents_are_refused(tmp_path: Path, document: str, match: str) 
 @specs
 def test_csv_has_every_edge(spec: GraphSpec, tmp_path: Path) -> None:
     circuit = random_circuit(spec)
+    circuit.estimated = circuit.tested & (circuit.scores > 0)
     export(circuit, tmp_path / "edges.csv", "csv")
     with (tmp_path / "edges.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -129,7 +130,8 @@ def test_csv_has_every_edge(spec: GraphSpec, tmp_path: Path) -> None:
         r, w = circuit.graph.parse_edge(f"{row['writer']}->{row['reader']}")
         assert float(row["score"]) == circuit.scores[r, w]
         assert bool(int(row["in_graph"])) == circuit.kept[r, w]
-        assert bool(int(row["tested"])) == circuit.tested[r, w]
+        assert bool(int(row["estimated"])) == circuit.estimated[r, w]
+        assert bool(int(row["tested"])) == (circuit.tested[r, w] and not circuit.estimated[r, w])
         assert row["kind"] == circuit.graph.readers[r].kind
 
 
@@ -186,6 +188,12 @@ def test_comparison_counts_by_hand() -> None:
     assert facts["jaccard"] == half / (len(edges) + 1)
     assert facts["scores"]["pearson"] == pytest.approx(1)
     assert facts["scores"]["tested by both"] == a.tested.sum()
+    assert "estimated by one" not in facts["scores"]
+    b.estimated = b.tested & (b.scores > 0)
+    told = compare_circuits(a.scored, b.scored)["scores"]
+    both = a.tested & b.tested
+    assert told["estimated by one"] == (both & b.estimated).sum() > 0
+    assert told["tested by both"] == both.sum() - told["estimated by one"]
 
 
 def test_correlations_are_those_of_the_textbook() -> None:

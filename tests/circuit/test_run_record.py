@@ -182,3 +182,16 @@ def test_the_card_names_prompts_that_can_be_made_again(name: str, runs: dict[str
     for hostile in ("ioi\n```", "ioi'), exit(1", 3):
         circuit.discovery["task"]["generator"] = hostile
         assert "load_task" not in render_card(circuit)
+
+
+def test_a_part_of_a_bootstrap_that_is_not_confirmed_is_a_doubt() -> None:
+    """The command line ends with exit code 1 by it."""
+    metric = {"name": "kl", "final": 0.5, "final_recomputed": 0.5, "tolerance": 1e-5}
+
+    def doubt(**facts: object) -> str | None:
+        told = {"resamples": 20, "unconfirmed": 0, "consensus_verified": True} | facts
+        return RunRecord.from_json({"metric": metric, "verified": True, "bootstrap": told}).doubt
+
+    assert doubt() is None
+    assert "not verified: 2 of 20 resamples; please" in str(doubt(unconfirmed=2))
+    assert "not verified: the consensus; please" in str(doubt(consensus_verified=False))

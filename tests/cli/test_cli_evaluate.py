@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -12,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pahq_hf import Circuit
 from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.circuit.interchange import export
 from pahq_hf.circuit.render.plots import Line, Plot, draw_plot, page_of
+from pahq_hf.cli.evaluation_tables import evaluation_tables
+from pahq_hf.evaluation.audit import Audited
 from tests.browser import chromium
 from tests.helpers import id_rows, random_edges, run_main, save_tiny, write_rows
 from tests.models import HEADS, random_task
@@ -190,3 +194,13 @@ def test_a_figure_has_every_line() -> None:
     )
     assert [line.get_label() for line in axes.axes[0].lines] == ["a", "b"]
     assert axes.axes[0].lines[0].get_drawstyle() == "steps-post"
+
+
+def test_an_audit_without_a_wrong_decision_has_no_empty_table() -> None:
+    found = Audited(removed=30, audited=30, estimated=4, wrong=0, at_most=0.0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    for table in evaluation_tables({"audit": found.to_dict()}):
+        console.print(table)
+    text = console.export_text()
+    assert "0 of 30 audited were wrong, of all there are (4 were estimates)" in text
+    assert "decided otherwise" not in text

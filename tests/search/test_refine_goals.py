@@ -203,7 +203,7 @@ def test_a_number_of_edges_means_refine() -> None:
     found = model.discover(TASK, edges=6, steps=0, progress=False)
     assert found.record.method == "refine" and found.edge_count <= 6
     assert model.discover(TASK, threshold=0.5, progress=False).record.method == "acdc"
-    with pytest.raises(ConfigError, match="edges"):
+    with pytest.raises(ConfigError, match="give one of them, or name the search"):
         model.discover(TASK, edges=6, threshold=0.5, progress=False)
     with pytest.raises(ConfigError, match="edges"):
         model.discover(TASK, search="acdc", edges=6, progress=False)
@@ -215,8 +215,11 @@ def test_so_it_does_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert run_main(*arguments, "--steps", "0", "--out", str(out)) == 0
     assert json.loads((out / "discovery.json").read_text())["method"] == "refine"
     capsys.readouterr()
-    for more in (["--threshold", "0.1"], ["--search", "acdc"]):
+    for more, words in (
+        (["--threshold", "0.1"], "give one of them, or name the search"),
+        (["--search", "acdc"], "search 'acdc' takes no --edges"),
+    ):
         assert run_main(*arguments, *more, "--out", str(tmp_path / "other")) == 2
         error = capsys.readouterr().err
-        assert "search 'acdc' takes no --edges" in error and error.count("\n") == 1
+        assert words in error and error.count("\n") == 1
     assert not (tmp_path / "other").exists()
