@@ -49,7 +49,10 @@ def _curve_table(curve: dict[str, Any]) -> Table:
     )
     for share, count, first, second in rows:
         table.add_row(f"{share:g}", f"{count:,}", f"{first:.4f}", f"{second:.4f}")
-    table.caption = f"CPR {curve['cpr']:.4f}, CMD {curve['cmd']:.4f}; ranked by {curve['ranking']}"
+    table.caption = (
+        f"CPR {curve['cpr']:.4f}, CMD {curve['cmd']:.4f} "
+        f"(over log size {curve['cpr_log']:.4f}, {curve['cmd_log']:.4f}); ranked by {curve['ranking']}"
+    )
     return table
 
 

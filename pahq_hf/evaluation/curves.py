@@ -14,6 +14,7 @@ order of ties to the sorting routine; here they come in model order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -126,9 +127,32 @@ class Curve:
         """
         return _area(self.fractions, [abs(1.0 - f) for f in self.faithfulness])
 
+    @property
+    def cpr_log(self) -> float:
+        """The mean of f over the logarithm of the share of edges; 1 for the whole model at every size.
+
+        Sizes up to a fiftieth of the edges, which people read, are 2 % of the linear area and 43 % of this.
+        """
+        return _mean_by_size(self.fractions, self.faithfulness)
+
+    @property
+    def cmd_log(self) -> float:
+        """The mean of |1 - f| over the logarithm of the share of edges; as of `cmd`, at the grid's points."""
+        return _mean_by_size(self.fractions, [abs(1.0 - f) for f in self.faithfulness])
+
     def to_dict(self) -> dict[str, Any]:
-        """Fields and both areas, for JSON."""
-        return {**asdict(self), "cpr": self.cpr, "cmd": self.cmd}
+        """Fields and all areas, for JSON."""
+        areas = {"cpr": self.cpr, "cmd": self.cmd, "cpr_log": self.cpr_log, "cmd_log": self.cmd_log}
+        return {**asdict(self), **areas}
+
+
+def _mean_by_size(x: Sequence[float], y: Sequence[float]) -> float:
+    """The mean over log x of a line through the points; of those with x above 0. NaN of fewer than two."""
+    points = [(math.log(a), b) for a, b in zip(x, y, strict=True) if a > 0]
+    if len(points) < 2:
+        return math.nan
+    logs, values = zip(*points, strict=True)
+    return _area(logs, values) / (logs[-1] - logs[0])
 
 
 def _area(x: Sequence[float], y: Sequence[float]) -> float:

@@ -104,7 +104,7 @@ def evaluate(evaluator: Evaluator, circuit: Circuit, options: EvaluationOptions)
 
 
 def curve_facts(evaluator: Evaluator, circuit: Circuit) -> dict[str, Any]:
-    """CPR by signed score, CMD by |score|, and both curves."""
+    """CPR by signed score, CMD by |score|, both linear and logarithmic, and both curves."""
     first = circuit.kept if circuit.record.ranks_kept_first else None
     curves = {
         name: faithfulness_curve(
@@ -115,6 +115,8 @@ def curve_facts(evaluator: Evaluator, circuit: Circuit) -> dict[str, Any]:
     return {
         "cpr": curves["signed"].cpr,
         "cmd": curves["absolute"].cmd,
+        "cpr_log": curves["signed"].cpr_log,
+        "cmd_log": curves["absolute"].cmd_log,
         "ranking": "scores" if first is None else "kept edges first, then scores",
         **{name: curve.to_dict() for name, curve in curves.items()},
     }

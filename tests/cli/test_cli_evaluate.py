@@ -81,6 +81,8 @@ def test_everything_as_json(root: Path, evaluate: Evaluate, capsys: pytest.Captu
     assert facts["curve"]["signed"]["fractions"][0] == 0.001
     assert facts["curve"]["cpr"] == facts["curve"]["signed"]["cpr"]
     assert facts["curve"]["cmd"] == facts["curve"]["absolute"]["cmd"]
+    assert facts["curve"]["cpr_log"] == facts["curve"]["signed"]["cpr_log"]
+    assert facts["curve"]["cmd_log"] == facts["curve"]["absolute"]["cmd_log"] > 0
     assert facts["reference"]["edges"]["truth"] == Circuit.from_pretrained(root / "truth").edge_count
     auc = facts["reference"]["edges"]["roc"]["auc"]
     assert 0 <= auc["step"] <= auc["trapezoid"] <= 1

@@ -34,10 +34,19 @@ def test_areas_by_hand() -> None:
     assert curve.to_dict()["cpr"] == curve.cpr
 
 
+def test_logarithmic_areas_by_hand() -> None:
+    """Each factor of size counts alike; nothing is said of no edges at all."""
+    curve = Curve((0.0, 0.01, 0.1, 1.0), (0, 1, 10, 100), (9.0, 0.2, 1.4, 1.0))
+    assert curve.cpr_log == pytest.approx(((0.2 + 1.4) / 2 + (1.4 + 1.0) / 2) / 2)
+    assert curve.cmd_log == pytest.approx(((0.8 + 0.4) / 2 + (0.4 + 0.0) / 2) / 2)
+    assert curve.to_dict()["cmd_log"] == curve.cmd_log
+    assert np.isnan(Curve((0.0, 1.0), (0, 4), (0.0, 1.0)).cmd_log)
+
+
 def test_the_whole_model_at_every_size_has_the_width_of_the_grid() -> None:
     curve = Curve(MIB_FRACTIONS, (1,) * 10, (1.0,) * 10)
-    assert curve.cpr == pytest.approx(0.999)
-    assert curve.cmd == 0
+    assert curve.cpr == pytest.approx(0.999) and curve.cpr_log == pytest.approx(1)
+    assert curve.cmd == curve.cmd_log == 0
 
 
 def test_mib_grid_by_hand() -> None:
