@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import acdc_speed, apply_accuracy, growth, methods
+from benchmarks import acdc_speed, apply_accuracy, growth, methods, searches
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
-from pahq_hf import PAHQModel
+from pahq_hf import PAHQConfig, PAHQModel, load_task
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import search
@@ -204,6 +204,30 @@ def test_methods_are_compared_at_equal_size(tmp_path: Path, capsys: pytest.Captu
     assert rows["acdc"]["faithfulness"] > 0.5 > rows["random"]["cpr"]
     with pytest.raises(SystemExit, match="2"):  # without acdc nothing says how many edges to keep
         methods.main(["demo", "--methods", "eap", "--out", str(tmp_path)])
+
+
+def test_searches_are_compared_at_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By prompts that none of them saw; what is kept is not made again."""
+    arguments = ["demo", "--tasks", "sva", "--methods", "acdc", "eap/nll", "--edges", "9", "30"]
+    arguments += ["--n", "4", "--unseen", "6", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert searches.main(arguments) == 0
+    file = tmp_path / "rows.jsonl"
+    rows = {row.key: row for row in searches.read_rows(tmp_path)}
+    assert len(rows) == len(file.read_text().splitlines()) == 2 * 2 * 3
+    model = PAHQModel.from_pretrained("demo", PAHQConfig(regime="fp32"))
+    seen, unseen = (
+        load_task("sva", model.tokenizer, n=n, seed=s, metric="kl") for n, s in ((4, 1), (6, 1001))
+    )
+    best = model.attribute(seen, method="eap", metric="nll", topn=30, progress=False)
+    row, facts = rows["sva", "eap/nll", 1, 30], model.evaluate(best, unseen, metric="kl")
+    assert row.f == pytest.approx(facts["faithfulness"], abs=1e-6)
+    assert row.edges == 30 and row.kl == pytest.approx(facts["kl"], abs=1e-6)
+    areas = rows["sva", "acdc", 0, 0]
+    assert areas.values and areas.cmd_log and areas.cmd and areas.edges > 0
+    table, before = capsys.readouterr().out, file.read_bytes()
+    assert "eap" in table and "acdc" in table
+    assert searches.main(arguments) == 0 and file.read_bytes() == before
+    assert capsys.readouterr().out == table
 
 
 def test_what_circuits_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
