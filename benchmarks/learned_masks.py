@@ -33,7 +33,7 @@ figures
   F, KL     Faithfulness and KL of the circuit on unseen prompts.
   seconds   Of the processor, for capture and search; of acdc the last run's, not those of the bisection.
 """
-_BISECTIONS = 10
+_BISECTIONS = 7
 
 
 class Comparison:
@@ -94,7 +94,7 @@ class Comparison:
 
     def _at_size(self, size: int) -> tuple[Circuit, float]:
         """ACDC's circuit that has a number of edges next to the size."""
-        low, high, found = 1e-6, 10.0, []
+        low, high, found = 1e-5, 1.0, []
         for _ in range(_BISECTIONS):
             tau, began = (low * high) ** 0.5, time.process_time()
             circuit = self._model.discover(self._task, threshold=tau, progress=False)
