@@ -23,7 +23,7 @@ from pahq_hf import ACDCConfig, PAHQModel, load_task
 from pahq_hf.checkpoint.load import load_model, load_tokenizer
 from pahq_hf.errors import ConfigError, PAHQError
 from pahq_hf.search.acdc_run import with_margin
-from pahq_hf.search.pipeline import versions
+from pahq_hf.search.versions import versions
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.metrics import known_metrics
 

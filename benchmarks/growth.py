@@ -27,7 +27,7 @@ from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.errors import PAHQError
 from pahq_hf.search.acdc import search
 from pahq_hf.search.batches import AdaptiveBatch
-from pahq_hf.search.pipeline import versions
+from pahq_hf.search.versions import versions
 from pahq_hf.tasks.base import Pair, Task, collate
 
 _HEAD = 16  # width of a head

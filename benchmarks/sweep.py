@@ -23,8 +23,8 @@ from benchmarks.acdc_speed import output_file, positive
 from benchmarks.variants import Variant
 from pahq_hf import Circuit, PAHQModel, Sweep, load_task
 from pahq_hf.errors import PAHQError
-from pahq_hf.search.pipeline import versions
 from pahq_hf.search.sweep_result import check_thresholds
+from pahq_hf.search.versions import versions
 from pahq_hf.tasks.metrics import known_metrics
 
 _THRESHOLDS = "0.3,0.1,0.05,0.03,0.01,0.005,0.002,0.001"

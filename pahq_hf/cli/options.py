@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from pahq_hf.errors import ConfigError, MetricError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.tasks.metrics import find_metric, known_metrics
+
+logger = logging.getLogger(__name__)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -65,13 +68,12 @@ FormatOption = Annotated[
 
 
 def check_format(precision: Regime, name: str) -> None:
-    """Check that a format is of a regime that has one.
+    """Say so where a format is given that the precision has no use for.
 
-    Raises:
-        ConfigError: If somebody gave one, and it is not.
+    It is no error: programs that choose a precision give a format with all of them.
     """
     if precision == "fp32" and name != PAHQConfig().format:
-        raise ConfigError(f"--format {name} is of a low-precision regime; the precision is fp32")
+        logger.warning("--format %s is of a low-precision regime, and not used in fp32", name)
 
 
 BudgetOption = Annotated[

@@ -45,6 +45,30 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
+def as_many_as_fit(
+    let_go: Callable[[], None],
+    most: Callable[[], int],
+    halve: Callable[[int], bool],
+    attempt: Callable[[int], T],
+) -> T:
+    """What comes of the first of some things, as many as memory allows.
+
+    Args:
+        let_go: Forgets what can be made again.
+        most: How many may be tried now.
+        halve: Allows fewer than so many from now on. False where that was the least.
+        attempt: Computes the first so many.
+    """
+    while True:
+        size = most()
+        try:
+            return attempt(size)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not out_of_memory(error) or not halve(size):
+                raise
+        let_go()  # only here the failed attempt has let go of what it had made
+
+
 def until_it_fits(work: Callable[[], T], give_way: Callable[[], bool], what: str, device: torch.device) -> T:
     """What some work gives; when memory runs out, again with less.
 

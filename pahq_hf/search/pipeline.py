@@ -15,15 +15,10 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic
 
-import torch
-
-import pahq_hf
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
@@ -45,7 +40,6 @@ from pahq_hf.precision.threads import threads
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.checked import checked
 from pahq_hf.search.clock import RunClock
-from pahq_hf.search.hardware import hardware_facts
 from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
@@ -53,11 +47,11 @@ from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.units import Units, units_of
 from pahq_hf.search.verification import Judge
+from pahq_hf.search.versions import hardware_facts, versions
 from pahq_hf.search.work import RunFolder, Work
 from pahq_hf.tasks.metrics import check_metric
 
 logger = logging.getLogger(__name__)
-_LIBRARIES = ("torch", "transformers", "torchao", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -397,10 +391,3 @@ def _header_of(circuit: Circuit) -> dict[str, Any]:
             record.method: record.arguments.to_json(),
         }
     return header | {DATA: record.task.to_json()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that could change a number."""
-    found = {"pahq_hf": pahq_hf.__version__, "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in _LIBRARIES}
-    return found | {"threads": str(torch.get_num_threads())}

@@ -35,15 +35,15 @@ from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.precision.threads import threads
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
-from pahq_hf.search.hardware import hardware_facts
 from pahq_hf.search.journal import DATA, check_header
 from pahq_hf.search.kind import OptionsT, SearchKind
 from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
-from pahq_hf.search.pipeline import Run, Searched, versions
+from pahq_hf.search.pipeline import Run, Searched
 from pahq_hf.search.shared_answers import EngineCache
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep_result import SWEEP_NAME, Sweep, check_thresholds, threshold_folder
 from pahq_hf.search.verification import Judge
+from pahq_hf.search.versions import hardware_facts, versions
 
 
 class SweepRun(Generic[OptionsT]):

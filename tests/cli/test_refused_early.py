@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,6 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
         ["--edges", "9", "--ablation", "mean", "--learn-pairs", "99"],
         "learn_pairs draws more pairs than are searched",
     ),
-    "a format in FP32": (
-        "discover",
-        ["--precision", "fp32", "--format", "int8"],
-        "--format int8 is of a low-precision regime",
-    ),
     "low precision in float64": ("discover", ["--dtype", "float64"], "low-precision regimes need dtype"),
     "FP8 products of other weights": (
         "discover",
@@ -198,10 +194,18 @@ def test_commands_without_a_search_ignore_nothing(capsys: pytest.CaptureFixture[
         ([*evaluate, "--samples", "7"], "--samples are random subsets of --completeness"),
         (["export", run, "--rank", "absolute", "--out", out], "--rank is of --format mib-circuits"),
         (["tasks", "--revision", "main"], "are about a model: give --model too"),
-        (["info", "demo", "--precision", "fp32", "--format", "int8"], "--format int8 is of a low-precision"),
     ):
         assert run_main(*command) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_format_in_fp32_is_no_error(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Programs that choose a precision may give it with all of them."""
+    assert run_main("info", "demo", "--precision", "fp32", "--format", "int8", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 4
+    assert "--format int8 is of a low-precision regime" in caplog.text
 
 
 def test_what_is_foreseen_of_generated_tasks_is_so() -> None:

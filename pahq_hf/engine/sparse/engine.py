@@ -45,7 +45,7 @@ from pahq_hf.engine.sparse.state import CircuitState
 from pahq_hf.engine.sparse.states import floor_of, new_state
 from pahq_hf.engine.task_runs import TaskRuns
 from pahq_hf.modeling.patched_model import PatchedModel
-from pahq_hf.precision.device_memory import memory_for, out_of_memory, until_it_fits
+from pahq_hf.precision.device_memory import as_many_as_fit, memory_for, until_it_fits
 from pahq_hf.tasks.base import Task
 
 T = TypeVar("T")
@@ -282,37 +282,17 @@ class SparseEngine:
         self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]]
     ) -> list[float]:
         """Metrics of the first candidates, as many as fit."""
-        return self._as_many_as_fit(
-            focus,
+        return as_many_as_fit(
+            partial(self._let_go, focus),
             lambda: min(focus.together, len(candidates)),
             self._memory.halve_together,
             lambda size: self._try(focus, state, candidates[:size]),
         )
 
-    def _as_many_as_fit(
-        self,
-        focus: Focus,
-        most: Callable[[], int],
-        halve: Callable[[int], bool],
-        attempt: Callable[[int], T],
-    ) -> T:
-        """What comes of the first candidates, as many as memory allows.
-
-        Args:
-            focus: The reader, which forgets what it can make again.
-            most: How many may be tried now.
-            halve: Allows fewer than so many from now on. False where that was the least.
-            attempt: Computes the first so many.
-        """
-        while True:
-            size = most()
-            try:
-                return attempt(size)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not out_of_memory(error) or not halve(size):
-                    raise
-                focus.forget()
-            self._buffers.clear()  # only here the failed attempt has let go of what it had made
+    def _let_go(self, focus: Focus) -> None:
+        """After memory ran out: forget what can be made again."""
+        focus.forget()
+        self._buffers.clear()
 
     def _try(self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]]) -> list[float]:
         with self.phases("node"):
@@ -355,8 +335,8 @@ class SparseEngine:
             with self.phases("node"):
                 return values, focus.effects(gradients, writers)
 
-        return self._as_many_as_fit(
-            focus,
+        return as_many_as_fit(
+            partial(self._let_go, focus),
             lambda: min(self._memory.followed(state, focus.reader), focus.together, len(candidates)),
             self._memory.halve,
             follow,
