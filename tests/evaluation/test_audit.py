@@ -100,7 +100,7 @@ def test_runs_of_earlier_versions_are_audited(version: str, capsys: pytest.Captu
     assert facts["at_most"] == most_wrong(60, 0)
     assert run_main("evaluate", run, *EVALUATE, "--audit", "60") == 0
     table = " ".join(capsys.readouterr().out.split())
-    assert "decisions like ACDC's: 0 of 60 audited were wrong, at most 4.9 % are" in table
+    assert "decisions like ACDC's 0 of 60 audited were wrong, at most 4.9 % are" in table
 
 
 def test_other_prompts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

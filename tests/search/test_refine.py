@@ -22,7 +22,7 @@ from pahq_hf.engine.build import make_engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, MetricError, RunError
 from pahq_hf.search.learning import Schedule
-from pahq_hf.search.pruning import _GAIN, changed
+from pahq_hf.search.pruning import GAIN, changed
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.helpers import assert_same_circuit, files_of, interrupted_after, run_main, wrapped
 from tests.models import random_task
@@ -71,7 +71,7 @@ def test_no_swap_of_two_edges_brings_it_nearer() -> None:
     for more in sorted(additions, key=engine.metric_of)[:16]:
         effects = engine.drop_each(more)
         least = min(edge_list(more), key=lambda edge: abs(effects[edge]))
-        assert engine.metric_of(changed(more, [least], ())) > gap - 3 * _GAIN * empty
+        assert engine.metric_of(changed(more, [least], ())) > gap - 3 * GAIN * empty
 
 
 @pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))
@@ -118,7 +118,7 @@ def test_no_edge_is_in_the_way(metric: str, ablation: Any, edges: int) -> None:
     assert gap <= abs(empty - full) + 1e-6
     for edge in edge_list(circuit.kept):
         without = changed(circuit.kept, [edge], ())
-        assert abs(engine.metric_of(without) - full) > gap - 3 * _GAIN * abs(empty - full)
+        assert abs(engine.metric_of(without) - full) > gap - 3 * GAIN * abs(empty - full)
 
 
 def notes_changed(path: Path, **notes: Any) -> None:
