@@ -57,6 +57,19 @@ class Goal:
             return False
         return self.max_gap is None or beginning.gap(bare) <= max(self.max_gap, GAIN) * beginning.judge.whole
 
+    def is_given_up(self, beginning: Beginning, passed: Sequence[Passed], patience: int) -> bool:
+        """Whether so many rounds at the size have brought nothing on the pairs that judge.
+
+        Args:
+            beginning: The scales.
+            passed: The circuits so far.
+            patience: How many rounds; 0 never gives up.
+        """
+        if self.edges is None or not patience or beginning.validation is None:
+            return False
+        gaps = [beginning.gap(each) for each in passed if each.size <= self.edges]
+        return bool(gaps) and len(gaps) - 1 - gaps.index(min(gaps)) >= patience
+
     def best(self, beginning: Beginning, passed: Sequence[Passed]) -> int | None:
         """Which circuit is kept: the nearest of the size, or the smallest within the gap.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -246,26 +247,41 @@ class Pruned:
     # -- swapping -------------------------------------------------------------------------------------
 
     def _swap(self, edges: int) -> Round | None:
-        """The most of the best edges that may come back for the least; None if not even one may."""
+        """The best edges that may come back for the least; None if not even one may.
+
+        What would go is first guessed by what each edge is worth in the present circuit, which is known; only
+        where no guess is right is every edge tested again beside those that came back.
+        """
         candidates = self._candidates()
         found = self._engine.add_each(self.kept, candidates)
         gains = {edge: self.gap - self._gap(self.metric + found[edge]) for edge in edge_list(candidates)}
         ranked = sorted(gains, key=lambda edge: -gains[edge])
         better = [edge for edge in ranked if gains[edge] > 0]
         size = min(len(better), max(1, int(_SWAPPED * edges)))
-        while size > 1:
-            swap = self._swapped(better[:size], edges)
-            if swap is not None:
-                return swap
-            size //= 2
-        return next(filter(None, (self._swapped([edge], edges) for edge in ranked[:_TRIES])), None)
+        several = [better[: size >> k] for k in range(size.bit_length() - 1)]
+        single = [[edge] for edge in ranked[:_TRIES]]
+        guessed = [swap for added in several if (swap := self._swapped(added, edges, self.effects()))]
+        if guessed:
+            return min(guessed, key=lambda swap: self._gap(swap.metric))
+        tries = (self._swapped(added, edges, self.effects()) for added in single)
+        retries = (self._swapped(added, edges, None) for added in (*several, *single))
+        return next(filter(None, chain(tries, retries)), None)
 
-    def _swapped(self, added: Sequence[Edge], edges: int) -> Round | None:
-        """Let some edges come back and the least go for them; None if that brings the metric no nearer."""
+    def _swapped(self, added: Sequence[Edge], edges: int, effects: Scores | None) -> Round | None:
+        """Let some edges come back and the least go for them; None if that brings the metric no nearer.
+
+        Args:
+            added: The edges that come back.
+            edges: How many there may be.
+            effects: What removing each of the others adds to the metric; None to test each beside those that
+                came back, of which the least may go again. [readers, writers]
+        """
         whole = changed(self.kept, (), added)
         over = int(whole.sum()) - edges
         if over > 0:
-            whole, metric = self._without(whole, least_first(whole, self._engine.drop_each(whole))[:over])
+            others = whole if effects is None else self.kept
+            tested = self._engine.drop_each(whole) if effects is None else effects
+            whole, metric = self._without(whole, least_first(others, tested)[:over])
         else:
             metric = self._engine.metric_of(whole)
         removed, back = edge_list(self.kept & ~whole), edge_list(whole & ~self.kept)

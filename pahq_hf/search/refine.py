@@ -9,7 +9,8 @@ Its phases:
    nearly so; what they do together is measured.
 3. Swap: edges that are gone come back, by gradients at the present circuit and then each by its test, and as
    many of the least go for them. Where the metric is nearer without an edge, it goes first. It ends when
-   none of the best candidates, each for the edge that is least then, brings the metric nearer.
+   none of the best candidates, each for the edge that is least then, brings the metric nearer, or when some
+   rounds in a row brought nothing on the pairs that judge.
 
 Gradients see many prompts and find the set; tests tell which of its edges can be spared. A share of the pairs
 is split off before, and no phase sees them: the circuit of the size that is nearest there is kept.
@@ -105,8 +106,12 @@ def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
     going = max(0, start.size - (options.edges or 0))
     what = f"removed {work.units.word}"
     with work.progress.count("refining", what, going, start.size - passed[-1].size) as count:
-        for taken in () if rounds and rounds[-1].is_back else _rounds(circuit, goal, beginning):
-            taken = replace(taken, validation=measures.validation_of(circuit.kept))
+        more = iter(()) if rounds and rounds[-1].is_back else _rounds(circuit, goal, beginning)
+        while not goal.is_given_up(beginning, passed, options.patience):
+            found = next(more, None)
+            if found is None:
+                break
+            taken = replace(found, validation=measures.validation_of(circuit.kept))
             work.keep(taken.to_json())
             rounds.append(taken)
             passed.append(Passed(circuit.kept, taken.metric, taken.validation))

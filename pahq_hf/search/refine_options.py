@@ -28,6 +28,8 @@ class RefineOptions(LearningOptions):
             edges by gradients averaged along the mask.
         rate: How far a score moves in a step, in standard deviations of where they start.
         noise: On the scores, at the beginning of each halving.
+        patience: Rounds at the size of `edges` that may bring nothing on the pairs that judge, one after the
+            other, before it ends; 0 goes on until no swap helps on the pairs that are searched.
         level: `edge`, or `node`: `edges` counts whole heads and MLPs then, each with all its edges out.
     """
 
@@ -47,6 +49,10 @@ class RefineOptions(LearningOptions):
     steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
+    patience: int = field(
+        default=6,
+        metadata=told("Rounds that may bring nothing on the pairs kept back, before it ends; 0: all.", min=0),
+    )
 
     level: Level = field(default="edge", metadata=LEVEL)
 
@@ -85,7 +91,7 @@ class RefineOptions(LearningOptions):
             check_number("max_gap", self.max_gap)
             if not 0 <= self.max_gap < 1:
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
-        self.check_whole({"steps": 0} | ({} if self.edges is None else {"edges": 1}))
+        self.check_whole({"steps": 0, "patience": 0} | ({} if self.edges is None else {"edges": 1}))
         self.check_range({"rate": _MOST, "noise": _MOST})
         check_level(self.level)
         learning = [entry for entry in fields(self) if entry.name in ("rate", "noise")]

@@ -116,6 +116,22 @@ def test_the_nearest_circuit_on_pairs_that_no_step_saw_is_kept(finished: Path) -
     assert circuit.record.metric.final == pytest.approx(metric_on(model, WIDE, circuit.kept), abs=1e-5)
 
 
+def test_it_ends_where_rounds_bring_nothing_on_pairs_that_judge(tmp_path: Path) -> None:
+    whole, folder, model = tmp_path / "whole", tmp_path / "run", wrapped("llama", layers=1)
+    refined(model, out=whole, edges=12, patience=0)
+    circuit = refined(model, out=folder, edges=12, patience=1)
+    begin, *ours = steps_of(folder)
+    walked = [step for step in ours if "removed" in step and "back" not in step]
+    every = [step for step in steps_of(whole) if "removed" in step and "back" not in step]
+    assert walked == every[: len(walked)] and len(walked) < len(every)
+    passed = circuits_of(folder, load_file(folder / "learned.safetensors")["start"].astype(bool))
+    judged = [step["validation"] for step, kept in zip(walked, passed[1:], strict=False) if kept.sum() <= 12]
+    gaps = [abs(value - begin["judged"]["full"]) for value in judged]
+    assert len(gaps) > 1 and min(gaps) == gaps[-2] < gaps[-1]
+    assert circuit.discovery["refine"]["locally_minimal"] is False
+    assert_same_circuit(refined(model, out=folder, edges=12, patience=1, resume=True), circuit)
+
+
 def test_what_judges_is_not_seen_by_any_step(finished: Path, tmp_path: Path) -> None:
     """With other prompts in the place of those that judge, the search comes through the same circuits."""
     numbers = steps_of(finished)[0]["validation"]
