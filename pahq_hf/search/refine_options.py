@@ -50,7 +50,7 @@ class RefineOptions(LearningOptions):
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
     patience: int = field(
-        default=6,
+        default=3,
         metadata=told("Rounds that may bring nothing on the pairs kept back, before it ends; 0: all.", min=0),
     )
 
