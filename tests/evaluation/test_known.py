@@ -167,6 +167,7 @@ def test_unknown_models_are_refused() -> None:
         load_known_model("xor", n=0)
 
 
+@pytest.mark.exhaustive
 def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "known.json"
     rows = "acdc,both,eap-ig,exact,random"

@@ -15,6 +15,7 @@ from pahq_hf import Circuit
 from pahq_hf.errors import ConfigError
 
 
+@pytest.mark.exhaustive
 def test_rows_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ["rtn", "pahq:once:margin=0", "pahq:int8:compute=fp32:margin=inf"]
     asked = ["demo", "--n", "2", "--threshold", "0.5", "--out", str(tmp_path), "--json", "--rows", *rows]

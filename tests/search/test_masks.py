@@ -250,7 +250,7 @@ def test_ugs_finds_the_edges_of_a_known_circuit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edges", "rate", "steps"), [(30, 0.3, 400), exhaustive(5, 0.1, 1000), exhaustive(5, 0.8, 3000)]
+    ("edges", "rate", "steps"), [exhaustive(30, 0.3, 400), exhaustive(5, 0.1, 1000), exhaustive(5, 0.8, 3000)]
 )
 def test_edge_pruning_finds_the_edges_of_a_known_circuit(edges: int, rate: float, steps: int) -> None:
     """Within 30 of 262 edges, and exactly where it has time for it: published numbers are for 3,000 steps."""

@@ -129,6 +129,7 @@ def notes_changed(path: Path, **notes: Any) -> None:
     save_file(arrays, path, metadata={"run": json.dumps(facts)})
 
 
+@pytest.mark.exhaustive
 def test_a_level_ahead_of_the_journal_is_believed_by_its_checksum_alone(tmp_path: Path) -> None:
     """Between the two a run may have been killed."""
     model = PAHQModel.from_pretrained("demo", precision="fp32")
