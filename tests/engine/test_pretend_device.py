@@ -97,8 +97,8 @@ ALL = {
 }
 # Of every kind of path at least one; the others are crossings of these.
 _QUICK = (
-    *("direct, pahq", "to, pahq", "wrap, fp32", "ablation mean"),
-    *("verified, pahq", "hooks, pahq", "apply", "generate", "eap-ig", "command line, pahq"),
+    *("direct, pahq", "to, pahq", "wrap, fp32"),
+    *("verified, pahq", "hooks, pahq", "apply", "eap-ig", "command line, pahq"),
 )
 # In the form that needs no compiler, wherever the other one runs: enough to keep it working.
 PURE = ("direct, fp32", "direct, pahq", "to, pahq", "apply")

@@ -30,12 +30,19 @@ from tests.blocks import (
 from tests.forked import Ended
 from tests.helpers import run_main
 from tests.hub_server import HubServer, client_environment, run_client
+from tests.tiers import exhaustive
 
 Reader = Callable[[str], Ended]
 
 FILES = documents()
 # Blocks that no test runs. Each says why in its file.
+# What they run takes longest, and is what other tests run too.
+LONG = {f"docs/{name}.md" for name in ("searches", "refine", "learned-masks", "evaluation")}
 NOT_RUN = {"README.md": 1, "CONTRIBUTING.md": 1, "docs/gpu.md": 1}
+
+
+def _runs_quickly(file: str) -> bool:
+    return any(block.runs and not block.mark for block in blocks_of(file))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def run(file: str, hub: HubServer, reader: Reader, folder: Path, *, exhaustive: 
     assert ended.code == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if any(b.runs and not b.mark for b in blocks_of(f))])
+@pytest.mark.parametrize("file", [f if f not in LONG else exhaustive(f) for f in FILES if _runs_quickly(f)])
 def test_blocks_run_on_few_examples(file: str, hub: HubServer, reader: Reader, tmp_path: Path) -> None:
     run(file, hub, reader, tmp_path)
 

@@ -229,7 +229,9 @@ def test_second_looks_see_where_the_metric_passes_the_full_models(tau: float, sh
 # -- runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"regime": "pahq"}, {"screen": "eap-ig:0.5"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"regime": "pahq"}, *map(exhaustive, [{}, {"screen": "eap-ig:0.5"}])], ids=str
+)
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = discover(tmp_path / "whole", **options)
     lines = journal_lines(tmp_path / "whole")

@@ -64,6 +64,7 @@ def theirs(name: str, metric: str) -> Any:
     return referee(name, swapped, metric=metric).acdc(TAU[metric])
 
 
+@pytest.mark.crossing
 @pytest.mark.parametrize("kind", ["sparse", "hooks"])
 @pytest.mark.parametrize("metric", ["kl", "logit_diff"])
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def _sure(circuit: Circuit) -> dict[str, Any]:
     return {"tested by": found.shares, "decisions like ACDC's": found.text} if found.text else {}
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", quick(SEARCHES, "budget", "refine", "verified", "eap"))
 def test_every_search_takes_a_direction(name: str, tmp_path: Path) -> None:
     model, options = wrapped("llama", layers=1 if name == "refine" else 2), options_of(name)
     quiet: dict[str, Any] = {"progress": False}
