@@ -282,22 +282,23 @@ class SparseEngine:
         self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]]
     ) -> list[float]:
         """Metrics of the first candidates, as many as fit."""
+
+        def attempt(size: int) -> list[float]:
+            with self.phases("node"):
+                delta = focus.changes(candidates[:size])
+            return self._measuring.metrics(state, focus.reader, delta, state.arithmetic, focus.nbytes)
+
         return as_many_as_fit(
             partial(self._let_go, focus),
             lambda: min(focus.together, len(candidates)),
             self._memory.halve_together,
-            lambda size: self._try(focus, state, candidates[:size]),
+            attempt,
         )
 
     def _let_go(self, focus: Focus) -> None:
         """After memory ran out: forget what can be made again."""
         focus.forget()
         self._buffers.clear()
-
-    def _try(self, focus: Focus, state: CircuitState, candidates: Sequence[Sequence[int]]) -> list[float]:
-        with self.phases("node"):
-            delta = focus.changes(candidates)
-        return self._measuring.metrics(state, focus.reader, delta, state.arithmetic, focus.nbytes)
 
     @in_session
     @torch.no_grad()
