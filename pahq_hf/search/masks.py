@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError
 from pahq_hf.precision.memory import trim
-from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
+from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning
 from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
+from pahq_hf.search.learners import in_two
 from pahq_hf.search.mask_options import MaskOptions
 from pahq_hf.search.minibatches import Minibatch, Minibatches, minibatches_of
-from pahq_hf.search.pairs import learned_from, warn_unsplit
+from pahq_hf.search.pairs import learned_from
 from pahq_hf.search.work import Work
 
 Floats = NDArray[np.float64]
@@ -132,20 +132,6 @@ def spread(graph: Graph, values: Floats, rest: float = 0.0) -> Floats:
     return found
 
 
-def resolve(options: OptionsT, setting: Setting) -> OptionsT:
-    """The options, checked against a setting.
-
-    Raises:
-        ConfigError: If more edges are asked for than there are.
-        MetricError: If the metric has no gradient.
-    """
-    total = setting.graph.edge_count
-    if options.edges is not None and options.edges > total:
-        raise ConfigError(f"this model has {total:,} edges; cannot keep {options.edges:,} of them")
-    options.foresee(setting.metric, setting.precision)
-    return options
-
-
 def learn_masks(work: Work[OptionsT], make: Callable[[Graph, OptionsT], Method]) -> Found:
     """Learn a mask, and keep as many of its best edges as are asked for.
 
@@ -161,15 +147,7 @@ def learn_masks(work: Work[OptionsT], make: Callable[[Graph, OptionsT], Method])
     Raises:
         RunError: If what an interrupted run kept is damaged, or a step cannot be written.
     """
-    options = work.options
-    split = split_of(work, options.validation, options.seed)
-    if not work.is_hushed:
-        warn_unsplit(split, options.validation)
-    with Measures.of(work, split) as measures:
-        found = _learned(work, measures, make(work.graph, options))
-    if split.validation is None:
-        return found
-    return replace(found, final=work.engine.metric_of(found.kept))
+    return in_two(work, partial(_learned, work, make(work.graph, work.options)))
 
 
 def check(work: Work[OptionsT], found: Found) -> None:
@@ -194,11 +172,8 @@ def check(work: Work[OptionsT], found: Found) -> None:
         raise work.other_circuit()
 
 
-def _learned(work: Work[OptionsT], measures: Measures, method: Method) -> Found:
+def _learned(work: Work[OptionsT], method: Method, measures: Measures, beginning: Beginning) -> Found:
     options, graph = work.options, work.graph
-    beginning = kept_beginning(work) if work.steps else measures.begin()
-    if not work.steps:
-        work.keep(beginning.to_json())
     tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed)
 
     def batches() -> Minibatches:

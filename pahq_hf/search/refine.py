@@ -26,40 +26,23 @@ from typing import Any, cast
 import numpy as np
 
 from pahq_hf.circuit.graph import BoolArray, Graph
-from pahq_hf.engine.setting import Setting
-from pahq_hf.errors import ConfigError
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.attribution.methods import Scores
-from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning, split_of
+from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning
 from pahq_hf.search.goal import Goal
 from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
+from pahq_hf.search.learners import in_two
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
 from pahq_hf.search.minibatches import Minibatches, minibatches_of
-from pahq_hf.search.pairs import learned_from, warn_unsplit
+from pahq_hf.search.pairs import learned_from
 from pahq_hf.search.pruning import Pruned, Round, after, ranks
 from pahq_hf.search.refine_options import RefineOptions
-from pahq_hf.search.units import units_of
 from pahq_hf.search.work import Work
 
 _MORE = 1.4  # times as many edges as are asked for are learned
 _RANKED = 300  # edges that are learned where all are to be ranked
 _FEWEST = 25  # the fewest that are learned where a gap is asked for
-
-
-def resolve(options: RefineOptions, setting: Setting) -> RefineOptions:
-    """The options, checked against a setting.
-
-    Raises:
-        ConfigError: If more edges are asked for than there are.
-        MetricError: If the metric has no gradient.
-    """
-    units = units_of(options, setting.graph)
-    total = units.graph.edge_count
-    if options.edges is not None and options.edges > total:
-        raise ConfigError(f"this model has {total:,} {units.word}s; cannot keep {options.edges:,} of them")
-    options.foresee(setting.metric, setting.precision)
-    return options
 
 
 def refine(work: Work[RefineOptions]) -> Found:
@@ -77,22 +60,11 @@ def refine(work: Work[RefineOptions]) -> Found:
     Raises:
         RunError: If what an interrupted run kept is damaged, or a step cannot be written.
     """
-    options = work.options
-    split = split_of(work, options.validation, options.seed)
-    if not work.is_hushed:
-        warn_unsplit(split, options.validation)
-    with Measures.of(work, split) as measures:
-        found = _refined(work, measures)
-    if split.validation is None:
-        return found
-    return replace(found, final=work.engine.metric_of(found.kept))
+    return in_two(work, partial(_refined, work))
 
 
-def _refined(work: Work[RefineOptions], measures: Measures) -> Found:
+def _refined(work: Work[RefineOptions], measures: Measures, beginning: Beginning) -> Found:
     options, graph, goal = work.options, work.graph, _goal(work)
-    beginning = kept_beginning(work) if work.steps else measures.begin()
-    if not work.steps:
-        work.keep(beginning.to_json())
     schedule = _schedule(work)
     tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed)
 

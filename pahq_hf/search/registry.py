@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Found])
+LearnsT = TypeVar("LearnsT", bound=RefineOptions | MaskOptions)
 
 
 def register_search(
@@ -209,8 +210,8 @@ def _refine(work: Work[RefineOptions]) -> Found:
     return refine(work)
 
 
-def _resolve_refine(options: RefineOptions, setting: Setting) -> RefineOptions:
-    from pahq_hf.search.refine import resolve
+def _resolve_learning(options: LearnsT, setting: Setting) -> LearnsT:
+    from pahq_hf.search.learners import resolve
 
     return resolve(options, setting)
 
@@ -231,12 +232,6 @@ def _ugs(work: Work[UGSOptions]) -> Found:
     from pahq_hf.search.ugs import ugs
 
     return ugs(work)
-
-
-def _resolve_masks(options: MaskOptions, setting: Setting) -> MaskOptions:
-    from pahq_hf.search.masks import resolve
-
-    return resolve(options, setting)
 
 
 def _check_masks(work: Work[MaskOptions], found: Found) -> None:
@@ -284,7 +279,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         RefineOptions,
         _refine,
         in_batches=False,
-        resolve=_resolve_refine,
+        resolve=_resolve_learning,
         check=_check_refine,
     ),
     "edge-pruning": SearchKind(
@@ -293,7 +288,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         EdgePruningOptions,
         _edge_pruning,
         in_batches=False,
-        resolve=_resolve_masks,
+        resolve=_resolve_learning,
         check=_check_masks,
     ),
     "ugs": SearchKind(
@@ -302,7 +297,7 @@ _SEARCHES: dict[str, SearchKind[Any]] = {
         UGSOptions,
         _ugs,
         in_batches=False,
-        resolve=_resolve_masks,
+        resolve=_resolve_learning,
         check=_check_masks,
     ),
 }
