@@ -302,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.05, help="of acdc, both and budget")
     parser.add_argument("--max-gap", type=float, default=0.2, help="of budget")
     parser.add_argument("--steps", type=int, help="of the searches that learn; their own by default")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, required=True, help="folder for circuits and rows")
     options = parser.parse_args(arguments)
     sizes = tuple(sorted(options.edges))
@@ -310,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        model = PAHQModel.from_pretrained(options.model, PAHQConfig(regime="fp32"))
+        model = PAHQModel.from_pretrained(options.model, PAHQConfig(regime="fp32"), device=options.device)
         comparison = Comparison(model, asked, options.out)
         for task in options.tasks:
             for seed in options.seeds:

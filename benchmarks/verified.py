@@ -146,10 +146,10 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> Iterator[dict[str, Any]]
             models.clear()
             gc.collect()
             config = Variant.parse(job.precision).pahq
-            models[job.precision] = PAHQModel.from_pretrained(args.model, config)
+            models[job.precision] = PAHQModel.from_pretrained(args.model, config, device=args.device)
         name = f"{Path(args.model).name}-{job.task}-{job.metric}-{job.threshold:g}-{job.precision}-n{args.n}"
         kept = out.with_suffix("") / f"{name}-{args.seed}.npz"
-        row = key | {"processor": _processor()} | _compared(models[job.precision], job, args, kept)
+        row = key | {"processor": _processor(args.device)} | _compared(models[job.precision], job, args, kept)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -213,8 +213,10 @@ def _searched(
     return found, asdict(side)
 
 
-def _processor() -> str:
-    """What the processor is, and how many threads run on it."""
+def _processor(device: str) -> str:
+    """What the processor is, and how many threads run on it; or what the card is."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).name
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else []
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
@@ -260,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n", type=int, default=8, help="prompt pairs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--audit", type=float, default=0.02, help="share of estimates that are audited")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--readers", default=None, help="globs of the readers that are searched")
     parser.add_argument("--out", type=Path, default=Path("verified.jsonl"), help="where rows are kept")
     return parser

@@ -2,7 +2,7 @@
 
 * `form.py` makes the device exist, in one of two forms: `pure`, a device `pretend:0` through PyTorch's
   PrivateUse1, which needs no compiler; and `cuda`, a device `cuda:0`, for which `guard.cpp` is built once, so
-  that branches on the type `cuda` run too.
+  that branches on the type `cuda` run too. A third form, `card`, is a real card, on which the same is run.
 * `tensor.py` is the tensor, and what runs its operators.
 * `rules.py` says what a GPU does not let pass.
 * `cuda.py` takes the place of `torch.cuda`, with an allocator that counts and can run out.

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.pretend.tensor import MACHINE, PretendMode
 
@@ -71,6 +73,23 @@ def install(kind: str) -> PretendMode:
     torch.accelerator.current_accelerator = lambda check_available=False: torch.device(kind)
     ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign]
     return PretendMode()
+
+
+class CountingMode(TorchDispatchMode):
+    """Inside, operators of a real card are counted; they run as ever."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not func.is_view and any(leaf.device == MACHINE.device for leaf in made):
+            MACHINE.launches[func._schema.name.split("::")[1]] += 1
+        return out
+
+
+def count() -> CountingMode:
+    """Take the first card of this machine; returns the mode that counts."""
+    MACHINE.device = torch.device("cuda", 0)
+    return CountingMode()
 
 
 def room() -> int:

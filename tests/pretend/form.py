@@ -1,4 +1,4 @@
-"""Make the device exist. Imported before torch."""
+"""Make the device exist, or take a real one. Imported before torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-Form = Literal["pure", "cuda"]
+Form = Literal["pure", "cuda", "card"]
 COMPILER = "g++"
 
 
 def prepare(form: Form) -> str:
     """Prepare the process for a form; returns the type of its device."""
+    if form == "card":
+        return "cuda"
     if form == "cuda":
         assert "torch" not in sys.modules, "torch asks for a GPU's hooks when it is imported"
         library = built()

@@ -1,17 +1,19 @@
 """Every family on every path: loads, regimes, engines and commands. As a table, with what came of them:
 
-python -m tests.pretend.paths [FAMILIES]
+python -m tests.pretend.paths [--form FORM] [--long] [FAMILIES]
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from tests.families import ALL_FAMILIES
+from tests.pretend.form import Form
 from tests.pretend.process import BEST, rehearsed
 
 Path = dict[str, Any]
@@ -64,6 +66,9 @@ PATHS: dict[str, Path] = {
 LONG: dict[str, Path] = {
     "refine, fp32": FULL | {"command": "refine"},
     "refine, pahq": LOW | {"command": "refine"},
+    "edge-pruning, fp32": FULL | {"command": "masks", "method": "edge-pruning"},
+    "ugs, pahq": LOW | {"command": "masks", "method": "ugs"},
+    "discover, pahq, nodes": LOW | {"search": {"level": "node", "threshold": 0.5}},
 }
 # How far numbers may be off, of the largest: sums come in another order, which moves what is rounded then.
 # The CPU has no products in FP8, and computes those in BF16.
@@ -109,10 +114,10 @@ def row(family: str, outcomes: Mapping[str, dict[str, Any]], wrong: Mapping[str,
     """A line of the table."""
     cells = [family, f"{len(outcomes) - len(wrong)} of {len(outcomes)}"]
     for column in COLUMNS.values():
-        own = {name: outcomes[name] for name in outcomes if PATHS[name]["config"] == column["config"]}
-        errors = [found["error"] / max(found["scale"], 1e-6) for found in own.values()]
-        others = "" if all(found["same"] for found in own.values()) else ", other edges"
-        cells.append(f"{max(errors):.1e}{others}")
+        own = [found for found in outcomes.values() if found["scenario"]["config"] == column["config"]]
+        errors = [found["error"] / max(found["scale"], 1e-6) for found in own]
+        others = "" if all(found["same"] for found in own) else ", other edges"
+        cells.append(f"{max(errors):.1e}{others}" if own else "")
     return f"| {' | '.join(cells)} |"
 
 
@@ -122,18 +127,24 @@ def main() -> int:
     A row says how many paths gave the CPU's edges and tokens, and by how much, at most, numbers were off in a
     regime, of the largest.
     """
+    parser = argparse.ArgumentParser(prog="python -m tests.pretend.paths", description=main.__doc__)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", default=list(ALL_FAMILIES))
+    parser.add_argument("--form", choices=get_args(Form), default=BEST, help=f"card: a real one ({BEST})")
+    parser.add_argument("--long", action="store_true", help="the searches of minutes instead")
+    options = parser.parse_args()
+    paths = LONG if options.long else PATHS
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    print(f"Python {platform.python_version()}, {versions}; device: {BEST}\n")
+    print(f"Python {platform.python_version()}, {versions}; device: {options.form}\n")
     print(f"| family | paths | {' | '.join(COLUMNS)} |")
     print("|" + "---|" * (2 + len(COLUMNS)), flush=True)
     faults = {}
-    for family in sys.argv[1:] or ALL_FAMILIES:
-        outcomes = {path: rehearsed(BEST, scenario) for path, scenario in of_family(family).items()}
+    for family in options.families:
+        outcomes = {name: rehearsed(options.form, {"model": family, **path}) for name, path in paths.items()}
         wrong = {path: text for path, own in outcomes.items() if (text := fault(own))}
         faults |= {f"{family}: {path}": text for path, text in wrong.items()}
         print(row(family, outcomes, wrong), flush=True)
     for where, text in faults.items():
-        print(f"\n{where}: {text}")
+        print(f"\n{where}: {text}", flush=True)
     return len(faults)
 
 

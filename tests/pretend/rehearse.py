@@ -1,4 +1,4 @@
-"""Run the product on the pretended device, and on the CPU to compare. A process of its own:
+"""Run the product on the pretended device or a real card, and on the CPU to compare. A process of its own:
 
     python -m tests.pretend.rehearse FORM
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from typing import Any, get_args
 
 gc.disable()  # until all is imported, which takes a third longer with it
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.pretend.form import prepare
+from tests.pretend.form import Form, prepare
 
-KIND = prepare("cuda" if len(sys.argv) > 1 and sys.argv[1] == "cuda" else "pure")
+FORM: Form = next((form for form in get_args(Form) if form in sys.argv[1:2]), "pure")
+KIND = prepare(FORM)
 
 import contextlib
 import json
@@ -28,20 +30,20 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pahq_hf import ACDCConfig, Circuit, EngineConfig, PAHQConfig, PAHQModel, Task, load_task
 from pahq_hf.precision import products
 from tests.pretend import shortage
-from tests.pretend.cuda import install
+from tests.pretend.cuda import count, install
 from tests.pretend.scenario import Answer, Outcome, Scenario
 from tests.pretend.tensor import MACHINE
 
 torch.set_num_threads(1)
-MODE = install(KIND)
+MODE: TorchDispatchMode = count() if FORM == "card" else install(KIND)
 DEVICE = MACHINE.device
 CHECKPOINTS = tempfile.TemporaryDirectory(prefix="pahq-pretend-")  # gone when the process ends
 
@@ -144,6 +146,20 @@ def refined(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     return Answer(circuit.kept, np.array([circuit.record.metric.fp32]))
 
 
+def masked(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
+    """A quarter of all edges, by masks that are learned for a few steps."""
+    circuit = model.discover(
+        task,
+        search=scenario.method,
+        edges=model.graph.edge_count // 4,
+        steps=20,
+        engine=EngineConfig(**scenario.engine),
+        progress=False,
+    )
+    # Steps are as long for gradients that are next to nothing, so the edges need not be the CPU's.
+    return Answer(np.array([circuit.edge_count]), np.array([circuit.record.metric.fp32]))
+
+
 def budget(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
     """The gap of a circuit stays within a bound."""
     engine = EngineConfig(**scenario.engine)
@@ -227,6 +243,7 @@ def moved(scenario: Scenario, model: PAHQModel, task: Task) -> Answer:
 COMMANDS: dict[str, Callable[[Scenario, PAHQModel, Task], Answer]] = {
     "discover": discovered,
     "refine": refined,
+    "masks": masked,
     "budget": budget,
     "both": both,
     "sweep": sweep,

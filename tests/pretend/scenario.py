@@ -15,13 +15,13 @@ class Scenario:
         dtype: Of the family's checkpoint.
         load: How the model gets to the device: `direct`, `to`, `zero` (`device_map={"": 0}`), `auto`, `wrap`
             (transformers' own model, moved and then wrapped).
-        command: What is run: `discover`, `refine`, `budget`, `both` (a search in both directions), `sweep`,
-            `attribute`, `evaluate`, `audit`, `apply`, `generate`, `cli`, or `shortage`, an engine's work with
-            less memory than it takes.
+        command: What is run: `discover`, `refine`, `masks` (learned ones), `budget`, `both` (a search in both
+            directions), `sweep`, `attribute`, `evaluate`, `audit`, `apply`, `generate`, `cli`, or `shortage`,
+            an engine's work with less memory than it takes.
         config: Fields of `PAHQConfig`.
         search: Fields of `ACDCConfig`.
         engine: Fields of `EngineConfig`.
-        method: Of `attribute`.
+        method: Of `attribute`, or which `masks`.
         n: Prompts.
         during: Of `shortage`: in what memory is short (`shortage.WORK`).
         capacity: Of `shortage`: memory for that, in shares of what it takes without a bound.
