@@ -36,6 +36,8 @@ are below --out already are not made again, so that it can be interrupted."""
 _EPILOG = """\
 methods
   refine, edge-pruning  A run for every size. The areas are of one more run of refine, with --curve.
+  acdc-sized            A run for every size, at the threshold, of a bisection, with which acdc keeps a number
+                        of edges next to it; CPU is that run's alone.
   acdc, both, budget    One run, at --threshold (both: noising and denoising); budget within --max-gap. Its
                         best edges make the circuits, those that it kept before all others.
   ugs                   One run; the best edges of its ranking.
@@ -65,7 +67,8 @@ _METHODS = (
     "eap-ig-activations",
     "random",
 )
-_SIZED = ("refine", "edge-pruning")
+_SIZED = ("refine", "edge-pruning", "acdc-sized")
+_BISECTIONS = 7
 _DISCOVER = (*_SIZED, "ugs", "acdc", "both", "budget")
 _UNSEEN = 1000  # seeds of unseen prompts are so much larger
 _CURVE = 0  # the size that stands for a run of all sizes
@@ -148,13 +151,13 @@ class Comparison:
         """A circuit, and what it took; from --out if it is there."""
         folder = folder_of(self._out, name, method, seed, size)
         if not (folder / "spent.json").exists():
-            began, task = time.process_time(), self._task(name, seed)
+            task = self._task(name, seed)
             plain, _, rank = method.partition(":")
             plain, _, metric = plain.partition("/")
+            options = self._options(plain, task, seed, size) if plain in _DISCOVER else {}
+            began = time.process_time()
             if plain in _DISCOVER:
-                circuit = self._model.discover(
-                    task, out=folder, resume=True, progress=False, **self._options(plain, seed, size)
-                )
+                circuit = self._model.discover(task, out=folder, resume=True, progress=False, **options)
             else:
                 more: dict[str, Any] = {"seed": seed} if plain == "random" else {}
                 more |= {"metric": metric} if metric else {}
@@ -169,8 +172,10 @@ class Comparison:
             (folder / "spent.json").write_text(json.dumps(spent))
         return Circuit.from_pretrained(folder), json.loads((folder / "spent.json").read_text())
 
-    def _options(self, method: str, seed: int, size: int | None) -> Mapping[str, Any]:
+    def _options(self, method: str, task: Task, seed: int, size: int | None) -> Mapping[str, Any]:
         asked = self._asked
+        if method == "acdc-sized":
+            return {"threshold": self._threshold(task, size or max(asked.sizes))}
         if method in ("refine", "edge-pruning", "ugs"):
             goal: dict[str, Any] = {"curve": True} if size == _CURVE else {"edges": size or max(asked.sizes)}
             steps = {} if asked.steps is None else {"steps": asked.steps}
@@ -178,6 +183,18 @@ class Comparison:
         if method == "budget":
             return {"search": "budget", "max_gap": asked.max_gap, "threshold": asked.threshold}
         return {"threshold": asked.threshold, "direction": "both" if method == "both" else "noising"}
+
+    def _threshold(self, task: Task, size: int) -> float:
+        """The threshold, of a bisection, with which ACDC keeps a number of edges next to the size."""
+        low, high = 1e-5, 1.0
+        kept: dict[float, int] = {}
+        for _ in range(_BISECTIONS):
+            tau = (low * high) ** 0.5
+            kept[tau] = self._model.discover(task, threshold=tau, progress=False).edge_count
+            if kept[tau] == size:
+                break
+            low, high = (tau, high) if kept[tau] > size else (low, tau)
+        return min(kept, key=lambda tau: abs(kept[tau] - size))
 
     def _judge(self, row: Row, circuit: Circuit | BoolArray) -> None:
         """Judge a circuit on unseen prompts, or a ranking of all edges, and keep the row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -92,15 +93,28 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
-def check_number(name: str, value: object, *, whole: bool = False) -> None:
+def check_number(
+    name: str, value: object, *, whole: bool = False, least: float | None = None, most: float = math.inf
+) -> None:
     """Check that a value is a number, and no truth value.
+
+    Args:
+        name: What it is called.
+        value: The value.
+        whole: Whether it has to be a whole number.
+        least: The least that it may be; None bounds it nowhere.
+        most: The most, where there is a least.
 
     Raises:
         ConfigError: If not.
     """
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ConfigError(f"{name} must be {'a whole number' if whole else 'a number'}; got {value!r}")
+    what = "a whole number" if whole else "a number"
+    if least is not None:
+        what += f" from {least:g} on" if most == math.inf else f" from {least:g} to {most:g}"
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    number: Any = value
+    if not is_number or (least is not None and not least <= number <= most):
+        raise ConfigError(f"{name} must be {what}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -260,12 +274,9 @@ class EngineConfig(JsonConfig):
         if self.engine is not None:
             check_choice("engine", self.engine, EngineName)
         check_choice("activation_store", self.activation_store, StoreName)
-        for name in ("batch", "memory_budget", "threads"):
+        for name in ("batch", "memory_budget"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), whole=True)
-        if self.batch is not None and self.batch < 1:
-            raise ConfigError(f"batch must be at least 1; got {self.batch}")
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise ConfigError(f"memory_budget must be at least 1 byte; got {self.memory_budget}")
+                check_number(name, getattr(self, name), whole=True, least=1)
         if self.threads is not None:
+            check_number("threads", self.threads, whole=True)
             check_threads(self.threads)

@@ -43,13 +43,9 @@ class EvaluationOptions:
     audit: int = 0
 
     def __post_init__(self) -> None:
-        check_number("samples", self.samples, whole=True)
+        check_number("samples", self.samples, whole=True, least=0)
         check_number("seed", self.seed, whole=True)
-        check_number("audit", self.audit, whole=True)
-        if self.audit < 0:
-            raise ConfigError(f"the number of edges to audit must not be negative; got {self.audit}")
-        if self.samples < 0:
-            raise ConfigError(f"the number of samples must not be negative; got {self.samples}")
+        check_number("audit", self.audit, whole=True, least=0)
         given: object = self.reference
         if given is not None and not isinstance(given, Circuit):
             raise ConfigError(

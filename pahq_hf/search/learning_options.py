@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, ClassVar
 
 from pahq_hf.config import Criterion, Direction, PAHQConfig, check_choice, check_number
@@ -58,7 +56,8 @@ class LearningOptions(SearchOptions):
             raise ConfigError(
                 f"{self.search} brings the gap down: its criterion is gap, not {self.criterion}"
             )
-        self.check_whole({"minibatch": 1, "learn_pairs": 0, "seed": 0})
+        for name, least in (("minibatch", 1), ("learn_pairs", 0), ("seed", 0)):
+            check_number(name, getattr(self, name), whole=True, least=least)
         if self.ablation.startswith("mean") and self.learn_pairs not in (LEARN_PAIRS, 0):
             raise ConfigError(
                 f"learn_pairs draws more pairs than are searched, and ablation {self.ablation} learns from "
@@ -79,35 +78,6 @@ class LearningOptions(SearchOptions):
         """
         if metric is not None and not find_metric(metric).differentiable:
             raise MetricError(f"metric {metric} has no gradient, by which {self.search} ranks edges")
-
-    def check_whole(self, least: Mapping[str, int]) -> None:
-        """Check that options are whole numbers.
-
-        Args:
-            least: The least value of each.
-
-        Raises:
-            ConfigError: If one is not.
-        """
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < bound:
-                raise ConfigError(f"{name} must be a whole number from {bound} on; got {value!r}")
-
-    def check_range(self, most: Mapping[str, float]) -> None:
-        """Check that options are numbers from 0 on.
-
-        Args:
-            most: The largest value of each.
-
-        Raises:
-            ConfigError: If one is not.
-        """
-        for name, bound in most.items():
-            value = getattr(self, name)
-            check_number(name, value)
-            if not 0 <= value <= bound:
-                raise ConfigError(f"{name} must be a number from 0 to {bound:g}; got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; there is one criterion."""

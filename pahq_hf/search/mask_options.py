@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import told
 from pahq_hf.search.learning_options import LearningOptions
@@ -47,8 +48,9 @@ class MaskOptions(LearningOptions):
         super().validate()
         if self.edges is None:
             raise ConfigError(f"{self.search} keeps as many edges as it is told: give edges (--edges 200)")
-        self.check_whole({"edges": 1, "steps": 1})
-        self.check_range({"rate": _FASTEST})
+        check_number("edges", self.edges, whole=True, least=1)
+        check_number("steps", self.steps, whole=True, least=1)
+        check_number("rate", self.rate, least=0, most=_FASTEST)
 
 
 @dataclass(frozen=True)
@@ -85,5 +87,5 @@ class UGSOptions(MaskOptions):
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         super().validate()
-        self.check_whole({"samples": 1})
-        self.check_range({"penalty": _DEAREST})
+        check_number("samples", self.samples, whole=True, least=1)
+        check_number("penalty", self.penalty, least=0, most=_DEAREST)

@@ -91,8 +91,12 @@ class RefineOptions(LearningOptions):
             check_number("max_gap", self.max_gap)
             if not 0 <= self.max_gap < 1:
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
-        self.check_whole({"steps": 0, "patience": 0} | ({} if self.edges is None else {"edges": 1}))
-        self.check_range({"rate": _MOST, "noise": _MOST})
+        check_number("steps", self.steps, whole=True, least=0)
+        check_number("patience", self.patience, whole=True, least=0)
+        if self.edges is not None:
+            check_number("edges", self.edges, whole=True, least=1)
+        check_number("rate", self.rate, least=0, most=_MOST)
+        check_number("noise", self.noise, least=0, most=_MOST)
         check_level(self.level)
         learning = [entry for entry in fields(self) if entry.name in ("rate", "noise")]
         for entry in learning if self.steps == 0 else []:

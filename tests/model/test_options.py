@@ -201,7 +201,7 @@ def test_methods_name_the_nearest(method: str, option: str, near: str) -> None:
         ("discover", {"engine": "hooks"}, "engine must be an instance of EngineConfig; got 'hooks'"),
         ("sweep", {"engine": "hooks"}, "engine must be an instance of EngineConfig"),
         ("discover", {"config": {"threshold": 1}}, "config must be an instance of ACDCConfig"),
-        ("attribute", {"topn": 2.5}, "topn must be a whole number; got 2.5"),
+        ("attribute", {"topn": 2.5}, "topn must be a whole number from 1 on; got 2.5"),
         ("evaluate", {"samples": "20"}, "samples must be a whole number"),
         ("evaluate", {"reference": "x/acdc"}, "reference takes a Circuit .*; got str: 'x/acdc'"),
         ("discover", {"search": ["acdc"]}, r"there is no search \['acdc'\]"),

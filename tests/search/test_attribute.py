@@ -104,7 +104,7 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         ({"method": "acdc"}, "method must be one of"),
         ({"topn": 3, "threshold": 0.1}, "not both"),
-        ({"topn": 0}, "at least 1"),
+        ({"topn": 0}, "topn must be a whole number from 1 on; got 0"),
         ({"topn": 10**6}, "cannot keep"),
         ({"steps": 0}, "steps"),
         ({"threshold": float("nan")}, "threshold"),

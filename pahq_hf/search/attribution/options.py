@@ -126,21 +126,16 @@ class AttributionConfig(JsonConfig):
             )
         if self.method == "random" and self.direction != "noising":
             raise ConfigError(f"direction {self.direction} means nothing for method random: it runs nothing")
-        for name in ("steps", "topn", "seed"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), whole=True)
+        check_number("steps", self.steps, whole=True, least=1)
+        check_number("seed", self.seed, whole=True, least=0)
+        if self.topn is not None:
+            check_number("topn", self.topn, whole=True, least=1)
         if self.threshold is not None:
             check_number("threshold", self.threshold)
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1; got {self.steps}")
+            if not math.isfinite(self.threshold):
+                raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
         if self.topn is not None and self.threshold is not None:
             raise ConfigError("give either topn or a threshold, not both")
-        if self.topn is not None and self.topn < 1:
-            raise ConfigError(f"topn must be at least 1; got {self.topn}")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ConfigError(f"threshold must be a finite number; got {self.threshold}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0; got {self.seed}")
 
     def foresee(self, metric: str | None, precision: PAHQConfig) -> None:
         """Check what needs no model (`SearchKind.foresee`).
