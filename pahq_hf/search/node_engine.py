@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pahq_hf.circuit.graph import BoolArray, edge_list
+from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.config import EngineName
+from pahq_hf.engine.one_by_one import change_each
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import CircuitRuns, Engine, Part, Slopes, Trial
 from pahq_hf.search.node_graph import NodeGraph
@@ -93,19 +94,11 @@ class NodeEngine:
 
     def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
         """What removing each node of a circuit alone adds to its metric. [blocks, writers]"""
-        return self._change_each(kept, kept)
+        return change_each(self.metric_of, kept, kept)
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some nodes alone to a circuit adds to its metric. [blocks, writers]"""
-        return self._change_each(kept, absent)
-
-    def _change_each(self, kept: BoolArray, changed: BoolArray) -> NDArray[np.float64]:
-        before, effects = self.metric_of(kept), np.zeros(kept.shape)
-        for node in edge_list(changed):
-            other = kept.copy()
-            other[node] = not kept[node]
-            effects[node] = self.metric_of(other) - before
-        return effects
+        return change_each(self.metric_of, kept, absent)
 
     def slopes(self, reader: int, candidates: Sequence[Sequence[int]], writers: Sequence[int]) -> Slopes:
         """How the metric moves, to first order, as nodes of a block go: the sum over all that they feed."""

@@ -17,10 +17,11 @@ from torch import Tensor
 from pahq_hf.capture.activations import Activations
 from pahq_hf.capture.recording import exact_logits
 from pahq_hf.capture.store import ActivationStore
-from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
+from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.config import Ablation, EngineName
 from pahq_hf.engine.hooks.passes import Passes
 from pahq_hf.engine.hooks.raised import RaisedSubstitute
+from pahq_hf.engine.one_by_one import change_each
 from pahq_hf.engine.phases import Phases
 from pahq_hf.engine.protocol import Slopes, Trial
 from pahq_hf.engine.regime_rule import RegimeRule
@@ -111,7 +112,7 @@ class HooksEngine:
         Returns:
             m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
         """
-        return self._change_each(kept, kept)
+        return change_each(self.metric_of, kept, kept)
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some edges alone to a circuit adds to the metric, one whole run for each.
@@ -123,15 +124,7 @@ class HooksEngine:
         Returns:
             m(C with the edge) - m(C), 0 elsewhere. [readers, writers]
         """
-        return self._change_each(kept, absent)
-
-    def _change_each(self, kept: BoolArray, changed: BoolArray) -> NDArray[np.float64]:
-        before, effects = self.metric_of(kept), np.zeros(kept.shape)
-        for edge in edge_list(changed):
-            other = kept.copy()
-            other[edge] = not kept[edge]
-            effects[edge] = self.metric_of(other) - before
-        return effects
+        return change_each(self.metric_of, kept, absent)
 
     # -- the current circuit ------------------------------------------------------------------------
 
