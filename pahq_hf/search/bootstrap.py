@@ -151,12 +151,6 @@ class BootstrapRun(Run[OptionsT]):
         self._original = make_run(kind, options, subject, progress=progress)
         super().__init__(kind, self._original.options, subject, progress=progress)
         self._wanted, self._subject, self._asked, self._progress = options, subject, asked, progress
-        self._take_over = False
-
-    def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
-        """Take all phases, on the task and on all resamples (`Run.run`)."""
-        self._take_over = take_over
-        return super().run(out, resume=resume, take_over=take_over)
 
     def finished(self, folder: Path | None, *, resume: bool) -> Circuit | None:
         """The circuit of a run that is finished already, held against those of its resamples.
@@ -224,7 +218,7 @@ class BootstrapRun(Run[OptionsT]):
                 run = self._part(number)
                 run.fingerprint = self.fingerprint
                 where = None if folder is None else folder / self._name(number)
-                circuits.append(run.run(where, resume=resume, take_over=self._take_over))
+                circuits.append(run.run(where, resume=resume, take_over=self.takes_over))
                 run.bench.clear()
                 self.check_lock()
                 count.advance(1)

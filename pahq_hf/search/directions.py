@@ -104,18 +104,12 @@ class BothWays(Run[OptionsT]):
             for name in DIRECTION_NAMES
         }
         self._parts["denoising"].hush()  # noising says it
-        self._take_over = False
 
     def hush(self) -> None:
         """Leave out warnings, in both directions (`Run.hush`)."""
         super().hush()
         for run in self._parts.values():
             run.hush()
-
-    def run(self, out: str | Path | None = None, *, resume: bool = False, take_over: bool = False) -> Circuit:
-        """Take all phases, of both directions (`Run.run`)."""
-        self._take_over = take_over
-        return super().run(out, resume=resume, take_over=take_over)
 
     def finished(self, folder: Path | None, *, resume: bool) -> Circuit | None:
         """The circuit of a run that is finished already, held against those of its directions.
@@ -156,7 +150,7 @@ class BothWays(Run[OptionsT]):
         for name, run in self._parts.items():
             run.fingerprint = self.fingerprint
             where = None if folder is None else folder / name
-            circuits[name] = run.run(where, resume=resume, take_over=self._take_over)
+            circuits[name] = run.run(where, resume=resume, take_over=self.takes_over)
             run.bench.clear()
             self.clock.add(circuits[name].record.seconds)
             self.check_lock()

@@ -79,6 +79,7 @@ class Run(Generic[OptionsT]):
     Attributes:
         bench: Its captured runs; runs of one setting may be given the same.
         called: What tells it from others in a log, where it is one of several.
+        takes_over: Whether it, and runs that are parts of it, take the place of another machine's process.
 
     Raises:
         MetricError: If the task lacks what the metric needs.
@@ -105,6 +106,7 @@ class Run(Generic[OptionsT]):
         self.limits = subject.limits
         self.lock: RunLock | None = None  # while it has a folder
         self.called = ""
+        self.takes_over = False
         self.bench = Bench(self.setting, self.limits, make_progress(progress), self.clock, warns=True)
 
     @property
@@ -167,16 +169,15 @@ class Run(Generic[OptionsT]):
         Warns:
             UnverifiedWarning: If the engine's final metric is not the hooks engine's.
         """
+        self.takes_over = take_over
         with threads(self.limits.threads):
-            circuit = (
-                self._run(None, resume) if out is None else self._run_in(output_path(out), resume, take_over)
-            )
+            circuit = self._run(None, resume) if out is None else self._run_in(output_path(out), resume)
         warn_unverified(circuit.record.doubt)
         return circuit
 
-    def _run_in(self, folder: Path, resume: bool, take_over: bool) -> Circuit:
+    def _run_in(self, folder: Path, resume: bool) -> Circuit:
         """Run in a folder that no other process works in."""
-        check_free(folder, take_over=take_over)
+        check_free(folder, take_over=self.takes_over)
         refuse_sweep(folder)
         if resume:
             self.fingerprint = known_fingerprint(folder, self.setting.model, str(self.fingerprint))
@@ -185,7 +186,7 @@ class Run(Generic[OptionsT]):
             finished = self.finished(folder, resume=resume)
             if finished is not None:
                 return finished
-        with RunLock(folder, take_over=take_over) as self.lock:
+        with RunLock(folder, take_over=self.takes_over) as self.lock:
             # Another process may have finished it meanwhile.
             return self.finished(folder, resume=resume) or self._run(folder, resume)
 
