@@ -92,6 +92,25 @@ def keep_scores(work: Work[Any], learned: State) -> None:
         save_arrays(work.folder / LEARNED_NAME, _arrays(learned), notes)
 
 
+def keep_level(work: Work[Any], learned: State, passed: Passed) -> Level:
+    """Keep what a level came to in the journal, and what its circuit measured.
+
+    Args:
+        work: The search.
+        learned: The state after the level.
+        passed: Its circuit.
+
+    Returns:
+        What the journal says of it.
+
+    Raises:
+        RunError: If it cannot be written.
+    """
+    level = Level.of(learned, passed)
+    work.keep(level.to_json())
+    return level
+
+
 def kept_levels(work: Work[Any], last: int) -> list[Level]:
     """The levels that the journal of an interrupted run tells of, its second step and those that follow.
 

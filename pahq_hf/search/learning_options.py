@@ -14,6 +14,21 @@ MOST_VALIDATION = 0.5
 LEARN_PAIRS = 256
 
 
+def other_size(edges: int, *, more: bool, total: int) -> dict[str, Any] | None:
+    """Options of another run that would keep more edges, or fewer, of one that is told how many.
+
+    Args:
+        edges: How many it was told.
+        more: Whether more are wanted.
+        total: Edges of the graph.
+
+    Returns:
+        New values by name; None where there is no other number.
+    """
+    other = min(2 * edges, total) if more else max(1, total // 20)
+    return None if other == edges else {"edges": other}
+
+
 @dataclass(frozen=True)
 class LearningOptions(SearchOptions):
     """Options of a search that learns from prompt pairs.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import told
-from pahq_hf.search.learning_options import LearningOptions
+from pahq_hf.search.learning_options import LearningOptions, other_size
 
 _FASTEST = 100.0  # a step in the logit of a mask
 _DEAREST = 1e6
@@ -30,18 +30,9 @@ class MaskOptions(LearningOptions):
     rate: float = field(default=0.01, metadata=told("How far logits of masks move in a step.", min=0))
 
     def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
-        """Options of another run that would keep more edges, or fewer.
-
-        Args:
-            more: Whether more are wanted.
-            total: Edges of the graph.
-
-        Returns:
-            New values by name; None where nothing is known to help.
-        """
+        """Options of another run that would keep more edges, or fewer (`other_size`)."""
         assert self.edges is not None
-        edges = min(2 * self.edges, total) if more else max(1, total // 20)
-        return None if edges == self.edges else {"edges": edges}
+        return other_size(self.edges, more=more, total=total)
 
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""

@@ -21,7 +21,7 @@ from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning
 from pahq_hf.search.kind import Found
-from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
+from pahq_hf.search.learned import Level, keep_level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learners import in_two
 from pahq_hf.search.mask_options import MaskOptions
 from pahq_hf.search.minibatches import Minibatch, Minibatches, minibatches_of
@@ -223,7 +223,7 @@ def _learn(
     masks = load_scores(work, levels, Masks)
     if masks is not None and masks.level > len(levels):  # it stopped between the two
         passed = measures.of_circuit(_circuit(work, masks.parameters))
-        levels.append(_keep(work, masks, passed))
+        levels.append(keep_level(work, masks, passed))
     if masks is None:
         start = method.start()
         none = np.zeros(start.shape)
@@ -246,7 +246,7 @@ def _learn(
                 if all(beginning.gap(passed) <= beginning.gap(level) for level in levels):
                     masks = replace(masks, nearest=masks.parameters[: work.graph.edge_count])
                 keep_scores(work, masks)
-                levels.append(_keep(work, masks, passed))
+                levels.append(keep_level(work, masks, passed))
         return masks, levels
     finally:
         del runs
@@ -292,10 +292,3 @@ def _nearest(beginning: Beginning, levels: Sequence[Level]) -> int:
     """Which stretch's circuit is the nearest; of equal ones the last."""
     gaps = [beginning.gap(level) for level in levels]
     return max(number for number, gap in enumerate(gaps) if gap == min(gaps))
-
-
-def _keep(work: Work[OptionsT], masks: Masks, passed: Passed) -> Level:
-    """Keep what a stretch came to in the journal, and what its circuit measured."""
-    level = Level.of(masks, passed)
-    work.keep(level.to_json())
-    return level

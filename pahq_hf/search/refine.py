@@ -31,7 +31,7 @@ from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.course import Beginning, Measures, Passed, kept_beginning
 from pahq_hf.search.goal import Goal
 from pahq_hf.search.kind import Found
-from pahq_hf.search.learned import Level, keep_scores, kept_levels, load_scores
+from pahq_hf.search.learned import Level, keep_level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learners import in_two
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
 from pahq_hf.search.minibatches import Minibatches, minibatches_of
@@ -278,7 +278,7 @@ def _learn(
     learned = load_scores(work, levels, Learned)
     if learned is not None and learned.level > len(levels):  # it stopped between the two
         circuit = _circuit(work, schedule, learned)
-        levels.append(_keep_level(work, learned, measures.of_circuit(circuit)))
+        levels.append(keep_level(work, learned, measures.of_circuit(circuit)))
     if learned is not None and _is_learned(levels, schedule, goal, beginning):
         return learned, levels
     if len(work.steps) > 1 + len(levels):
@@ -300,18 +300,11 @@ def _learn(
                 if goal.is_within(beginning, passed):
                     learned = replace(learned, start=passed.kept)
                 keep_scores(work, learned)
-                levels.append(_keep_level(work, learned, passed))
+                levels.append(keep_level(work, learned, passed))
         return learned, levels
     finally:
         del learner
         trim()
-
-
-def _keep_level(work: Work[RefineOptions], learned: Learned, passed: Passed) -> Level:
-    """Keep what a level came to in the journal, and what its circuit measured."""
-    level = Level.of(learned, passed)
-    work.keep(level.to_json())
-    return level
 
 
 def _circuit(work: Work[RefineOptions], schedule: Schedule, learned: Learned) -> BoolArray:

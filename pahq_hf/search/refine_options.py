@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pahq_hf.config import Level, PAHQConfig, check_number
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.kind import LEVEL, check_level, check_regime, shifted, told
-from pahq_hf.search.learning_options import LearningOptions
+from pahq_hf.search.learning_options import LearningOptions, other_size
 
 _GOALS = ("edges", "max_gap", "curve")
 _MOST = 100.0  # standard deviations: scores differ by ten
@@ -67,8 +67,7 @@ class RefineOptions(LearningOptions):
             New values by name; None where nothing is known to help.
         """
         if self.edges is not None:
-            edges = min(2 * self.edges, total) if more else max(1, total // 20)
-            return None if edges == self.edges else {"edges": edges}
+            return other_size(self.edges, more=more, total=total)
         if self.max_gap is None or (more and self.max_gap == 0):
             return None
         gap = shifted(self.max_gap, 1 / 3) if more else shifted(self.max_gap or 0.001, 3)
