@@ -23,6 +23,7 @@ from pahq_hf.search.attribution.kinds import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import (
     LEVEL,
+    as_first,
     check_criterion,
     check_direction,
     check_level,
@@ -167,13 +168,9 @@ class GreedyOptions(JsonConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; JSON has no infinity."""
-        values = asdict(self)
+        values = as_first(asdict(self))
         if self.criterion != "gap":  # `absolute` tells the other two
             del values["criterion"]
-        if self.direction == "noising":
-            del values["direction"]
-        if self.level == "edge":
-            del values["level"]
         return values | {name: "inf" for name in self.endless if values[name] == math.inf}
 
     @classmethod

@@ -141,6 +141,17 @@ _NO_NODES = {
 }
 
 
+def as_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options without those that every run had before there were others.
+
+    Files and journals of such runs are the same, then, as those of the versions that had no such option.
+    """
+    return {name: value for name, value in values.items() if name not in _FIRST or value != _FIRST[name]}
+
+
+_FIRST = {"direction": "noising", "level": "edge"}
+
+
 def shifted(value: float, factor: float) -> float:
     """A value of an option by a factor, short enough to type."""
     return float(f"{value * factor:.2g}")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pahq_hf.config import Criterion, Direction, PAHQConfig, check_choice, check_number
 from pahq_hf.errors import ConfigError, MetricError
-from pahq_hf.search.kind import SearchOptions, check_direction, told
+from pahq_hf.search.kind import SearchOptions, as_first, check_direction, told
 from pahq_hf.tasks.metrics import find_metric
 
 MOST_VALIDATION = 0.5
@@ -96,5 +96,6 @@ class LearningOptions(SearchOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; there is one criterion."""
-        left = {"criterion", *(["direction"] if self.direction == "noising" else [])}
-        return {name: value for name, value in super().to_dict().items() if name not in left}
+        values = as_first(super().to_dict())
+        del values["criterion"]
+        return values

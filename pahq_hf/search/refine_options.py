@@ -111,10 +111,3 @@ class RefineOptions(LearningOptions):
         """
         check_regime(self.level, precision)
         super().foresee(metric, precision)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values, without the level of edges."""
-        values = super().to_dict()
-        if self.level == "edge":
-            del values["level"]
-        return values

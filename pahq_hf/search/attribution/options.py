@@ -31,6 +31,7 @@ from pahq_hf.search.attribution.kinds import (
 from pahq_hf.search.kind import (
     LEVEL,
     Unsaid,
+    as_first,
     check_criterion,
     check_direction,
     check_level,
@@ -162,15 +163,11 @@ class AttributionConfig(JsonConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without what it says in another way or does not use."""
-        values = asdict(self)
+        values = as_first(asdict(self))
         if self.criterion != "gap":
             del values["criterion"]
-        if self.direction == "noising":
-            del values["direction"]
         if self.method != "ensemble":
             del values["members"]
-        if self.level == "edge":
-            del values["level"]
         return values
 
 
