@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pahq_hf.tasks import gendered_pronoun, greater_than, induction, ioi, sva, words
 from pahq_hf.tasks.base import Pair, Task, collate
+from pahq_hf.tasks.generating import PromptText
 
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 EVALUATION_SEED = 987_654
@@ -98,11 +99,11 @@ class Corpus:
         pairs = [frozenset(pair) for pair in combinations(words.NAMES, 2)]
         self.held_out = set(random.Random(f"held-out {seed}").sample(pairs, len(pairs) // 10))
 
-    def draw_ioi(self, rng: random.Random, *, held_out: bool) -> ioi.IOIText:
+    def draw_ioi(self, rng: random.Random, *, held_out: bool) -> PromptText:
         """Draw a prompt pair whose answer and distractor are, or are not, a held-out pair."""
         while True:
             text = ioi.draw(rng, words.NAMES, words.PLACES, words.OBJECTS)
-            if (frozenset((text.answer[1:], text.distractor[1:])) in self.held_out) is held_out:
+            if (frozenset((text.answer[1:], text.distractors[0][1:])) in self.held_out) is held_out:
                 return text
 
     def held_out_ioi(self, n: int) -> Task:
@@ -113,7 +114,7 @@ class Corpus:
             text = self.draw_ioi(rng, held_out=True)
             clean, corrupted, (answer,), (distractor,) = (
                 self.tokenizer(part)["input_ids"]
-                for part in (text.clean, text.corrupted, text.answer, text.distractor)
+                for part in (text.clean, text.corrupted, text.answer, *text.distractors)
             )
             pairs.append(Pair(clean, corrupted, (answer,), (distractor,)))
         return collate(pairs, name="ioi", metric="logit_diff")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.tasks import words
-from pahq_hf.tasks.base import Pair, Task
-from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
+from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.generating import PromptText, check_corruption, generate, text_pair, word_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,30 +27,13 @@ TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class DocstringText:
-    """One prompt pair as text.
-
-    Attributes:
-        clean: The prompt: four arguments, the first two of them documented.
-        corrupted: The same prompt with other argument names, in the docstring others than in the definition.
-        answer: The third argument, with its leading space.
-        distractors: The other arguments of the prompt, with theirs.
-    """
-
-    clean: str
-    corrupted: str
-    answer: str
-    distractors: tuple[str, ...]
-
-
 def _text(function: str, defined: Sequence[str], documented: Sequence[str], filler: Sequence[str]) -> str:
     a, b, c, d = defined
     first, second = documented
     return TEMPLATE.format(FUNCTION=function, A=a, B=b, C=c, D=d, a=first, b=second, w=filler)
 
 
-def draw(rng: random.Random, arguments: Sequence[str]) -> DocstringText:
+def draw(rng: random.Random, arguments: Sequence[str]) -> PromptText:
     """Draw one prompt pair.
 
     Args:
@@ -66,7 +48,7 @@ def draw(rng: random.Random, arguments: Sequence[str]) -> DocstringText:
     others, rest = rest[:_ARGUMENTS], rest[_ARGUMENTS:]
     documented, filler = rest[:2], rest[2:]
     a, b, c, d = defined
-    return DocstringText(
+    return PromptText(
         clean=_text(function, defined, (a, b), filler),
         corrupted=_text(function, others, documented, filler),
         answer=f" {c}",
@@ -109,14 +91,10 @@ def make_docstring(
     needed = 1 + 2 * _ARGUMENTS + 2 + _WORDS
     arguments = word_pool(NAME, tokenizer, "nouns", words.ARGUMENTS, needed)
 
-    def attempt(rng: random.Random) -> Pair | str:
-        text = draw(rng, arguments)
-        return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], text.distractors)
-
     return generate(
         NAME,
         tokenizer,
-        attempt,
+        lambda rng: text_pair(tokenizer, draw(rng, arguments)),
         n=n,
         seed=seed,
         corruption=corruption,

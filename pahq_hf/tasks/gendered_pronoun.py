@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.tasks import words
-from pahq_hf.tasks.base import Pair, Task
-from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
+from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.generating import PromptText, check_corruption, generate, text_pair, word_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,24 +36,7 @@ class Scene:
     roles: tuple[str, ...] = words.ROLES
 
 
-@dataclass(frozen=True)
-class PronounText:
-    """One prompt pair as text.
-
-    Attributes:
-        clean: The prompt.
-        corrupted: The same prompt with a name of the other gender.
-        answer: The pronoun of the prompt's name, with its leading space.
-        distractor: The other pronoun.
-    """
-
-    clean: str
-    corrupted: str
-    answer: str
-    distractor: str
-
-
-def draw(rng: random.Random, scene: Scene) -> PronounText:
+def draw(rng: random.Random, scene: Scene) -> PromptText:
     """Draw one prompt pair; men and women are equally likely.
 
     Args:
@@ -66,11 +49,11 @@ def draw(rng: random.Random, scene: Scene) -> PronounText:
     names = [rng.choice(scene.men), rng.choice(scene.women)]
     gender = rng.randrange(2)
     rest = {"ADJECTIVE": rng.choice(scene.adjectives), "ROLE": rng.choice(scene.roles)}
-    return PronounText(
+    return PromptText(
         clean=TEMPLATE.format(NAME=names[gender], **rest),
         corrupted=TEMPLATE.format(NAME=names[1 - gender], **rest),
         answer=PRONOUNS[gender],
-        distractor=PRONOUNS[1 - gender],
+        distractors=(PRONOUNS[1 - gender],),
     )
 
 
@@ -107,14 +90,10 @@ def make_gendered_pronoun(
         roles=word_pool(NAME, tokenizer, "roles", words.ROLES),
     )
 
-    def attempt(rng: random.Random) -> Pair | str:
-        text = draw(rng, scene)
-        return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
-
     return generate(
         NAME,
         tokenizer,
-        attempt,
+        lambda rng: text_pair(tokenizer, draw(rng, scene)),
         n=n,
         seed=seed,
         corruption=corruption,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.errors import TaskError
@@ -60,34 +61,43 @@ def word_pool(
     return usable
 
 
-def text_pair(
-    tokenizer: PreTrainedTokenizerBase,
-    clean: str,
-    corrupted: str,
-    answers: Sequence[str],
-    distractors: Sequence[str],
-) -> Pair | str:
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt pair as text.
+
+    Attributes:
+        clean: The prompt.
+        corrupted: The corrupted prompt.
+        answer: The right continuation, with its leading space.
+        distractors: Wrong continuations, with theirs.
+    """
+
+    clean: str
+    corrupted: str
+    answer: str
+    distractors: tuple[str, ...]
+
+
+def text_pair(tokenizer: PreTrainedTokenizerBase, text: PromptText) -> Pair | str:
     """A prompt pair in tokens, checked.
 
     Args:
         tokenizer: The model's tokenizer.
-        clean: The prompt.
-        corrupted: The corrupted prompt.
-        answers: Right continuations, with their leading space.
-        distractors: Wrong continuations, with their leading space.
+        text: The pair as text.
 
     Returns:
         The pair, or why it cannot be used: the prompts' lengths differ, a word is unknown, or a
         continuation is not one token.
     """
-    ids, other = encode_prompt(tokenizer, clean), encode_prompt(tokenizer, corrupted)
+    clean = text.clean
+    ids, other = encode_prompt(tokenizer, clean), encode_prompt(tokenizer, text.corrupted)
     if len(ids) != len(other):
         return f"{clean!r} has {len(ids)} tokens and its corrupted prompt {len(other)}"
     if has_unknown(tokenizer, ids) or has_unknown(tokenizer, other):
         return f"{clean!r} has words the tokenizer does not know"
     found: list[tuple[int, ...]] = []
-    for texts in (answers, distractors):
-        tokens = [continuation(tokenizer, clean, text) for text in texts]
+    for texts in ((text.answer,), text.distractors):
+        tokens = [continuation(tokenizer, clean, each) for each in texts]
         whole = tuple(token for token in tokens if token is not None)
         if len(whole) < len(tokens):
             missing = texts[tokens.index(None)]

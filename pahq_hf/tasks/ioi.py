@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.tasks import words
-from pahq_hf.tasks.base import Pair, Task
-from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
+from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.generating import PromptText, check_corruption, generate, text_pair, word_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,30 +33,13 @@ TEMPLATES: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class IOIText:
-    """One prompt pair as text.
-
-    Attributes:
-        clean: The prompt.
-        corrupted: The same prompt with other names.
-        answer: The indirect object, with its leading space.
-        distractor: The subject, with its leading space.
-    """
-
-    clean: str
-    corrupted: str
-    answer: str
-    distractor: str
-
-
 def draw(
     rng: random.Random,
     names: tuple[str, ...],
     places: tuple[str, ...],
     objects: tuple[str, ...],
     corruption: str = "abc",
-) -> IOIText:
+) -> PromptText:
     """Draw one prompt pair.
 
     Args:
@@ -79,11 +61,11 @@ def draw(
         a, b, s = others
     else:
         a, b, s = first, second, indirect
-    return IOIText(
+    return PromptText(
         clean=template.format(A=first, B=second, S=subject, **scene),
         corrupted=template.format(A=a, B=b, S=s, **scene),
         answer=f" {indirect}",
-        distractor=f" {subject}",
+        distractors=(f" {subject}",),
     )
 
 
@@ -118,14 +100,10 @@ def make_ioi(
     places = word_pool("ioi", tokenizer, "places", words.PLACES)
     objects = word_pool("ioi", tokenizer, "objects", words.OBJECTS)
 
-    def attempt(rng: random.Random) -> Pair | str:
-        text = draw(rng, names, places, objects, corruption)
-        return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
-
     return generate(
         "ioi",
         tokenizer,
-        attempt,
+        lambda rng: text_pair(tokenizer, draw(rng, names, places, objects, corruption)),
         n=n,
         seed=seed,
         corruption=corruption,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pahq_hf.tasks import words
-from pahq_hf.tasks.base import Pair, Task
-from pahq_hf.tasks.generating import check_corruption, generate, text_pair, word_pool
+from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.generating import PromptText, check_corruption, generate, text_pair, word_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,29 +19,12 @@ PREPOSITIONS = ("to", "near", "behind", "from", "by", "under")
 VERBS = (" is", " are")
 
 
-@dataclass(frozen=True)
-class SVAText:
-    """One prompt pair as text.
-
-    Attributes:
-        clean: The prompt.
-        corrupted: The same prompt with its subject in the other number.
-        answer: The verb that agrees with the subject, with its leading space.
-        distractor: The verb of the other number.
-    """
-
-    clean: str
-    corrupted: str
-    answer: str
-    distractor: str
-
-
 def both_numbers(noun: str) -> tuple[str, str]:
     """Singular and plural of a noun of the word lists, which are all regular."""
     return noun, f"{noun}s"
 
 
-def draw(rng: random.Random, subjects: tuple[str, ...], attractors: tuple[str, ...]) -> SVAText:
+def draw(rng: random.Random, subjects: tuple[str, ...], attractors: tuple[str, ...]) -> PromptText:
     """Draw one prompt pair.
 
     The attractor's number is drawn on its own: agreeing with the nearest noun is right only half the time.
@@ -58,11 +40,11 @@ def draw(rng: random.Random, subjects: tuple[str, ...], attractors: tuple[str, .
     subject, attractor = rng.choice(subjects), rng.choice(attractors)
     number, other = rng.randrange(2), rng.randrange(2)
     rest = {"PREPOSITION": rng.choice(PREPOSITIONS), "ATTRACTOR": both_numbers(attractor)[other]}
-    return SVAText(
+    return PromptText(
         clean=TEMPLATE.format(SUBJECT=both_numbers(subject)[number], **rest),
         corrupted=TEMPLATE.format(SUBJECT=both_numbers(subject)[1 - number], **rest),
         answer=VERBS[number],
-        distractor=VERBS[1 - number],
+        distractors=(VERBS[1 - number],),
     )
 
 
@@ -100,14 +82,10 @@ def make_sva(
         pools.append(word_pool(NAME, tokenizer, f"{kind} in both numbers", whole))
     subjects, attractors = pools
 
-    def attempt(rng: random.Random) -> Pair | str:
-        text = draw(rng, subjects, attractors)
-        return text_pair(tokenizer, text.clean, text.corrupted, [text.answer], [text.distractor])
-
     return generate(
         NAME,
         tokenizer,
-        attempt,
+        lambda rng: text_pair(tokenizer, draw(rng, subjects, attractors)),
         n=n,
         seed=seed,
         corruption=corruption,
