@@ -13,7 +13,7 @@ import pytest
 from benchmarks import acdc_speed, apply_accuracy, growth, methods, searches
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
-from pahq_hf import PAHQConfig, PAHQModel, load_task
+from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.search.acdc import search
@@ -228,6 +228,19 @@ def test_searches_are_compared_at_every_size(tmp_path: Path, capsys: pytest.Capt
     assert "eap" in table and "acdc" in table
     assert searches.main(arguments) == 0 and file.read_bytes() == before
     assert capsys.readouterr().out == table
+
+
+@pytest.mark.exhaustive
+def test_acdc_of_a_size_is_that_of_a_threshold(tmp_path: Path) -> None:
+    arguments = ["demo", "--tasks", "sva", "--methods", "acdc-sized", "--edges", "15", "30", "--n", "4"]
+    assert searches.main([*arguments, "--unseen", "6", "--out", str(tmp_path)]) == 0
+    model = PAHQModel.from_pretrained("demo", PAHQConfig(regime="fp32"))
+    task = load_task("sva", model.tokenizer, n=4, metric="kl")
+    for row in searches.read_rows(tmp_path):
+        assert abs(row.edges - row.size) <= 6
+        found = Circuit.from_pretrained(searches.folder_of(tmp_path, "sva", "acdc-sized", 0, row.size))
+        again = model.discover(task, threshold=found.record.arguments.threshold, progress=False)
+        assert np.array_equal(again.kept, found.kept) and found.edge_count == row.edges
 
 
 def test_what_circuits_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
