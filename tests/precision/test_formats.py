@@ -72,7 +72,7 @@ def whole(low: LowWeight) -> Tensor:
 def test_an_unknown_format_is_named_with_those_there_are() -> None:
     weight = weight_of(ROWS, COLS, seed=0)
     for use in (lambda: quantize(weight, "fp4"), lambda: stored_bytes(ROWS, COLS, "fp4")):
-        with pytest.raises(ConfigError, match=r"^format must be one of fp8, .*, mx; got 'fp4'$"):
+        with pytest.raises(ConfigError, match=r"^format must be one of fp8, .*mx.*; got 'fp4'$"):
             use()
 
 

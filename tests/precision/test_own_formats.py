@@ -19,7 +19,7 @@ from pahq_hf.errors import ConfigError
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from tests.helpers import FP32, run_main
 
-BUILT_IN = ["fp8", "fp8-e5m2", "int8", "bf16", "mx"]
+BUILT_IN = known_formats()
 
 
 class Int4Weight(nn.Module):
@@ -174,7 +174,7 @@ def test_an_unknown_name_ends_a_command_before_a_model_is_loaded(
     where = (command, "nowhere", "--task", "ioi", "--out", "nowhere", *more)
     assert run_main(*where, "--format", "fp4") == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "--format" in err and "format must be one of fp8, fp8-e5m2, int8, bf16, mx; got 'fp4'" in err
+    assert "--format" in err and f"format must be one of {', '.join(BUILT_IN)}; got 'fp4'" in err
     assert run_main(command, "--help") == 0
     shown = "".join(c for c in capsys.readouterr().out if c.isalnum() or c in "-,")
     assert ",".join(BUILT_IN) in shown

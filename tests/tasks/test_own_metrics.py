@@ -35,7 +35,7 @@ from tests.helpers import FP32, run_main
 from tests.models import random_task, tiny_llama
 from tests.tasks.test_metrics import make_task
 
-BUILT_IN = ["kl", "logit_diff", "nll", "prob_diff", "match_nll"]
+BUILT_IN = known_metrics()
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +250,7 @@ def test_an_unknown_name_ends_a_command_before_a_model_is_loaded(
 
 
 def test_an_unknown_name_is_an_error_everywhere() -> None:
-    message = "unknown metric 'loss'; known: kl, logit_diff, nll, prob_diff, match_nll; or add it with"
+    message = f"unknown metric 'loss'; known: {', '.join(BUILT_IN)}; or add it with"
     model = PAHQModel.from_pretrained("demo", FP32)
     task = load_task("ioi", model.tokenizer, n=2)
     with pytest.raises(MetricError, match=message):
