@@ -32,8 +32,8 @@ def test_the_table_of_the_command_is_that_of_the_code() -> None:
 
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
-    assert set(supported_families()) == ASKED_FOR
-    assert {build().config.model_type for build in ALL_FAMILIES.values()} == ASKED_FOR
+    assert set(supported_families()) >= ASKED_FOR
+    assert {build().config.model_type for build in ALL_FAMILIES.values()} == set(supported_families())
 
 
 def test_facts_tell_families_apart() -> None:
@@ -50,7 +50,7 @@ def test_facts_tell_families_apart() -> None:
 def test_the_command_lists_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main("families", "--json") == 0
     listed = json.loads(capsys.readouterr().out)["families"]
-    assert {row["family"] for row in listed} == ASKED_FOR
+    assert {row["family"] for row in listed} == set(supported_families())
     assert run_main("families") == 0
     assert "gemma3_text" in capsys.readouterr().out
     assert run_main("families", "olmo2") == 0
