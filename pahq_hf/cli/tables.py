@@ -42,24 +42,6 @@ def families_table(families: Sequence[FamilyFacts]) -> Table:
     return table
 
 
-def families_markdown(families: Sequence[FamilyFacts], *, paths: bool = False) -> str:
-    """The same as a Markdown table.
-
-    Args:
-        families: The families.
-        paths: Show where blocks keep their parts instead.
-    """
-    rows: list[tuple[str, ...]]
-    if paths:
-        rows = [("family", "layers", "attention", "MLP")]
-        rows += [(f.name, f"`{f.layers}`", f"`{f.attention}`", f"`{f.mlp}`") for f in families]
-    else:
-        rows = [("family", "blocks", "positions", "also")]
-        rows += [(f.name, f.blocks, f.positions, f.also) for f in families]
-    rows.insert(1, ("---",) * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def memory_table(report: MemoryReport, n: int, length: int) -> Table:
     """Bytes by part and format, and what a run will need."""
     table = Table(title="Memory", title_justify="left")

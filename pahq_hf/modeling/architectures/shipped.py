@@ -1,16 +1,18 @@
 """Facts about the supported families as a table that comes with the package.
 
 They follow from rows and configs (`architectures.describe_families`), for which torch and transformers have
-to be imported; a list of names need not wait for that. `python -m benchmarks.family_tables` writes the table.
+to be imported; a list of names need not wait for that. `python -m benchmarks.family_table` writes the table.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-TABLE_PATH = Path(__file__).with_name("families.json")
+TABLE_PATH = Path(__file__).with_name("families.csv")
 
 
 @dataclass(frozen=True)
@@ -53,5 +55,14 @@ def stored_families() -> list[FamilyFacts]:
     Returns:
         What `architectures.describe_families` says of them.
     """
-    rows = json.loads(TABLE_PATH.read_text(encoding="utf-8"))
-    return [FamilyFacts(**row) for row in rows]
+    with TABLE_PATH.open(encoding="utf-8", newline="") as file:
+        return [FamilyFacts(**row) for row in csv.DictReader(file)]
+
+
+def written(families: Sequence[FamilyFacts]) -> str:
+    """The table as a file."""
+    file = io.StringIO()
+    table = csv.DictWriter(file, [field.name for field in fields(FamilyFacts)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(row.to_dict() for row in families)
+    return file.getvalue()

@@ -1,4 +1,4 @@
-"""`pahq families`, and the tables of families in the README and the docs."""
+"""`pahq families`, and the table that it reads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.family_tables import documents
 from pahq_hf.modeling.architectures.describe import describe_families
 from pahq_hf.modeling.architectures.lookup import supported_families
-from pahq_hf.modeling.architectures.shipped import stored_families
+from pahq_hf.modeling.architectures.shipped import TABLE_PATH, stored_families, written
 from tests.families import ALL_FAMILIES
 from tests.helpers import run_main
 
@@ -20,15 +19,9 @@ ASKED_FOR = {
 }
 
 
-def test_documents_hold_the_table_of_the_code() -> None:
-    for path, text in documents().items():
-        assert path.read_text(encoding="utf-8") == text, "run: python -m benchmarks.family_tables"
-        if path.suffix == ".md":
-            assert "| gemma2 | sequential |" in text
-
-
 def test_the_table_of_the_command_is_that_of_the_code() -> None:
-    assert stored_families() == describe_families()
+    assert stored_families() == describe_families(), "run: python -m benchmarks.family_table"
+    assert TABLE_PATH.read_text(encoding="utf-8") == written(stored_families())
 
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
