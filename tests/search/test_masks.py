@@ -208,7 +208,7 @@ def test_the_nearest_stretch_on_pairs_that_no_step_saw_is_kept(finished: Path) -
     assert measured == pytest.approx(min(gaps), abs=1e-5)
 
 
-@pytest.mark.parametrize("steps", quick([1, 2, 4, 6], 2, 4))
+@pytest.mark.parametrize("steps", quick([1, 2, 4, 5], 2, 4))
 def test_an_interrupted_run_ends_where_another_does(finished: Path, tmp_path: Path, steps: int) -> None:
     with interrupted_after(steps):
         learned(finished.name, small(), tmp_path)
