@@ -46,7 +46,7 @@ class LearningOptions(SearchOptions):
 
     search: ClassVar[str]  # whose options they are
 
-    minibatch: int = field(default=16, metadata=told("Prompt pairs of a step of learning.", min=1))
+    minibatch: int = field(default=8, metadata=told("Prompt pairs of a step of learning.", min=1))
     learn_pairs: int = field(
         default=LEARN_PAIRS, metadata=told("Prompt pairs to learn from, where the task can draw more.", min=0)
     )

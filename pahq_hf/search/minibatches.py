@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from pahq_hf.engine.protocol import CircuitRuns, Part
 from pahq_hf.engine.setting import Setting
+from pahq_hf.precision.device_memory import free_memory
 from pahq_hf.tasks.base import Task
 
-_ROOM = 512 << 20  # bytes of runs that stay
+_SHARE = 8  # of the memory that is free, one in so many bytes may be runs that stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,11 @@ class Minibatch:
     runs: CircuitRuns
     parts: Sequence[Part]
     share: float
+
+    @classmethod
+    def of(cls, runs: CircuitRuns) -> Minibatch:
+        """All pairs of some runs."""
+        return cls(runs, list(runs.circuit_parts()), 1.0)
 
     @property
     def pairs(self) -> int:
@@ -91,10 +97,16 @@ class CapturedAnew:
         least: Pairs of a minibatch, at least, where a task has so many.
         seed: Of the order of the pairs.
         capture: Captures the runs of a minibatch.
+        room: Bytes of runs that stay.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], least: int, seed: int, capture: Callable[[Task], CircuitRuns]
+        self,
+        tasks: Sequence[Task],
+        least: int,
+        seed: int,
+        capture: Callable[[Task], CircuitRuns],
+        room: int,
     ) -> None:
         drawn = random.Random(f"minibatches {seed}")
         self._tasks: list[Task] = []
@@ -106,7 +118,7 @@ class CapturedAnew:
         drawn.shuffle(self._tasks)
         self._capture = capture
         self._kept: dict[int, Minibatch] = {}
-        self._room = _ROOM
+        self._room = room
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -115,7 +127,7 @@ class CapturedAnew:
         found = self._kept.get(number)
         if found is None:
             runs = self._capture(self._tasks[number])
-            found = Minibatch(runs, list(runs.circuit_parts()), 1.0)
+            found = Minibatch.of(runs)
             if runs.nbytes <= self._room:
                 self._room -= runs.nbytes
                 self._kept[number] = found
@@ -176,6 +188,7 @@ def minibatches_of(
         return capture(task.select([pair for pair in range(len(task)) for _ in range(times)]))
 
     run = capture if times == 1 else repeated
-    return (
-        OfOneRun(run(tasks[0]), least * times) if setting.has_means else CapturedAnew(tasks, least, seed, run)
-    )
+    if setting.has_means:
+        return OfOneRun(run(tasks[0]), least * times)
+    room = free_memory(setting.model.device) // _SHARE
+    return CapturedAnew(tasks, least, seed, run, room)

@@ -322,5 +322,5 @@ def test_a_run_says_how_many_pairs_it_learned_from(tmp_path: Path) -> None:
 def test_runs_that_do_not_fit_are_captured_again_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     first = refined(model)
-    monkeypatch.setattr(minibatches, "_ROOM", 0)
+    monkeypatch.setattr(minibatches, "free_memory", lambda device: 0)
     assert_same_circuit(refined(model), first)
