@@ -169,14 +169,15 @@ class Engine(Protocol):
     def metric_of(self, kept: BoolArray) -> float:
         """The metric of any circuit; the current one stays what it is."""
 
-    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+    def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each edge of any circuit alone adds to its metric; the current one stays.
 
         Args:
             kept: The circuit. [readers, writers]
+            edges: Which of its edges are asked for; all by default. [readers, writers]
 
         Returns:
-            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+            m(C without the edge) - m(C), 0 elsewhere. [readers, writers]
         """
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.search.pairs import Split, validation_pairs
-from pahq_hf.search.pruning import GAIN, Edge, Scale, changed, least_first
+from pahq_hf.search.rounds import GAIN, Edge, Scale, changed, least_first
 from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pahq_hf.search.course import Beginning, Judged, Passed
-from pahq_hf.search.pruning import GAIN, NOTHING, Scale
+from pahq_hf.search.rounds import GAIN, NOTHING, Scale
 
 
 @dataclass(frozen=True)

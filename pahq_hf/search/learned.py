@@ -13,7 +13,7 @@ from pahq_hf.circuit.graph import Graph
 from pahq_hf.search.course import Passed
 from pahq_hf.search.journal import check_header
 from pahq_hf.search.kept_arrays import DAMAGED, cannot_continue, checksum, read_arrays, save_arrays
-from pahq_hf.search.pruning import as_float
+from pahq_hf.search.rounds import as_float
 from pahq_hf.search.work import Work
 
 

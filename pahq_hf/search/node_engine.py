@@ -92,9 +92,9 @@ class NodeEngine:
         """The metric of any set of nodes."""
         return self._engine.metric_of(self._edges(kept))
 
-    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+    def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each node of a circuit alone adds to its metric. [blocks, writers]"""
-        return change_each(self.metric_of, kept, kept)
+        return change_each(self.metric_of, kept, kept if edges is None else edges)
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some nodes alone to a circuit adds to its metric. [blocks, writers]"""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -34,10 +34,11 @@ from pahq_hf.search.kind import Found
 from pahq_hf.search.learned import Level, keep_level, keep_scores, kept_levels, load_scores
 from pahq_hf.search.learners import in_two
 from pahq_hf.search.learning import Learned, Learner, Schedule, best
-from pahq_hf.search.minibatches import Minibatches, minibatches_of
+from pahq_hf.search.minibatches import Minibatch, Minibatches, minibatches_of
 from pahq_hf.search.pairs import learned_from
-from pahq_hf.search.pruning import Pruned, Round, after, ranks
+from pahq_hf.search.pruning import Pruned
 from pahq_hf.search.refine_options import RefineOptions
+from pahq_hf.search.rounds import Round, after, ranks
 from pahq_hf.search.work import Work
 
 _MORE = 1.4  # times as many edges as are asked for are learned
@@ -74,7 +75,16 @@ def _refined(work: Work[RefineOptions], measures: Measures, beginning: Beginning
     learned, levels = _learn(work, schedule, measures, goal, beginning, batches)
     start = _started(learned, levels, goal, beginning)
     rounds, passed = _kept_rounds(work, start, 1 + len(levels))
-    circuit = Pruned(measures.engine, beginning.searched, passed[-1].kept, passed[-1].metric)
+
+    @cache
+    def searched() -> Minibatch:
+        return Minibatch.of(work.circuit_runs(measures.split.searched))
+
+    def estimate(kept: BoolArray) -> Scores:
+        return searched().at_circuit(kept.astype(float))[1]
+
+    last = passed[-1]
+    circuit = Pruned(measures.engine, beginning.searched, last.kept, last.metric, estimate)
     going = max(0, start.size - (options.edges or 0))
     what = f"removed {work.units.word}"
     with work.progress.count("refining", what, going, start.size - passed[-1].size) as count:

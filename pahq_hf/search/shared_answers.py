@@ -245,9 +245,9 @@ class RecallingEngine:
         """The metric of any circuit; it is computed."""
         return self._engine.metric_of(kept)
 
-    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+    def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each edge of any circuit alone adds to its metric; it is computed."""
-        return self._engine.drop_each(kept)
+        return self._engine.drop_each(kept, edges)
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some edges alone to any circuit adds to its metric; it is computed."""

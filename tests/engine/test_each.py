@@ -54,6 +54,9 @@ def test_effects_are_those_of_brute_force(
         assert np.abs(expected).max() > 1e-4
         close(effects[edges], expected, 1e-6)
     assert not added[~absent].any() and not dropped[~kept].any()
+    some = engine.drop_each(kept, present)
+    close(some[present], dropped[present], 1e-9)
+    assert not some[~present].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

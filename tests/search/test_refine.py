@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from pahq_hf import Circuit, PAHQModel, load_task
-from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
+from pahq_hf.circuit.graph import BoolArray, Graph, GraphSpec, edge_list
 from pahq_hf.config import EngineConfig
-from pahq_hf.engine.build import make_engine
+from pahq_hf.engine.build import make_circuit_runs, make_engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, MetricError, RunError
+from pahq_hf.search.attribution.methods import Scores
 from pahq_hf.search.learning import Schedule
-from pahq_hf.search.pruning import GAIN, changed
+from pahq_hf.search.minibatches import Minibatch
+from pahq_hf.search.pruning import Pruned
+from pahq_hf.search.rounds import GAIN, Scale, changed
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.helpers import assert_same_circuit, files_of, interrupted_after, run_main, wrapped
 from tests.models import random_task
@@ -72,6 +75,30 @@ def test_no_swap_of_two_edges_brings_it_nearer() -> None:
         effects = engine.drop_each(more)
         least = min(edge_list(more), key=lambda edge: abs(effects[edge]))
         assert engine.metric_of(changed(more, [least], ())) > gap - 3 * GAIN * empty
+
+
+@pytest.mark.parametrize("kind", ["right", "random", "opposite", "nothing", "nan"])
+def test_slopes_only_say_where_to_look_first(kind: str) -> None:
+    """Whatever they say, where it ends no edge of the circuit can go, alone, and bring it nearer."""
+    model = small()
+    setting = Setting(model.patched, TASK, "kl", "corrupted", model.pahq_config)
+    engine, graph = make_engine(setting, EngineConfig()), model.patched.graph
+    pairs = Minibatch.of(make_circuit_runs(setting))
+    random = np.random.default_rng(0)
+
+    def estimate(kept: BoolArray) -> Scores:
+        right = pairs.at_circuit(kept.astype(float))[1]
+        other = random.normal(size=right.shape)
+        wrong = {"random": other, "opposite": -right, "nothing": 0 * right, "nan": np.nan * right}
+        return wrong.get(kind, right)
+
+    everything = graph.all_edges.copy()
+    circuit = Pruned(engine, Scale.of(engine), everything, engine.metric_of(everything), estimate)
+    for _ in (*circuit.to_size(8), *circuit.at_size(8)):
+        assert (graph.live_edges(circuit.kept) == circuit.kept).all()
+    assert circuit.size <= 8 and circuit.metric == pytest.approx(engine.metric_of(circuit.kept))
+    alone = [engine.metric_of(changed(circuit.kept, [edge], ())) for edge in edge_list(circuit.kept)]
+    assert min(alone) > circuit.metric - 2 * GAIN * Scale.of(engine).whole
 
 
 @pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))

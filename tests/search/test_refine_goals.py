@@ -20,7 +20,7 @@ from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError, RunError
 from pahq_hf.search.attribution.selection import top_edges
 from pahq_hf.search.journal import Chain
-from pahq_hf.search.pruning import changed
+from pahq_hf.search.rounds import changed
 from pahq_hf.tasks.base import Task
 from tests.helpers import assert_same_circuit, interrupted_after, run_main, wrapped
 from tests.models import random_task, tiny_gpt2

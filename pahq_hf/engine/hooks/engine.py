@@ -103,16 +103,17 @@ class HooksEngine:
         self.evaluations += 1
         return self._value(self.logits(kept))
 
-    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+    def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each edge of a circuit alone adds to the metric, one whole run for each.
 
         Args:
             kept: The circuit. [readers, writers]
+            edges: Which of its edges are asked for; all by default. [readers, writers]
 
         Returns:
-            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+            m(C without the edge) - m(C), 0 elsewhere. [readers, writers]
         """
-        return change_each(self.metric_of, kept, kept)
+        return change_each(self.metric_of, kept, kept if edges is None else edges)
 
     def add_each(self, kept: BoolArray, absent: BoolArray) -> NDArray[np.float64]:
         """What adding each of some edges alone to a circuit adds to the metric, one whole run for each.

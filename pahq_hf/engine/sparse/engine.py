@@ -138,21 +138,23 @@ class SparseEngine:
 
     @in_session
     @torch.no_grad()
-    def drop_each(self, kept: BoolArray) -> NDArray[np.float64]:
+    def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each edge of a circuit alone adds to the metric.
 
         The whole circuit is computed once; of each removal only what it changes.
 
         Args:
             kept: The circuit. [readers, writers]
+            edges: Which of its edges are asked for; all by default. [readers, writers]
 
         Returns:
-            m(C without the edge) - m(C), 0 where there is no edge. [readers, writers]
+            m(C without the edge) - m(C), 0 elsewhere. [readers, writers]
         """
         with self._raised.lowered(self._state):
             # Of a finished circuit every node may differ from the clean run.
             state, before = self._fitting(lambda: self._measured(kept, 1))
-            return change_each(state, kept, -1.0, before, self._measuring, self._memory, self._fitting)
+            some = kept if edges is None else edges
+            return change_each(state, some, -1.0, before, self._measuring, self._memory, self._fitting)
 
     @in_session
     @torch.no_grad()
