@@ -163,7 +163,7 @@ def budget(work: Work[BudgetOptions]) -> Found:
     if work.steps:
         bound = _kept_bound(work)
     else:
-        full, empty = engine.metric_of(graph.all_edges), engine.metric_of(graph.no_edges())
+        full, empty = engine.metric_of(graph.all_edges), work.units.empty_metric(engine)
         bound = Bound(full, empty, options.max_gap, _testable(graph, options))
         work.keep(bound.step())
     regime = work.setting.precision.regime

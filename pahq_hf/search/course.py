@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pahq_hf.circuit.graph import BoolArray
@@ -12,6 +12,7 @@ from pahq_hf.circuit.verdict import faithfulness
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.search.pairs import Split, validation_pairs
 from pahq_hf.search.rounds import GAIN, Edge, Scale, changed, least_first
+from pahq_hf.search.units import Units
 from pahq_hf.search.work import Work
 from pahq_hf.tasks.base import Task
 
@@ -69,8 +70,8 @@ class Beginning:
 
     def to_json(self) -> dict[str, Any]:
         """As a step of a journal."""
-        found = {"validation": list(self.numbers), "searched": asdict(self.searched)}
-        return found if self.validation is None else found | {"judged": asdict(self.validation)}
+        found = {"validation": list(self.numbers), "searched": self.searched.to_json()}
+        return found if self.validation is None else found | {"judged": self.validation.to_json()}
 
     @classmethod
     def read(cls, step: Mapping[str, Any], task: Task) -> Beginning:
@@ -108,12 +109,14 @@ class Measures:
 
     Args:
         split: The task.
+        units: What is kept or removed.
         engine: Computes metrics of the pairs that are searched.
         judge: Of those that judge; None if there are none.
     """
 
-    def __init__(self, split: Split, engine: Engine, judge: Engine | None) -> None:
+    def __init__(self, split: Split, units: Units, engine: Engine, judge: Engine | None) -> None:
         self.split = split
+        self._units = units
         self.engine = engine
         self._judge = judge
 
@@ -123,15 +126,15 @@ class Measures:
         """The engines, their runs captured; they are gone afterwards."""
         with work.engine_on(split.searched) as engine:
             if split.validation is None:
-                yield cls(split, engine, None)
+                yield cls(split, work.units, engine, None)
                 return
             with work.engine_on(split.validation) as judge:
-                yield cls(split, engine, judge)
+                yield cls(split, work.units, engine, judge)
 
     def begin(self) -> Beginning:
         """Measure the scales."""
-        validation = None if self._judge is None else Scale.of(self._judge)
-        return Beginning(self.split.numbers, Scale.of(self.engine), validation)
+        validation = None if self._judge is None else Scale.of(self._judge, self._units)
+        return Beginning(self.split.numbers, Scale.of(self.engine, self._units), validation)
 
     def validation_of(self, kept: BoolArray) -> float | None:
         """A circuit's metric on the pairs that judge; None if there are none."""

@@ -83,8 +83,9 @@ class Goal:
             fitting = [number for number in numbers if passed[number].size <= self.edges]
             gaps = {number: beginning.gap(passed[number]) for number in fitting}
             least, whole = min(gaps.values(), default=math.inf), beginning.judge.whole
+            smallest = beginning.judge.gap(beginning.judge.smallest)
             near = [number for number in fitting if gaps[number] <= least + NOTHING * whole]
-            return near[0] if near and least <= whole else None
+            return near[0] if near and least <= smallest else None
         within = [number for number in numbers if self.is_within(beginning, passed[number])]
         if self.is_ranking or not within:
             return None

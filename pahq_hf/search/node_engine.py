@@ -92,6 +92,10 @@ class NodeEngine:
         """The metric of any set of nodes."""
         return self._engine.metric_of(self._edges(kept))
 
+    def empty_metric(self) -> float:
+        """The metric of the model's graph without edges."""
+        return self._engine.metric_of(self.graph.whole.no_edges())
+
     def drop_each(self, kept: BoolArray, edges: BoolArray | None = None) -> NDArray[np.float64]:
         """What removing each node of a circuit alone adds to its metric. [blocks, writers]"""
         return change_each(self.metric_of, kept, kept if edges is None else edges)

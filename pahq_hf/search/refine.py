@@ -175,7 +175,7 @@ def _chosen(
     kept = graph.all_edges.copy() if goal.is_ranking else graph.no_edges()
     scales = beginning.searched, beginning.validation
     searched, validation = (
-        None if scale is None else scale.full if goal.is_ranking else scale.empty for scale in scales
+        None if scale is None else scale.full if goal.is_ranking else scale.smallest for scale in scales
     )
     return Passed(kept, cast(float, searched), validation)
 

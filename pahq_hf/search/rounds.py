@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.engine.protocol import Engine
 from pahq_hf.search.attribution.methods import Scores
+from pahq_hf.search.units import Units
 
 Edge = tuple[int, int]
 
@@ -25,25 +26,42 @@ class Scale:
     Attributes:
         full: The metric of all edges.
         empty: The metric of none.
+        none: The metric of the smallest circuit there is, where that is another one: without nodes.
     """
 
     full: float
     empty: float
+    none: float | None = None
 
     @classmethod
-    def of(cls, engine: Engine) -> Scale:
-        """The scale of an engine's prompts."""
-        graph = engine.graph
-        return cls(engine.metric_of(graph.all_edges.copy()), engine.metric_of(graph.no_edges()))
+    def of(cls, engine: Engine, units: Units) -> Scale:
+        """The scale of an engine's prompts.
+
+        Args:
+            engine: What `units` made of an engine.
+            units: What is kept or removed.
+        """
+        full = engine.metric_of(engine.graph.all_edges.copy())
+        return cls(full, units.empty_metric(engine), units.smallest_metric(engine))
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Scale:
-        """Read what `asdict` made.
+        """Read what `to_json` made.
 
         Raises:
             TypeError: If a value is no number; or KeyError.
         """
-        return cls(as_float(facts["full"]), as_float(facts["empty"]))
+        full, empty, none = as_float(facts["full"]), as_float(facts["empty"]), facts.get("none")
+        return cls(full, empty, None if none is None else as_float(none))
+
+    def to_json(self) -> dict[str, float]:
+        """As a part of a journal's step."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def smallest(self) -> float:
+        """The metric of the smallest circuit there is."""
+        return self.empty if self.none is None else self.none
 
     @property
     def whole(self) -> float:

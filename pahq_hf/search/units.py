@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,12 @@ class Units(Protocol):
     def engine(self, engine: Engine) -> Engine:
         """An engine as a search sees it."""
 
+    def empty_metric(self, engine: Engine) -> float:
+        """The metric of the circuit without edges, which faithfulness counts from; by what `engine` gave."""
+
+    def smallest_metric(self, engine: Engine) -> float | None:
+        """The metric of a circuit without units, where that has edges; by what `engine` gave."""
+
     def circuit_runs(self, runs: CircuitRuns) -> CircuitRuns:
         """Runs whose gradients can be taken at circuits, as a search sees them."""
 
@@ -77,6 +83,13 @@ class Edges:
     def engine(self, engine: Engine) -> Engine:
         """The engine itself."""
         return engine
+
+    def empty_metric(self, engine: Engine) -> float:
+        """The metric of no edges."""
+        return engine.metric_of(self.graph.no_edges())
+
+    def smallest_metric(self, engine: Engine) -> None:
+        """None: a circuit without units has no edges."""
 
     def circuit_runs(self, runs: CircuitRuns) -> CircuitRuns:
         """The runs themselves."""
@@ -117,6 +130,14 @@ class Nodes:
     def engine(self, engine: Engine) -> Engine:
         """An engine that removes nodes."""
         return NodeEngine(engine, self.graph)
+
+    def empty_metric(self, engine: Engine) -> float:
+        """The metric of no edges."""
+        return cast(NodeEngine, engine).empty_metric()
+
+    def smallest_metric(self, engine: Engine) -> float:
+        """The metric of no nodes: the edge from `input` to `logits` stays."""
+        return engine.metric_of(self.graph.no_edges())
 
     def circuit_runs(self, runs: CircuitRuns) -> CircuitRuns:
         """Runs in which every node has a share."""

@@ -179,6 +179,24 @@ def test_a_budget_bounds_what_nodes_cost_together() -> None:
     assert said["bound"] == pytest.approx(0.2 * abs(said["empty"] - said["full"]))
 
 
+@pytest.mark.parametrize("max_gap", [0.2, 0.9])
+def test_a_budgets_bound_is_a_share_of_what_no_edges_leave(max_gap: float) -> None:
+    """The edge from input to logits is no node, and last tokens differ: without it the metric is another."""
+    ours = discover(search="budget", threshold=np.inf, max_gap=max_gap)
+    said, metric = ours.discovery["budget"], ours.record.metric
+    assert said["empty"] == pytest.approx(metric.empty, abs=1e-5)
+    faithful = ours.verdict.faithfulness if ours.verdict else None
+    assert faithful is not None and abs(1 - faithful) <= max_gap + 1e-4
+
+
+def test_what_refine_says_of_its_pairs_counts_from_no_edges() -> None:
+    asked: dict[str, Any] = {"edges": 4, "validation": 0, "steps": 2, "progress": False}
+    ours = wrapped("llama", regime="fp32").discover(TASK, search="refine", level="node", **asked)
+    said, metric = ours.discovery["refine"]["searched"], ours.record.metric
+    assert said["empty"] == pytest.approx(metric.empty, abs=1e-5)
+    assert said["faithfulness"] == pytest.approx(metric.faithfulness, abs=1e-4)
+
+
 def test_resamples_count_nodes(tmp_path: Path) -> None:
     ours = discover(tmp_path / "run", bootstrap=2)
     again = discover(tmp_path / "run", bootstrap=2, resume=True)

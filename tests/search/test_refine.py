@@ -26,6 +26,7 @@ from pahq_hf.search.learning import Schedule
 from pahq_hf.search.minibatches import Minibatch
 from pahq_hf.search.pruning import Pruned
 from pahq_hf.search.rounds import GAIN, Scale, changed
+from pahq_hf.search.units import Edges
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.helpers import assert_same_circuit, files_of, interrupted_after, run_main, wrapped
 from tests.models import random_task
@@ -93,12 +94,13 @@ def test_slopes_only_say_where_to_look_first(kind: str) -> None:
         return wrong.get(kind, right)
 
     everything = graph.all_edges.copy()
-    circuit = Pruned(engine, Scale.of(engine), everything, engine.metric_of(everything), estimate)
+    scale = Scale.of(engine, Edges(graph))
+    circuit = Pruned(engine, scale, everything, engine.metric_of(everything), estimate)
     for _ in (*circuit.to_size(8), *circuit.at_size(8)):
         assert (graph.live_edges(circuit.kept) == circuit.kept).all()
     assert circuit.size <= 8 and circuit.metric == pytest.approx(engine.metric_of(circuit.kept))
     alone = [engine.metric_of(changed(circuit.kept, [edge], ())) for edge in edge_list(circuit.kept)]
-    assert min(alone) > circuit.metric - 2 * GAIN * Scale.of(engine).whole
+    assert min(alone) > circuit.metric - 2 * GAIN * scale.whole
 
 
 @pytest.mark.parametrize("regime", quick(["fp32", "pahq", "rtn", "pahq-literal"], "fp32", "pahq"))
