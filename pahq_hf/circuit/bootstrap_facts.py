@@ -7,6 +7,18 @@ from dataclasses import dataclass
 from pahq_hf.circuit.sections import Section
 
 
+def of_resamples(share: float, *, at_least: bool = False) -> str:
+    """A share of the resamples in words.
+
+    Args:
+        share: From 0 to 1.
+        at_least: Whether it may be more.
+    """
+    if share >= 1:
+        return "all resamples"
+    return f"{100 * share:.4g} % of the resamples{' or more' if at_least else ''}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BootstrapFacts(Section):
     """What the searches on resamples of the prompts came to.
@@ -72,7 +84,7 @@ class BootstrapFacts(Section):
             found[f"{of} of resamples"] = f"{self.always:,} in all, {self.ever:,} in any"
         if self.consensus is not None and self.share is not None:
             value = "undefined" if self.faithfulness is None else f"{self.faithfulness:.4g}"
-            share = f"{self.share:.4g} of the resamples or more"
+            share = of_resamples(self.share, at_least=True)
             found["consensus"] = f"{self.consensus:,} {of}, in {share}: faithfulness {value}"
         if self.seconds is not None:
             found["seconds of resamples"] = f"{self.seconds:.6g}"

@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from pahq_hf.circuit.bootstrap_facts import of_resamples
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.graph import READER_KINDS, BoolArray, ReaderKind, edge_list
 from pahq_hf.circuit.render.facts import run_facts
@@ -102,7 +103,7 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
         gate = circuit.scored.gate(r, w)
         mark += "" if gate is None else f" {gate}"
         share = circuit.scored.frequency(r, w)
-        mark += "" if share is None else f" in {share:.4g} of the resamples"
+        mark += "" if share is None else f" in {of_resamples(share)}"
         table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}{mark}")
     return table
 

@@ -111,6 +111,10 @@ def counted(circuit: Circuit, resamples: Sequence[Circuit]) -> Circuit:
     return replace(circuit, frequencies=edges, scored_nodes=nodes)
 
 
+def _least(share: float, count: int) -> str:
+    return f"all {count:,}" if share == 1 else f"at least {100 * share:.4g} % of {count:,}"
+
+
 def _shares(kept: Sequence[BoolArray]) -> NDArray[np.float64]:
     return np.asarray(np.sum(np.stack(kept), axis=0, dtype=np.int64) / len(kept))
 
@@ -250,7 +254,7 @@ class BootstrapRun(Run[OptionsT]):
         kind = replace(
             self.kind,
             name="consensus",
-            title=f"{self.units.word}s in at least {share:.4g} of {count:,} resamples: {self.kind.title}",
+            title=f"{self.units.word}s in {_least(share, count)} resamples: {self.kind.title}",
             ranks_kept_first=False,
             fixed={},
             resolve=None,

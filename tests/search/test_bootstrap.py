@@ -140,7 +140,7 @@ def test_the_consensus_is_a_circuit_beside_it(whole: Path) -> None:
     assert consensus.verified and consensus.verdict is not None
     assert report["faithfulness"] == pytest.approx(consensus.verdict.faithfulness, abs=1e-4)
     assert ours.record.bootstrap.faithfulness == consensus.verdict.faithfulness
-    assert consensus.record.title.startswith("edges in at least 0.5 of 3 resamples")
+    assert consensus.record.title.startswith("edges in at least 50 % of 3 resamples")
     with pytest.raises(CircuitError, match="found by 'consensus'"):
         wrapped("llama").evaluate(consensus, TASK, audit=3)
     strict = discover(bootstrap=BootstrapConfig(3, consensus=1.0))
@@ -329,7 +329,11 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert ours.record.bootstrap.share == 1
     assert run_main("discover", *common, *asked, "--resume") == 0
     assert run_main("show", out) == 0
-    assert "of the resamples" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "in all resamples: faithfulness" in shown and "1 of the resamples" not in shown
+    assert "edges in all 2 resamples: ACDC" in (tmp_path / "run" / "consensus" / "README.md").read_text()
+    half = replace(ours.record.bootstrap, share=0.5)
+    assert "in 50 % of the resamples or more: faithfulness" in half.texts["consensus"]
     assert run_main("show", f"{out}/consensus") == 0
     assert run_main("evaluate", f"{out}/consensus", "--model", "demo", "--task", "sva", "--n", "3") == 0
     capsys.readouterr()
