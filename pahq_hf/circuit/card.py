@@ -134,10 +134,11 @@ def _cell(value: object) -> str:
 def _asked(run: RunRecord) -> dict[str, object]:
     """What the search was asked for, its threshold first if it takes one."""
     asked, facts = run.arguments, asked_facts(run)
-    threshold, topn = facts.pop("threshold"), facts.pop("best edges")
+    units = f"{asked.level}s"
+    threshold, topn = facts.pop("threshold"), facts.pop(f"best {units}")
     found = {name: value for name, value in facts.items() if value is not None}
     if threshold is None and "topn" in asked:
-        threshold = "none" if topn is None else f"that of the best {topn} edges"
+        threshold = "none" if topn is None else f"that of the best {topn} {units}"
     if threshold is None and asked.keys and "threshold" not in asked.keys:
         return found  # it takes none
     return {"threshold": "?" if threshold is None else threshold, **found}

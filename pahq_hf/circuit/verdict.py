@@ -42,6 +42,8 @@ class Verdict:
         total: Edges of the graph.
         searched: Edges of the readers that were searched; None if all were, or in an earlier version.
         searched_kept: Kept edges of the searched readers; of other readers all edges are kept.
+        nodes: Heads and MLPs of the circuit, where whole nodes were kept or removed.
+        nodes_total: Heads and MLPs of the graph, there.
     """
 
     metric: str
@@ -56,6 +58,8 @@ class Verdict:
     total: int
     searched: int | None = None
     searched_kept: int | None = None
+    nodes: int | None = None
+    nodes_total: int | None = None
 
     @property
     def part(self) -> str | None:
@@ -139,8 +143,14 @@ class Verdict:
         """The verdict on one line."""
         faithful = "undefined" if self.faithfulness is None else f"{self.faithfulness:.3f}"
         part = "" if self.part is None else f"; {self.part}"
+        nodes = (
+            ""
+            if None in (self.nodes, self.nodes_total)
+            else f"{self.nodes:,} of {self.nodes_total:,} nodes, "
+        )
         return (
-            f"{self.kept:,} of {self.total:,} edges ({self.dead:,} dead{part}), faithfulness {faithful}, "
+            f"{nodes}{self.kept:,} of {self.total:,} edges ({self.dead:,} dead{part}), "
+            f"faithfulness {faithful}, "
             f"{self.accuracy_name} {self.accuracy:.3g} (full model {self.accuracy_full:.3g}): {self.headline}"
         )
 
@@ -153,7 +163,11 @@ class Verdict:
             "reasons": list(self.reasons),
             "faithfulness": self.faithfulness,
             "dead": self.dead,
-            **{field.name: getattr(self, field.name) for field in fields(self)},
+            **{
+                field.name: getattr(self, field.name)
+                for field in fields(self)
+                if field.name not in _OF_NODES or getattr(self, field.name) is not None
+            },
         }
 
     @classmethod
@@ -169,16 +183,17 @@ class Verdict:
             metric, has_answers = facts["metric"], facts["has_answers"]
             value, full, empty, accuracy, accuracy_full = (_number(facts[name]) for name in _MEASURED)
             kept, live, total = (_count(facts[name]) for name in ("kept", "live", "total"))
-            partial = [facts.get(name) for name in ("searched", "searched_kept")]
-            searched, searched_kept = (None if count is None else _count(count) for count in partial)
+            optional = [facts.get(name) for name in ("searched", "searched_kept", *_OF_NODES)]
+            counts = [None if count is None else _count(count) for count in optional]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CircuitError(f"a circuit's verdict is damaged: {error!r}") from error
         if not isinstance(metric, str) or not isinstance(has_answers, bool):
             raise CircuitError("a circuit's verdict is damaged: its metric or has_answers is of another type")
         measured = (value, full, empty, accuracy, accuracy_full)
-        return cls(metric, *measured, has_answers, kept, live, total, searched, searched_kept)
+        return cls(metric, *measured, has_answers, kept, live, total, *counts)
 
 
+_OF_NODES = ("nodes", "nodes_total")  # in files only where there are some
 _MEASURED = ("value", "full", "empty", "accuracy", "accuracy_full")
 
 

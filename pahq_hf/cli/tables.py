@@ -130,15 +130,16 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
     )
     metrics = list(dict.fromkeys((rows[0].name, "kl")))
     # Short, and no column more: a terminal has 80 of them.
-    counts = ("tau", "kept", "live", "tested", "computed", "reused")
-    for title in (*counts, *metrics, "faithful", "top-1", "seconds"):
+    of_nodes = rows[0].nodes is not None  # all of their edges are live
+    counts = ("nodes", "edges") if of_nodes else ("kept", "live")
+    for title in ("tau", *counts, "tested", "computed", "reused", *metrics, "faithful", "top-1", "seconds"):
         table.add_column(title, justify="right")
     table.add_column("verdict")
     for row in rows:
         values = [row.metric, row.kl][: len(metrics)]
         table.add_row(
             f"{row.threshold:g}",
-            *(f"{count:,}" for count in (row.kept, row.live, row.tested, row.evaluations, row.reused)),
+            *(f"{count:,}" for count in (*_sizes(row), row.evaluations, row.reused)),
             *(f"{value:.4g}" for value in values),
             "" if row.faithfulness is None else f"{row.faithfulness:.4f}",
             "" if row.verdict is None else f"{row.verdict.accuracy:.4g}",
@@ -153,6 +154,13 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
     if notes:
         table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
+
+
+def _sizes(row: SweepRow) -> tuple[int, int, int]:
+    """What a circuit has, twice, and how many were tested: edges, or nodes where these are the units."""
+    if row.nodes is None or row.nodes_tested is None:
+        return row.kept, row.live, row.tested
+    return row.nodes, row.kept, row.nodes_tested
 
 
 def _verdict_word(verdict: Verdict) -> str:

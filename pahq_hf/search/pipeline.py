@@ -315,6 +315,8 @@ class Run(Generic[OptionsT]):
             if found.searched is not None:
                 edges, kept = graph.all_edges[found.searched], found.kept[found.searched]
                 verdict = replace(verdict, searched=int(edges.sum()), searched_kept=int(kept.sum()))
+            nodes = NodeCounts.of(found.nodes)
+            verdict = replace(verdict, nodes=nodes.kept, nodes_total=nodes.total)
             means, applied = judge.means, judge.applied(found.kept, verdict)
         if found.label is not None:
             announce(verdict, self.called + (found.label or self.kind.name))
@@ -337,7 +339,7 @@ class Run(Generic[OptionsT]):
                 kept=verdict.kept,
                 live=verdict.live,
             ),
-            nodes=NodeCounts.of(found.nodes),
+            nodes=nodes,
             apply=AppliedFacts.from_json(applied),
             seconds=self.clock.report(),
             peak_memory={

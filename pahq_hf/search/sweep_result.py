@@ -27,6 +27,7 @@ from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError, ConfigError
 
 _PLOT_NAME = "pareto"
+_OF_NODES = ("nodes", "nodes_tested")
 _SECTIONS = ("verdict", "estimates")
 
 
@@ -49,6 +50,8 @@ class SweepRow:
         verdict: Whether the circuit does what the model does; None if an earlier version found it.
         verified: Whether the hooks engine confirmed its metric; None if an earlier version found it.
         estimates: Decisions taken by estimates, and their audit; None where all were tested.
+        nodes: Heads and MLPs of its circuit, where whole nodes are kept or removed.
+        nodes_tested: Heads and MLPs that were tested, there.
     """
 
     threshold: float
@@ -65,6 +68,8 @@ class SweepRow:
     verdict: Verdict | None = None
     verified: bool | None = None
     estimates: EstimateFacts | None = None
+    nodes: int | None = None
+    nodes_tested: int | None = None
 
     @classmethod
     def of(cls, circuit: Circuit) -> SweepRow:
@@ -96,14 +101,25 @@ class SweepRow:
             verdict=run.verdict,
             verified=circuit.verified,
             estimates=None if run.estimates.text is None else run.estimates,
+            nodes=run.nodes.kept,
+            nodes_tested=run.nodes.tested,
             **measured,
         )
+
+    @property
+    def text(self) -> str:
+        """What its circuit has, in words."""
+        nodes = "" if self.nodes is None else f"{self.nodes:,} nodes, "
+        return f"{nodes}{self.kept:,} edges"
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, for JSON."""
         verdict = {} if self.verdict is None else {"verdict": self.verdict.to_dict()}
         estimates = {} if self.estimates is None else {"estimates": self.estimates.to_json()}
         values = {name: value for name, value in asdict(self).items() if name not in _SECTIONS}
+        for name in _OF_NODES:
+            if values[name] is None:
+                del values[name]
         return values | verdict | estimates
 
 
@@ -133,8 +149,8 @@ class Sweep(Mapping[float, Circuit]):
         return len(self._circuits)
 
     def __repr__(self) -> str:
-        """Thresholds and edges on one line."""
-        inside = ", ".join(f"{row.threshold:g}: {row.kept:,} edges" for row in self.rows)
+        """Thresholds and edges, or nodes, on one line."""
+        inside = ", ".join(f"{row.threshold:g}: {row.text}" for row in self.rows)
         return f"Sweep({inside})"
 
     @property

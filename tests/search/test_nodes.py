@@ -16,7 +16,10 @@ from safetensors.numpy import load_file, save_file
 from pahq_hf import Circuit, PAHQModel
 from pahq_hf.circuit.card import render_card
 from pahq_hf.circuit.interchange import to_mib
+from pahq_hf.circuit.render.facts import run_facts
 from pahq_hf.circuit.render.page import circuit_page
+from pahq_hf.circuit.verdict import Verdict
+from pahq_hf.cli.tables import sweep_table
 from pahq_hf.config import EngineConfig
 from pahq_hf.errors import CircuitError, ConfigError, RunError
 from pahq_hf.evaluation.ground_truth.hand_built import load_known_model
@@ -284,6 +287,37 @@ def test_card_page_and_tables_show_nodes(
     assert best in shown and f"{ours.node_scores[best]:+.4g}" in shown
     assert run_main("show", str(tmp_path / "run"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["nodes"][best]["score"] == ours.node_scores[best]
+
+
+def test_what_is_counted_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nodes are called nodes, with their edges beside them: in the log, cards, tables and pages of sweeps."""
+    model = wrapped("llama", regime="fp32")
+    with caplog.at_level("INFO"):
+        best = model.attribute(TASK, method="eap", level="node", topn=3, progress=False)
+    edges = f"{best.edge_count} of {best.graph.edge_count} edges"
+    assert f"3 of 10 nodes, {edges}" in caplog.text
+    assert "that of the best 3 nodes" in render_card(best)
+    facts = run_facts(best)
+    assert facts["best nodes"] == 3 and "best edges" not in facts and facts["nodes tested"] == 10
+
+    most = model.discover(TASK, search="refine", level="node", edges=4, steps=0, progress=False)
+    facts = run_facts(most)
+    assert facts["most nodes"] == 4 and "most edges" not in facts
+    again = Verdict.from_dict(most.record.to_json()["verdict"])
+    assert again.nodes == most.record.nodes.kept and again.summary.startswith(f"{again.nodes} of 10 nodes, ")
+
+    found = model.sweep(TASK, thresholds=[0.1, 0.3], out=tmp_path / "sweep", level="node", progress=False)
+    row = found.rows[0]
+    assert f"0.1: {row.nodes} nodes, {row.kept} edges" in repr(found)
+    titles = [str(column.header) for column in sweep_table(found.rows).columns]
+    assert titles[:4] == ["tau", "nodes", "edges", "tested"]
+    assert [next(iter(column.cells)) for column in sweep_table(found.rows).columns][1:4] == [
+        str(row.nodes),
+        str(row.kept),
+        "10",
+    ]
+    page = (tmp_path / "sweep" / "pareto.html").read_text()
+    assert f"{row.nodes} nodes, {row.kept} edges, 10 nodes tested" in page
 
 
 def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,11 +24,12 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
         run: What ran.
     """
     asked = run.arguments
+    units = f"{asked.level}s"
     facts: dict[str, Any] = {
         "level": "node" if asked.level == "node" else None,
         "threshold": _number(asked.threshold if asked.threshold is not None else asked.more.get("threshold")),
-        "best edges": asked.topn,
-        "most edges": _number(asked.more.get("edges")),
+        f"best {units}": asked.topn,
+        f"most {units}": _number(asked.more.get("edges")),
         "max gap": _number(asked.more.get("max_gap")),
     }
     if run.method in _STEPS:
@@ -49,16 +50,17 @@ def own_facts(run: RunRecord) -> dict[str, Any]:
     Args:
         run: What ran.
     """
-    facts = _own(run.method, run.more)
+    units = f"{run.arguments.level}s"
+    facts = _own(run.method, run.more, units)
     for name in DIRECTION_NAMES:
         part = run.directions.get(name)
         if isinstance(part, Mapping):
-            told = _own(run.method, part) | _estimates(part.get("estimates"))
+            told = _own(run.method, part, units) | _estimates(part.get("estimates"))
             facts |= {f"{name}: {fact}": value for fact, value in told.items()}
     return facts
 
 
-def _own(method: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
+def _own(method: str | None, said: Mapping[str, Any], units: str) -> dict[str, Any]:
     budget, refine, masks = said.get("budget"), said.get("refine"), said.get("masks")
     facts: dict[str, Any] = {}
     if method == "budget" and isinstance(budget, Mapping):
@@ -68,7 +70,7 @@ def _own(method: str | None, said: Mapping[str, Any]) -> dict[str, Any]:
         facts |= _on_pairs(refine)
         taken, rounds = _number(refine.get("taken")), _number(refine.get("rounds"))
         if "locally_minimal" in refine and rounds is not None:
-            facts["round taken"] = f"{'none: no edges are nearer' if taken is None else taken} of {rounds}"
+            facts["round taken"] = f"{f'none: no {units} are nearer' if taken is None else taken} of {rounds}"
             facts["locally minimal"] = "yes" if refine["locally_minimal"] is True else "not known"
     if method in _MASKS and isinstance(masks, Mapping):
         facts |= _on_pairs(masks)

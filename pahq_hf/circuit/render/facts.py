@@ -57,6 +57,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
         "ablation": asked.ablation,
         "precision": run.precision.regime,
         "nodes kept": run.nodes.text,
+        "nodes tested": run.nodes.tested,
         "edges kept": f"{edges.edge_count:,} of {edges.graph.edge_count:,}",
         "searched": None if verdict is None else verdict.part,
         "edges live": int(edges.live.sum()),

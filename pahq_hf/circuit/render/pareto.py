@@ -35,6 +35,8 @@ class ParetoPoint:
         metric: The value of that metric, in FP32.
         kl: KL from the full model, in FP32.
         faithfulness: Share of the metric that the circuit recovers, if that is defined.
+        nodes: Heads and MLPs of the circuit, where whole nodes were kept or removed.
+        nodes_tested: Heads and MLPs that its search tested, there.
     """
 
     threshold: float
@@ -45,6 +47,8 @@ class ParetoPoint:
     metric: float
     kl: float
     faithfulness: float | None
+    nodes: int | None = None
+    nodes_tested: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,13 +143,11 @@ def pareto_page(rows: Sequence[ParetoPoint], title: str) -> str:
         An HTML document.
     """
     panels = _panels(rows)
-    titles = ("τ", "edges", "live", "tested", *(panel.label for panel in panels), "faithfulness")
+    titles = ("τ", *_sizes(rows[0]), *(panel.label for panel in panels), "faithfulness")
     cells = [
         (
             f"{row.threshold:g}",
-            f"{row.kept:,}",
-            f"{row.live:,}",
-            f"{row.tested:,}",
+            *(f"{count:,}" for count in _sizes(row).values()),
             *(f"{panel.values[number]:.6g}" for panel in panels),
             "–" if row.faithfulness is None else f"{row.faithfulness:.4f}",
         )
@@ -154,12 +156,19 @@ def pareto_page(rows: Sequence[ParetoPoint], title: str) -> str:
     return plots_page(title, [_plot(rows, panel) for panel in panels], PageTable(titles, cells))
 
 
+def _sizes(row: ParetoPoint) -> dict[str, int]:
+    """What a circuit has and what was tested, by name."""
+    if row.nodes is None or row.nodes_tested is None:
+        return {"edges": row.kept, "live": row.live, "tested": row.tested}
+    return {"nodes": row.nodes, "edges": row.kept, "nodes tested": row.nodes_tested}
+
+
 def _plot(rows: Sequence[ParetoPoint], panel: _Panel) -> Plotted:
     """What Plotly draws. It reads some tags and TeX in texts, so they are escaped here too."""
     places, label = _places(rows), escape(readable(panel.label)).replace("$", "&#36;")
     front = pareto_front([row.kept for row in rows], panel.values)
     texts = [
-        f"τ = {row.threshold:g}<br>{row.kept:,} edges, {row.live:,} live, {row.tested:,} tested"
+        f"τ = {row.threshold:g}<br>{', '.join(f'{count:,} {name}' for name, count in _sizes(row).items())}"
         f"<br>{label}: {value:.6g}"
         for row, value in zip(rows, panel.values, strict=True)
     ]
