@@ -20,8 +20,8 @@ def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
 
     Returns:
         Edge counts, Jaccard indices of edges (also by kind of reader) and of nodes, and the Pearson and
-        Spearman correlations of the scores of edges that both tested or estimated; None where nothing is to
-        compare.
+        Spearman correlations of the scores of edges that both tested or estimated, or only ranked, by masks;
+        None where nothing is to compare.
 
     Raises:
         CircuitError: If their graphs differ.
@@ -29,8 +29,9 @@ def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
     check_same_graph(a, b)
     rows = {kind: np.array([reader.kind == kind for reader in a.graph.readers]) for kind in READER_KINDS}
     nodes = set(a.nodes), set(b.nodes)
-    both = a.tested & b.tested
-    estimated = both & (a.estimates | b.estimates)
+    both, tested = a.ranked & b.ranked, a.tested & b.tested
+    estimated = tested & (a.estimates | b.estimates)
+    untested = int((both & ~tested).sum())
     return {
         "edges": {
             "first": a.edge_count,
@@ -43,7 +44,8 @@ def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
         "jaccard by kind": {kind: jaccard(a.kept[mask], b.kept[mask]) for kind, mask in rows.items()},
         "jaccard of nodes": len(nodes[0] & nodes[1]) / len(nodes[0] | nodes[1]) if any(nodes) else None,
         "scores": {
-            "tested by both": int((both & ~estimated).sum()),
+            "tested by both": int((tested & ~estimated).sum()),
+            **({"not tested by both": untested} if untested else {}),
             **({"estimated by one": int(estimated.sum())} if estimated.any() else {}),
             "pearson": _correlation(a.scores[both], b.scores[both]),
             "spearman": _correlation(_ranks(a.scores[both]), _ranks(b.scores[both])),

@@ -78,6 +78,26 @@ def edges_between(graph: Graph, nodes: BoolArray) -> BoolArray:
     return edges
 
 
+def tested_between(graph: Graph, tested: BoolArray) -> BoolArray:
+    """The edges that tests of nodes decided: those whose ends, of those that can go, were all tested.
+
+    `input` and `logits` cannot go, so that the edge between them was not tested either.
+
+    Args:
+        graph: The graph.
+        tested: Which nodes were. [writers]
+
+    Returns:
+        [readers, writers]
+    """
+    ends = tested.copy()
+    ends[0] = True
+    read = np.array([bool(ends[list(reader.feeds)].all()) for reader in graph.readers])
+    edges: BoolArray = graph.all_edges & ends[None, :] & read[:, None]
+    edges[graph.logits_reader, 0] = False
+    return edges
+
+
 def scores_between(graph: Graph, scores: Floats, *, by_size: bool) -> Floats:
     """Scores of edges that choose, at any threshold, the edges between the nodes that reach it.
 

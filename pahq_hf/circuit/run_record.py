@@ -75,8 +75,10 @@ class EdgeCounts(Section):
 
     Attributes:
         total: In the graph.
-        tested: Edges decided by their score, measured or estimated (`EstimateFacts` tells how many).
-        untested: Edges without a score: into readers that nobody reads, or passed over by a screen.
+        tested: Edges decided by their score, measured or estimated (`EstimateFacts` tells how many); where
+            whole nodes are, by those of the nodes at their ends.
+        untested: Edges that none decided: into readers that nobody reads, passed over by a screen or by
+            learning, or only ranked, as by masks.
         kept: In the circuit.
         live: Kept edges on a path from `input` to `logits`.
     """

@@ -52,6 +52,14 @@ class ScoredEdges:
         """Edges whose score is an estimate. [readers, writers]"""
         return np.zeros_like(self.tested) if self.estimated is None else self.estimated
 
+    @property
+    def ranked(self) -> BoolArray:
+        """Edges whose scores compare: those that were tested; all of a search that tests none.
+
+        [readers, writers]
+        """
+        return self.tested if self.tested.any() else self.graph.all_edges
+
     def is_estimate(self, reader: int, writer: int) -> bool:
         """Whether an edge's score is an estimate."""
         return self.estimated is not None and bool(self.estimated[reader, writer])

@@ -191,7 +191,9 @@ class BothWays(Run[OptionsT]):
             searched=None if readers is None else self.setting.graph.match_readers(readers),
             label=f"{self.kind.name}, both directions",
             estimated=estimated,
-            found_by=np.where(tested, found_by(noising.kept, denoising.kept), 0).astype(np.uint8),
+            found_by=np.where(
+                _scored(noising) | _scored(denoising), found_by(noising.kept, denoising.kept), 0
+            ).astype(np.uint8),
         )
         return self.units.circuit(union)
 
@@ -205,8 +207,13 @@ def _is_better(one: Found, other: Found, *, by_size: bool) -> BoolArray:
         by_size: Whether a score is better the larger it is in size.
     """
     ours, theirs = (np.abs(c.scores) if by_size else c.scores for c in (one, other))
-    better: BoolArray = one.tested & (~other.tested | (ours > theirs))
+    better: BoolArray = _scored(one) & (~_scored(other) | (ours > theirs))
     return (one.kept & ~other.kept) | (better & (one.kept == other.kept))
+
+
+def _scored(found: Found) -> BoolArray:
+    """Edges whose score says something: those that were tested; all where none was, as of masks."""
+    return found.tested if found.tested.any() else np.ones_like(found.tested)
 
 
 def _swapped(run: Run[Any]) -> Bench:

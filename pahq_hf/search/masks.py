@@ -197,7 +197,7 @@ def _learned(work: Work[OptionsT], method: Method, measures: Measures, beginning
     return Found(
         kept,
         spread(graph, 1 - places / graph.edge_count),
-        graph.all_edges.copy(),
+        graph.no_edges(),  # masks rank edges; no test decides one
         final=level.metric,
         facts={"masks": facts},
         label=f"{options.search}, {options.edges} edges",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.gates import found_by
 from pahq_hf.circuit.graph import Graph
-from pahq_hf.circuit.nodes import ScoredNodes, edges_between, scores_between
+from pahq_hf.circuit.nodes import ScoredNodes, edges_between, scores_between, tested_between
 from pahq_hf.engine.protocol import CircuitRuns, Engine
 from pahq_hf.search.kind import Found
 from pahq_hf.search.node_engine import NodeEngine, NodeRuns
@@ -162,7 +162,7 @@ class Nodes:
             found,
             kept=edges_between(self.whole, kept),
             scores=scores_between(self.whole, scores, by_size=self.by_size),
-            tested=self.whole.all_edges.copy(),
+            tested=tested_between(self.whole, tested),
             searched=None,
             found_by=found_by(*ways) if ways else None,
             nodes=ScoredNodes(kept, scores, tested, by),

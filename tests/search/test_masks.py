@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from pahq_hf import Circuit, PAHQModel
+from pahq_hf.circuit.card import render_card
+from pahq_hf.circuit.comparison import compare_circuits
 from pahq_hf.config import EngineConfig
 from pahq_hf.engine.build import make_circuit_runs, make_engine
 from pahq_hf.engine.setting import Setting
@@ -197,6 +199,17 @@ def test_exactly_so_many_edges_are_kept_and_measured(finished: Path) -> None:
     assert 0 < facts["expected_edges"] < graph.edge_count
 
 
+def test_no_edge_counts_as_tested(finished: Path) -> None:
+    """Masks rank edges; files, card and comparisons say that none was tested, and compare the ranks."""
+    ours = Circuit.from_pretrained(finished)
+    assert not ours.tested.any() and ours.record.edges.tested == 0
+    assert ours.record.edges.untested == ours.graph.edge_count
+    assert "live), 0 tested, " in render_card(ours)
+    told = compare_circuits(ours.scored, ours.scored)["scores"]
+    assert told["tested by both"] == 0 and told["not tested by both"] == ours.graph.edge_count
+    assert told["spearman"] == pytest.approx(1)
+
+
 def test_the_nearest_stretch_on_pairs_that_no_step_saw_is_kept(finished: Path) -> None:
     model, circuit = small(), Circuit.from_pretrained(finished)
     begin, *levels = steps_of(finished)
@@ -269,14 +282,18 @@ def test_edge_pruning_finds_the_edges_of_a_known_circuit(edges: int, rate: float
         exhaustive({"regime": "rtn"}),
         exhaustive({"regime": "pahq-literal"}),
         {"ablation": "mean"},
-        {"direction": "denoising"},
+        {"direction": "both"},
         {"metric": "logit_diff"},
     ],
 )
 def test_it_runs_in_every_setting(search: str, asked: dict[str, Any]) -> None:
     options = {name: value for name, value in asked.items() if name != "regime"}
     circuit = learned(search, small(regime=asked.get("regime", "fp32")), steps=3, **options)
-    assert circuit.verified and circuit.edge_count == 7
+    assert circuit.verified
+    if asked.get("direction") == "both":  # what either found, and who did
+        assert 7 <= circuit.edge_count <= 14 and len(circuit.gates) == circuit.edge_count
+    else:
+        assert circuit.edge_count == 7
 
 
 @pytest.mark.parametrize("search", SEARCHES)

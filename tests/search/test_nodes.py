@@ -320,6 +320,21 @@ def test_what_is_counted_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert f"{row.nodes} nodes, {row.kept} edges, 10 nodes tested" in page
 
 
+def test_edges_are_flagged_as_tested_where_their_nodes_were() -> None:
+    whole = discover()
+    assert whole.record.edges.tested == whole.graph.edge_count - 1
+    assert not whole.tested[whole.graph.logits_reader, 0]  # from input to logits: neither can go
+    part = wrapped("llama", layers=4, regime="fp32").discover(
+        TASK, search="refine", level="node", edges=1, steps=1, validation=0, progress=False
+    )
+    nodes = part.scored_nodes
+    assert nodes is not None and part.record.nodes.tested == nodes.tested.sum() < 20
+    out = next(w for w in range(1, 21) if not nodes.tested[w])
+    assert not part.tested[:, out].any() and part.tested[:, nodes.tested].any()
+    assert part.record.edges.tested == part.tested.sum()
+    assert part.record.edges.untested == part.graph.edge_count - part.tested.sum()
+
+
 def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = ["discover", "demo", "--task", "ioi", "--n", "2", "--precision", "fp32", "--threshold", "0.05"]
     assert run_main(*ours, "--level", "node", "--out", str(tmp_path / "run"), "--json") == 0
