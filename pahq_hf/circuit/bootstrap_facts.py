@@ -37,6 +37,8 @@ class BootstrapFacts(Section):
         consensus_verified: Whether it confirmed the consensus; None where nothing was compared.
         seconds: What the searches on the resamples took.
         evaluations: Values of the metric that they computed.
+        unparted: Resamples whose masks were learned too little to mean much: then how alike circuits are is
+            not told, since all begin with the same noise.
         units: `node`, where the above counts whole nodes and not edges.
     """
 
@@ -53,6 +55,7 @@ class BootstrapFacts(Section):
     consensus_verified: bool | None = None
     seconds: float | None = None
     evaluations: int | None = None
+    unparted: int | None = None
     units: str | None = None
 
     @property
@@ -77,6 +80,11 @@ class BootstrapFacts(Section):
             found["stability"] = (
                 f"Jaccard {self.between:.3g} between two of {self.resamples:,} resamples, "
                 f"{self.with_circuit:.3g} of one with the circuit of all prompts"
+            )
+        if self.unparted:
+            found["stability"] = (
+                f"not known: masks did not part in {self.unparted:,} of {self.resamples:,} resamples, which "
+                "begin alike; raise --steps"
             )
         if self.unconfirmed:
             found["resamples not verified"] = f"{self.unconfirmed:,} of {self.resamples:,}"

@@ -296,6 +296,13 @@ class RunRecord(Section):
         return found if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
     @property
+    def unparted(self) -> bool:
+        """Whether masks were learned, and too little for their ranks to mean much."""
+        parts = (part.get("masks") for part in self.directions.values() if isinstance(part, Mapping))
+        told = (each for each in (self.more.get("masks"), *parts) if isinstance(each, Mapping))
+        return any(each.get("parted") is False for each in told)
+
+    @property
     def confirmation(self) -> Confirmation | None:
         """The metric by the search and by the hooks engine; None where the run compared no such two.
 

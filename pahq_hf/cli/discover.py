@@ -102,9 +102,12 @@ def discover(
         name = ("more", "fewer") if "edges" in changes else ("lower", "higher")
         return again(context, **changes, out=beside(out, name[0 if more else 1]))
 
-    command = after(
-        circuit.verdict, good=judged, more=lambda: other(more=True), fewer=lambda: other(more=False)
-    )
+    if circuit.record.unparted and hasattr(options_used, "longer"):
+        command = again(context, **options_used.longer(), out=beside(out, "longer"))
+    else:
+        command = after(
+            circuit.verdict, good=judged, more=lambda: other(more=True), fewer=lambda: other(more=False)
+        )
     conclude(out, circuit.discovery, lambda: run_table(circuit), command, circuit, as_json=asked.run.as_json)
 
 

@@ -284,12 +284,12 @@ class BootstrapRun(Run[OptionsT]):
     def _facts(self, found: Stability, consensus: Circuit, resamples: Sequence[Circuit]) -> dict[str, Any]:
         """What the record says of the resamples."""
         records = [circuit.record for circuit in resamples]
-        verdict = consensus.verdict
+        verdict, unparted = consensus.verdict, sum(record.unparted for record in records)
         return BootstrapFacts(
             resamples=len(resamples),
             seed=self._asked.seed,
-            between=found.between,
-            with_circuit=found.with_circuit,
+            between=None if unparted else found.between,
+            with_circuit=None if unparted else found.with_circuit,
             share=self._asked.consensus,
             consensus=int(self.units.found(consensus).kept.sum()),
             faithfulness=None if verdict is None else verdict.faithfulness,
@@ -299,5 +299,6 @@ class BootstrapRun(Run[OptionsT]):
             consensus_verified=consensus.record.verified,
             seconds=round(sum(record.total_seconds or 0.0 for record in records), 3),
             evaluations=sum(record.evaluations or 0 for record in records),
+            unparted=unparted or None,
             units=None if self.units.word == "edge" else self.units.word,
         ).to_json()

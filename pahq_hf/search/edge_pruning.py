@@ -101,10 +101,11 @@ class HardConcrete:
         gradient = (of_gap + of_sparsity) * slopes
         return abs(gap), np.concatenate([gradient, [-missed, -(missed**2)]])
 
-    def expected_edges(self, parameters: Floats) -> float:
-        """How many masks are not 0, on average."""
+    def shares(self, parameters: Floats) -> Floats:
+        """How often the mask of each edge is not 0. [edges]"""
         logits = parameters[:-2] - _TEMPERATURE * math.log(-_LOW / _HIGH)
-        return float((0.5 * (1 + np.tanh(0.5 * logits))).sum())
+        found: Floats = 0.5 * (1 + np.tanh(0.5 * logits))
+        return found
 
 
 def edge_pruning(work: Work[EdgePruningOptions]) -> Found:

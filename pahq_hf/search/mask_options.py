@@ -34,6 +34,10 @@ class MaskOptions(LearningOptions):
         assert self.edges is not None
         return other_size(self.edges, more=more, total=total)
 
+    def longer(self) -> dict[str, Any]:
+        """Options of another run, of more steps, where the masks of this one did not part."""
+        return {"steps": max(_SCHEDULE, 10 * self.steps)}
+
     def validate(self) -> None:
         """Raise `ConfigError` when a value is out of range."""
         super().validate()

@@ -9,6 +9,7 @@ that judge is kept.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,9 +29,11 @@ from pahq_hf.search.minibatches import Minibatch, Minibatches, minibatches_of
 from pahq_hf.search.pairs import learned_from
 from pahq_hf.search.work import Work
 
+logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 OptionsT = TypeVar("OptionsT", bound=MaskOptions)
 _STRETCHES = 20  # of a search
+_OPEN = 0.5  # mean share of the edges that are left out, above which masks have not parted
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class Method(Protocol):
             `|m - m(full)|`, and what is subtracted from parameters but for its scale.
         """
 
-    def expected_edges(self, parameters: Floats) -> float:
-        """How many edges a mask has, on average."""
+    def shares(self, parameters: Floats) -> Floats:
+        """How often a mask lets something of each edge through, on average. [edges]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +188,20 @@ def _learned(work: Work[OptionsT], method: Method, measures: Measures, beginning
     level = levels[taken]
     kept = _circuit(work, masks.nearest)
     passed = Passed(kept, level.metric, level.validation)
+    shares = method.shares(masks.parameters)
+    parted = _have_parted(shares, shares.size if options.edges is None else options.edges)
+    if not parted and not work.is_hushed:
+        logger.warning(
+            "%s: masks did not part in %d steps: most of the edges that are left out are still open, so that "
+            "which ones are kept is mostly chance; raise --steps",
+            options.search,
+            options.steps,
+        )
     facts: dict[str, Any] = {
         "taken": taken + 1,
         "stretches": len(levels),
-        "expected_edges": method.expected_edges(masks.parameters),
+        "expected_edges": float(shares.sum()),
+        "parted": parted,
         "learned_on": sum(map(len, tasks)),
         **measures.facts(beginning, passed),
     }
@@ -270,6 +283,17 @@ def _follow(
         parameters = parameters - rate * mean / (1 - adam.first ** (step + 1)) / root
         on_step(gap)
     return replace(masks, level=masks.level + 1, parameters=parameters, mean=mean, square=square)
+
+
+def _have_parted(shares: Floats, edges: int) -> bool:
+    """Whether masks of edges beyond the best are rather shut than open: else their ranks say little.
+
+    Args:
+        shares: How open each is. [edges]
+        edges: How many are kept.
+    """
+    others = np.sort(shares)[: max(0, len(shares) - edges)]
+    return not len(others) or float(others.mean()) <= _OPEN
 
 
 def _bounds(steps: int) -> list[int]:

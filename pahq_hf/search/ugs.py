@@ -80,9 +80,9 @@ class UniformGradients:
         sampled = weight * np.where(uniform, of_gap, 0.0).sum(0)
         return abs(gap), (sampled + self._options.penalty) * probabilities * (1 - probabilities)
 
-    def expected_edges(self, parameters: Floats) -> float:
-        """How many edges a circuit has, on average."""
-        return float(_sigmoid(parameters).sum())
+    def shares(self, parameters: Floats) -> Floats:
+        """Probabilities of the edges. [edges]"""
+        return _sigmoid(parameters)
 
 
 def ugs(work: Work[UGSOptions]) -> Found:

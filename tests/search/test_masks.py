@@ -77,7 +77,7 @@ def test_hard_concrete_masks_are_those_of_louizos() -> None:
         assert np.abs((ends[0] - ends[1]) / (2 * step) - slopes).mean() < 1e-3
     parameters = np.concatenate([np.full(graph.edge_count, 0.3), [0.0, 0.0]])
     share = torch.tensor(0.3 - 2 / 3 * np.log(0.1 / 1.1)).sigmoid().item()
-    assert method.expected_edges(parameters) == pytest.approx(share * graph.edge_count)
+    assert method.shares(parameters).sum() == pytest.approx(share * graph.edge_count)
 
 
 def test_uniform_masks_are_uniform_within_a_window() -> None:
@@ -197,6 +197,29 @@ def test_exactly_so_many_edges_are_kept_and_measured(finished: Path) -> None:
     assert facts["searched"]["examples"] == 8 and facts["validation"]["examples"] == 4
     assert facts["stretches"] == 5 and facts["learned_on"] == 8
     assert 0 < facts["expected_edges"] < graph.edge_count
+
+
+def test_masks_that_did_not_part_are_said_not_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of few steps the ranking is the noise that it began with, the same for every resample."""
+    task = ["--task", "sva", "--n", "3", "--metric", "kl", "--precision", "fp32", "--learn-pairs", "0"]
+    asked = ["--search", "edge-pruning", "--edges", "20", "--steps", "1", "--bootstrap", "2"]
+    assert run_main("discover", "demo", *task, *asked, "--out", str(tmp_path / "run")) == 0
+    said = capsys.readouterr()
+    assert caplog.text.count("masks did not part in 1 steps") == 1  # and not again of every resample
+    shown = " ".join(said.out.split())
+    assert "masks did not part" in shown and "Jaccard" not in shown
+    assert "stability not known: masks did not part in 2 of 2 resamples" in shown
+    assert "--steps 3000" in shown and "run-longer" in shown
+    ours = Circuit.from_pretrained(tmp_path / "run")
+    assert ours.record.unparted and ours.record.bootstrap.between is None
+
+
+def test_masks_that_parted_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    circuit = learned("ugs", small(), steps=20, rate=1.0, penalty=1.0)
+    assert "masks did not part" not in caplog.text and not circuit.record.unparted
+    assert circuit.discovery["masks"]["parted"] is True
 
 
 def test_no_edge_counts_as_tested(finished: Path) -> None:

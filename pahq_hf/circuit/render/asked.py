@@ -76,6 +76,11 @@ def _own(method: str | None, said: Mapping[str, Any], units: str) -> dict[str, A
         facts |= _on_pairs(masks)
         taken, stretches = _number(masks.get("taken")), _number(masks.get("stretches"))
         facts["stretch taken"] = None if None in (taken, stretches) else f"{taken} of {stretches}"
+        facts["masks"] = (
+            "did not part: which edges are kept is mostly chance; raise --steps"
+            if masks.get("parted") is False
+            else None
+        )
         expected = _number(masks.get("expected_edges"))
         facts["edges of a mask on average"] = (
             f"{expected:.4g}" if isinstance(expected, (int, float)) else None
