@@ -17,10 +17,12 @@ from typing import Any
 
 from pahq_hf.circuit.files import JOURNAL_NAME, write_text
 from pahq_hf.errors import RunError
+from pahq_hf.search.kind import FIRST
 
 _CHECK = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"\}$')
 DATA = "data"  # where a header says what the prompts are, for people
 _EVERY_SEARCH = ("model", "task", "dtype", "precision", "policy_order", DATA, "settings", "check")
+_FOLLOWS = ("margin",)  # options whose values follow from others unless they are given
 _TOLD = 3  # differences
 Step = Mapping[str, Any]
 
@@ -243,8 +245,10 @@ def _other(key: str, theirs: object, ours: object) -> str:
     if key == "model":
         return f"its model has other weights (fingerprint {_short(theirs)} there, {_short(ours)} now)"
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        name = next(name for name in (*ours, *theirs) if theirs.get(name) != ours.get(name))
-        theirs, ours = theirs.get(name), ours.get(name)
+        names = [name for name in dict.fromkeys((*ours, *theirs)) if theirs.get(name) != ours.get(name)]
+        name = min(names, key=lambda name: name in _FOLLOWS)  # what was chosen first
+        usual = FIRST.get(name)
+        theirs, ours = theirs.get(name, usual), ours.get(name, usual)
         key = "precision" if name == "regime" else name
     return f"its {key.replace('_', ' ')} is {_short(theirs)} there, {_short(ours)} now"
 

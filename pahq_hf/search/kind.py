@@ -146,10 +146,10 @@ def as_first(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Files and journals of such runs are the same, then, as those of the versions that had no such option.
     """
-    return {name: value for name, value in values.items() if name not in _FIRST or value != _FIRST[name]}
+    return {name: value for name, value in values.items() if name not in FIRST or value != FIRST[name]}
 
 
-_FIRST = {"direction": "noising", "level": "edge"}
+FIRST = {"direction": "noising", "level": "edge"}
 
 
 def shifted(value: float, factor: float) -> float:

@@ -241,8 +241,11 @@ def test_an_interrupted_search_ends_in_the_same_bytes(tmp_path: Path) -> None:
 def test_a_finished_run_is_held_against_its_journal(tmp_path: Path) -> None:
     ours = discover(tmp_path / "run")
     assert_same_circuit(discover(tmp_path / "run", resume=True), ours)
-    with pytest.raises(RunError, match="level is node there"):
+    with pytest.raises(RunError, match="level is node there, edge now"):
         discover(tmp_path / "run", resume=True, level="edge")
+    discover(tmp_path / "pahq", regime="pahq")
+    with pytest.raises(RunError, match="level is node there, edge now"):  # and not the margin, which follows
+        discover(tmp_path / "pahq", regime="pahq", resume=True, level="edge")
 
 
 def test_files_hold_nodes_and_say_when_they_do_not_fit(tmp_path: Path) -> None:
