@@ -109,7 +109,8 @@ class GreedyOptions(JsonConfig):
         check_choice("ablation", self.ablation, Ablation)
         check_direction(self.direction, self.ablation)
         check_criterion(self.criterion, self.absolute)
-        check_level(self.level, readers=self.readers, margin=self.margin or None)
+        order = None if self.order == "acdc" else self.order
+        check_level(self.level, readers=self.readers, margin=self.margin or None, order=order)
         if self.margin is not None and not self.margin >= 0:
             raise ConfigError(f"margin must be a number >= 0 or inf; got {self.margin}")
 

@@ -135,6 +135,7 @@ def check_regime(level: Level, precision: PAHQConfig) -> None:
 
 _NO_NODES = {
     "readers": "they choose among edges, and a node goes with all of its edges out",
+    "order": "nodes are visited from the output to the input, and there are no readers to put in order",
     "margin": "a test of a node measures the whole circuit, in FP32 where edges have second looks",
     "screen": "there are few nodes, and all are tested",
     "tests": "there are few nodes, and all are tested; estimates are of edges",

@@ -84,20 +84,22 @@ def validation_pairs(task: Task, share: float, seed: int) -> list[int]:
     return []  # nearly all prompts are the same
 
 
-def warn_unsplit(split: Split, share: float) -> None:
+def warn_unsplit(split: Split, share: float, patience: int | None = None) -> None:
     """Say so where a share of the pairs was to judge, and none do.
 
     Args:
         split: The task in two.
         share: Of the pairs that were to judge.
+        patience: What was asked for of rounds on them.
     """
     if share and split.validation is None:
         logger.warning(
             "of %d prompt pairs none are kept back: a share of %g is fewer than %d, or they are all alike; "
-            "the circuit is judged on those it is searched on; give it 64 pairs or more",
+            "the circuit is judged on those it is searched on%s; give it 64 pairs or more",
             len(split.searched),
             share,
             FEWEST,
+            "" if patience is None else f", and patience {patience} ends nothing",
         )
 
 

@@ -11,6 +11,7 @@ from pahq_hf.search.kind import LEVEL, check_level, check_regime, shifted, told
 from pahq_hf.search.learning_options import LearningOptions, other_size
 
 _GOALS = ("edges", "max_gap", "curve")
+_PATIENCE = 3
 _MOST = 100.0  # standard deviations: scores differ by ten
 
 
@@ -50,11 +51,16 @@ class RefineOptions(LearningOptions):
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
     patience: int = field(
-        default=3,
+        default=_PATIENCE,
         metadata=told("Rounds that may bring nothing on the pairs kept back, before it ends; 0: all.", min=0),
     )
 
     level: Level = field(default="edge", metadata=LEVEL)
+
+    @property
+    def own_patience(self) -> int | None:
+        """The patience, where it is another than usual and ends something."""
+        return self.patience if self.patience not in (0, _PATIENCE) else None
 
     def turned(self, *, more: bool, total: int) -> dict[str, Any] | None:
         """Options of another run that would keep more edges, or fewer.
@@ -97,6 +103,13 @@ class RefineOptions(LearningOptions):
         check_number("rate", self.rate, least=0, most=_MOST)
         check_number("noise", self.noise, least=0, most=_MOST)
         check_level(self.level)
+        if self.own_patience is not None and self.edges is None:
+            goal = "curve" if self.curve else "max_gap"
+            raise ConfigError(f"patience counts rounds at the size of edges, and {goal} has no such size")
+        if self.own_patience is not None and self.validation == 0:
+            raise ConfigError(
+                "patience counts rounds on the pairs that are kept back, and validation 0 keeps none"
+            )
         learning = [entry for entry in fields(self) if entry.name in ("rate", "noise")]
         for entry in learning if self.steps == 0 else []:
             if getattr(self, entry.name) != entry.default:

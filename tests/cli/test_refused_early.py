@@ -139,6 +139,17 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
         ["--edges", "9", "--steps", "0", "--noise", "0.1"],
         "noise is of steps of learning, and steps 0 takes none",
     ),
+    "an order of nodes": ("discover", ["--level", "node", "--order", "head"], "level node has no order"),
+    "patience without a size": (
+        "discover",
+        ["--search", "refine", "--curve", "--patience", "5"],
+        "patience counts rounds at the size of edges, and curve has no such size",
+    ),
+    "patience of no pairs": (
+        "discover",
+        ["--edges", "9", "--validation", "0", "--patience", "5"],
+        "validation 0 keeps none",
+    ),
     "pairs that means do not learn from": (
         "discover",
         ["--edges", "9", "--ablation", "mean", "--learn-pairs", "99"],
