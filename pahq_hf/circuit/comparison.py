@@ -10,6 +10,8 @@ from pahq_hf.circuit.graph import READER_KINDS, BoolArray
 from pahq_hf.circuit.scored_edges import ScoredEdges
 from pahq_hf.errors import CircuitError
 
+_ENDS = {"input", "logits"}  # of every circuit
+
 
 def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
     """Overlap and correlation of two circuits of one graph.
@@ -19,16 +21,16 @@ def compare_circuits(a: ScoredEdges, b: ScoredEdges) -> dict[str, Any]:
         b: The edges of the other.
 
     Returns:
-        Edge counts, Jaccard indices of edges (also by kind of reader) and of nodes, and the Pearson and
-        Spearman correlations of the scores of edges that both tested or estimated, or only ranked, by masks;
-        None where nothing is to compare.
+        Edge counts, Jaccard indices of edges (also by kind of reader) and of heads and MLPs, and the Pearson
+        and Spearman correlations of the scores of edges that both tested or estimated, or only ranked, by
+        masks; None where nothing is to compare.
 
     Raises:
         CircuitError: If their graphs differ.
     """
     check_same_graph(a, b)
     rows = {kind: np.array([reader.kind == kind for reader in a.graph.readers]) for kind in READER_KINDS}
-    nodes = set(a.nodes), set(b.nodes)
+    nodes = set(a.nodes) - _ENDS, set(b.nodes) - _ENDS
     both, tested = a.ranked & b.ranked, a.tested & b.tested
     estimated = tested & (a.estimates | b.estimates)
     untested = int((both & ~tested).sum())

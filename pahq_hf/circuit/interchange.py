@@ -104,7 +104,7 @@ def from_mib(path: str | Path) -> Circuit:
     Raises:
         CircuitError: If it is no such file, or names edges that its graph does not have.
     """
-    document = read_json(Path(path))
+    document = _read_graph(Path(path))
     cfg, edges = document.get("cfg"), document.get("edges")
     if not isinstance(cfg, dict) or not isinstance(edges, dict):
         raise CircuitError(f"{path} has no 'cfg' and 'edges': it is not an EAP-IG or MIB graph")
@@ -128,6 +128,23 @@ def from_mib(path: str | Path) -> Circuit:
             raise CircuitError(f"{path}: edge {name[:80]!r} has no usable score and in_graph") from error
     model = {"d_model": cfg["d_model"]} if isinstance(cfg.get("d_model"), int) else {}
     return Circuit(graph, kept, scores, scores != 0, model, {})
+
+
+def _read_graph(path: Path) -> dict[str, Any]:
+    """The document of a graph.
+
+    Raises:
+        CircuitError: If there is none.
+    """
+    try:
+        return read_json(path)
+    except CircuitError as error:
+        if not isinstance(error.__cause__, ValueError | RecursionError):
+            raise
+        raise CircuitError(
+            f"{path} is no EAP-IG or MIB graph, which is a JSON file with 'cfg' and 'edges', such as pahq "
+            f"export --format mib writes; CSV, GraphML and DOT are not read back ({error.__cause__})"
+        ) from error
 
 
 # -- edges as rows ----------------------------------------------------------------------------------

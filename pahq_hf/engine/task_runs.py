@@ -60,7 +60,8 @@ class TaskRuns:
             MetricError: If the task lacks what the metric needs, or the metric of a run is NaN.
             OutOfMemoryError: If memory runs out.
         """
-        what = f"what {len(task)} prompt pairs of {task.length} tokens write and read in the model"
+        pairs = f"{len(task)} prompt pair{'' if len(task) == 1 else 's'}"
+        what = f"what {pairs} of {task.length} tokens write and read in the model"
         with rule.exactly(model), memory_for(what, model.device):
             clean = capture(model, task, task.clean_ids, store)
             corrupted = capture(model, task, task.corrupted_ids, store)

@@ -94,9 +94,10 @@ def warn_unsplit(split: Split, share: float, patience: int | None = None) -> Non
     """
     if share and split.validation is None:
         logger.warning(
-            "of %d prompt pairs none are kept back: a share of %g is fewer than %d, or they are all alike; "
+            "of %d prompt %s none are kept back: a share of %g is fewer than %d, or they are all alike; "
             "the circuit is judged on those it is searched on%s; give it 64 pairs or more",
             len(split.searched),
+            "pair" if len(split.searched) == 1 else "pairs",
             share,
             FEWEST,
             "" if patience is None else f", and patience {patience} ends nothing",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
@@ -222,6 +223,8 @@ class Run(Generic[OptionsT]):
             check_header(_header_of(circuit), self.told_header(), folder)
             self._check_finished(circuit, folder)
             circuit.complete(folder)
+            with suppress(OSError):  # one that died over its picture left it; a folder may be read-only
+                self.clock.forget(folder)
             return circuit
         if not resume:
             refuse_overwrite(folder, "continue it with --resume or choose another folder")

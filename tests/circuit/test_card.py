@@ -34,6 +34,7 @@ def test_card_says_what_ran() -> None:
     assert front["base_model"] == "me/model"
     assert front["library_name"] == "pahq_hf" and front["license"] and "circuit" in front["tags"]
     assert table["task"] == "ioi (20 pairs)"
+    assert "| task | ioi (1 pair) |" in render_card(small(task={"name": "ioi", "examples": 1}))
     assert table["threshold"] == "0.05"
     assert table["precision"] == "rtn, int8"
     assert table["kl of the circuit, FP32"] == "0.125"

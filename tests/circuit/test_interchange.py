@@ -115,6 +115,15 @@ def test_other_documents_are_refused(tmp_path: Path, document: str, match: str) 
         from_mib(path)
 
 
+def test_what_is_no_json_is_told_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "circuit.csv"
+    export(random_circuit(SPECS["heads"]), path, "csv")
+    with pytest.raises(CircuitError, match=r"is no EAP-IG or MIB graph.*CSV, GraphML and DOT are not read"):
+        from_mib(path)
+    with pytest.raises(CircuitError, match="cannot read"):
+        from_mib(tmp_path / "nothing.json")
+
+
 # -- other formats ----------------------------------------------------------------------------------
 
 
@@ -194,6 +203,18 @@ def test_comparison_counts_by_hand() -> None:
     both = a.tested & b.tested
     assert told["estimated by one"] == (both & b.estimated).sum() > 0
     assert told["tested by both"] == both.sum() - told["estimated by one"]
+
+
+def test_the_ends_of_every_circuit_are_no_overlap() -> None:
+    """Two circuits without a head or MLP in common share nothing, although all have input and logits."""
+    a, b = (random_circuit(SPECS["heads"], 0) for _ in range(2))
+    graph = a.graph
+    for circuit, writer in ((a, 1), (b, 2)):
+        circuit.kept[:] = False
+        circuit.kept[graph.logits_reader, [0, writer]] = True
+    assert compare_circuits(a.scored, b.scored)["jaccard of nodes"] == 0
+    b.kept[graph.logits_reader, 1] = True
+    assert compare_circuits(a.scored, b.scored)["jaccard of nodes"] == 0.5
 
 
 def test_correlations_are_those_of_the_textbook() -> None:

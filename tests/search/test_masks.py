@@ -213,6 +213,8 @@ def test_masks_that_did_not_part_are_said_not_to(
     assert "stability not known: masks did not part in 2 of 2 resamples" in shown
     assert "--steps 3000" in shown and "run-longer" in shown
     ours = Circuit.from_pretrained(tmp_path / "run")
+    card = render_card(ours)
+    assert "| rate | 0.8 |" in card and "| minibatch | 32 |" in card
     assert ours.record.unparted and ours.record.bootstrap.between is None
 
 
@@ -220,6 +222,8 @@ def test_masks_that_parted_are_not_warned_of(caplog: pytest.LogCaptureFixture) -
     circuit = learned("ugs", small(), steps=20, rate=1.0, penalty=1.0)
     assert "masks did not part" not in caplog.text and not circuit.record.unparted
     assert circuit.discovery["masks"]["parted"] is True
+    card = render_card(circuit)
+    assert "| samples | 2 |" in card and "| penalty | 1.0 |" in card and "(12 pairs)" in card
 
 
 def test_no_edge_counts_as_tested(finished: Path) -> None:

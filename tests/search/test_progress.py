@@ -214,6 +214,9 @@ def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(
     phases = [value for name, value in seconds.items() if name != "total" and "." not in name]
     assert seconds["total"] == pytest.approx(sum(phases), abs=0.01)
     assert "seconds.json" not in files_of(tmp_path), "the run's facts say it now"
+    (tmp_path / "seconds.json").write_text("{}")  # it died over its picture
+    model.discover(TASK, resume=True, **options)
+    assert "seconds.json" not in files_of(tmp_path)
 
 
 def test_a_second_counts_for_the_innermost_phase() -> None:

@@ -14,6 +14,7 @@ _MASKS = ("edge-pruning", "ugs")  # methods that learn masks
 # Methods of which `steps` says something, and of which `seed` does.
 _STEPS = ("eap-ig", "eap-ig-activations", "ensemble", "refine", *_MASKS)
 _SEED = ("random", "refine", *_MASKS)
+_LEARNED = ("rate", "minibatch", "samples", "penalty")  # of masks, beside these
 _NAMES = re.compile(r"[a-z, -]{1,200}")
 
 
@@ -36,6 +37,8 @@ def asked_facts(run: RunRecord) -> dict[str, Any]:
         facts["steps"] = _number(asked.more.get("steps"))
     if run.method in _SEED:
         facts["seed"] = _number(asked.more.get("seed"))
+    for name in _LEARNED if run.method in _MASKS else ():
+        facts[name] = _number(asked.more.get(name))
     members = asked.more.get("members")
     if run.method == "ensemble" and isinstance(members, str) and _NAMES.fullmatch(members):
         facts["mean of"] = members
@@ -108,7 +111,7 @@ def _faithful(facts: object) -> str | None:
         return None
     value, pairs = _number(facts.get("faithfulness")), _number(facts.get("examples"))
     share = f"{value:.4g}" if isinstance(value, (int, float)) else "undefined"
-    return None if pairs is None else f"{share} ({pairs} pairs)"
+    return None if pairs is None else f"{share} ({pairs} pair{'' if pairs == 1 else 's'})"
 
 
 def _number(value: object) -> int | float | str | None:
