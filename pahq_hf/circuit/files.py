@@ -29,12 +29,17 @@ JOURNAL_NAME = "journal.jsonl"
 SCREEN_NAME = "screen.safetensors"
 LEARNED_NAME = "learned.safetensors"
 SECONDS_NAME = "seconds.json"  # until it is finished
+LOCK_NAME = "run.lock"  # while a process works in it
 ANSWERS_NAME = "answers.jsonl"  # of a sweep
 SWEEP_NAME = "sweep.json"
 SWEEP_PREFIX = "tau-"  # of its runs' folders
 DIRECTION_NAMES = ("noising", "denoising")  # folders of the two runs of a search in both directions
+PARETO_NAMES = ("pareto.png", "pareto.svg", "pareto.html")  # pictures of a sweep
 # Folders of a search with a bootstrap: the run of the task as it is, each resample's, their consensus.
 ORIGINAL_NAME, RESAMPLE_PREFIX, CONSENSUS_NAME = "original", "resample-", "consensus"
+
+_RUN_NAMES = (CIRCUIT_NAME, JOURNAL_NAME, DISCOVERY_NAME, SWEEP_NAME, ANSWERS_NAME, LOCK_NAME)  # tell a run
+_REPLACED = (PICTURE_NAME, SCORES_NAME, MEANS_NAME, LEARNED_NAME, SCREEN_NAME, SECONDS_NAME, *PARETO_NAMES)
 
 Write = Callable[[Path], None]
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
@@ -174,7 +179,57 @@ def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Pat
     """
     refuse_sweep(folder)
     refuse_run(folder, advice)
+    refuse_others_files(folder)
     return folder
+
+
+def refuse_others_files(folder: Path) -> None:
+    """Check that a folder that holds no run has no files of the names that a run's are given.
+
+    They are somebody's own. A card, README.md, is left as it is.
+
+    Raises:
+        RunError: If there is one.
+    """
+    if any(os.path.lexists(folder / name) for name in _RUN_NAMES):
+        return
+    for name in _REPLACED:
+        if os.path.isfile(folder / name) and not _is_left(folder / name):
+            raise RunError(
+                f"{folder} holds no run, but a file {name}, which a run would replace; choose another folder"
+            )
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a file is what a run kept of its own before it had a journal."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, MAX_BYTES)))
+        return "run" in header.get("__metadata__", {})
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        return False
+
+
+def check_creatable(folder: Path) -> None:
+    """Check that there is a folder, or that it can be made; nothing is left there.
+
+    Raises:
+        RunError: If not.
+    """
+    new: list[Path] = []
+    place = folder
+    while not os.path.exists(place) and place != place.parent:
+        new.append(place)
+        place = place.parent
+    try:
+        make_folder(folder)
+    finally:
+        for made in new:
+            with suppress(OSError):
+                made.rmdir()
 
 
 def refuse_sweep(folder: Path, advice: str = "choose another folder") -> None:

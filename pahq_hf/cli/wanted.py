@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pahq_hf.circuit.files import CIRCUIT_NAME, SWEEP_NAME, read_json, refuse_run, refuse_sweep
+from pahq_hf.circuit.files import (
+    CIRCUIT_NAME,
+    SWEEP_NAME,
+    check_creatable,
+    read_json,
+    refuse_others_files,
+    refuse_run,
+    refuse_sweep,
+)
 from pahq_hf.cli.declared import chosen_options
 from pahq_hf.cli.ending import print_end
 from pahq_hf.cli.groups import EngineChoice, ModelChoice, RunChoice, SearchChoice
@@ -121,6 +129,8 @@ def _check_folder(out: Path, run: RunChoice, *, is_sweep: bool) -> None:
     other(out)
     if not run.resume:
         own(out, "continue it with --resume or choose another folder")
+    refuse_others_files(out)
+    check_creatable(out)
 
 
 def _load(model: ModelChoice, precision: PAHQConfig, run: RunChoice, out: Path) -> PAHQModel:

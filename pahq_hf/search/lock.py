@@ -23,11 +23,10 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from pahq_hf.circuit.files import is_running, remove_leftovers, write_text
+from pahq_hf.circuit.files import LOCK_NAME, is_running, remove_leftovers, write_text
 from pahq_hf.errors import RunError
 
 logger = logging.getLogger(__name__)
-LOCK_NAME = "run.lock"
 _BEAT = 20.0  # seconds between two signs of life
 _SILENCE = 300.0  # seconds without one after which another machine's process counts as gone
 

@@ -23,7 +23,15 @@ from typing import Any, Generic
 from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.confirmation import warn_unverified
-from pahq_hf.circuit.files import CIRCUIT_NAME, output_path, refuse_bootstrap, refuse_overwrite, refuse_sweep
+from pahq_hf.circuit.files import (
+    CIRCUIT_NAME,
+    LOCK_NAME,
+    output_path,
+    refuse_bootstrap,
+    refuse_others_files,
+    refuse_overwrite,
+    refuse_sweep,
+)
 from pahq_hf.circuit.run_record import (
     AppliedFacts,
     EdgeCounts,
@@ -43,7 +51,7 @@ from pahq_hf.search.checked import checked
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
-from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.lock import RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
 from pahq_hf.search.subject import Subject
 from pahq_hf.search.units import Units, units_of
@@ -180,6 +188,7 @@ class Run(Generic[OptionsT]):
         """Run in a folder that no other process works in."""
         check_free(folder, take_over=self.takes_over)
         refuse_sweep(folder)
+        refuse_others_files(folder)
         if resume:
             self.fingerprint = known_fingerprint(folder, self.setting.model, str(self.fingerprint))
         # A finished one is only read, unless it died over its picture: that is tidied up.

@@ -23,9 +23,11 @@ from pahq_hf.checkpoint.legacy_fingerprint import known_fingerprint
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import (
     ANSWERS_NAME,
+    LOCK_NAME,
     SWEEP_PREFIX,
     make_folder,
     output_path,
+    refuse_others_files,
     refuse_run,
     refuse_sweep,
 )
@@ -37,7 +39,7 @@ from pahq_hf.search.bench import Bench
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.journal import DATA, check_header
 from pahq_hf.search.kind import OptionsT, SearchKind
-from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.lock import RunLock, check_free
 from pahq_hf.search.pipeline import Run, Searched
 from pahq_hf.search.shared_answers import EngineCache
 from pahq_hf.search.subject import Subject
@@ -126,6 +128,7 @@ class SweepRun(Generic[OptionsT]):
         """Run in a folder that no other process works in."""
         check_free(folder, take_over=take_over)
         refuse_run(folder)
+        refuse_others_files(folder)
         if resume:
             known = known_fingerprint(folder, self._any.setting.model, str(self._any.fingerprint))
             for run in self._runs.values():

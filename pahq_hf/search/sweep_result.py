@@ -15,6 +15,7 @@ from pahq_hf.circuit.confirmation import warn_unverified
 from pahq_hf.circuit.estimates import EstimateFacts
 from pahq_hf.circuit.extras import spared
 from pahq_hf.circuit.files import (
+    PARETO_NAMES,
     SWEEP_NAME,
     SWEEP_PREFIX,
     output_path,
@@ -26,7 +27,6 @@ from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError, ConfigError
 
-_PLOT_NAME = "pareto"
 _OF_NODES = ("nodes", "nodes_tested")
 _SECTIONS = ("verdict", "estimates")
 
@@ -189,8 +189,8 @@ class Sweep(Mapping[float, Circuit]):
         """
         # After the runs: its presence says that the folder is complete. Pictures can be made again from it.
         write_text(folder / SWEEP_NAME, json.dumps(self.to_json(), indent=1) + "\n")
-        for ending in ("png", "svg", "html"):
-            path = folder / f"{_PLOT_NAME}.{ending}"
+        for name in PARETO_NAMES:
+            path = folder / name
             with spared(path):
                 self.draw(path)
 

@@ -182,6 +182,29 @@ def test_it_is_said_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["discover"], "circuit.png"),
+        (["discover", "--edges", "9"], "learned.safetensors"),
+        (["attribute", "--resume"], "means.safetensors"),
+        (["discover", "--resume"], "seconds.json"),
+        (["sweep", "--thresholds", "0.1,0.2"], "pareto.html"),
+    ],
+)
+def test_somebodys_own_files_are_not_replaced(
+    command: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("{}")
+    (tmp_path / "mine" / "README.md").write_text("# Mine")
+    line = said(capsys, tmp_path, *command, "--out", str(tmp_path / "mine"))
+    assert f"holds no run, but a file {name}, which a run would replace; choose another folder" in line
+    assert (tmp_path / "mine" / name).read_text() == "{}"
+    (tmp_path / "mine" / name).unlink()
+    assert LOADED in said(capsys, tmp_path, *command, "--out", str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
     "options",
     [
         ["discover", "--tests", "verified"],

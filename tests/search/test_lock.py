@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from pahq_hf import Circuit
+from pahq_hf.circuit.files import LOCK_NAME
 from pahq_hf.errors import RunError
 from pahq_hf.search.journal import Journal
-from pahq_hf.search.lock import LOCK_NAME, RunLock, check_free
+from pahq_hf.search.lock import RunLock, check_free
 from tests.helpers import assert_same_circuit, files_of, journal_lines, run_main, wrapped
 from tests.search.runs import TASK
 
