@@ -80,7 +80,7 @@ def discover(
     drawn = _bootstrap(bootstrap, consensus=consensus, seed=bootstrap_seed)
     if drawn is not None:
         check_search(kind, kind.make_options(chosen_options(kind, options)))
-        check_pairs(asked.task.n)
+        check_pairs(asked.task.count())
     wanted = prepare(kind, options, asked, out, batch=batch)
     if drawn is not None and not asked.run.as_json and not (out / CIRCUIT_NAME).exists():
         runs = f"{drawn.resamples + 1:,} searches, each as long as one without it"

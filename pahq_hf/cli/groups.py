@@ -6,6 +6,7 @@ A group may be one of groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,6 +95,20 @@ class TaskChoice:
         from pahq_hf.tasks.loading import check_choice
 
         check_choice(self.task, **self._chosen)
+
+    def count(self) -> int | None:
+        """How many pairs there are at most, where a file or `n` tells.
+
+        Raises:
+            TaskError: If the file cannot be used.
+        """
+        path = Path(self.task).expanduser()
+        if not path.is_file():
+            return self.n
+        from pahq_hf.tasks.reading import Choice, read_rows
+
+        rows = read_rows(path, Choice(offset=self.offset), split=self.split).rows
+        return len(rows) if self.n is None else min(self.n, len(rows))
 
     def load(self, tokenizer: Any) -> Task:
         """The prompts, as a model's tokenizer reads them."""

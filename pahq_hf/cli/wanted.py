@@ -23,6 +23,7 @@ from pahq_hf.cli.output import exit_unverified, print_json, print_rich, say_resu
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import CircuitError, ConfigError
 from pahq_hf.precision.threads import take_threads
+from pahq_hf.search.journal import check_asked
 from pahq_hf.search.kind import SearchKind
 from pahq_hf.search.progress import make_progress
 from pahq_hf.search.settings import RunSettings
@@ -80,6 +81,8 @@ def prepare(
     kind.foresee(options, foreseen_metric(asked.task.task, options.metric), precision)
     _check_limits(kind, options, asked.limits)
     _check_folder(out, run, is_sweep=sweep is not None)
+    if run.resume and sweep is None and not kind.is_own:  # one's own search may resolve its options otherwise
+        check_asked(out, kind.name, options.to_dict(), precision.regime)
     model = _load(asked.model, precision, run, out)
     task = asked.task.load(model.tokenizer)
     if run.resume:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pahq_hf.circuit.files import JOURNAL_NAME, write_text
-from pahq_hf.errors import RunError
+from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, read_json, write_text
+from pahq_hf.errors import CircuitError, RunError
 from pahq_hf.search.kind import FIRST
 
 _CHECK = re.compile(rb'(?:, )?"check": "([0-9a-f]{16})"\}$')
@@ -238,6 +238,42 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
             else:
                 what = _other(key, theirs, ours)
             raise RunError(f"{folder} holds another run: {what}; choose another folder")
+
+
+def check_asked(folder: Path, name: str, options: Mapping[str, Any], regime: str) -> None:
+    """Check that a folder's run was asked for the same, as far as that is known before a model is loaded.
+
+    Args:
+        folder: The run's folder; one without a run passes.
+        name: Of the search.
+        options: Its options; those that are None are only known later.
+        regime: Of the precision.
+
+    Raises:
+        RunError: If it was asked for something else, or its journal is damaged.
+    """
+    found = _header_in(folder)
+    if found is None or all(key in _EVERY_SEARCH for key in found):  # an earlier version's may tell no search
+        return
+    theirs, precision = found.get(name), found.get("precision")
+    told = theirs if isinstance(theirs, dict) else {}
+    wanted: dict[str, Any] = {}
+    if isinstance(precision, dict):
+        wanted["precision"] = precision | {"regime": regime}
+    wanted[name] = {key: told.get(key) if value is None else value for key, value in options.items()}
+    check_header(found, wanted, folder)
+
+
+def _header_in(folder: Path) -> Mapping[str, Any] | None:
+    """What pins the run in a folder; None where there is none that says so."""
+    if os.path.exists(folder / CIRCUIT_NAME):
+        try:
+            header = read_json(folder / DISCOVERY_NAME).get("header")
+        except CircuitError:
+            return None  # it is told when the circuit is read
+        return header if isinstance(header, dict) else None
+    journal = Journal.read(folder) if is_begun(folder) else None
+    return None if journal is None else journal.header
 
 
 def _other(key: str, theirs: object, ours: object) -> str:

@@ -12,16 +12,19 @@ import pytest
 from pahq_hf import load_task
 from pahq_hf.checkpoint import saved_config
 from pahq_hf.checkpoint.load import load_tokenizer
+from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError, MetricError, ModelLoadError
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.attribution.kinds import METHODS
 from pahq_hf.search.attribution.options import AttributionConfig
+from pahq_hf.search.journal import Journal
 from pahq_hf.search.learning_options import LearningOptions
 from pahq_hf.search.registry import find_search, searches
 from pahq_hf.tasks.base import Task
 from pahq_hf.tasks.catalog import DESCRIPTIONS, foreseen_metric
 from pahq_hf.tasks.metric_spec import MetricSpec
 from pahq_hf.tasks.metrics import _METRICS, register_metric
-from tests.helpers import run_main
+from tests.helpers import run_main, write_rows
 from tests.tiers import quick
 
 LOADED = "a model would be loaded now"
@@ -179,6 +182,49 @@ def test_it_is_said_before_a_model_is_loaded(
     command, options, words = WRONG[name]
     line = said(capsys, tmp_path, command, *options)
     assert words in line and LOADED not in line and "Value error" not in line and len(line) < 350
+
+
+def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run", "x" * 300):
+        line = said(capsys, tmp_path, "discover", "--out", str(tmp_path / out))
+        assert "cannot create the output folder" in line and LOADED not in line
+    assert LOADED in said(capsys, tmp_path, "discover", "--out", str(tmp_path / "new" / "run"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_one_pair_of_a_file_to_draw_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = {"clean": "a b", "corrupted": "a c", "answer": "b"}
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    line = said(capsys, tmp_path, "discover", "--task", str(data), "--bootstrap", "3", "--n", "9")
+    assert "there is but one" in line
+    data = write_rows(tmp_path / "data.jsonl", [row, row])
+    line = said(capsys, tmp_path, "discover", "--task", str(data), "--bootstrap", "3", "--n", "9")
+    assert LOADED in line
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_is_not_resumed(
+    finished: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    options = ACDCConfig(threshold=0.01, metric="kl", margin=0.2)
+    header = {"model": "x", "task": "y", "precision": PAHQConfig().to_dict(), "acdc": options.to_dict()}
+    folder.mkdir()
+    if finished:
+        (folder / "circuit.json").write_text("{}")
+        (folder / "discovery.json").write_text(json.dumps({"header": header}))
+    else:
+        Journal.create(folder, header)
+    for given, words in (
+        (["--threshold", "0.02"], "its threshold is 0.01 there, 0.02 now"),
+        (["--level", "node"], "its level is edge there, node now"),
+        (["--precision", "fp32"], "its precision is pahq there, fp32 now"),
+        (["--search", "budget", "--max-gap", "0.1"], "its search is acdc there, budget now"),
+        ([], LOADED),
+    ):
+        line = said(capsys, tmp_path, "discover", *given, "--resume", "--out", str(folder))
+        assert words in line and (words == LOADED or LOADED not in line)
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,7 @@ def test_what_an_earlier_version_left_of_an_attribution_is_no_run(tmp_path: Path
 def test_somebodys_own_files_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "circuit.png").write_bytes(b"mine")
     for run in (discover, attribute):
-        with pytest.raises(
-            RunError, match=r"a file circuit\.png, which a run would replace"
-        ):
+        with pytest.raises(RunError, match=r"a file circuit\.png, which a run would replace"):
             run(tmp_path)
     assert files_of(tmp_path) == {"circuit.png": b"mine"}
 
