@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, read_json, write_text
 from pahq_hf.errors import CircuitError, RunError
 from pahq_hf.search.kind import FIRST
@@ -212,6 +213,20 @@ def _step(entry: Any) -> Step:
     step = dict(entry)
     step.pop("check", None)
     return step
+
+
+def header_of(circuit: Circuit) -> dict[str, Any]:
+    """The header of a finished run, with what is said of its prompts."""
+    record = circuit.record
+    header = dict(record.header)
+    if record.method is not None and record.method not in header:  # an attribution of an earlier version
+        precision = record.precision.to_json()
+        header |= {
+            "precision": precision,
+            "policy_order": list(precision.get("policy", {})),
+            record.method: record.arguments.to_json(),
+        }
+    return header | {DATA: record.task.to_json()}
 
 
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

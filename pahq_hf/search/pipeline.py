@@ -49,7 +49,7 @@ from pahq_hf.precision.threads import threads
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.checked import checked
 from pahq_hf.search.clock import RunClock
-from pahq_hf.search.journal import DATA, Journal, check_header, is_begun
+from pahq_hf.search.journal import DATA, Journal, check_header, header_of, is_begun
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
 from pahq_hf.search.lock import RunLock, check_free
 from pahq_hf.search.progress import Progress, make_progress
@@ -229,7 +229,7 @@ class Run(Generic[OptionsT]):
             return None
         if resume and os.path.exists(folder / CIRCUIT_NAME):
             circuit = Circuit.from_pretrained(folder)
-            check_header(_header_of(circuit), self.told_header(), folder)
+            check_header(header_of(circuit), self.told_header(), folder)
             self._check_finished(circuit, folder)
             circuit.complete(folder)
             with suppress(OSError):  # one that died over its picture left it; a folder may be read-only
@@ -392,17 +392,3 @@ class Run(Generic[OptionsT]):
         with self.reporter.phase("saving and drawing"):
             circuit.save_pretrained(folder)
         self.clock.forget(folder)
-
-
-def _header_of(circuit: Circuit) -> dict[str, Any]:
-    """The header of a finished run, with what is said of its prompts."""
-    record = circuit.record
-    header = dict(record.header)
-    if record.method is not None and record.method not in header:  # an attribution of an earlier version
-        precision = record.precision.to_json()
-        header |= {
-            "precision": precision,
-            "policy_order": list(precision.get("policy", {})),
-            record.method: record.arguments.to_json(),
-        }
-    return header | {DATA: record.task.to_json()}
