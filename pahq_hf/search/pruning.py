@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -147,12 +148,17 @@ class Pruned:
         """The most of the least edges that may go at once, and leave so many."""
         size = max(1, min(self.size - edges, int(_SHARE * self.size)))
         ranked = self._least(max(_FEW, int(_TESTED * size)))
-        while True:
-            without, metric = self._without(self.kept, ranked[:size])
+
+        def may(size: int, metric: float) -> bool:
             worst = max(self._gap(self.metric + self._effects[edge]) for edge in ranked[:size])
-            if size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale.whole:
-                return Round(tuple(edge for edge in ranked if not without[edge]), (), metric)
-            size //= 2
+            return size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale.whole
+
+        taken = self._most(ranked, size, may)
+        assert taken is not None  # one may always go
+        place = {edge: number for number, edge in enumerate(ranked)}  # others are dead without those
+        return replace(
+            taken, removed=tuple(sorted(taken.removed, key=lambda edge: place.get(edge, len(place))))
+        )
 
     def _shrinking(self, gap: float, most: int | None) -> Round | None:
         """The most edges that may go at once within a bound, the best to go first; None if none may.
@@ -161,11 +167,21 @@ class Pruned:
             gap: The bound.
             most: Only so many are tested; None for all.
         """
-        ranked = self._nearest(most)
-        size = max(1, int(_SHARE * self.size)) if ranked else 0
+        together = max(1, int(_SHARE * self.size))
+        return self._most(self._nearest(most), together, lambda _, metric: self._gap(metric) <= gap)
+
+    def _most(self, ranked: Sequence[Edge], size: int, may: Callable[[int, float], bool]) -> Round | None:
+        """The most of the first edges that may go at once, and what is dead then; None if not even one may.
+
+        Args:
+            ranked: The edges, the first to go first.
+            size: At most so many; then half of them, and so on.
+            may: Whether so many may, as they leave this metric.
+        """
+        size = min(len(ranked), size)
         while size:
             without, metric = self._without(self.kept, ranked[:size])
-            if self._gap(metric) <= gap:
+            if may(size, metric):
                 return Round(tuple(edge_list(self.kept & ~without)), (), metric)
             size //= 2
         return None
@@ -182,26 +198,19 @@ class Pruned:
             most: Only so many are tested; None for all.
         """
         nearer = [e for e in self._nearest(most) if self._is_nearer(self.metric + self._effects[e])]
-        size = min(len(nearer), max(1, int(_SHARE * self.size)))
-        while size:
-            without, metric = self._without(self.kept, nearer[:size])
+
+        def may(size: int, metric: float) -> bool:
             best = self._gap(self.metric + self._effects[nearer[0]])
-            if self._is_nearer(metric) and (size == 1 or self._gap(metric) <= best):
-                return Round(tuple(edge_list(self.kept & ~without)), (), metric)
-            size //= 2
-        return None
+            return self._is_nearer(metric) and (size == 1 or self._gap(metric) <= best)
+
+        return self._most(nearer, max(1, int(_SHARE * self.size)), may)
 
     def _idle(self) -> Round | None:
         """The most of the edges that do nothing, without which all is as it was; None if there are none."""
         nothing = self._scale.nothing
         ranked = [edge for edge in self._least(None) if abs(self._effects[edge]) <= nothing]
-        size = len(ranked)
-        while size > 0:  # of edges that stand in for each other, each alone does nothing
-            without, metric = self._without(self.kept, ranked[:size])
-            if abs(metric - self.metric) <= nothing:
-                return Round(tuple(edge_list(self.kept & ~without)), (), metric)
-            size //= 2
-        return None
+        # Of edges that stand in for each other, each alone does nothing.
+        return self._most(ranked, len(ranked), lambda _, metric: abs(metric - self.metric) <= nothing)
 
     def _is_nearer(self, metric: float) -> bool:
         return bool(self._gap(metric) < self.gap - GAIN * self._scale.whole)
@@ -255,25 +264,21 @@ class Pruned:
         return Round(tuple(removed), tuple(back), metric)
 
     def _back(self) -> list[tuple[Edge, float]]:
-        """Edges that may come back, and how much nearer each alone brings the metric, the best first."""
+        """Edges that may come back, and how much nearer each alone brings the metric, the best first.
+
+        Those are tested of which estimates at the circuit promise most.
+        """
         if self._returning is None:
-            candidates = self._candidates()
+            absent = self._graph.addable_edges(self.kept)
+            gaps = abs(self.metric - self._estimates() - self._scale.full)
+            promise = np.where(absent, self.gap - gaps, -np.inf)
+            count = max(_CANDIDATES, self.size // 4)
+            chosen = self._graph.no_edges()
+            chosen.flat[np.argsort(-promise, axis=None, kind="stable")[:count]] = True
+            candidates = chosen & np.isfinite(promise)
             found = self._engine.add_each(self.kept, candidates)
             gains = [
                 (edge, self.gap - self._gap(self.metric + found[edge])) for edge in edge_list(candidates)
             ]
             self._returning = sorted(gains, key=lambda pair: -pair[1])
         return self._returning
-
-    def _candidates(self) -> BoolArray:
-        """Edges that may do most good, by estimates at the circuit. [readers, writers]"""
-        absent = self._graph.addable_edges(self.kept)
-        promise = np.where(
-            absent, self.gap - abs(self.metric - self._estimates() - self._scale.full), -np.inf
-        )
-        count = max(_CANDIDATES, self.size // 4)
-        chosen = self._graph.no_edges()
-        order = np.argsort(-promise, axis=None, kind="stable")[:count]
-        chosen.flat[order] = True
-        hopeful: BoolArray = chosen & np.isfinite(promise)
-        return hopeful

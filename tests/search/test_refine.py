@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_slopes_only_say_where_to_look_first(kind: str) -> None:
     everything = graph.all_edges.copy()
     scale = Scale.of(engine, Edges(graph))
     circuit = Pruned(engine, scale, everything, engine.metric_of(everything), estimate)
-    for _ in (*circuit.to_size(8), *circuit.at_size(8)):
+    for _ in chain(circuit.to_size(8), circuit.at_size(8)):
         assert (graph.live_edges(circuit.kept) == circuit.kept).all()
     assert circuit.size <= 8 and circuit.metric == pytest.approx(engine.metric_of(circuit.kept))
     alone = [engine.metric_of(changed(circuit.kept, [edge], ())) for edge in edge_list(circuit.kept)]
