@@ -14,6 +14,18 @@ from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.circuit.nodes import ScoredNodes
 
 
+def ranked(tested: BoolArray) -> BoolArray:
+    """Where scores say something: where they were tested; everywhere if nowhere, as of masks.
+
+    Args:
+        tested: [readers, writers]
+
+    Returns:
+        [readers, writers]
+    """
+    return tested if tested.any() else np.ones_like(tested)
+
+
 @dataclass(frozen=True, eq=False)
 class ScoredEdges:
     """The edges of a circuit: all that is needed to draw, compare or export it.
@@ -58,7 +70,7 @@ class ScoredEdges:
 
         [readers, writers]
         """
-        return self.tested if self.tested.any() else self.graph.all_edges
+        return ranked(self.tested) & self.graph.all_edges
 
     def is_estimate(self, reader: int, writer: int) -> bool:
         """Whether an edge's score is an estimate."""

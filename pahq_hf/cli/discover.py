@@ -18,6 +18,7 @@ from pahq_hf.cli.wanted import conclude, prepare
 from pahq_hf.errors import ConfigError
 from pahq_hf.search.bootstrap_options import BootstrapConfig, check_pairs, check_search
 from pahq_hf.search.kind import SearchKind
+from pahq_hf.search.mask_options import MaskOptions
 from pahq_hf.search.registry import default_search, find_search, searches
 
 
@@ -102,7 +103,7 @@ def discover(
         name = ("more", "fewer") if "edges" in changes else ("lower", "higher")
         return again(context, **changes, out=beside(out, name[0 if more else 1]))
 
-    if circuit.record.unparted and hasattr(options_used, "longer"):
+    if circuit.record.unparted and isinstance(options_used, MaskOptions):
         command = again(context, **options_used.longer(), out=beside(out, "longer"))
     else:
         command = after(

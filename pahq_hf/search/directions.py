@@ -21,6 +21,7 @@ from pahq_hf.circuit.files import CIRCUIT_NAME, DIRECTION_NAMES, JOURNAL_NAME
 from pahq_hf.circuit.gates import found_by
 from pahq_hf.circuit.graph import BoolArray
 from pahq_hf.circuit.run_record import MetricFacts
+from pahq_hf.circuit.scored_edges import ranked
 from pahq_hf.errors import RunError
 from pahq_hf.search.bench import Bench
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
@@ -192,7 +193,7 @@ class BothWays(Run[OptionsT]):
             label=f"{self.kind.name}, both directions",
             estimated=estimated,
             found_by=np.where(
-                _scored(noising) | _scored(denoising), found_by(noising.kept, denoising.kept), 0
+                ranked(noising.tested) | ranked(denoising.tested), found_by(noising.kept, denoising.kept), 0
             ).astype(np.uint8),
         )
         return self.units.circuit(union)
@@ -207,13 +208,8 @@ def _is_better(one: Found, other: Found, *, by_size: bool) -> BoolArray:
         by_size: Whether a score is better the larger it is in size.
     """
     ours, theirs = (np.abs(c.scores) if by_size else c.scores for c in (one, other))
-    better: BoolArray = _scored(one) & (~_scored(other) | (ours > theirs))
+    better: BoolArray = ranked(one.tested) & (~ranked(other.tested) | (ours > theirs))
     return (one.kept & ~other.kept) | (better & (one.kept == other.kept))
-
-
-def _scored(found: Found) -> BoolArray:
-    """Edges whose score says something: those that were tested; all where none was, as of masks."""
-    return found.tested if found.tested.any() else np.ones_like(found.tested)
 
 
 def _swapped(run: Run[Any]) -> Bench:

@@ -49,7 +49,7 @@ def in_two(work: Work[OptionsT], search: Callable[[Measures, Beginning], Found])
     options = work.options
     split = split_of(work, options.validation, options.seed)
     if not work.is_hushed:
-        warn_unsplit(split, options.validation, getattr(options, "own_patience", None))
+        warn_unsplit(split, options.validation, options.own_patience)
     with Measures.of(work, split) as measures:
         beginning = kept_beginning(work) if work.steps else measures.begin()
         if not work.steps:

@@ -94,6 +94,11 @@ class LearningOptions(SearchOptions):
         if metric is not None and not find_metric(metric).differentiable:
             raise MetricError(f"metric {metric} has no gradient, by which {self.search} ranks edges")
 
+    @property
+    def own_patience(self) -> int | None:
+        """How many rounds may bring nothing, where it was said and ends something; None without rounds."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values; there is one criterion."""
         values = as_first(super().to_dict())
