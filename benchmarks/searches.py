@@ -36,6 +36,7 @@ are below --out already are not made again, so that it can be interrupted."""
 _EPILOG = """\
 methods
   refine, edge-pruning  A run for every size. The areas are of one more run of refine, with --curve.
+  refine-curve          That run alone: the best edges of its ranking are the circuits of all sizes.
   acdc-sized            A run for every size, at the threshold, of a bisection, with which acdc keeps a number
                         of edges next to it; CPU is that run's alone.
   acdc, both, budget    One run, at --threshold (both: noising and denoising); budget within --max-gap. Its
@@ -69,7 +70,7 @@ _METHODS = (
 )
 _SIZED = ("refine", "edge-pruning", "acdc-sized")
 _BISECTIONS = 7
-_DISCOVER = (*_SIZED, "ugs", "acdc", "both", "budget")
+_DISCOVER = (*_SIZED, "refine-curve", "ugs", "acdc", "both", "budget")
 _UNSEEN = 1000  # seeds of unseen prompts are so much larger
 _CURVE = 0  # the size that stands for a run of all sizes
 
@@ -176,10 +177,11 @@ class Comparison:
         asked = self._asked
         if method == "acdc-sized":
             return {"threshold": self._threshold(task, size or max(asked.sizes))}
-        if method in ("refine", "edge-pruning", "ugs"):
-            goal: dict[str, Any] = {"curve": True} if size == _CURVE else {"edges": size or max(asked.sizes)}
+        if method in ("refine", "refine-curve", "edge-pruning", "ugs"):
+            curve = method == "refine-curve" or size == _CURVE
+            goal: dict[str, Any] = {"curve": True} if curve else {"edges": size or max(asked.sizes)}
             steps = {} if asked.steps is None else {"steps": asked.steps}
-            return {"search": method, "seed": seed, **goal, **steps}
+            return {"search": method.removesuffix("-curve"), "seed": seed, **goal, **steps}
         if method == "budget":
             return {"search": "budget", "max_gap": asked.max_gap, "threshold": asked.threshold}
         return {"threshold": asked.threshold, "direction": "both" if method == "both" else "noising"}
