@@ -68,11 +68,14 @@ class Estimates:
         start: Slopes where the first of them is decided. [edges]
         end: Slopes where all are. [edges]
         scores: Estimates. [edges]
+        swings: What scores would be off by if slopes turned between the ends, and back, as they turn where
+            they do most on the whole way. [edges]
     """
 
     start: Floats
     end: Floats
     scores: Floats
+    swings: Floats
 
     @classmethod
     def between(cls, start: Floats, end: Floats, goes: Bools | None = None) -> Estimates:
@@ -96,22 +99,29 @@ class Estimates:
         else:
             number = np.cumsum(every)
             reached = (number - 0.5 * every) / max(1, int(number[-1]) if len(number) else 1)
-        return cls(start, end, start + moved * reached)
+        return cls(start, end, start + moved * reached, np.zeros(len(start)))
 
     @property
     def highest(self) -> Floats:
         """The largest score each edge may have. [edges]"""
-        return np.maximum(self.scores, np.maximum(self.start, self.end))
+        found = np.maximum(self.scores, np.maximum(self.start, self.end))
+        return np.maximum(found, self.scores + self.swings)
 
     @property
     def furthest(self) -> Floats:
         """The largest magnitude each score may have. [edges]"""
-        return np.maximum(np.abs(self.scores), np.maximum(np.abs(self.start), np.abs(self.end)))
+        found = np.maximum(np.abs(self.scores), np.maximum(np.abs(self.start), np.abs(self.end)))
+        return np.maximum(found, np.abs(self.scores + self.swings))
 
     @property
     def moved(self) -> Floats:
         """By how much each slope moves. [edges]"""
         return np.abs(self.end - self.start)
+
+    @property
+    def restless(self) -> Floats:
+        """By how much each slope moves, or would if it turned as elsewhere on the way. [edges]"""
+        return np.maximum(self.moved, np.abs(self.swings))
 
     def adding_up(self, some: slice, change: float) -> Floats:
         """Some estimates, corrected to add up to what the metric moved by, most where slopes moved most."""
@@ -121,6 +131,50 @@ class Estimates:
         share = weight / total if total > 0 else np.full(len(scores), 1 / max(1, len(scores)))
         corrected: Floats = scores + (change - float(scores.sum())) * share
         return corrected
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How slopes turned between two circuits, read as a curvature of rank one, h hᵀ or -h hᵀ.
+
+    Edges that went moved the slope of edge i by (h·d_i)(h·D), d_i what it carries and D the sum over those
+    that went, whose own slopes moved by (h·D)² all together.
+
+    Attributes:
+        sign: Of the curvature.
+        steps: h·d of each edge. [edges]
+    """
+
+    sign: float
+    steps: Floats
+
+    @classmethod
+    def between(cls, moved: Floats, went: Bools) -> Turn:
+        """Read it from what slopes moved by.
+
+        Args:
+            moved: By how much, NaN where that is not known. [edges]
+            went: The edges that went. [edges]
+        """
+        known = np.nan_to_num(moved)
+        total, whole = float(known[went].sum()), float(np.abs(known[went]).sum())
+        # Where slopes have no common direction the sum says too little of how far edges went.
+        far = max(abs(total), whole / 2, _SMALLEST)
+        return cls(-1.0 if total < 0 else 1.0, known / np.sqrt(far))
+
+    def swings(self, some: slice, goes: Bools, reached: Floats) -> Floats:
+        """What estimates of edges would miss if slopes turned so among them.
+
+        Args:
+            some: The edges.
+            goes: Which of them go. [some]
+            reached: The share of the way that has gone when each does. [some]
+        """
+        own = self.steps[some]
+        gone = np.where(goes, own, 0.0)
+        before = np.cumsum(gone) - gone
+        found: Floats = self.sign * own * (before + own / 2 - reached * float(gone.sum()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -171,12 +225,24 @@ class Way:
             inside = slice(one.position, two.position)
             yield inside, Estimates.between(one.slopes[inside], two.slopes[inside], ~self.stays[inside])
 
+    def _turns(self) -> Iterator[Turn]:
+        for one, two in pairwise(self.points):
+            went = ~self.stays
+            went[: one.position] = went[two.position :] = False
+            yield Turn.between(two.slopes - one.slopes, went)
+
     def estimates(self) -> Estimates:
         """Of all edges of the reader; NaN for those that are not on the way. [edges]"""
-        start, end, scores = (np.full(len(self.stays), np.nan) for _ in range(3))
+        start, end, scores, swings = (np.full(len(self.stays), np.nan) for _ in range(4))
+        turns = list(self._turns())
         for inside, own in self._intervals():
             start[inside], end[inside], scores[inside] = own.start, own.end, own.scores
-        return Estimates(start, end, scores)
+            goes = ~self.stays[inside]
+            reached = (np.cumsum(goes) - 0.5 * goes) / max(1, int(goes.sum()))
+            each = np.array([turn.swings(inside, goes, reached) for turn in turns])
+            largest = np.abs(each).argmax(axis=0)
+            swings[inside] = np.take_along_axis(each, largest[None], axis=0)[0]
+        return Estimates(start, end, scores, swings)
 
     def heavy(self, sizes: Floats, rule: IntervalRule, threshold: float) -> Bools:
         """Edges that bend the way by themselves. [edges]
@@ -227,7 +293,7 @@ class Way:
             rule: How far apart measured circuits are.
             threshold: tau.
         """
-        moved = np.nan_to_num(self.estimates().moved)
+        moved = np.nan_to_num(self.estimates().restless)
         apart = max(rule.few, -(-len(self.stays) // rule.apart))
         found, total, last, lone = [], 0.0, first, False
         for place in range(first, self.end):

@@ -224,6 +224,28 @@ def test_a_heavy_edges_slope_that_moves_further_on_is_stirred_too() -> None:
     assert not way.heavy(np.ones(20), IntervalRule(heavy=0.11), threshold=1.0).any()
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_slopes_that_turn_there_and_back_are_foretold_from_where_they_turn(sign: float) -> None:
+    """A quadratic metric along one direction: two edges undo each other where slopes are 0 at both ends.
+
+    Further on slopes turn, and tell what each of the two carries along that direction.
+    """
+    carried = np.zeros(20)
+    carried[[3, 6]], carried[10:] = (0.5, -0.5), 0.04
+    at = np.cumsum(carried) - carried
+    exact = sign * (carried * at + carried**2 / 2)
+    points = tuple(Point(k, sign * carried * carried[:k].sum()) for k in (0, 10, 20))
+    none = np.zeros(20, dtype=bool)
+    found = Way(points, none).estimates()
+    assert np.all(found.scores[:10] == 0)  # what both ends say
+    np.testing.assert_allclose((found.scores + found.swings)[[3, 6]], exact[[3, 6]], atol=1e-12)
+    np.testing.assert_allclose(found.scores[10:], exact[10:], atol=1e-12)
+    assert np.all(np.abs(found.swings[10:]) < 1e-12)
+    assert np.all(found.furthest >= np.abs(exact) - 1e-12) and found.highest[3 if sign > 0 else 6] > 0.12
+    stops = Way(points, none).stops(0, none, none, none, IntervalRule(few=2, apart=1), threshold=0.1)
+    assert [stop.place for stop in stops][:2] == [4, 7]  # after each of the two
+
+
 @pytest.mark.parametrize("carried", [1.0, 0.1])
 def test_an_edge_that_carries_much_is_tested_sooner(carried: float) -> None:
     """By its slopes either adds a third of a threshold; one adds more than that, the other as much less."""
