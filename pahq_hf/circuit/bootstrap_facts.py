@@ -37,8 +37,7 @@ class BootstrapFacts(Section):
         consensus_verified: Whether it confirmed the consensus; None where nothing was compared.
         seconds: What the searches on the resamples took.
         evaluations: Values of the metric that they computed.
-        unparted: Resamples whose masks were learned too little to mean much: then how alike circuits are is
-            not told, since all begin with the same noise.
+        unparted: Resamples whose masks were learned too little to mean much: what is alike then is chance.
         units: `node`, where the above counts whole nodes and not edges.
     """
 
@@ -82,9 +81,9 @@ class BootstrapFacts(Section):
                 f"{self.with_circuit:.3g} of one with the circuit of all prompts"
             )
         if self.unparted:
-            found["stability"] = (
-                f"not known: masks did not part in {self.unparted:,} of {self.resamples:,} resamples, which "
-                "begin alike; raise --steps"
+            found["masks"] = (
+                f"did not part in {self.unparted:,} of {self.resamples:,} resamples, whose edges are mostly "
+                "chance; raise --steps"
             )
         if self.unconfirmed:
             found["resamples not verified"] = f"{self.unconfirmed:,} of {self.resamples:,}"

@@ -28,6 +28,7 @@ from pahq_hf.precision.memory import PeakMemory
 from pahq_hf.search.bootstrap_options import BootstrapConfig, check_pairs, check_search
 from pahq_hf.search.directions import make_run
 from pahq_hf.search.kind import Found, OptionsT, SearchKind
+from pahq_hf.search.learning_options import LearningOptions
 from pahq_hf.search.pipeline import Run, Searched
 from pahq_hf.search.subject import Subject
 from pahq_hf.tasks.base import Task
@@ -60,6 +61,21 @@ def resample(task: Task, seed: int, number: int) -> Task:
     source = {**task.source, "resample": number, "pairs": pairs}
     found = replace(task.select(pairs), name=f"{task.name}, resample {number}", source=source)
     return found if task.more is None else found.drawn_by(task.more)
+
+
+def own_noise(options: OptionsT, number: int) -> OptionsT:
+    """Options of a resample's search: what draws noise has a seed of its own.
+
+    Searches that begin with the same noise find more alike circuits than the prompts make them.
+
+    Args:
+        options: Of the search on the task as it is.
+        number: Of the resample, from 1.
+    """
+    if not isinstance(options, LearningOptions):
+        return options
+    seed = random.Random(f"resample noise {options.seed} {number}").getrandbits(32)
+    return replace(options, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +225,8 @@ class BootstrapRun(Run[OptionsT]):
         if number == 0:
             return self._original
         task = resample(self._subject.task, self._asked.seed, number)
-        run = make_run(self.kind, self._wanted, replace(self._subject, task=task), progress=self._progress)
+        options, subject = own_noise(self._wanted, number), replace(self._subject, task=task)
+        run = make_run(self.kind, options, subject, progress=self._progress)
         run.called = f"resample {number}: "
         run.hush()
         return run
@@ -288,8 +305,8 @@ class BootstrapRun(Run[OptionsT]):
         return BootstrapFacts(
             resamples=len(resamples),
             seed=self._asked.seed,
-            between=None if unparted else found.between,
-            with_circuit=None if unparted else found.with_circuit,
+            between=found.between,
+            with_circuit=found.with_circuit,
             share=self._asked.consensus,
             consensus=int(self.units.found(consensus).kept.sum()),
             faithfulness=None if verdict is None else verdict.faithfulness,

@@ -16,8 +16,19 @@ from safetensors.numpy import load_file, save_file
 
 from pahq_hf import BootstrapConfig, Circuit
 from pahq_hf.errors import CircuitError, ConfigError, RunError
-from pahq_hf.search.bootstrap import drawn, resample
-from tests.helpers import assert_same_circuit, files_of, journal_lines, named, run_main, wrapped
+from pahq_hf.search.bootstrap import drawn, own_noise, resample
+from pahq_hf.search.learning_options import LearningOptions
+from pahq_hf.search.refine_options import RefineOptions
+from pahq_hf.search.registry import searches
+from tests.helpers import (
+    assert_same_circuit,
+    files_of,
+    interrupted_after,
+    journal_lines,
+    named,
+    run_main,
+    wrapped,
+)
 from tests.models import random_task
 from tests.tiers import exhaustive, quick
 
@@ -123,11 +134,40 @@ def test_refine_searches_resamples_too() -> None:
     task = random_task(batch=16, length=7, seed=5)
     options: dict[str, Any] = {"edges": 9, "steps": 1, "progress": False}
     ours = model.discover(task, bootstrap=2, **options)
-    kept = [model.discover(resample(task, 0, n), **options).kept for n in (1, 2)]
+    seeds = [own_noise(RefineOptions(edges=9), n).seed for n in (1, 2)]
+    kept = [
+        model.discover(resample(task, 0, n), seed=seed, **options).kept
+        for n, seed in enumerate(seeds, start=1)
+    ]
     assert np.array_equal(ours.frequencies, np.mean(kept, axis=0))  # type: ignore[arg-type]
     assert 0 < ours.edge_count <= 9
     drawing = task.drawn_by(lambda count, seed: random_task(batch=count, length=7, seed=seed % 2**31))
     assert resample(drawing, 0, 1).more is drawing.more
+
+
+LEARNING = [name for name, kind in searches().items() if issubclass(kind.options, LearningOptions)]
+
+
+@pytest.mark.parametrize("search", quick(LEARNING, "edge-pruning", "ugs"))
+def test_each_resample_begins_with_noise_of_its_own(search: str, tmp_path: Path) -> None:
+    """Which seed says, and an interrupted run goes on with it, to the same bytes."""
+    model, task = wrapped("gpt2", layers=1), random_task(batch=4, length=6, seed=5, metric="kl")
+    options: dict[str, Any] = {"search": search, "edges": 5, "steps": 2, "seed": 3, "progress": False}
+    names = ("original", "resample-0001", "resample-0002")
+
+    def seeds(folder: Path) -> list[int]:
+        return [json.loads(journal_lines(folder / name)[0])[search]["seed"] for name in names]
+
+    model.discover(task, out=tmp_path / "whole", bootstrap=2, **options)
+    found = seeds(tmp_path / "whole")
+    assert found[0] == 3 and len(set(found)) == 3
+    kept = (tmp_path / "whole" / "original" / "journal.jsonl").read_bytes().count(b"\n") - 1
+    with interrupted_after(kept + 2):  # in the first resample
+        model.discover(task, out=tmp_path / "cut", bootstrap=2, **options)
+    model.discover(task, out=tmp_path / "cut", bootstrap=2, resume=True, **options)
+    assert seeds(tmp_path / "cut") == found
+    before, after = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
+    assert all(after[name] == before[name] for name in before if Path(name).name in SAME)
 
 
 def test_the_consensus_is_a_circuit_beside_it(whole: Path) -> None:

@@ -202,20 +202,21 @@ def test_exactly_so_many_edges_are_kept_and_measured(finished: Path) -> None:
 def test_masks_that_did_not_part_are_said_not_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of few steps the ranking is the noise that it began with, the same for every resample."""
+    """Of few steps the ranking is the noise that it began with, and resamples are alike by chance."""
     task = ["--task", "sva", "--n", "3", "--metric", "kl", "--precision", "fp32", "--learn-pairs", "0"]
     asked = ["--search", "edge-pruning", "--edges", "20", "--steps", "1", "--bootstrap", "2"]
     assert run_main("discover", "demo", *task, *asked, "--out", str(tmp_path / "run")) == 0
     said = capsys.readouterr()
     assert caplog.text.count("masks did not part in 1 steps") == 1  # and not again of every resample
     shown = " ".join(said.out.split())
-    assert "masks did not part" in shown and "Jaccard" not in shown
-    assert "stability not known: masks did not part in 2 of 2 resamples" in shown
+    assert "masks did not part in 2 of 2 resamples" in shown
     assert "--steps 3000" in shown and "run-longer" in shown
     ours = Circuit.from_pretrained(tmp_path / "run")
     card = render_card(ours)
     assert "| rate | 0.8 |" in card and "| minibatch | 32 |" in card
-    assert ours.record.unparted and ours.record.bootstrap.between is None
+    assert ours.record.unparted
+    # Twenty of 479 edges: two draws of them share .8 by chance, a Jaccard index of .02.
+    assert ours.record.bootstrap.between is not None and ours.record.bootstrap.between < 0.15
 
 
 def test_masks_that_parted_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
