@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import ConfigError
@@ -31,7 +31,7 @@ def resolve(options: OptionsT, setting: Setting) -> OptionsT:
     if options.edges is not None and options.edges > total:
         raise ConfigError(f"this model has {total:,} {units.word}s; cannot keep {options.edges:,} of them")
     options.foresee(setting.metric, setting.precision)
-    return options
+    return cast(OptionsT, options.settled(tests_all=total <= units.few))
 
 
 def in_two(work: Work[OptionsT], search: Callable[[Measures, Beginning], Found]) -> Found:

@@ -31,7 +31,7 @@ class Schedule:
     """How scores are learned.
 
     Attributes:
-        levels: k at the end of each level, falling.
+        levels: k at the end of each level, falling; none where nothing is learned.
         first: k at the beginning.
         steps: Of a level; the first has twice as many.
         rate: How far scores move in a step.
@@ -96,6 +96,13 @@ class Learned:
     mean: Scores
     square: Scores
     start: BoolArray
+
+    @classmethod
+    def nothing(cls, graph: Graph) -> Learned:
+        """Where no level is learned: tests start from all edges."""
+        edges = graph.all_edges
+        none = np.zeros(edges.shape)
+        return cls(0, np.where(edges, none, -np.inf), none, none, edges.copy())
 
     def check(self, graph: Graph) -> None:
         """Check that it can be of a graph.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from typing_extensions import Self
+
 from pahq_hf.config import Criterion, Direction, PAHQConfig, check_choice, check_number
 from pahq_hf.errors import ConfigError, MetricError
 from pahq_hf.search.kind import SearchOptions, as_first, check_direction, told
@@ -93,6 +95,14 @@ class LearningOptions(SearchOptions):
         """
         if metric is not None and not find_metric(metric).differentiable:
             raise MetricError(f"metric {metric} has no gradient, by which {self.search} ranks edges")
+
+    def settled(self, *, tests_all: bool) -> Self:
+        """The options with what the graph decides.
+
+        Args:
+            tests_all: Whether it is so small that every edge can be tested.
+        """
+        return self
 
     @property
     def own_patience(self) -> int | None:

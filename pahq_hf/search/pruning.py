@@ -15,7 +15,8 @@ from pahq_hf.search.rounds import GAIN, Edge, Round, Scale, changed, least_first
 _SHARE = 0.15  # of a circuit's edges that may go in a round
 _TESTED = 2.5  # times as many edges are tested as may go
 _FEW = 16  # edges that are tested, at least
-_SLACK = 0.02  # of the gap between the full model and no edges, by which a round may be worse than its worst
+_SLACK = 0.5  # of the gap without its worst edge, by which a round may be worse than that
+_MOST_SLACK = 0.02  # of the gap between the full model and no edges: never more than so much
 _CANDIDATES = 64  # edges whose return is tested, at least; a quarter of the circuit if that is more
 _SWAPPED = 0.1  # of a circuit's edges that may be swapped at once
 _TRIES = 16  # single swaps that are tried before it ends
@@ -150,8 +151,9 @@ class Pruned:
         ranked = self._least(max(_FEW, int(_TESTED * size)))
 
         def may(size: int, metric: float) -> bool:
-            worst = max(self._gap(self.metric + self._effects[edge]) for edge in ranked[:size])
-            return size == 1 or self._gap(metric) <= max(self.gap, worst) + _SLACK * self._scale.whole
+            worst = max(self.gap, *(self._gap(self.metric + self._effects[edge]) for edge in ranked[:size]))
+            slack = max(GAIN * self._scale.whole, _SLACK * worst)  # of all edges, worst is next to none
+            return size == 1 or self._gap(metric) <= worst + min(slack, _MOST_SLACK * self._scale.whole)
 
         taken = self._most(ranked, size, may)
         assert taken is not None  # one may always go
@@ -213,7 +215,7 @@ class Pruned:
         return self._most(ranked, len(ranked), lambda _, metric: abs(metric - self.metric) <= nothing)
 
     def _is_nearer(self, metric: float) -> bool:
-        return bool(self._gap(metric) < self.gap - GAIN * self._scale.whole)
+        return bool(self._gap(metric) < self.gap - self._scale.gain(self.gap))
 
     # -- swapping -------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 Its phases:
 
 1. Rank all edges by gradients averaged along the mask, and learn their scores (`learning`). More of the best
-   edges than are asked for are where it starts.
+   edges than are asked for are where it starts. Of a small graph all edges are, and nothing is learned.
 2. Remove edges in rounds: those whose removal moves the metric least, each tested alone in the present
    circuit. As many go at once as leave the gap `|m(C) - m(full)|` where the worst of them alone would, or
    nearly so; what they do together is measured.
@@ -67,7 +67,8 @@ def refine(work: Work[RefineOptions]) -> Found:
 def _refined(work: Work[RefineOptions], measures: Measures, beginning: Beginning) -> Found:
     options, graph, goal = work.options, work.graph, _goal(work)
     schedule = _schedule(work)
-    tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed)
+    learns = bool(schedule.levels)
+    tasks = learned_from(measures.split, work.setting, options.learn_pairs, options.seed) if learns else []
 
     def batches() -> Minibatches:
         return minibatches_of(tasks, options.minibatch, options.seed, work.setting, work.circuit_runs)
@@ -204,7 +205,7 @@ def check(work: Work[RefineOptions], found: Found) -> None:
     beginning, schedule = kept_beginning(work), _schedule(work)
     goal = _goal(work)
     levels = kept_levels(work, len(schedule.levels))
-    learned = load_scores(work, levels, Learned)
+    learned = load_scores(work, levels, Learned) if schedule.levels else Learned.nothing(work.graph)
     if learned is None or not _is_learned(levels, schedule, goal, beginning):
         return
     rounds, passed = _kept_rounds(work, _started(learned, levels, goal, beginning), 1 + len(levels))
@@ -248,6 +249,8 @@ def _goal(work: Work[RefineOptions]) -> Goal:
 
 def _schedule(work: Work[RefineOptions]) -> Schedule:
     options, graph = work.options, work.graph
+    if options.steps is None:
+        return Schedule((), graph.edge_count, 0, options.rate, options.noise, options.seed)
     if options.edges is not None:
         size = min(graph.edge_count, max(round(_MORE * options.edges), options.edges + work.units.spare))
     else:
@@ -284,6 +287,8 @@ def _learn(
     Returns:
         What they came to, and what the journal says of them.
     """
+    if not schedule.levels:
+        return Learned.nothing(work.graph), []
     levels = kept_levels(work, len(schedule.levels))
     learned = load_scores(work, levels, Learned)
     if learned is not None and learned.level > len(levels):  # it stopped between the two

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
+
+from typing_extensions import Self
 
 from pahq_hf.config import Level, PAHQConfig, check_number
 from pahq_hf.errors import ConfigError
@@ -12,6 +14,7 @@ from pahq_hf.search.learning_options import LearningOptions, other_size
 
 _GOALS = ("edges", "max_gap", "curve")
 _PATIENCE = 3
+_STEPS = 20  # of learning, for each halving
 _MOST = 100.0  # standard deviations: scores differ by ten
 
 
@@ -26,7 +29,8 @@ class RefineOptions(LearningOptions):
         curve: Keep all edges and rank them: the best k of the ranking are circuits of every size. Exactly one
             of `edges`, `max_gap` and `curve` is given.
         steps: Of learning, for each halving of the number of edges; 0 learns nothing, and refines the best
-            edges by gradients averaged along the mask.
+            edges by gradients averaged along the mask. None takes 20; but where the graph is so small that
+            every edge can be tested, tests start from all, unless another option of learning is given.
         rate: How far a score moves in a step, in standard deviations of where they start.
         noise: On the scores, at the beginning of each halving.
         patience: Rounds at the size of `edges` that may bring nothing on the pairs that judge, one after the
@@ -47,7 +51,14 @@ class RefineOptions(LearningOptions):
     curve: bool = field(
         default=False, metadata=told("Keep all edges, ranked: the best k are circuits of every size.")
     )
-    steps: int = field(default=20, metadata=told("Steps of learning for each halving of the edges.", min=0))
+    steps: int | None = field(
+        default=None,
+        metadata=told(
+            "Steps of learning for each halving of the edges: 20, and none in graphs of at most 1,000 edges, "
+            "which are all tested.",
+            min=0,
+        ),
+    )
     rate: float = field(default=0.05, metadata=told("How far scores move in a step of learning.", min=0))
     noise: float = field(default=0.3, metadata=told("Noise on the scores that are learned.", min=0))
     patience: int = field(
@@ -56,6 +67,14 @@ class RefineOptions(LearningOptions):
     )
 
     level: Level = field(default="edge", metadata=LEVEL)
+
+    def settled(self, *, tests_all: bool) -> Self:
+        """The options with the steps of learning; None where there are none, since every edge is tested."""
+        mine = (self.rate, self.noise, self.minibatch, self.learn_pairs)
+        usual = RefineOptions.rate, RefineOptions.noise, RefineOptions.minibatch, RefineOptions.learn_pairs
+        if self.steps is not None or (tests_all and mine == usual):
+            return self
+        return replace(self, steps=_STEPS)
 
     @property
     def own_patience(self) -> int | None:
@@ -96,7 +115,8 @@ class RefineOptions(LearningOptions):
             check_number("max_gap", self.max_gap)
             if not 0 <= self.max_gap < 1:
                 raise ConfigError(f"max_gap must be a share from 0 to below 1; got {self.max_gap!r}")
-        check_number("steps", self.steps, whole=True, least=0)
+        if self.steps is not None:
+            check_number("steps", self.steps, whole=True, least=0)
         check_number("patience", self.patience, whole=True, least=0)
         if self.edges is not None:
             check_number("edges", self.edges, whole=True, least=1)

@@ -16,6 +16,7 @@ from pahq_hf.search.units import Units
 Edge = tuple[int, int]
 
 GAIN = 1e-4  # of the gap between the full model and no edges, that a swap has to bring
+_LITTLE = 0.05  # of the gap of the circuit itself, that is enough where it is less
 NOTHING = 1e-6  # of it, by which the metric moves where an edge does nothing: rounding
 
 
@@ -72,6 +73,10 @@ class Scale:
     def nothing(self) -> float:
         """By how much the metric moves where an edge does nothing."""
         return NOTHING * self.whole
+
+    def gain(self, gap: float) -> float:
+        """What a swap has to bring where a circuit is so far from all edges: little beside that."""
+        return max(self.nothing, min(GAIN * self.whole, _LITTLE * gap))
 
     def gap(self, metric: float) -> float:
         """How far a metric is from that of all edges."""

@@ -38,6 +38,10 @@ class Units(Protocol):
         """How many more than are asked for a search begins with at least, where it tests which may go."""
 
     @property
+    def few(self) -> int:
+        """Of how many at most such a search begins with all, and needs not learn which."""
+
+    @property
     def graph(self) -> Graph:
         """The graph as a search sees it: what it calls edges are the units."""
 
@@ -79,6 +83,7 @@ class Edges:
     graph: Graph
     word = "edge"
     spare = 100
+    few = 1000
 
     def engine(self, engine: Engine) -> Engine:
         """The engine itself."""
@@ -121,6 +126,7 @@ class Nodes:
     by_size: bool = False
     word = "node"
     spare = 10
+    few = 0  # each test of a node runs the whole circuit
 
     @cached_property
     def graph(self) -> NodeGraph:

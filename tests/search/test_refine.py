@@ -31,7 +31,7 @@ from pahq_hf.search.units import Edges
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.helpers import assert_same_circuit, files_of, interrupted_after, run_main, wrapped
 from tests.models import random_task
-from tests.tiers import examples, quick
+from tests.tiers import examples, exhaustive, quick
 
 TASK = random_task(batch=4, seed=21, metric="kl")
 OPTIONS: dict[str, Any] = {"search": "refine", "edges": 6, "steps": 3, "minibatch": 2, "progress": False}
@@ -113,12 +113,18 @@ def test_both_engines_find_it(regime: Any) -> None:
         assert (found[0].kept == found[1].kept).all()
 
 
-def test_on_the_demo_it_is_nearer_than_acdc_and_attribution_at_equal_size() -> None:
+@pytest.mark.parametrize(
+    ("threshold", "options"), [(0.05, {"steps": 2}), exhaustive(0.05, {}), exhaustive(0.001, {})]
+)
+def test_on_the_demo_it_is_nearer_than_acdc_and_attribution_at_equal_size(
+    threshold: float, options: dict[str, Any]
+) -> None:
+    """Near the full model, too, where learning a part of so few edges lost more than ACDC's tests."""
     model = PAHQModel.from_pretrained("demo", precision="fp32")
     task = load_task("ioi", model.tokenizer, n=8, metric="kl")
-    acdc = model.discover(task, threshold=0.05, progress=False)
+    acdc = model.discover(task, threshold=threshold, progress=False)
     others = [acdc, model.attribute(task, method="eap-ig", topn=acdc.edge_count, progress=False)]
-    ours = model.discover(task, search="refine", edges=acdc.edge_count, steps=2, progress=False)
+    ours = model.discover(task, search="refine", edges=acdc.edge_count, progress=False, **options)
     assert ours.edge_count <= acdc.edge_count
     gaps = [circuit.record.metric.final for circuit in (ours, *others)]
     assert gaps[0] <= min(gaps[1:])
