@@ -96,6 +96,12 @@ class TaskChoice:
 
         check_choice(self.task, **self._chosen)
 
+    def source(self) -> dict[str, object]:
+        """What is known of where the prompts will be from, before they are made."""
+        from pahq_hf.tasks.loading import foreseen_source
+
+        return foreseen_source(self.task, n=self.n, seed=self.seed)
+
     def count(self) -> int | None:
         """How many pairs there are at most, where a file or `n` tells.
 

@@ -82,7 +82,7 @@ def prepare(
     _check_limits(kind, options, asked.limits)
     _check_folder(out, run, is_sweep=sweep is not None)
     if run.resume and sweep is None and not kind.is_own:  # one's own search may resolve its options otherwise
-        check_asked(out, kind.name, options.to_dict(), precision.regime)
+        check_asked(out, kind.name, options.to_dict(), precision.regime, asked.task.source())
     model = _load(asked.model, precision, run, out)
     task = asked.task.load(model.tokenizer)
     if run.resume:

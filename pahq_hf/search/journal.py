@@ -255,7 +255,9 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
             raise RunError(f"{folder} holds another run: {what}; choose another folder")
 
 
-def check_asked(folder: Path, name: str, options: Mapping[str, Any], regime: str) -> None:
+def check_asked(
+    folder: Path, name: str, options: Mapping[str, Any], regime: str, prompts: Mapping[str, object]
+) -> None:
     """Check that a folder's run was asked for the same, as far as that is known before a model is loaded.
 
     Args:
@@ -263,6 +265,7 @@ def check_asked(folder: Path, name: str, options: Mapping[str, Any], regime: str
         name: Of the search.
         options: Its options; those that are None are only known later.
         regime: Of the precision.
+        prompts: What is known of where the prompts will be from.
 
     Raises:
         RunError: If it was asked for something else, or its journal is damaged.
@@ -277,16 +280,23 @@ def check_asked(folder: Path, name: str, options: Mapping[str, Any], regime: str
         wanted["precision"] = precision | {"regime": regime}
     wanted[name] = {key: told.get(key) if value is None else value for key, value in options.items()}
     check_header(found, wanted, folder)
+    data = found.get(DATA)
+    if isinstance(data, dict) and any(
+        name in data and data[name] != value for name, value in prompts.items()
+    ):
+        what = _other_prompts(data, data | prompts)
+        raise RunError(f"{folder} holds another run: {what}; choose another folder")
 
 
 def _header_in(folder: Path) -> Mapping[str, Any] | None:
     """What pins the run in a folder; None where there is none that says so."""
     if os.path.exists(folder / CIRCUIT_NAME):
         try:
-            header = read_json(folder / DISCOVERY_NAME).get("header")
+            record = read_json(folder / DISCOVERY_NAME)
         except CircuitError:
             return None  # it is told when the circuit is read
-        return header if isinstance(header, dict) else None
+        header = record.get("header")
+        return header | {DATA: record.get("task")} if isinstance(header, dict) else None
     journal = Journal.read(folder) if is_begun(folder) else None
     return None if journal is None else journal.header
 

@@ -57,6 +57,21 @@ def is_generated(name_or_path: str | Path) -> bool:
     return not isinstance(name_or_path, Path) and name_or_path.partition(":")[0] in TASKS
 
 
+def foreseen_source(name_or_path: str | Path, *, n: int | None, seed: int | None) -> dict[str, object]:
+    """What a generated task will say of where its prompts are from; of data nothing is known before.
+
+    Args:
+        name_or_path: As of `load_task`.
+        n: Number of examples.
+        seed: Of the generator.
+    """
+    if not is_generated(name_or_path):
+        return {}
+    name, _, variant = str(name_or_path).partition(":")
+    found = {"generator": name, "n": DEFAULT_N if n is None else n, "seed": seed or 0}
+    return found | {"corruption": variant} if variant else found
+
+
 def check_choice(
     name_or_path: str | Path,
     *,

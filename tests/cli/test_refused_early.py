@@ -210,17 +210,22 @@ def test_another_run_is_not_resumed(
     folder = tmp_path / "mine"
     options = ACDCConfig(threshold=0.01, metric="kl", margin=0.2)
     header = {"model": "x", "task": "y", "precision": PAHQConfig().to_dict(), "acdc": options.to_dict()}
+    data = {"name": "ioi", "examples": 4, **load_task("ioi", load_tokenizer("demo"), n=4).source}
     folder.mkdir()
     if finished:
         (folder / "circuit.json").write_text("{}")
-        (folder / "discovery.json").write_text(json.dumps({"header": header}))
+        (folder / "discovery.json").write_text(json.dumps({"header": header, "task": data}))
     else:
-        Journal.create(folder, header)
+        Journal.create(folder, header | {"data": data})
     for given, words in (
         (["--threshold", "0.02"], "its threshold is 0.01 there, 0.02 now"),
         (["--level", "node"], "its level is edge there, node now"),
         (["--precision", "fp32"], "its precision is pahq there, fp32 now"),
         (["--search", "budget", "--max-gap", "0.1"], "its search is acdc there, budget now"),
+        (["--seed", "1"], "its prompts are others (seed 0 there, 1 now)"),
+        (["--n", "5"], "its prompts are others (n 4 there, 5 now)"),
+        (["--task", "ioi:s2_flip"], "(corruption abc there, s2_flip now)"),
+        (["--task", "sva"], "(generator ioi there, sva now)"),
         ([], LOADED),
     ):
         line = said(capsys, tmp_path, "discover", *given, "--resume", "--out", str(folder))
