@@ -284,7 +284,7 @@ def check_asked(
     if isinstance(data, dict) and any(
         name in data and data[name] != value for name, value in prompts.items()
     ):
-        what = _other_prompts(data, data | prompts)
+        what = _other_prompts(data, {**data, **prompts})
         raise RunError(f"{folder} holds another run: {what}; choose another folder")
 
 
