@@ -127,6 +127,8 @@ class TaskFacts(Section):
         generator: What made them, if something did.
         corruption: By which corruption.
         total: Rows of the data they are from.
+        skipped: Rows that could not be used and were left out, where that was asked for.
+        padded: Corrupted prompts that were filled to the clean ones' length, where that was asked for.
     """
 
     name: str | None = None
@@ -134,6 +136,17 @@ class TaskFacts(Section):
     generator: str | None = None
     corruption: str | None = None
     total: int | None = None
+    skipped: int | None = None
+    padded: int | None = None
+
+    @property
+    def pairs(self) -> str | None:
+        """How many pairs of prompts there are, and what of the data was not used as it is."""
+        if self.examples is None:
+            return None
+        notes = {"left out": self.skipped, "filled": self.padded}
+        told = ", ".join(f"{count:,} {what}" for what, count in notes.items() if count)
+        return f"{self.examples:,}" + (f" ({told})" if told else "")
 
 
 @dataclass(frozen=True, kw_only=True)

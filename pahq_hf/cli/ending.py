@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from pahq_hf.circuit.verdict import Verdict
 
 _NEVER = ("token", "as_json", "resume", "take_over")  # a secret, and what is of one call
-_EVALUATES = ("task", "n", "split", "shuffle", "gguf_file", "revision", "trust_remote_code", "device")
+_DATA = ("columns", "on_mismatch", "answer_tokens", "chat_template")
+_EVALUATES = (
+    *("task", "n", "split", "shuffle", *_DATA),
+    *("gguf_file", "revision", "trust_remote_code", "device"),
+)
 
 
 def again(context: typer.Context, **changes: Any) -> str:

@@ -13,8 +13,11 @@ import typer
 
 from pahq_hf.cli.options import (
     ActiveOption,
+    AnswerOption,
     BaseModelOption,
     BudgetOption,
+    ChatOption,
+    ColumnsOption,
     ComputeOption,
     CountOption,
     DataSplitOption,
@@ -23,6 +26,7 @@ from pahq_hf.cli.options import (
     EngineOption,
     FormatOption,
     GgufOption,
+    MismatchOption,
     ModelArgument,
     OffsetOption,
     PolicyOption,
@@ -41,6 +45,7 @@ from pahq_hf.cli.options import (
     check_format,
     load_arguments,
     read_bytes,
+    read_columns,
     read_policy,
 )
 from pahq_hf.cli.output import JsonOption
@@ -85,6 +90,10 @@ class TaskChoice:
     split: DataSplitOption = None
     offset: OffsetOption = 0
     shuffle: ShuffleOption = False
+    columns: ColumnsOption = None
+    on_mismatch: MismatchOption = None
+    answer_tokens: AnswerOption = "one"
+    chat_template: ChatOption = False
 
     def check(self) -> None:
         """Check what can be checked before a model is loaded.
@@ -93,8 +102,9 @@ class TaskChoice:
             TaskError: If an option means nothing for this task.
         """
         from pahq_hf.tasks.loading import check_choice
+        from pahq_hf.tasks.options import DataOptions
 
-        check_choice(self.task, **self._chosen)
+        check_choice(self.task, **self._chosen, options=DataOptions(**self._data))
 
     def source(self) -> dict[str, object]:
         """What is known of where the prompts will be from, before they are made."""
@@ -111,20 +121,32 @@ class TaskChoice:
         path = Path(self.task).expanduser()
         if not path.is_file():
             return self.n
-        from pahq_hf.tasks.reading import Choice, read_rows
+        from pahq_hf.tasks.choice import Choice
+        from pahq_hf.tasks.reading import read_rows
 
-        rows = read_rows(path, Choice(offset=self.offset), split=self.split).rows
+        choice, columns = Choice(offset=self.offset), read_columns(self.columns)
+        rows = read_rows(path, choice, split=self.split, columns=columns).rows
         return len(rows) if self.n is None else min(self.n, len(rows))
 
     def load(self, tokenizer: Any) -> Task:
         """The prompts, as a model's tokenizer reads them."""
         from pahq_hf.tasks.loading import load_task
 
-        return load_task(self.task, tokenizer, **self._chosen)
+        return load_task(self.task, tokenizer, **self._chosen, **self._data)
 
     @property
     def _chosen(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("n", "seed", "split", "offset", "shuffle")}
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """Options of data that is not generated."""
+        return {
+            "columns": read_columns(self.columns),
+            "on_mismatch": self.on_mismatch,
+            "answer_tokens": self.answer_tokens,
+            "chat_template": self.chat_template,
+        }
 
 
 @dataclass(frozen=True)

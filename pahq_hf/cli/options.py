@@ -9,12 +9,49 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pahq_hf.config import Ablation, Active, Compute, EngineName, PAHQConfig, Regime, StoreName
-from pahq_hf.errors import ConfigError, MetricError, first_line
+from pahq_hf.errors import ConfigError, MetricError, PAHQError, first_line
 from pahq_hf.precision.formats.registry import find_format, known_formats
 from pahq_hf.search.settings import RunSettings
 from pahq_hf.tasks.metrics import find_metric, known_metrics
+from pahq_hf.tasks.names import check_columns
+from pahq_hf.tasks.options import AnswerTokens, OnMismatch
 
 logger = logging.getLogger(__name__)
+
+
+def read_columns(text: str | None) -> dict[str, str] | None:
+    """Parse `NAME=COLUMN,...`.
+
+    Args:
+        text: As given on the command line, or None.
+
+    Returns:
+        Columns by our names, or None.
+
+    Raises:
+        ConfigError: If it is not of this form.
+        TaskError: If a name is none of ours.
+    """
+    if text is None:
+        return None
+    found: dict[str, str] = {}
+    for entry in text.split(","):
+        name, equals, column = (part.strip() for part in entry.partition("="))
+        if not (name and equals and column):
+            raise ConfigError(f"cannot read the columns {text!r}; write them like clean=Q,answer=A")
+        found[name] = column
+    check_columns(found)
+    return found
+
+
+def _columns(text: str | None) -> str | None:
+    """Columns, checked as soon as they are read."""
+    try:
+        read_columns(text)
+    except PAHQError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or 'demo'.")]
 GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file inside MODEL.")]
@@ -40,6 +77,35 @@ SeedOption = Annotated[
 OffsetOption = Annotated[int, typer.Option(min=0, help="Pass over so many prompt pairs of the data.")]
 ShuffleOption = Annotated[
     bool, typer.Option("--shuffle", help="Put the data into another order first, drawn from --seed.")
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        callback=_columns,
+        help="Which columns of the data are which: clean=Q,corrupted=X,answer=A.",
+    ),
+]
+MismatchOption = Annotated[
+    OnMismatch | None,
+    typer.Option(
+        "--on-mismatch",
+        help="With pairs of the data that cannot be used, as of different token lengths: error, the default; "
+        "skip leaves them out; pad fills shorter corrupted prompts and leaves out the rest.",
+        show_default=False,
+    ),
+]
+AnswerOption = Annotated[
+    AnswerTokens,
+    typer.Option(
+        "--answer-tokens",
+        help="Of answers of several tokens in the data: one refuses them, first scores the first token in "
+        "which answers and distractors differ, whole all tokens.",
+    ),
+]
+ChatOption = Annotated[
+    bool, typer.Option("--chat-template", help="Put the data's prompts into the tokenizer's chat template.")
 ]
 DataSplitOption = Annotated[str | None, typer.Option("--split", help="Split of a dataset that has several.")]
 SplitOption = Annotated[

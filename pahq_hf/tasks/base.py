@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,19 @@ from pahq_hf.tasks.metrics import find_metric
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `pahq tasks` lists tasks without it
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The same answer with a leading space or without.
+
+    Attributes:
+        token: Its token.
+        text: Its text.
+    """
+
+    token: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,10 @@ class Task:
         source: How the data was made (generator, seed, file): kept with the circuit.
         swapped: Whether clean and corrupted prompts have changed places (`swap`). A metric of answers is
             turned round then: it is least where the right answers are least likely.
+        summed: Whether a metric adds up over an example's rows, as log probabilities of one answer's tokens
+            do; else it is their mean.
+        spellings: For tokens of answers, what they are with a leading space where they have none, and without
+            where they have one. They are not part of what is scored.
         more: Draws so many other pairs of the same kind, given a seed; None where nothing can. What is made
             of a task by other means than its generator's has none.
     """
@@ -49,6 +66,8 @@ class Task:
     metric: str = "kl"
     source: dict[str, object] = field(default_factory=dict)
     swapped: bool = False
+    summed: bool = False
+    spellings: Mapping[int, Spelling] = field(default_factory=dict, repr=False)
     more: Callable[[int, int], Task] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -186,6 +205,8 @@ class Task:
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().to(torch.int64).contiguous().numpy().tobytes())
         digest.update(repr((self.answers, self.distractors)).encode())
+        if self.summed:
+            digest.update(b"summed")
         return digest.hexdigest()
 
 
@@ -198,12 +219,15 @@ class Pair:
         corrupted: Token ids of the corrupted prompt, as many.
         answers: Right next tokens, may be empty.
         distractors: Wrong next tokens, may be empty.
+        scored: How many of its last positions are scored. At each but the last one the right token is the
+            one that follows in the clean prompt.
     """
 
     clean: Sequence[int]
     corrupted: Sequence[int]
     answers: Sequence[int] = ()
     distractors: Sequence[int] = ()
+    scored: int = 1
 
 
 def collate(
@@ -214,8 +238,10 @@ def collate(
     pad_id: int = 0,
     padding_side: str = "right",
     source: dict[str, object] | None = None,
+    summed: bool = False,
+    spellings: Mapping[int, Spelling] | None = None,
 ) -> Task:
-    """Pad pairs into one `Task`; each example is scored at its last token.
+    """Pad pairs into one `Task`; each example is scored at its last token, or its last ones.
 
     Args:
         pairs: The prompt pairs.
@@ -224,6 +250,8 @@ def collate(
         pad_id: Token id written into the padding; it is masked, so any valid id does.
         padding_side: `"right"` or `"left"`.
         source: Provenance, stored with the task.
+        summed: Whether the metric adds up over an example's rows.
+        spellings: What tokens of answers are with or without their leading space.
 
     Returns:
         The batched task.
@@ -249,23 +277,33 @@ def collate(
     clean = torch.full((len(pairs), length), pad_id, dtype=torch.long)
     corrupted = clean.clone()
     mask = torch.zeros_like(clean)
-    positions = torch.empty(len(pairs), dtype=torch.long)
+    rows: list[int] = []
+    positions: list[int] = []
+    answers: list[tuple[int, ...]] = []
+    distractors: list[tuple[int, ...]] = []
     for row, pair in enumerate(pairs):
         start = 0 if padding_side == "right" else length - len(pair.clean)
         stop = start + len(pair.clean)
         clean[row, start:stop] = torch.tensor(list(pair.clean))
         corrupted[row, start:stop] = torch.tensor(list(pair.corrupted))
         mask[row, start:stop] = 1
-        positions[row] = stop - 1
+        rows += [row] * pair.scored
+        positions += range(stop - pair.scored, stop)
+        answers += [(token,) for token in list(pair.clean)[len(pair.clean) - pair.scored + 1 :]]
+        distractors += [()] * (pair.scored - 1)
+        answers.append(tuple(pair.answers))
+        distractors.append(tuple(pair.distractors))
     return Task(
         name=name,
         clean_ids=clean,
         corrupted_ids=corrupted,
         attention_mask=mask,
-        answer_rows=torch.arange(len(pairs)),
-        answer_positions=positions,
-        answers=tuple(tuple(pair.answers) for pair in pairs),
-        distractors=tuple(tuple(pair.distractors) for pair in pairs),
+        answer_rows=torch.tensor(rows),
+        answer_positions=torch.tensor(positions),
+        answers=tuple(answers),
+        distractors=tuple(distractors),
         metric=metric,
         source=source or {},
+        summed=summed,
+        spellings=spellings or {},
     )

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pahq_hf.tasks.reading import Row
-
 logger = logging.getLogger(__name__)
+Row = dict[str, Any]
 _SHOWN = 12  # columns in a message
 _ROWS_SHOWN = 3
 _EMPTY: tuple[Any, ...] = (None, "", [])
@@ -91,16 +90,20 @@ class Columns:
             return value in _EMPTY
         return value >= 0 and (self.size is None or value < self.size)
 
-    def report(self, where: str, *, answered: bool) -> None:
+    def report(self, where: str, *, answered: bool, sample: Sequence[str] = ()) -> None:
         """Say once which columns are not used, and what could be meant otherwise.
 
         Args:
             where: The data, for the message.
             answered: Whether rows have answers.
+            sample: The answer and the distractor of one row, as text.
         """
-        if self.used & set(_EAP_IG):
+        if set(_EAP_IG) <= self.used:
             logger.warning(
-                "%s: %s are read as token ids of answers and distractors", where, " and ".join(_EAP_IG)
+                "%s: %s are read as token ids of answers and distractors%s",
+                where,
+                " and ".join(_EAP_IG),
+                f", {' and '.join(map(repr, sample))} in the first row" if sample else "",
             )
         unused = [name for name in self.filled if name not in self.used]
         if not unused:

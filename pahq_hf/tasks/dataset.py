@@ -1,30 +1,37 @@
-"""A user's own prompt pairs: text columns, token-id columns or the columns of the MIB benchmark."""
+"""A task of a user's own prompt pairs."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pahq_hf.errors import TaskError
 from pahq_hf.tasks.base import Pair, Task, collate
-from pahq_hf.tasks.columns import Columns
-from pahq_hf.tasks.reading import Choice, Row, read_rows
-from pahq_hf.tasks.tokenization import continuation, encode, encode_prompt, pad_id, show
+from pahq_hf.tasks.choice import Choice
+from pahq_hf.tasks.columns import Columns, listed
+from pahq_hf.tasks.formats import file_type
+from pahq_hf.tasks.layouts import Layout, Look, find_layout
+from pahq_hf.tasks.names import named
+from pahq_hf.tasks.options import DataOptions, OnMismatch
+from pahq_hf.tasks.pairs import Draft, LengthMismatch, aligned, scored
+from pahq_hf.tasks.prompts import Prompts
+from pahq_hf.tasks.reading import Source, read_rows, told_source
+from pahq_hf.tasks.row_reader import RowReader
+from pahq_hf.tasks.tokenization import pad_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_COUNTERFACTUAL = "_counterfactual"
-_MIB_ANSWERS = ("choices", "answerKey", "label")
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
 _COLUMNS = 50  # whose names are kept with a run
-# What MIB's circuit track patches with: IOI; MCQA and ARC; arithmetic.
-_USUAL_COUNTERFACTUALS = ("s2_io_flip", "symbol", "random")
 
 
 def load_dataset_task(
-    source: str | Path,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     n: int | None = None,
@@ -34,24 +41,27 @@ def load_dataset_task(
     corruption: str | None = None,
     metric: str = "kl",
     padding_side: str = "right",
+    options: DataOptions | None = None,
 ) -> Task:
-    """Load prompt pairs from a file, a dataset folder or the Hub.
+    """Load prompt pairs from a file, a dataset folder, the Hub or Python objects.
 
     Accepted columns, first match wins:
 
     - `clean_ids`, `corrupted_ids`, optional `answer_ids`, `distractor_ids`: token ids, no tokenizer needed;
     - `clean`, `corrupted`, optional `answer`, `distractor` (or `answers`, `distractors`): text, or lists of
       texts for the last two; or `answer_ids`, `distractor_ids`; or EAP-IG's `correct_idx`, `incorrect_idx`;
-    - `prompt`, `choices`, `answerKey`, `*_counterfactual`: MIB's IOI, MCQA and ARC; `prompt`, `label`,
-      `*_counterfactual`: its arithmetic. Rows a tokenizer cannot pair are left out, as MIB does, and counted
-      in `task.source["skipped"]`.
+    - other programs' names of these, in any case (`pahq_hf.tasks.names`), or those of `options.columns`;
+    - data that has to be taken apart (`pahq_hf.tasks.layouts`): MIB's, Edge Pruning's, greater-than with a
+      column of years.
 
-    Columns that are not used are named in a warning, and so are rows without an answer where others have one.
+    Columns that are not used are named in a warning, and so are rows without an answer where others have one,
+    and rows that are left out.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a local dataset folder or a Hub dataset id, with its
-            configuration after a colon where it has several (`mib-bench/copycolors_mcqa:4_answer_choices`).
-            Lists in CSV cells are written as JSON.
+        source: A file of a type in `FILE_TYPES`, a local dataset folder or a Hub dataset id, with its
+            configuration after a colon where it has several (`mib-bench/copycolors_mcqa:4_answer_choices`);
+            or a list of dictionaries, a DataFrame or a `datasets.Dataset`. Lists in CSV cells are written as
+            JSON.
         tokenizer: The model's tokenizer.
         n: Use `n` examples; all by default.
         offset: Pass over so many before; what a search was not run on is behind its own examples.
@@ -61,6 +71,7 @@ def load_dataset_task(
             `s2_io_flip`, `symbol` or `random`, where it exists, else the first.
         metric: Default metric of the task.
         padding_side: `"right"` or `"left"`.
+        options: Names of columns, and what is done with rows that do not fit.
 
     Returns:
         The task.
@@ -68,283 +79,190 @@ def load_dataset_task(
     Raises:
         TaskError: If the data cannot be read or an example cannot be used; the message names it.
     """
-    data = read_rows(source, Choice(n, offset, shuffle), split=split)
-    rows = data.rows
+    options = options or DataOptions()
+    where = told_source(source)
+    data = read_rows(source, Choice(n, offset, shuffle), split=split, columns=options.columns)
+    there = Columns(data.rows).names
+    rows = named(data.rows, options.columns, where).rows
     found = Columns(rows, None if tokenizer is None else len(tokenizer))
-    columns = set(found.names)
-    where = str(source)
-    # It is published with the circuit: a file's name says enough, its folder is nobody's business.
-    origin = Path(source).name if Path(source).exists() else where
-    provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split, "offset": offset}
-    provenance |= {"shuffle": shuffle, "total": data.total, "columns": found.names[:_COLUMNS]}
-    made = {"name": Path(source).stem, "metric": metric, "padding_side": padding_side}
-    read: Callable[[Row, str], Pair]
-    if {"clean_ids", "corrupted_ids"} <= columns:
-
-        def read(row: Row, at: str) -> Pair:
-            return _pair_from_ids(row, tokenizer, found, at)
-
-    elif {"clean", "corrupted"} <= columns or "prompt" not in columns:
-        _require_text_columns(columns, where)
-        needed = _need_tokenizer(tokenizer, where)
-
-        def read(row: Row, at: str) -> Pair:
-            return _pair_from_text(row, needed, found, at)
-
-    else:
-        needed = _need_tokenizer(tokenizer, where)
-        column = _counterfactual_column(rows, corruption, where)
-        pairs, skipped = _mib_pairs(rows, column, needed, where)
-        found.used |= {"prompt", column, *_MIB_ANSWERS}
-        found.report(where, answered=True)
-        provenance |= {"corruption": column.removesuffix(_COUNTERFACTUAL), "skipped": skipped}
-        return collate(pairs, pad_id=pad_id(tokenizer), source=provenance, **made)
-    if corruption is not None:
+    has_ids = {"clean_ids", "corrupted_ids"} <= set(found.names)
+    look = Look(rows, frozenset(found.names), where, tokenizer, corruption)
+    layout = None if has_ids else find_layout(look)
+    if not has_ids and layout is None:
+        _require_text_columns(look)
+    if tokenizer is None and not has_ids:
+        raise TaskError(f"{where}: its prompts are text, so a tokenizer is needed (or use *_ids columns)")
+    given = layout is None or layout.corruption is None
+    if given and corruption is not None:
         raise TaskError(
             f"{where}: its corrupted prompts are given, so corruption {corruption!r} cannot be chosen"
         )
-    pairs = [read(row, f"{where}, example {index}") for index, row in enumerate(rows)]
-    if all(list(pair.clean) == list(pair.corrupted) for pair in pairs):
+    if options.chat_template and has_ids:
+        raise TaskError(f"{where}: its prompts are token ids, and chat_template is of text")
+    prompts = None if tokenizer is None else Prompts(tokenizer, chat=options.chat_template)
+    reader = RowReader(prompts, several=options.answer_tokens != "one")
+    on_mismatch = options.on_mismatch or ("skip" if layout is not None and layout.skips else "error")
+    read = _reader(reader, found, layout, has_ids=has_ids)
+    fitting = _Fitting(where, options, on_mismatch, pad_id(tokenizer))
+    pairs = fitting.pairs(rows, read)
+    if given and all(list(pair.clean) == list(pair.corrupted) for pair in pairs):
         raise TaskError(f"{where}: every corrupted prompt equals its clean one, so patching changes nothing")
-    found.report(where, answered=any(pair.answers for pair in pairs))
-    found.report_unanswered(where, [index for index, pair in enumerate(pairs) if not pair.answers])
-    return collate(pairs, pad_id=pad_id(tokenizer), source=provenance, **made)
-
-
-def _need_tokenizer(tokenizer: PreTrainedTokenizerBase | None, where: str) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise TaskError(f"{where}: its prompts are text, so a tokenizer is needed (or use *_ids columns)")
-    return tokenizer
-
-
-def _require_text_columns(columns: set[str], where: str) -> None:
-    missing = sorted({"clean", "corrupted"} - columns)
-    if missing:
-        raise TaskError(
-            f"{where}: missing column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it needs clean "
-            f"and corrupted (or clean_ids and corrupted_ids), and has {', '.join(sorted(columns)) or 'none'}"
+    said = (*pairs[0].answers[:1], *pairs[0].distractors[:1])
+    sample = [] if tokenizer is None else [str(tokenizer.decode([token])) for token in said]
+    found.report(where, answered=any(pair.answers for pair in pairs), sample=sample)
+    found.report_unanswered(where, [at for at, pair in enumerate(pairs) if not pair.answers])
+    if prompts is not None:
+        prompts.report(where)
+    if options.answer_tokens == "whole" and fitting.distracted:
+        logger.warning(
+            "%s: whole answers are scored alone, by nll or kl, and its distractors are not used", where
         )
-
-
-def _pair_from_text(row: Row, tokenizer: PreTrainedTokenizerBase, columns: Columns, at: str) -> Pair:
-    prompts: dict[str, str] = {}
-    for column in ("clean", "corrupted"):
-        value = row.get(column)
-        if not isinstance(value, str) or not value:
-            raise TaskError(f"{at}: column {column} must be a non-empty text, found {value!r:.60}")
-        prompts[column] = value
-        columns.used.add(column)
-    clean, corrupted = (encode_prompt(tokenizer, prompts[column]) for column in ("clean", "corrupted"))
-    labels: dict[str, tuple[int, ...]] = {}
-    for name, where in (("answer", columns.answer), ("distractor", columns.distractor)):
-        read, read_ids = _text_reader(tokenizer, prompts["clean"]), _id_reader(len(tokenizer))
-        readers = [*((text, read) for text in where.texts), (where.ids, read_ids), (where.index, read_ids)]
-        labels[name] = _first(row, readers, columns, at)
-    return _checked(clean, corrupted, labels["answer"], labels["distractor"], at)
-
-
-def _pair_from_ids(row: Row, tokenizer: PreTrainedTokenizerBase | None, columns: Columns, at: str) -> Pair:
-    size = None if tokenizer is None else len(tokenizer)
-    clean, corrupted = (_ids(row, column, size, at) for column in ("clean_ids", "corrupted_ids"))
-    labels: dict[str, tuple[int, ...]] = {}
-    columns.used |= {"clean_ids", "corrupted_ids"}
-    for name, where in (("answer", columns.answer), ("distractor", columns.distractor)):
-        read, read_ids = _text_reader(tokenizer, clean), _id_reader(size)
-        readers = [(where.ids, read_ids), *((text, read) for text in where.texts), (where.index, read_ids)]
-        labels[name] = _first(row, readers, columns, at)
-    return _checked(clean, corrupted, labels["answer"], labels["distractor"], at)
-
-
-Reader = Callable[[Row, str, str], tuple[int, ...]]
-
-
-def _first(
-    row: Row, readers: Sequence[tuple[str | None, Reader]], columns: Columns, at: str
-) -> tuple[int, ...]:
-    """Token ids of the first of some columns that a row fills."""
-    for column, read in readers:
-        found = () if column is None else read(row, column, at)
-        if found:
-            columns.used.add(str(column))
-            return found
-    return ()
-
-
-def _id_reader(size: int | None) -> Reader:
-    """Reads token ids of a vocabulary of so many tokens."""
-    return lambda row, column, at: _ids(row, column, size, at, optional=True)
-
-
-def _text_reader(tokenizer: PreTrainedTokenizerBase | None, prompt: str | Sequence[int]) -> Reader:
-    """Reads texts that continue a prompt."""
-
-    def read(row: Row, column: str, at: str) -> tuple[int, ...]:
-        if row.get(column) in (None, "", []):
-            return ()
-        if tokenizer is None:
-            name = column.removesuffix("s")
-            raise TaskError(f"{at}: column {column} is text, so a tokenizer is needed (or use {name}_ids)")
-        text = prompt if isinstance(prompt, str) else str(tokenizer.decode(list(prompt)))
-        return _answers(row, column, tokenizer, text, at)
-
-    return read
-
-
-def _checked(
-    clean: Sequence[int],
-    corrupted: Sequence[int],
-    answers: tuple[int, ...],
-    distractors: tuple[int, ...],
-    at: str,
-) -> Pair:
-    if not clean:
-        raise TaskError(f"{at}: the clean prompt has no tokens")
-    if len(clean) != len(corrupted):
-        raise TaskError(
-            f"{at}: the clean prompt has {len(clean)} tokens and the corrupted one {len(corrupted)}; "
-            "activation patching needs equal lengths"
-        )
-    both = sorted(set(answers) & set(distractors))
-    if both:
-        raise TaskError(f"{at}: token {both[0]} is both an answer and a distractor")
-    return Pair(clean, corrupted, answers, distractors)
-
-
-def _ids(row: Row, column: str, size: int | None, at: str, *, optional: bool = False) -> tuple[int, ...]:
-    """Token ids of one cell: a list, one number, or a JSON list or number as text (CSV)."""
-    value = row.get(column)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{at}: column {column} must be a list of token ids, found {value!r:.60}"
-            ) from error
-    if optional and value in (None, "", []):
-        return ()
-    items: list[Any] = value if isinstance(value, list) else [value]
-    for item in items:
-        # bool is an int to Python; in a column of token ids it is a mistake
-        if not isinstance(item, int) or isinstance(item, bool):
-            raise TaskError(f"{at}: column {column} must be a list of token ids, found {value!r:.60}")
-        if item < 0 or (size is not None and item >= size):
-            limit = "a vocabulary" if size is None else f"the vocabulary of {size}"
-            raise TaskError(f"{at}: token id {item} in column {column} is outside {limit}")
-    return tuple(items)
-
-
-def _answers(
-    row: Row, column: str, tokenizer: PreTrainedTokenizerBase, prompt: str, at: str
-) -> tuple[int, ...]:
-    """Token ids of the texts in one cell, each exactly one token."""
-    value = row.get(column)
-    if isinstance(value, str) and value.startswith("["):
-        # A list in a CSV cell; a text that merely begins with a bracket stays a text.
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = value
-        value = parsed
-    if value is None or value == "":
-        return ()
-    tokens: list[int] = []
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str) or not text:
-            raise TaskError(f"{at}: column {column} must hold text or a list of texts, found {text!r:.60}")
-        token = _answer_token(tokenizer, prompt, text, column, at)
-        if token not in tokens:
-            tokens.append(token)
-    return tuple(tokens)
-
-
-def _answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, column: str, at: str) -> int:
-    """The one token of an answer, as the user wrote it.
-
-    The text is tokenised alone first. SentencePiece tokenizers put a word-boundary mark of its own before
-    " Mary" or "7", two tokens; what counts then is the token it is after the prompt.
-    """
-    ids = encode(tokenizer, text)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-        return ids[0]
-    token = continuation(tokenizer, prompt, text)
-    if token is not None:
-        return token
-    if ids and all(token == tokenizer.unk_token_id for token in ids):
-        raise TaskError(f"{at}: {column} {text!r} is not in the tokenizer's vocabulary")
-    raise TaskError(
-        f"{at}: {column} {text!r} is {len(ids)} tokens {show(tokenizer, ids)}; it must be exactly one "
-        "(mind the leading space)"
+    # It is published with the circuit: a file's name says enough, its folder is nobody's business.
+    origin, name = _told(source)
+    provenance: dict[str, object] = {"dataset": origin, "n": n, "split": split, "offset": offset}
+    provenance |= {"shuffle": shuffle, "total": data.total, "columns": there[:_COLUMNS], **options.given}
+    if layout is not None and layout.corruption is not None:
+        provenance["corruption"] = layout.corruption
+    if on_mismatch != "error":
+        provenance["skipped"] = fitting.skipped
+    if on_mismatch == "pad":
+        provenance["padded"] = fitting.padded
+    return collate(
+        pairs,
+        name=name,
+        metric=metric,
+        pad_id=pad_id(tokenizer),
+        padding_side=padding_side,
+        source=provenance,
+        summed=options.answer_tokens == "whole",
+        spellings=reader.spellings,
     )
 
 
-def _counterfactual_column(rows: list[Row], corruption: str | None, where: str) -> str:
-    columns = [column for column in rows[0] if column.endswith(_COUNTERFACTUAL)]
-    answered = {"choices", "answerKey"} <= rows[0].keys() or "label" in rows[0]
-    if not columns or not answered:
-        raise TaskError(
-            f"{where}: missing columns clean, corrupted (or clean_ids, corrupted_ids; or MIB's prompt, "
-            f"choices, answerKey or label and a *{_COUNTERFACTUAL}), and has {', '.join(sorted(rows[0]))}"
-        )
-    if corruption is None:
-        usual = (f"{name}{_COUNTERFACTUAL}" for name in _USUAL_COUNTERFACTUALS)
-        return next((column for column in usual if column in columns), columns[0])
-    if f"{corruption}{_COUNTERFACTUAL}" not in columns:
-        names = ", ".join(column.removesuffix(_COUNTERFACTUAL) for column in columns)
-        raise TaskError(f"{where}: no corruption {corruption!r}; the data has {names}")
-    return f"{corruption}{_COUNTERFACTUAL}"
+def _told(source: Source) -> tuple[str, str]:
+    """What data is called with a circuit, and its task."""
+    if not isinstance(source, (str, Path)):
+        return type(source).__name__, "data"
+    path = Path(source)
+    stem = path.name.removesuffix(path.suffix) if path.suffix else path.name
+    if file_type(path) != path.suffix.lower():  # packed
+        stem = Path(stem).stem
+    return (path.name if path.exists() else str(source)), stem
 
 
-def _mib_pairs(
-    rows: list[Row], column: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[Pair], int]:
-    """Pairs of MIB rows and the number of rows that cannot be paired."""
-    pairs: list[Pair] = []
-    reason = ""
-    for index, row in enumerate(rows):
-        at = f"{where}, example {index}"
-        try:
-            text = _mib_as_text(row, column, at)
-            pairs.append(_pair_from_text(text, tokenizer, Columns([text]), at))
-        except TaskError as error:
-            reason = str(error)
-    if not pairs:
-        raise TaskError(f"none of the {len(rows)} examples can be used; the last: {reason}")
-    return pairs, len(rows) - len(pairs)
+_Read = Callable[[Row, str], Draft]
 
 
-def _mib_as_text(row: Row, column: str, at: str) -> Row:
-    """A MIB row in our columns.
+def _reader(reader: RowReader, found: Columns, layout: Layout | None, *, has_ids: bool) -> _Read:
+    """What makes a row into tokens."""
+    if has_ids:
+        return lambda row, at: reader.of_ids(row, found, at)
+    if layout is None:
+        return lambda row, at: reader.of_text(row, found, at)
+    convert = layout.convert
+    found.used |= layout.used
 
-    As in MIB's circuit track, the distractor is what the counterfactual's answer is where the rows say so
-    (arithmetic, MCQA, ARC); in IOI it is the other name.
+    def converted(row: Row, at: str) -> Draft:
+        ours = convert(row, at)
+        columns = Columns([ours], reader.size)
+        draft = reader.of_text(ours, columns, at)
+        found.used |= columns.used & set(row)
+        return draft
+
+    return converted
+
+
+@dataclass
+class _Fitting:
+    """Makes rows into pairs, as far as they fit.
+
+    Attributes:
+        where: The data, for messages.
+        options: What is asked for.
+        on_mismatch: What is done with a row that does not fit.
+        filler: Token that shorter prompts are filled with.
+        skipped: How many rows were left out.
+        padded: How many corrupted prompts were filled.
+        distracted: Whether some row has distractors.
     """
-    try:
-        other = row[column]
-        if row.get("choices") is None:
-            answer, distractors = _label(row), [_label(other)]
-        else:
-            texts = _choices(row)
-            answer = texts[int(row["answerKey"])]
-            distractors = [text for text in texts if text != answer]
-            if isinstance(other.get("choices"), dict):
-                wrong = _choices(other)[int(other["answerKey"])]
-                distractors = [wrong] if wrong != answer else distractors
-        corrupted = other["prompt"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise TaskError(f"{at}: not a row in MIB's layout: {error!r}") from error
-    return {"clean": row["prompt"], "corrupted": corrupted, "answer": answer, "distractor": distractors}
+
+    where: str
+    options: DataOptions
+    on_mismatch: OnMismatch
+    filler: int
+    skipped: int = 0
+    padded: int = 0
+    distracted: bool = False
+
+    def pairs(self, rows: Sequence[Row], read: _Read) -> list[Pair]:
+        """The pairs of the rows that fit.
+
+        Raises:
+            TaskError: If none does, or one does not where all have to.
+        """
+        pairs: list[Pair] = []
+        failures: list[TaskError] = []
+        for index, row in enumerate(rows):
+            at = f"{self.where}, example {index}"
+            try:
+                pairs.append(self._pair(read(row, at), at))
+            except TaskError as error:
+                failures.append(error)
+        self.skipped = len(failures)
+        if failures and self.on_mismatch == "error":
+            raise self._refused(failures, len(rows))
+        if not pairs:
+            raise TaskError(f"none of the {len(rows)} examples can be used; the last: {failures[-1]}")
+        self._report(failures, len(rows))
+        return pairs
+
+    def _pair(self, draft: Draft, at: str) -> Pair:
+        even = aligned(draft, self.filler if self.on_mismatch == "pad" else None, at)
+        self.padded += even is not draft
+        self.distracted |= bool(draft.distractors)
+        return scored(even, self.options.answer_tokens, at)
+
+    def _refused(self, failures: Sequence[TaskError], total: int) -> TaskError:
+        """The first row that does not fit, and how many others do not."""
+        first = failures[0]
+        if len(failures) == total:
+            return first
+        kind = type(first)
+        more = f"; {_examples(len(failures), total)} cannot be used" if len(failures) > 1 else ""
+        return kind(f'{first}{more}; on_mismatch="skip" (--on-mismatch skip) leaves such examples out')
+
+    def _report(self, failures: Sequence[TaskError], total: int) -> None:
+        """Say how many rows are used, and why others are not."""
+        if self.padded:
+            logger.warning(
+                "%s: the corrupted prompts of %s are shorter and are filled with the token %d",
+                self.where,
+                _examples(self.padded, total),
+                self.filler,
+            )
+        if not failures:
+            return
+        unequal = sum(isinstance(error, LengthMismatch) for error in failures)
+        why = f", {unequal} of them for prompts of different token lengths" if unequal else ""
+        logger.warning(
+            "%s: %s are used, %d left out%s; the first: %s",
+            self.where,
+            _examples(total - len(failures), total),
+            len(failures),
+            why,
+            str(failures[0]).removeprefix(f"{self.where}, "),
+        )
 
 
-def _label(row: Row) -> str:
-    """The answer of an arithmetic row, which is a number there."""
-    if row["label"] is None:
-        raise ValueError("no label")
-    return str(row["label"])
+def _examples(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} examples"
 
 
-def _choices(row: Row) -> list[str]:
-    choices = row["choices"]
-    if isinstance(choices, dict):
-        return [str(label) for label in choices["label"]]
-    # Names are listed bare there and follow a word of the prompt.
-    return [choice if choice.startswith(" ") else f" {choice}" for choice in choices]
+def _require_text_columns(look: Look) -> None:
+    missing = sorted({"clean", "corrupted"} - look.names)
+    if missing and not ("prompt" in look.names and look.tokenizer is None):
+        raise TaskError(
+            f"{look.where}: missing column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it needs "
+            f"clean and corrupted (or clean_ids and corrupted_ids), and has {listed(sorted(look.names))}: "
+            "columns (--columns clean=NAME,...) says which is which"
+        )

@@ -98,8 +98,8 @@ def make_greater_than(
     # Nouns of one token give the task one prompt length; a small vocabulary uses whatever there is.
     nouns = single_token_words(tokenizer, words.NOUNS)
     nouns = nouns if len(nouns) >= 20 else words.NOUNS
-    for splitting in (_two_digit_splitting(tokenizer), _digit_splitting(tokenizer)):
-        pairs = _pairs(tokenizer, splitting, nouns, n, random.Random(seed)) if splitting.tokens else []
+    for splitting in splittings(tokenizer):
+        pairs = _pairs(tokenizer, splitting, nouns, n, random.Random(seed))
         if pairs:
             return collate(
                 pairs,
@@ -123,7 +123,7 @@ def make_greater_than(
 
 
 @dataclass(frozen=True)
-class _Splitting:
+class Splitting:
     """How a tokenizer splits the last two digits of a year.
 
     Attributes:
@@ -141,21 +141,27 @@ class _Splitting:
     last: int
 
 
-def _two_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> _Splitting:
+def splittings(tokenizer: PreTrainedTokenizerBase) -> list[Splitting]:
+    """Ways in which a tokenizer may split years: those that it has all tokens of, the likelier first."""
+    both = (_two_digit_splitting(tokenizer), _digit_splitting(tokenizer))
+    return [splitting for splitting in both if splitting.tokens]
+
+
+def _two_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> Splitting:
     vocabulary = tokenizer.get_vocab()
     tokens = {value: vocabulary[f"{value:02d}"] for value in range(100) if f"{value:02d}" in vocabulary}
-    return _Splitting("two digits", tokens if len(tokens) == 100 else {}, unit=1, first=2, last=98)
+    return Splitting("two digits", tokens if len(tokens) == 100 else {}, unit=1, first=2, last=98)
 
 
-def _digit_splitting(tokenizer: PreTrainedTokenizerBase) -> _Splitting:
+def _digit_splitting(tokenizer: PreTrainedTokenizerBase) -> Splitting:
     found = {value: continuation(tokenizer, "the year 17", str(value)) for value in range(10)}
     tokens = {value: token for value, token in found.items() if token is not None}
-    return _Splitting("first digit", tokens if len(tokens) == 10 else {}, unit=10, first=10, last=89)
+    return Splitting("first digit", tokens if len(tokens) == 10 else {}, unit=10, first=10, last=89)
 
 
 def _pairs(
     tokenizer: PreTrainedTokenizerBase,
-    splitting: _Splitting,
+    splitting: Splitting,
     nouns: tuple[str, ...],
     n: int,
     rng: random.Random,
@@ -171,11 +177,25 @@ def _pairs(
     return pairs if len(pairs) == n else []
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: _Splitting) -> Pair | None:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: Splitting) -> Pair | None:
     """The pair in tokens, or None if its years do not split that way."""
     clean, corrupted = encode_prompt(tokenizer, text.clean), encode_prompt(tokenizer, text.corrupted)
     if len(clean) != len(corrupted) or has_unknown(tokenizer, clean):
         return None
+    found = answer_sets(tokenizer, text, splitting)
+    return None if found is None else Pair(clean, corrupted, *found)
+
+
+def answer_sets(
+    tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: Splitting
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What continues a prompt rightly and wrongly, or None if its years do not split that way.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt.
+        splitting: How years are split.
+    """
     tokens, pivot = splitting.tokens, text.year // splitting.unit
     digits = [tokens[pivot]] if splitting.unit == 1 else [tokens[pivot], tokens[text.year % 10]]
     # The year must be its century's tokens and then those of its last digits: only then is the century at
@@ -190,4 +210,4 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: YearText, splitting: _Sp
     distractors = tuple(
         token for value, token in tokens.items() if value < pivot or (value == pivot and splitting.unit == 1)
     )
-    return Pair(clean, corrupted, answers, distractors)
+    return answers, distractors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
 from numbers import Integral
@@ -17,12 +17,15 @@ from pahq_hf.tasks.base import Pair, Task, collate
 from pahq_hf.tasks.catalog import DESCRIPTIONS, TaskFacts
 from pahq_hf.tasks.dataset import load_dataset_task
 from pahq_hf.tasks.docstring import make_docstring
+from pahq_hf.tasks.formats import FILE_TYPES, file_type
 from pahq_hf.tasks.gendered_pronoun import make_gendered_pronoun
+from pahq_hf.tasks.given import is_given
 from pahq_hf.tasks.greater_than import make_greater_than
 from pahq_hf.tasks.induction import make_induction
 from pahq_hf.tasks.ioi import make_ioi
 from pahq_hf.tasks.metrics import find_metric
-from pahq_hf.tasks.reading import FILE_TYPES
+from pahq_hf.tasks.options import AnswerTokens, DataOptions, OnMismatch
+from pahq_hf.tasks.reading import Source, told_source
 from pahq_hf.tasks.sva import make_sva
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 """Generators by name; `make(tokenizer, *, n, seed, padding_side)` with optional `metric`, `corruption`."""
 
+_OPTIONS = {"columns_of": "columns"}  # as a run calls them
 DEFAULT_N = 50
 MAX_N = 100_000
 """Most prompt pairs that a generator makes: a minute's work."""
@@ -52,9 +56,9 @@ def available_tasks() -> list[str]:
     return sorted(TASKS)
 
 
-def is_generated(name_or_path: str | Path) -> bool:
+def is_generated(name_or_path: Source) -> bool:
     """Whether `load_task` generates a task of this name; else it is data."""
-    return not isinstance(name_or_path, Path) and name_or_path.partition(":")[0] in TASKS
+    return isinstance(name_or_path, str) and name_or_path.partition(":")[0] in TASKS
 
 
 def foreseen_source(name_or_path: str | Path, *, n: int | None, seed: int | None) -> dict[str, object]:
@@ -73,13 +77,14 @@ def foreseen_source(name_or_path: str | Path, *, n: int | None, seed: int | None
 
 
 def check_choice(
-    name_or_path: str | Path,
+    name_or_path: Source,
     *,
     n: int | None = None,
     seed: int | None = None,
     split: str | None = None,
     offset: int = 0,
     shuffle: bool = False,
+    options: DataOptions | None = None,
 ) -> None:
     """Check what `load_task` is told about examples, which needs neither model nor data.
 
@@ -87,10 +92,10 @@ def check_choice(
         TaskError: If something is of another type or out of range, or an option changes nothing for this
             task.
     """
-    if not isinstance(name_or_path, (str, Path)):
+    if not isinstance(name_or_path, (str, Path)) and not is_given(name_or_path):
         raise TaskError(
-            f"a task is a name such as 'ioi', or a data file's or a Hub dataset's name; got "
-            f"{describe(name_or_path)}: write rows to a {FILE_TYPES[0]} file and give its name"
+            "a task is a name such as 'ioi', a data file's or a Hub dataset's name, a list of dictionaries, "
+            f"a DataFrame or a datasets.Dataset; got {describe(name_or_path)}"
         )
     numbers: dict[str, object] = {
         "n": 1 if n is None else n,
@@ -115,20 +120,28 @@ def check_choice(
             raise TaskError(
                 f"task {name!r} is generated and takes no {given}: another seed draws other prompts"
             )
-    elif seed is not None and not shuffle and _is_there(str(name_or_path)):
+        own = next(iter(() if options is None else options.given), None)
+        if own is not None:
+            raise TaskError(
+                f"task {name!r} is generated and takes no {_OPTIONS.get(own, own)}, which is of data"
+            )
+    elif seed is not None and not shuffle and _is_there(name_or_path):
         raise TaskError(
-            f"{name_or_path}: data is taken in its own order, where seed {seed} changes nothing: add "
-            "--shuffle (shuffle=True), or pass over examples with --offset (offset=N)"
+            f"{told_source(name_or_path)}: data is taken in its own order, where seed {seed} changes "
+            "nothing: add --shuffle (shuffle=True), or pass over examples with --offset (offset=N)"
         )
 
 
-def _is_there(text: str) -> bool:
+def _is_there(source: Source) -> bool:
     """Whether there are such data, or may be on the Hub; what is not there fails when it is loaded."""
+    if not isinstance(source, (str, Path)):
+        return True
+    text = str(source)
     return bool(text) and (text.count("/") == 1 or os.path.exists(Path(text).expanduser()))
 
 
 def load_task(
-    name_or_path: str | Path,
+    name_or_path: Source,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     n: int | None = None,
@@ -139,14 +152,18 @@ def load_task(
     split: str | None = None,
     offset: int = 0,
     shuffle: bool = False,
+    columns: Mapping[str, str] | None = None,
+    on_mismatch: OnMismatch | None = None,
+    answer_tokens: AnswerTokens = "one",
+    chat_template: bool = False,
     **unknown: Never,
 ) -> Task:
     """Generate a known task or load a user's own data.
 
     Args:
         name_or_path: A name from `available_tasks()`, also with a corruption as in `"ioi:s2_flip"`; a
-            .jsonl, .json, .csv or .parquet file; a dataset folder; or a Hub dataset id (`owner/name`). See
-            `load_dataset_task` for the columns.
+            JSON, CSV, TSV or Parquet file; a dataset folder; a Hub dataset id (`owner/name`); or a list of
+            dictionaries, a DataFrame or a `datasets.Dataset`. docs/data.md has the columns.
         tokenizer: The model's tokenizer; may be missing for data given as token ids.
         n: Number of examples. Generators make 50 by default and `MAX_N` at most; data is used whole.
         seed: Seed of a generator, 0 by default, or of `shuffle`; data that is not shuffled takes none.
@@ -157,6 +174,13 @@ def load_task(
         offset: Examples of the data that are passed over before: what a search has not seen lies behind its
             own.
         shuffle: Put the data into another order first, drawn from `seed`.
+        columns: The data's names of columns by ours, `{"clean": "Q", "answer": "A"}`.
+        on_mismatch: What is done with a row of data that cannot be used, such as prompts that tokenise to
+            different lengths: `"error"`, the default, names it; `"skip"` leaves it out; `"pad"` fills shorter
+            corrupted prompts and leaves out the rest.
+        answer_tokens: What is scored of answers of several tokens: `"one"` refuses them, `"first"` scores the
+            first token in which answers and distractors differ, `"whole"` all tokens one after the other.
+        chat_template: Put prompts of data, messages or text, into the tokenizer's chat template.
         **unknown: Nothing else is taken.
 
     Returns:
@@ -169,7 +193,10 @@ def load_task(
     """
     taken = signature(load_task).parameters.values()
     check_names(unknown, [option.name for option in taken if option.kind is option.KEYWORD_ONLY], "load_task")
-    check_choice(name_or_path, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle)
+    data_options = DataOptions(columns, on_mismatch, answer_tokens, chat_template)
+    check_choice(
+        name_or_path, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle, options=data_options
+    )
     n, seed, offset = None if n is None else int(n), None if seed is None else int(seed), int(offset)
     if metric is not None:
         find_metric(metric)
@@ -178,6 +205,14 @@ def load_task(
         options["metric"] = metric
     if corruption is not None:
         options["corruption"] = corruption
+    order = (seed or 0) if shuffle else None
+
+    def load(source: Source) -> Task:
+        where: dict[str, Any] = {"n": n, "split": split, "offset": offset, "shuffle": order}
+        return load_dataset_task(source, tokenizer, options=data_options, **where, **options)
+
+    if not isinstance(name_or_path, (str, Path)):
+        return load(name_or_path)
     text = str(name_or_path)
     name, _, variant = text.partition(":")
     if is_generated(name_or_path):
@@ -195,15 +230,14 @@ def load_task(
         return generate(n=DEFAULT_N if n is None else n, seed=seed or 0).drawn_by(more)
     path = Path(text).expanduser()
     if not text or not path.exists():
-        if path.suffix.lower() in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):
+        if file_type(path) in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):
             raise TaskError(f"{text}: no such file or dataset folder")
         if text.count("/") != 1:
             raise TaskError(
                 f"unknown task {text!r}; known tasks are {', '.join(available_tasks())}, and a path to a "
                 f"{', '.join(FILE_TYPES)} file, a dataset folder or a Hub dataset id (owner/name) works too"
             )
-    options |= {"offset": offset, "shuffle": (seed or 0) if shuffle else None}
-    return load_dataset_task(path if path.exists() else text, tokenizer, n=n, split=split, **options)
+    return load(path if path.exists() else text)
 
 
 __all__ = [

@@ -226,8 +226,9 @@ class Metric:
             reference if needs_reference else None,
         )
         counts = torch.bincount(task.answer_rows, minlength=len(task)).to(torch.float64)
-        # Rows of one example share its weight: the value is a mean over examples.
-        self.row_weights = (1 / (counts[task.answer_rows] * len(task))).to(device)
+        # Rows of one example share its weight, unless they add up: the value is a mean over examples.
+        share = torch.ones_like(counts) if task.summed else counts
+        self.row_weights = (1 / (share[task.answer_rows] * len(task))).to(device)
 
     def rows(self, logits: Tensor) -> Tensor:
         """The metric row by row. [..., rows, vocab] -> [..., rows] in float64

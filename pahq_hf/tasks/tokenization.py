@@ -32,11 +32,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text: The prompt.
 
     Returns:
-        Its token ids.
+        Its token ids; a BOS that the text itself begins with is there once.
 
     Raises:
         TaskError: If the tokenizer closes prompts with a special token: the prediction after it is not
             the continuation of the prompt.
+    """
+    return prompt_tokens(tokenizer, text)[0]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], bool]:
+    """The tokens of `encode_prompt`, and whether the text carries a BOS that the tokenizer adds too.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt.
+
+    Raises:
+        TaskError: If the tokenizer closes prompts with a special token.
     """
     ids = list(tokenizer(text)["input_ids"])
     plain = encode(tokenizer, text)
@@ -45,14 +58,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             f"the tokenizer ends prompts with {tokenizer.decode(ids[-1:])!r}, so the last position does not "
             "predict the answer; load it without (add_eos_token=False)"
         )
-    return ids
+    bos = tokenizer.bos_token_id
+    doubled = bos is not None and plain[:1] == [bos] and ids[: -len(plain)] == [bos]
+    return (plain if doubled else ids), doubled
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> int | None:
     """The one token that `text` is when it follows `context`.
-
-    Asking in context is right for every kind of tokenizer: SentencePiece ones put a word-boundary mark
-    before a text that stands alone, and byte-pair ones may merge across the seam.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -63,11 +75,30 @@ def continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) ->
         The token id, or None if the continuation is several tokens, merges with the context or is
         unknown to the vocabulary.
     """
+    tokens = continued(tokenizer, context, text)
+    return tokens[0] if tokens is not None and len(tokens) == 1 else None
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> list[int] | None:
+    """The tokens that `text` is when it follows `context`.
+
+    Asking in context is right for every kind of tokenizer: SentencePiece ones put a word-boundary mark
+    before a text that stands alone, and byte-pair ones may merge across the seam.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        context: What comes before, not empty.
+        text: The continuation, with its leading space where it has one.
+
+    Returns:
+        The token ids, or None if the continuation merges with the context or is unknown to the vocabulary.
+    """
     before = encode(tokenizer, context)
     after = encode(tokenizer, context + text)
-    if len(after) != len(before) + 1 or after[:-1] != before or after[-1] == tokenizer.unk_token_id:
+    rest = after[len(before) :]
+    if not rest or after[: len(before)] != before or tokenizer.unk_token_id in rest:
         return None
-    return after[-1]
+    return rest
 
 
 def single_token_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ class World:
     def _spoil_data(self) -> None:
         rows, path = id_rows(TASK), self.root
         write_rows(path / "empty.jsonl", [])
-        write_rows(path / "column.jsonl", [{"clean": "Mary", "corrupt": "Anna"}])
+        write_rows(path / "column.jsonl", [{"clean": "Mary", "other": "Anna"}])
         write_rows(path / "lengths.jsonl", [rows[0] | {"corrupted_ids": [1, 2, 3]}])
         write_rows(path / "texts.jsonl", [GOOD, GOOD | {"corrupted": "Anna went to"}])
         write_rows(path / "several.jsonl", [GOOD | {"answer": "Mary John", "distractor": "Anna"}])

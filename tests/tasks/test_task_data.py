@@ -184,7 +184,10 @@ GOOD_IDS = {"clean_ids": [1, 2], "corrupted_ids": [1, 3]}
     ("rows", "message"),
     [
         ([{"clean": "Then Alan", "wrong": "x"}], "missing column corrupted; it needs clean and corrupted"),
-        ([{"a": 1}], r"missing columns clean, corrupted; .* has a$"),
+        (
+            [{"a": 1}],
+            r"missing columns clean, corrupted; .* has a: columns \(--columns clean=NAME,...\) says",
+        ),
         ([{"prompt": "Then"}], "missing columns clean, corrupted .*or MIB's prompt, choices"),
         (
             [GOOD, {**GOOD, "corrupted": "Then Adam went"}],
@@ -249,10 +252,10 @@ def _file(name: str, content: bytes) -> Spoil:
         (lambda folder: folder / "none.jsonl", "no such file or dataset folder"),
         (lambda folder: folder / "none", "no such file or dataset folder"),
         (_file("data.jsonl", b'{"clean": "a", "corrupted": "b"}\n\n{"clean": '), "line 3: not valid JSON"),
-        (_file("data.jsonl", b"[1, 2]\n"), r"line 1: expected an object with named columns, found \[1, 2\]"),
+        (_file("data.jsonl", b"[1, 2]\n"), "item 1: expected an object with named columns, found 1"),
         (_file("data.json", b'[{"clean": "a"}, 7]'), "item 2: expected an object"),
         (_file("data.json", b'[{"clean": "a"'), "not valid JSON"),
-        (_file("data.jsonl", b"\xff\xfe\x00"), "cannot be read as UTF-8 text"),
+        (_file("data.jsonl", b"\xff\xfe\x00"), "cannot be read as text"),
         (_file("data.jsonl", b"\n\n"), "the dataset is empty"),
         (_file("data.json", b"[]"), "the dataset is empty"),
         (_file("data.csv", b"clean,corrupted\n"), "the dataset is empty"),
@@ -260,7 +263,7 @@ def _file(name: str, content: bytes) -> Spoil:
         (_file("data.csv", b"clean,corrupted\na,b,c\n"), "line 2: more cells than the header"),
         (_file("data.csv", b'clean,corrupted\n"a"x,b\n'), "line 2: not valid CSV"),
         (_file("data.parquet", b"PAR0"), "not a readable Parquet file"),
-        (_file("data.txt", b"hello"), "cannot read .txt; use .jsonl, .json, .csv, .parquet"),
+        (_file("data.txt", b"hello"), "cannot read .txt; use .jsonl, .json, .ndjson, .csv, .tsv, .parquet"),
         (_file("data", b"hello"), "cannot read a file without extension"),
         (lambda folder: folder, "could not be loaded as a dataset folder"),
     ],

@@ -48,6 +48,7 @@ def run_facts(circuit: Described) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": circuit.identity.base_model or "unknown",
         "task": run.task.name or "unknown",
+        "pairs": run.task.pairs,
         "method": run.method,
         **asked_facts(run),
         "direction": None if asked.direction == "noising" else asked.direction,
