@@ -54,6 +54,20 @@ def chance(task: Task) -> float:
     return share if share < 1 - 1e-9 else 0.0
 
 
+def preference(logits: Tensor, task: Task) -> tuple[float, float]:
+    """How often a right answer is likelier than every wrong one, and how often it would be by chance.
+
+    Args:
+        logits: Logits at the answer positions. [rows, vocab]
+        task: The task; it has answers and distractors.
+    """
+    found, guessed = 0, 0.0
+    for row, right, wrong in zip(logits, task.answers, task.distractors, strict=True):
+        found += bool(row[list(right)].max() > row[list(wrong)].max())
+        guessed += len(right) / (len(right) + len(wrong))
+    return found / len(logits), guessed / len(logits)
+
+
 def warn_near_chance(logits: Tensor, task: Task) -> None:
     """Log a warning when the full model does a task hardly better than chance.
 
@@ -64,10 +78,26 @@ def warn_near_chance(logits: Tensor, task: Task) -> None:
     if not task.has_answers:
         return
     found, guessed = accuracy(logits, task, logits), chance(task)
-    if found < guessed + _NEAR_CHANCE * (1 - guessed):
+    if found >= guessed + _NEAR_CHANCE * (1 - guessed):
+        _warn_without_preference(logits, task)
+    else:
         logger.warning(
             "the full model's accuracy on the clean prompts is %.2f, near chance (%.2f): it does not do this "
             "task, and a circuit of it means little",
+            found,
+            guessed,
+        )
+
+
+def _warn_without_preference(logits: Tensor, task: Task) -> None:
+    """Log a warning when the full model hardly prefers right answers to wrong ones."""
+    if not task.has_distractors:
+        return
+    found, guessed = preference(logits, task)
+    if found < guessed + _NEAR_CHANCE * (1 - guessed):
+        logger.warning(
+            "the full model finds a right answer likelier than the distractors in %.2f of the rows, near "
+            "chance (%.2f): a logit difference of this task means little",
             found,
             guessed,
         )

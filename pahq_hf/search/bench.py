@@ -17,6 +17,7 @@ from pahq_hf.engine.build import make_circuit_runs, make_engine, make_gradient_r
 from pahq_hf.engine.protocol import CircuitRuns, Engine, GradientRuns
 from pahq_hf.engine.setting import Setting
 from pahq_hf.evaluation.greedy_accuracy import warn_near_chance
+from pahq_hf.evaluation.spelling import warn_of_spelling
 from pahq_hf.precision.memory import trim
 from pahq_hf.search.clock import RunClock
 from pahq_hf.search.progress import Progress, Silence
@@ -135,4 +136,5 @@ class Bench:
     def _look_at(self, logits: torch.Tensor) -> None:
         if self._warns:
             warn_near_chance(logits, self.setting.task)
+            warn_of_spelling(logits, self.setting.task)
             self._warns = False
