@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from pahq_hf.engine.protocol import Engine
 from pahq_hf.engine.setting import Setting
 from pahq_hf.errors import PAHQError
 from pahq_hf.search.acdc import search
-from pahq_hf.search.acdc_options import ACDCConfig, Tests
+from pahq_hf.search.acdc_options import ACDCConfig
 from pahq_hf.search.acdc_run import with_margin
 from pahq_hf.search.batches import AdaptiveBatch, BatchSize, FixedBatch
 from pahq_hf.search.state import Search
@@ -149,7 +149,7 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> Iterator[dict[str, Any]]
             models[job.precision] = PAHQModel.from_pretrained(args.model, config, device=args.device)
         name = f"{Path(args.model).name}-{job.task}-{job.metric}-{job.threshold:g}-{job.precision}-n{args.n}"
         kept = out.with_suffix("") / f"{name}-{args.seed}.npz"
-        row = key | {"processor": _processor(args.device)} | _compared(models[job.precision], job, args, kept)
+        row = key | {"processor": processor(args.device)} | _compared(models[job.precision], job, args, kept)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -158,19 +158,35 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> Iterator[dict[str, Any]]
 
 
 def _compared(model: PAHQModel, job: Job, args: argparse.Namespace, kept: Path) -> dict[str, Any]:
-    """A row: both searches, that of all edges taken from an earlier attempt where there is one."""
+    """A row of a generated task."""
     task = load_task(job.task, model.tokenizer, n=args.n, seed=args.seed)
     setting = Setting(model.patched, task, job.metric, "corrupted", model.pahq_config)
-    chosen = model.graph.match_readers(args.readers)[:, None] & model.graph.all_edges
+    config = ACDCConfig(job.threshold, job.metric, readers=args.readers, tests="verified", audit=args.audit)
+    return compared(setting, config, kept)
+
+
+def compared(setting: Setting, config: ACDCConfig, kept: Path) -> dict[str, Any]:
+    """Both searches, that of all edges taken from an earlier attempt where there is one.
+
+    Args:
+        setting: What is searched.
+        config: The search by estimates.
+        kept: Where the search of all edges is kept.
+
+    Returns:
+        What they found and took.
+    """
+    graph = setting.model.graph
+    chosen = graph.match_readers(config.readers)[:, None] & graph.all_edges
     if kept.exists():
         with np.load(kept) as held:
             every, tested, side = held["kept"], int(held["tested"].sum()), json.loads(str(held["side"]))
     else:
-        found, side = _searched(setting, job, args, "all")
+        found, side = _searched(setting, replace(config, tests="all", audit=None))
         every, tested = found.kept, int(found.tested.sum())
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, kept=every, tested=found.tested, scores=found.scores, side=json.dumps(side))
-    ours, own_side = _searched(setting, job, args, "verified")
+    ours, own_side = _searched(setting, config)
     counts = [record.counts for record in ours.records]
     estimated = sum(len(record.estimated) for record in ours.records)
     audited, wrong = sum(c.audited for c in counts), sum(c.wrong for c in counts)
@@ -190,16 +206,11 @@ def _compared(model: PAHQModel, job: Job, args: argparse.Namespace, kept: Path) 
     }
 
 
-def _searched(
-    setting: Setting, job: Job, args: argparse.Namespace, tests: Tests
-) -> tuple[Search, dict[str, Any]]:
+def _searched(setting: Setting, config: ACDCConfig) -> tuple[Search, dict[str, Any]]:
     """One search, and what it took."""
-    audit = args.audit if tests == "verified" else None
-    plain = ACDCConfig(job.threshold, job.metric, readers=args.readers, tests=tests, audit=audit)
-    config = with_margin(plain, setting.precision)
     start, cpu = time.perf_counter(), time.process_time()
     engine = make_engine(setting, EngineConfig())
-    found = search(engine, config, batch=_batch(engine))
+    found = search(engine, with_margin(config, setting.precision), batch=_batch(engine))
     side = Side(
         int(found.kept.sum()),
         engine.evaluations,
@@ -213,7 +224,7 @@ def _searched(
     return found, asdict(side)
 
 
-def _processor(device: str) -> str:
+def processor(device: str) -> str:
     """What the processor is, and how many threads run on it; or what the card is."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).name

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import acdc_speed, apply_accuracy, growth, methods, searches
+from benchmarks import acdc_speed, apply_accuracy, growth, methods, random_gpt2, searches
 from benchmarks.recording import Recorder, repeat_tests
 from benchmarks.rows import ENGINES
 from pahq_hf import Circuit, PAHQConfig, PAHQModel, load_task
@@ -158,6 +158,21 @@ def test_growth_keeps_the_circuit_it_decided_on() -> None:
     np.testing.assert_array_equal(state.kept[searched], circuit[searched])
     assert not state.kept[~searched].any()
     assert len({round(test.value, 9) for test in recorder.log.tests}) > 2  # the engine's own values
+
+
+def test_random_weights_keep_every_writer_alive(tmp_path: Path) -> None:
+    out = tmp_path / "random.json"
+    arguments = ["--layers", "2", "--vocab", "300", "--n", "2", "--length", "8", "--readers", "logits"]
+    assert random_gpt2.main([*arguments, "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    writers = 1 + 2 * 13
+    assert (row["edges"], row["tested"], row["kept"], row["flips"]) == (606, writers, [writers] * 2, 0)
+    assert row["exact"] + row["estimated"] == writers
+    for name, side in row["sides"].items():
+        assert row["ms_per_test"][name] == pytest.approx(1000 * side["cpu"] / writers)
+        assert row["x_forward"][name] == pytest.approx(writers * row["forward"] / side["cpu"])
+    assert random_gpt2.main([*arguments, "--out", str(out)]) == 0  # `all` is not searched again
+    assert json.loads(out.read_text())["sides"]["all"] == row["sides"]["all"]
 
 
 @pytest.mark.parametrize("benchmark", [acdc_speed, growth])
