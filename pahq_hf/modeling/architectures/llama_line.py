@@ -1,0 +1,144 @@
+"""Rows of Llama's line: what differs from `Architecture`'s defaults, which are Llama's."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def _llama(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type=config.model_type)
+
+
+def _qwen3(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type=config.model_type, qk_norm=("q_norm", "k_norm"))
+
+
+def _mixtral(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="mixtral", mlp_linears=(), experts="experts")
+
+
+def _qwen2_moe(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="qwen2_moe",
+        mlp_linears=(*_GATED, *(f"shared_expert.{name}" for name in _GATED)),
+        experts="experts",
+    )
+
+
+def _qwen3_moe(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="qwen3_moe", qk_norm=("q_norm", "k_norm"), experts="experts")
+
+
+def _gemma(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="gemma", norm_offset=1.0)
+
+
+def _gemma2(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type=config.model_type,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        softcap="attn_logit_softcapping",
+        norm_offset=1.0,
+        logit_softcap=config.final_logit_softcapping,
+        sparse=not getattr(config, "use_bidirectional_attention", False),
+    )
+
+
+def _gemma3(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type=config.model_type,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        qk_norm=("q_norm", "k_norm"),
+        norm_offset=1.0,
+        logit_softcap=config.final_logit_softcapping,
+        sparse=not config.use_bidirectional_attention,
+    )
+
+
+def _olmo2(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="olmo2",
+        attention_norm=None,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm=None,
+        mlp_post_norm="post_feedforward_layernorm",
+        qk_norm=("q_norm", "k_norm"),
+        joint_qk_norm=True,
+    )
+
+
+def _phi(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="phi",
+        final_norm="model.final_layernorm",
+        out="dense",
+        qk_norm=("q_layernorm", "k_layernorm") if config.qk_layernorm else None,
+        mlp_norm="input_layernorm",
+        mlp_linears=("fc1", "fc2"),
+        parallel=True,
+    )
+
+
+def _phi3(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="phi3", qkv=("qkv_proj",), mlp_linears=("gate_up_proj", "down_proj"))
+
+
+def _stablelm(config: PretrainedConfig) -> Architecture:
+    parallel = config.use_parallel_residual
+    return Architecture(
+        model_type="stablelm",
+        qk_norm=("q_layernorm", "k_layernorm") if config.qk_layernorm else None,
+        mlp_norm="input_layernorm" if parallel else "post_attention_layernorm",
+        parallel=parallel,
+    )
+
+
+def _granite(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="granite",
+        residual_multiplier=float(config.residual_multiplier),
+        logit_scale=1.0 / float(config.logits_scaling),
+    )
+
+
+def _starcoder2(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="starcoder2", mlp_linears=("c_fc", "c_proj"))
+
+
+def _cohere(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="cohere",
+        qk_norm=("q_norm", "k_norm") if config.use_qk_norm else None,
+        mlp_norm="input_layernorm",
+        parallel=True,
+        logit_scale=float(config.logit_scale),
+    )
+
+
+LLAMA_LINE: dict[str, RowOf] = {
+    "cohere": _cohere,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "granite": _granite,
+    "llama": _llama,
+    "mistral": _llama,
+    "mixtral": _mixtral,
+    "olmo2": _olmo2,
+    "phi": _phi,
+    "phi3": _phi3,
+    "qwen2": _llama,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "stablelm": _stablelm,
+    "starcoder2": _starcoder2,
+}
