@@ -139,8 +139,7 @@ def frozen_norms(model: PatchedModel) -> Iterator[None]:
             if centred is None:
                 continue
             own, wrapped = type(norm), vars(norm).get("_old_forward")
-            offset = 0.0 if centred else model.arch.norm_offset
-            facts = {"centred": centred, "offset": offset}
+            facts = {"centred": centred, "offset": model.arch.norm_offset}
             norm.__class__ = type(f"Frozen{own.__name__}", (_FrozenNorm, own), facts)
             before.append((norm, own, wrapped))
             if wrapped is not None:  # accelerate's hooks call the forward they found

@@ -19,9 +19,10 @@ from pahq_hf import Circuit, PAHQConfig, PAHQModel
 from pahq_hf.checkpoint.fingerprint import fingerprint
 from pahq_hf.checkpoint.legacy_fingerprint import legacy_fingerprint_of
 from pahq_hf.errors import CircuitError, RunError
-from tests.families import ALL_FAMILIES
+from tests.families import ALL_FAMILIES, USUAL
 from tests.helpers import FP32, assert_same_circuit, journal_lines
 from tests.models import FAMILIES, random_task, tiny_gpt2, tiny_llama
+from tests.tiers import quick
 
 PAHQ = PAHQConfig(compute="fp32")
 TASK = random_task()
@@ -103,7 +104,7 @@ def test_the_earlier_fingerprint_is_what_it_was() -> None:
 
 
 @pytest.mark.crossing
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, *USUAL))
 @pytest.mark.parametrize("config", [PAHQ, FP32], ids=["pahq", "fp32"])
 def test_the_earlier_fingerprint_of_a_patched_model(family: str, config: PAHQConfig) -> None:
     model = PAHQModel(ALL_FAMILIES[family](), config)

@@ -20,7 +20,7 @@ from pahq_hf.search.attribution.methods import eap
 from pahq_hf.tasks.metrics import MetricSpec, find_metric, known_metrics, register_metric
 from tests.engine.soft_circuits import SoftReferee
 from tests.engine.test_slopes import LEFT, TASKS, close, engine_of, some_readers
-from tests.families import ALL_FAMILIES
+from tests.families import ALL_FAMILIES, IN_FLOAT64
 from tests.helpers import ALL_GRAPHS, FP32, random_edges, referee, wrapped
 from tests.tiers import quick
 
@@ -87,7 +87,7 @@ def check_effects(name: str, metric: str, ablation: Any, padding: str, least: fl
     assert not effects[~graph.all_edges].any()
 
 
-@pytest.mark.parametrize("family", quick(ALL_FAMILIES, *QUICK_FAMILIES))
+@pytest.mark.parametrize("family", quick(IN_FLOAT64, *QUICK_FAMILIES))
 def test_every_family_has_them(family: str) -> None:
     """They are those that the engine finds reader by reader."""
     model = PAHQModel(ALL_FAMILIES[family](dtype=torch.float64), FP32)

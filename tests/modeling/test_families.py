@@ -24,7 +24,7 @@ from pahq_hf.engine.regime_rule import RegimeRule
 from pahq_hf.engine.sparse.engine import SparseEngine
 from pahq_hf.modeling.architectures.lookup import graph_spec
 from pahq_hf.precision.linear import PAHQLinear
-from tests.families import ALL_FAMILIES
+from tests.families import ALL_FAMILIES, USUAL
 from tests.helpers import GRAPHS, OTHER_GRAPHS, assert_same_circuit, random_edges
 from tests.models import PADDINGS, padded_prompts, random_task, relative_error
 from tests.tiers import exhaustive, quick
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.crossing
 
 TOLERANCE = 1e-5
 # Their rotary embedding and norms compute in float32 whatever the model's dtype.
-FLOAT32_ONLY = {"cohere", "cohere_qk"}
+FLOAT32_ONLY = {"cohere", "cohere_qk", "ernie4_5", "xglm"}
 # Families whose heads depend on each other, and those with experts.
-COUPLED = ("gemma2", "gemma3", "olmo2")
+COUPLED = ("gemma2", "gemma3", "olmo2", "olmo3", "olmoe", "glm4")
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
 
-families = pytest.mark.parametrize("family", ALL_FAMILIES)
+families = pytest.mark.parametrize("family", quick(ALL_FAMILIES, *USUAL))
 # One for each way in which a family can differ; the others' whole searches are left to the exhaustive tests.
 DIFFERENT = ("gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "mixtral", "falcon", "bloom", "mistral_window")
 # Of these, what no search of gpt2 and llama, which other tests run everywhere, goes through.
@@ -75,7 +75,7 @@ def linears(model: PAHQModel) -> list[PAHQLinear]:
 # -- against Hugging Face ---------------------------------------------------------------------------
 
 
-@families
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("padding", PADDINGS)
 @torch.no_grad()
 def test_logits_are_hugging_faces(family: str, padding: str) -> None:
@@ -134,7 +134,7 @@ def test_edges_by_formula_from_the_config_alone(family: str, split: bool) -> Non
     """Every reader sees what was written before it: counted one by one."""
     config = ALL_FAMILIES[family]().config
     spec = graph_spec(config, split_kv_groups=split)
-    groups = {"falcon": 1}.get(family, spec.heads if _all_heads_have_keys(family) else 2)
+    groups = {"falcon": 1, "gpt_bigcode": 1}.get(family, spec.heads if _all_heads_have_keys(family) else 2)
     assert (spec.layers, spec.heads, spec.kv_groups, spec.mlps) == (2, 4, groups, True)
     parallel = family in PARALLEL
     written, edges = 1, 0
@@ -153,7 +153,7 @@ PARALLEL = {
 
 def _all_heads_have_keys(family: str) -> bool:
     gpt_like = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "gpt_neox_sequential", "opt", "bloom"}
-    return family in gpt_like | {"falcon_alibi"}
+    return family in gpt_like | {"falcon_alibi", "gpt_bigcode_heads", "xglm"}
 
 
 def test_heads_that_a_norm_couples_are_read_together() -> None:

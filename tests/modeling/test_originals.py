@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pahq_hf import PAHQConfig, PAHQModel
 from pahq_hf.errors import ConfigError
-from tests.families import ALL_FAMILIES
+from tests.families import ALL_FAMILIES, USUAL
 from tests.helpers import FP32
 from tests.models import padded_prompts, tiny_attention_only, tiny_gpt2, tiny_llama
+from tests.tiers import quick
 
 IDS = padded_prompts()["input_ids"]
 PAHQ = PAHQConfig(compute="fp32")
@@ -55,7 +56,7 @@ def assert_saved(hf: PreTrainedModel, original: PreTrainedModel, folder: Path) -
 
 
 @pytest.mark.crossing
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, *USUAL))
 @pytest.mark.parametrize("config", [PAHQ, FP32], ids=["pahq", "fp32"])
 def test_of_every_family(family: str, config: PAHQConfig, tmp_path: Path) -> None:
     hf = ALL_FAMILIES[family]()

@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    OlmoeConfig,
     OPTConfig,
     PretrainedConfig,
 )
@@ -26,6 +27,7 @@ from pahq_hf.modeling.architectures.lookup import find_architecture
 from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY, ROTARY_TABLES, plain_bias
 from tests.families import ALL_FAMILIES
 from tests.helpers import FP32
+from tests.tiers import exhaustive
 
 pytestmark = pytest.mark.crossing
 
@@ -95,11 +97,40 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("cohere", {"logit_scale": 1.0}, "logits computed from the last stream"),
     ("cohere", {"parallel": False}, "MLP of layer 0"),
     ("cohere_qk", {"qk_norm": None}, "logits"),
+    ("gpt_bigcode", {"kv_groups": 4}, "run|logits"),
+    ("nemotron", {"mlp_linears": ("down_proj", "up_proj"), "mlp_exit": "mlp.up_proj"}, "run|shapes"),
+    ("apertus", {"mlp_norm": "attention_layernorm"}, "MLP of layer 0"),
+    ("glm4", {"mlp_post_norm": None}, "stream|MLP"),
+]
+# Of families that are built like others.
+WRONG_TOO: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt_bigcode_heads", {"fused": "blocks"}, "logits"),
+    ("xglm", SWAPPED, "logits"),
+    ("xglm", NO_SCALE, "logits"),
+    ("xglm", {"mlp_norm": "self_attn_layer_norm"}, "MLP of layer 0"),
+    ("arcee", {"qkv": ("q_proj", "v_proj", "k_proj")}, "logits"),
+    ("nemotron", {"rotary": NO_ROTARY}, "logits"),
+    ("apertus", {"qk_norm": None}, "logits"),
+    ("ernie4_5", {"rotary": NO_ROTARY}, "logits"),
+    ("seed_oss", {"qkv": ("q_proj", "v_proj", "k_proj")}, "logits"),
+    ("ministral", NO_SCALE, "logits"),
+    ("helium", {"mlp_norm": "input_layernorm"}, "MLP of layer 0"),
+    ("glm", {"rotary": NO_ROTARY}, "logits"),
+    ("glm4", {"attention_post_norm": None}, "stream"),
+    ("glm4", {"mlp_norm": "post_mlp_layernorm"}, "MLP"),
+    ("olmo3", {"joint_qk_norm": False}, "run"),
+    ("olmoe", {"qk_norm": None}, "logits"),
+    ("olmoe", {"joint_qk_norm": False}, "run"),
+    ("granitemoe", {"residual_multiplier": 1.0}, "stream"),
+    ("granitemoe", {"logit_scale": 1.0}, "logits computed from the last stream"),
+    ("phimoe", {"mlp_norm": "input_layernorm"}, "MLP of layer 0"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("family", "change", "what"), WRONG, ids=[f"{family}-{'-'.join(change)}" for family, change, _ in WRONG]
+    ("family", "change", "what"),
+    [*WRONG, *(exhaustive(*case) for case in WRONG_TOO)],
+    ids=[f"{family}-{'-'.join(change)}" for family, change, _ in (*WRONG, *WRONG_TOO)],
 )
 def test_a_wrong_field_is_refused(
     family: str, change: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +199,6 @@ REFUSED = {
     "deepseek_v3": "multi-head latent attention",
     "minicpm3": "multi-head latent attention",
     "bert": "'bert' is not supported",
-    "xglm": "'xglm' is not supported",
 }
 
 
@@ -182,10 +212,11 @@ def test_models_of_another_kind_are_refused_with_the_reason(model_type: str) -> 
     ("config", "match"),
     [
         (OPTConfig(do_layer_norm_before=False), "OPT-350m"),
+        (OlmoeConfig(clip_qkv=8.0), "clips"),
         (BloomConfig(apply_residual_connection_post_layernorm=True), "adds normalised streams"),
         (Gemma3Config(), "its text model is of family 'gemma3_text'"),
     ],
-    ids=["opt-350m", "bloom", "gemma3"],
+    ids=["opt-350m", "olmoe", "bloom", "gemma3"],
 )
 def test_variants_that_cannot_be_read_are_refused(config: PretrainedConfig, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):

@@ -15,7 +15,9 @@ from tests.helpers import run_main
 ASKED_FOR = {
     *("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "falcon", "phi", "phi3", "stablelm", "cohere"),
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "granite", "starcoder2"),
-    *("gemma", "gemma2", "gemma3_text", "olmo2"),
+    *("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "olmoe", "gpt_bigcode", "xglm", "arcee"),
+    *("nemotron", "apertus", "ernie4_5", "seed_oss", "ministral", "helium", "glm", "glm4", "granitemoe"),
+    "phimoe",
 }
 
 

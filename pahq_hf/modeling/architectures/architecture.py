@@ -61,7 +61,7 @@ class Architecture:
         conv1d: Whether projections are `Conv1D`, stored [in, out].
         parallel: Whether attention and MLP of a layer read the same stream.
         residual_multiplier: Factor of what a block adds to the stream.
-        norm_offset: What RMS norms add to their weight (Gemma: 1).
+        norm_offset: What norms add to their weight (Gemma, Nemotron: 1).
         logit_scale: Factor of the logits.
         logit_softcap: Bound of the logits, `c tanh(l / c)`.
         kv_groups: Key/value groups; by default what the config says.

@@ -66,6 +66,8 @@ def _positions(row: Architecture, config: PretrainedConfig) -> str:
         return ("partial rotary" if partial else "rotary") + kinds
     if row.score_bias is alibi_bias or getattr(config, "alibi", False):
         return "ALiBi"
+    if row.model_type == "xglm":  # a table that is computed, and added like a learned one
+        return "sinusoidal"
     return "learned, local windows" if row.score_bias is local_bias else "learned"
 
 

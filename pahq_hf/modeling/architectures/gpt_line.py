@@ -35,6 +35,24 @@ def _gpt2(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _gpt_bigcode(config: PretrainedConfig) -> Architecture:
+    """StarCoder: one key and value for all heads, or (not `multi_query`) one for each."""
+    return Architecture(
+        model_type="gpt_bigcode",
+        kv_groups=1 if config.multi_query else config.num_attention_heads,
+        layers=_BLOCKS,
+        final_norm=_FINAL_NORM,
+        attention="attn",
+        attention_norm="ln_1",
+        mlp_norm="ln_2",
+        qkv=("c_attn",),
+        fused="groups",
+        out="c_proj",
+        mlp_linears=("c_fc", "c_proj"),
+        rotary=NO_ROTARY,
+    )
+
+
 def _gpt_neo(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gpt_neo",
@@ -111,8 +129,24 @@ def _opt(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _xglm(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="xglm",
+        kv_groups=config.num_attention_heads,
+        final_norm="model.layer_norm",
+        attention_norm="self_attn_layer_norm",
+        out="out_proj",
+        mlp="",
+        mlp_norm="final_layer_norm",
+        mlp_linears=("fc1", "fc2"),
+        mlp_run=_opt_mlp,
+        mlp_exit="fc2",
+        rotary=NO_ROTARY,
+    )
+
+
 def _opt_mlp(layer: nn.Module, x: Tensor) -> Tensor:
-    """OPT's MLP lies in its layer."""
+    """The MLP of OPT and XGLM lies in its layer."""
     result: Tensor = layer.fc2(layer.activation_fn(layer.fc1(x)))  # type: ignore[operator]
     return result
 
@@ -189,8 +223,10 @@ GPT_LINE: dict[str, RowOf] = {
     "bloom": _bloom,
     "falcon": _falcon,
     "gpt2": _gpt2,
+    "gpt_bigcode": _gpt_bigcode,
     "gpt_neo": _gpt_neo,
     "gpt_neox": _gpt_neox,
     "gptj": _gptj,
     "opt": _opt,
+    "xglm": _xglm,
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
+from pahq_hf.errors import UnsupportedModelError
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -18,7 +21,7 @@ def _qwen3(config: PretrainedConfig) -> Architecture:
 
 
 def _mixtral(config: PretrainedConfig) -> Architecture:
-    return Architecture(model_type="mixtral", mlp_linears=(), experts="experts")
+    return Architecture(model_type=config.model_type, mlp_linears=(), experts="experts")
 
 
 def _qwen2_moe(config: PretrainedConfig) -> Architecture:
@@ -65,7 +68,7 @@ def _gemma3(config: PretrainedConfig) -> Architecture:
 
 def _olmo2(config: PretrainedConfig) -> Architecture:
     return Architecture(
-        model_type="olmo2",
+        model_type=config.model_type,
         attention_norm=None,
         attention_post_norm="post_attention_layernorm",
         mlp_norm=None,
@@ -87,6 +90,18 @@ def _phi(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _olmoe(config: PretrainedConfig) -> Architecture:
+    if config.clip_qkv is not None:
+        raise UnsupportedModelError("this OLMoE clips its queries, keys and values (clip_qkv)")
+    return Architecture(
+        model_type="olmoe",
+        qk_norm=("q_norm", "k_norm"),
+        joint_qk_norm=True,
+        mlp_linears=(),
+        experts="experts",
+    )
+
+
 def _phi3(config: PretrainedConfig) -> Architecture:
     return Architecture(model_type="phi3", qkv=("qkv_proj",), mlp_linears=("gate_up_proj", "down_proj"))
 
@@ -103,9 +118,44 @@ def _stablelm(config: PretrainedConfig) -> Architecture:
 
 def _granite(config: PretrainedConfig) -> Architecture:
     return Architecture(
-        model_type="granite",
+        model_type=config.model_type,
         residual_multiplier=float(config.residual_multiplier),
         logit_scale=1.0 / float(config.logits_scaling),
+    )
+
+
+def _granitemoe(config: PretrainedConfig) -> Architecture:
+    return replace(_granite(config), mlp="block_sparse_moe", mlp_linears=(), experts="experts")
+
+
+def _glm(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="glm", mlp_linears=("gate_up_proj", "down_proj"))
+
+
+def _glm4(config: PretrainedConfig) -> Architecture:
+    return replace(
+        _glm(config),
+        model_type="glm4",
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+    )
+
+
+def _arcee(config: PretrainedConfig) -> Architecture:
+    """MLPs without a gate."""
+    return Architecture(model_type=config.model_type, mlp_linears=("up_proj", "down_proj"), mlp_gates=())
+
+
+def _nemotron(config: PretrainedConfig) -> Architecture:
+    return replace(_arcee(config), norm_offset=1.0)
+
+
+def _apertus(config: PretrainedConfig) -> Architecture:
+    return replace(
+        _arcee(config),
+        attention_norm="attention_layernorm",
+        mlp_norm="feedforward_layernorm",
+        qk_norm=("q_norm", "k_norm"),
     )
 
 
@@ -124,21 +174,34 @@ def _cohere(config: PretrainedConfig) -> Architecture:
 
 
 LLAMA_LINE: dict[str, RowOf] = {
+    "apertus": _apertus,
+    "arcee": _arcee,
     "cohere": _cohere,
+    "ernie4_5": _llama,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "glm": _glm,
+    "glm4": _glm4,
     "granite": _granite,
+    "granitemoe": _granitemoe,
+    "helium": _llama,
     "llama": _llama,
+    "ministral": _llama,
     "mistral": _llama,
     "mixtral": _mixtral,
+    "nemotron": _nemotron,
     "olmo2": _olmo2,
+    "olmo3": _olmo2,
+    "olmoe": _olmoe,
     "phi": _phi,
     "phi3": _phi3,
+    "phimoe": _mixtral,
     "qwen2": _llama,
     "qwen2_moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "seed_oss": _llama,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }
