@@ -23,7 +23,7 @@ from pahq_hf.errors import (
     check_place,
 )
 from pahq_hf.evaluation.evaluator import Evaluator
-from pahq_hf.evaluation.fits import check_fits
+from pahq_hf.evaluation.fits import fit
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
 from pahq_hf.evaluation.runnable import RunnableModel
 from pahq_hf.precision.flags import exact_products
@@ -381,7 +381,7 @@ class PAHQModel(RunnableModel):
         check_work(options, EvaluateOptions.__annotations__, "evaluate", circuit=(circuit, Circuit))
         check_task(task, "evaluate")
         wanted = EvaluationOptions.from_dict(dict(options))
-        check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
+        circuit = fit(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.record.arguments
         chosen = metric or ran.metric or task.metric
         ablation = cast("Ablation", ran.ablation or "corrupted")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 import xxhash
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pahq_hf.checkpoint.streaming import stored_tensor
 from pahq_hf.circuit.identity import ModelIdentity
@@ -31,14 +32,25 @@ def identity_of(
     Returns:
         Name, revision, family, width and fingerprint.
     """
-    config = model.config
+    return replace(identity_in(model.config, base_model), fingerprint=fingerprint(model, source))
+
+
+def identity_in(config: PretrainedConfig, base_model: str) -> ModelIdentity:
+    """What a config says of that, without weights.
+
+    Args:
+        config: The model's config.
+        base_model: The name by which it was loaded.
+
+    Returns:
+        Name, revision, family and width.
+    """
     return ModelIdentity.from_json(
         {
             "revision": getattr(config, "_commit_hash", None),
             **shared_name(base_model),
             "model_type": config.model_type,
             "d_model": config.hidden_size,
-            "fingerprint": fingerprint(model, source),
         }
     )
 

@@ -1,4 +1,4 @@
-"""Circuits in other tools' formats: EAP-IG / MIB JSON, CSV, GraphML and Graphviz DOT, all plain text."""
+"""Circuits in other tools' formats: EAP-IG / MIB JSON, lists of edges, CSV, GraphML, DOT, all plain text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import networkx as nx
 import numpy as np
 
 from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.circuit.files import output_path, read_json, write_text
+from pahq_hf.circuit.edge_lists import is_edge_list, read_edge_list
+from pahq_hf.circuit.files import MAX_BYTES, output_path, write_text
+from pahq_hf.circuit.fitting import fits, fitted, regrouped, uneven_edges
 from pahq_hf.circuit.graph import Graph, GraphSpec
+from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.render.palette import LIGHT
 from pahq_hf.circuit.terminal import printable
 from pahq_hf.errors import CircuitError, ConfigError
@@ -46,7 +50,8 @@ def export(circuit: Circuit, path: str | Path, fmt: str) -> None:
 def to_mib(circuit: Circuit) -> dict[str, Any]:
     """The document that EAP-IG's `Graph.from_json` and the MIB benchmark read: every node, every edge.
 
-    Both know heads only: a key/value group that heads share becomes an edge to each of these heads.
+    Both know heads only: a key/value group that heads share becomes an edge to each of these heads. How many
+    groups there are, and whether heads are coupled, is said in `cfg` beside what they read, for `from_mib`.
 
     Args:
         circuit: The circuit.
@@ -67,6 +72,9 @@ def to_mib(circuit: Circuit) -> dict[str, Any]:
         "n_heads": spec.heads,
         "parallel_attn_mlp": spec.parallel,
         "d_model": circuit.identity.d_model,
+        **({"n_key_value_heads": spec.kv_groups} if spec.kv_groups != spec.heads else {}),
+        **({"split_kv_groups": True} if spec.split_kv_groups else {}),
+        **({"coupled_heads": True} if spec.coupled else {}),
     }
     return {
         "cfg": cfg,
@@ -98,22 +106,33 @@ def from_mib(path: str | Path) -> Circuit:
         path: A JSON file with `cfg`, `nodes` and `edges`.
 
     Returns:
-        The circuit, every head with key and value readers of its own. Edges with a score other than 0
-        count as tested.
+        The circuit, every head with key and value readers of its own unless `to_mib` wrote the file and said
+        how heads share them. Edges with a score other than 0 count as tested.
 
     Raises:
         CircuitError: If it is no such file, or names edges that its graph does not have.
     """
-    document = _read_graph(Path(path))
-    cfg, edges = document.get("cfg"), document.get("edges")
+    return _from_mib(_read_document(Path(path)), Path(path))
+
+
+def _from_mib(document: object, path: Path) -> Circuit:
+    found = document if isinstance(document, dict) else {}
+    cfg, edges = found.get("cfg"), found.get("edges")
     if not isinstance(cfg, dict) or not isinstance(edges, dict):
         raise CircuitError(f"{path} has no 'cfg' and 'edges': it is not an EAP-IG or MIB graph")
     try:
+        heads = int(cfg["n_heads"])
         spec = GraphSpec(
             layers=int(cfg["n_layers"]),
-            heads=int(cfg["n_heads"]),
-            kv_groups=int(cfg["n_heads"]),
+            heads=heads,
+            kv_groups=heads,
             parallel=bool(cfg.get("parallel_attn_mlp", False)),
+        )
+        told = replace(
+            spec,
+            kv_groups=int(cfg.get("n_key_value_heads", heads)),
+            split_kv_groups=bool(cfg.get("split_kv_groups", False)),
+            coupled=bool(cfg.get("coupled_heads", False)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CircuitError(f"{path}: unusable cfg ({error!r})") from error
@@ -127,24 +146,99 @@ def from_mib(path: str | Path) -> Circuit:
         except (AttributeError, TypeError, ValueError) as error:
             raise CircuitError(f"{path}: edge {name[:80]!r} has no usable score and in_graph") from error
     model = {"d_model": cfg["d_model"]} if isinstance(cfg.get("d_model"), int) else {}
-    return Circuit(graph, kept, scores, scores != 0, model, {})
+    circuit = Circuit(graph, kept, scores, scores != 0, model, {})
+    return circuit if told == spec else fitted(circuit, told)
 
 
-def _read_graph(path: Path) -> dict[str, Any]:
-    """The document of a graph.
+# -- any of them ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A circuit of another tool.
+
+    Attributes:
+        circuit: The circuit.
+        folded: Edges of key/value groups that the file keeps for some heads of the group only.
+    """
+
+    circuit: Circuit
+    folded: int = 0
+
+
+def import_circuit(path: str | Path, spec: GraphSpec, identity: ModelIdentity) -> Imported:
+    """Read another tool's circuit of a model.
+
+    Edges of single heads are folded into the groups of keys and values that there are: one is kept where
+    one of its heads keeps it.
+
+    Args:
+        path: A JSON file, as for `read_circuit_file`.
+        spec: The shape of the model's graph.
+        identity: What identifies the model.
+
+    Returns:
+        The circuit in that graph.
 
     Raises:
-        CircuitError: If there is none.
+        CircuitError: If it is no such file, or of another model.
+    """
+    circuit, graph = read_circuit_file(path, spec), Graph(spec)
+    if not fits(circuit, spec):
+        own = circuit.graph.spec
+        raise CircuitError(f"{path} is of another model: its graph is {own}, the model's is {spec}")
+    found = replace(regrouped(circuit, graph), model=identity.to_json())
+    return Imported(found, uneven_edges(circuit, graph))
+
+
+def read_circuit_file(path: str | Path, spec: GraphSpec | None = None) -> Circuit:
+    """Read another tool's circuit: an EAP-IG or MIB graph, or a list of edges (`edge_lists`).
+
+    Args:
+        path: A JSON file.
+        spec: The shape of the model's graph, which a list of edges needs.
+
+    Returns:
+        The circuit, in the graph that the file tells, or of a list in one with a key and value for each head.
+
+    Raises:
+        CircuitError: If it is no such file.
+    """
+    path = Path(path)
+    document = _read_document(path)
+    if isinstance(document, dict) and "cfg" in document:
+        return _from_mib(document, path)
+    if not is_edge_list(document):
+        raise CircuitError(f"{path} is no circuit: it has neither 'cfg' and 'edges' nor a list of edges")
+    if spec is None:
+        raise CircuitError(
+            f"{path} is a list of edges, which does not say of what: give the model they are of (--model)"
+        )
+    try:
+        return read_edge_list(document, spec)
+    except CircuitError as error:
+        raise CircuitError(f"{path}: {error}") from error
+
+
+def _read_document(path: Path) -> object:
+    """What a JSON file holds.
+
+    Raises:
+        CircuitError: If it is none.
     """
     try:
-        return read_json(path)
-    except CircuitError as error:
-        if not isinstance(error.__cause__, ValueError | RecursionError):
-            raise
+        if path.stat().st_size > MAX_BYTES:
+            raise CircuitError(f"{path} is larger than any circuit; not read")
+        document: object = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CircuitError(
             f"{path} is no EAP-IG or MIB graph, which is a JSON file with 'cfg' and 'edges', such as pahq "
-            f"export --format mib writes; CSV, GraphML and DOT are not read back ({error.__cause__})"
+            f"export --format mib writes, and no list of edges in JSON; CSV, GraphML and DOT are not read "
+            f"back, nor are pickles ({error})"
         ) from error
+    return document
 
 
 # -- edges as rows ----------------------------------------------------------------------------------

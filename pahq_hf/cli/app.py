@@ -25,7 +25,7 @@ from pahq_hf.cli.evaluate import evaluate_command
 from pahq_hf.cli.export import export
 from pahq_hf.cli.extensions import load_extensions
 from pahq_hf.cli.families import families
-from pahq_hf.cli.import_ import import_
+from pahq_hf.cli.import_ import import_command
 from pahq_hf.cli.info import info_command
 from pahq_hf.cli.output import ClosedPipe, written_output
 from pahq_hf.cli.pull import pull
@@ -58,7 +58,8 @@ app.command("discover")(discover_command)
 app.command("attribute")(attribute_command)
 app.command("sweep")(sweep_command)
 app.command("evaluate")(evaluate_command)
-for command in (tasks, show, push, pull, export, import_, compare):
+app.command("import")(import_command)
+for command in (tasks, show, push, pull, export, compare):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -25,8 +25,10 @@ def compare(
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.comparison import compare_circuits
     from pahq_hf.circuit.files import write_text
+    from pahq_hf.circuit.fitting import in_one_graph
 
     a, b = Circuit.from_pretrained(first), Circuit.from_pretrained(second)
+    a, b = in_one_graph(a, b)
     facts = compare_circuits(a.scored, b.scored)
     if html is not None:
         from pahq_hf.circuit.render.page import compare_page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def evaluate(
     ] = 0,
     reference: Annotated[
         Path | None,
-        typer.Option(help="A known circuit (folder, or EAP-IG / MIB JSON): ROC, precision and recall."),
+        typer.Option(help="A known circuit (folder, or another tool's JSON): ROC, precision and recall."),
     ] = None,
     plots: Annotated[
         Path | None,
@@ -88,7 +88,7 @@ def evaluate(
         raise ConfigError("--samples are random subsets of --completeness: give it too")
     found = Circuit.from_pretrained(circuit, token=source.token)
     foreseen_metric(prompts.task, metric or found.record.arguments.metric)
-    known = None if reference is None else _read_reference(reference)
+    known = None if reference is None else _read_reference(reference, found)
     if known is not None:
         reference_facts(found, known)  # what does not fit should fail before the model runs
     if audit:
@@ -97,7 +97,7 @@ def evaluate(
         make_folder(plots)
     take_threads(threads)
     arguments = source.arguments(device=device)
-    pahq = PAHQConfig(regime="fp32", split_kv_groups=found.graph.spec.split_kv_groups)
+    pahq = PAHQConfig(regime="fp32", split_kv_groups=_splits(found, model, arguments))
     with make_progress(not as_json).phase(f"loading {model}"):
         wrapped = PAHQModel.from_pretrained(model, pahq, **arguments)
     data = prompts.load(wrapped.tokenizer)
@@ -133,9 +133,25 @@ def evaluate(
 evaluate_command = Command(evaluate)
 
 
-def _read_reference(path: Path) -> Circuit:
-    """A circuit's folder, or a file in EAP-IG's format."""
+def _read_reference(path: Path, found: Circuit) -> Circuit:
+    """A circuit's folder, or another tool's file of one in the same graph."""
     from pahq_hf.circuit.circuit import Circuit
-    from pahq_hf.circuit.interchange import from_mib
+    from pahq_hf.circuit.interchange import read_circuit_file
 
-    return from_mib(path) if path.is_file() else Circuit.from_pretrained(path)
+    if not path.is_file():
+        return Circuit.from_pretrained(path)
+    return read_circuit_file(path, found.graph.spec)
+
+
+def _splits(circuit: Circuit, model: str, arguments: dict[str, Any]) -> bool:
+    """Whether the model gives each head its own key and value, as the circuit does or as it needs it."""
+    from pahq_hf.circuit.fitting import fits, is_of_heads, uneven_edges
+    from pahq_hf.circuit.graph import Graph
+
+    if not is_of_heads(circuit):
+        return circuit.graph.spec.split_kv_groups
+    from pahq_hf.checkpoint.load import load_config
+    from pahq_hf.modeling.architectures.lookup import graph_spec
+
+    spec = graph_spec(load_config(model, **arguments))
+    return fits(circuit, spec) and uneven_edges(circuit, Graph(spec)) > 0

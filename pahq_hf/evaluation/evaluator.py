@@ -12,6 +12,7 @@ from torch import Tensor
 from pahq_hf.capture.mean_activations import Means, circuit_means
 from pahq_hf.circuit.ablation import CORRUPTED, FULL, plain_ablation
 from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.fitting import fitted
 from pahq_hf.circuit.graph import BoolArray, Graph
 from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.config import Ablation
@@ -163,6 +164,7 @@ class Evaluator:
         Raises:
             CircuitError: If the circuit is of another graph.
         """
+        circuit = fitted(circuit, self._model.spec)
         check_shape(circuit, self._model)
         logits = self.logits(circuit.kept)
         value = self.metric(logits)

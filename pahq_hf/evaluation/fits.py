@@ -6,11 +6,34 @@ import logging
 
 from pahq_hf.checkpoint.legacy_fingerprint import LEGACY_NOTE, is_legacy, legacy_fingerprint_of
 from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.fitting import fitted
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.errors import CircuitError
 from pahq_hf.modeling.patched_model import PatchedModel
 
 logger = logging.getLogger(__name__)
+
+
+def fit(
+    circuit: Circuit, model: PatchedModel, identity: ModelIdentity, *, any_weights: bool = False
+) -> Circuit:
+    """A circuit as a circuit of a model: in its graph, if that only divides keys and values otherwise.
+
+    Args:
+        circuit: The circuit.
+        model: The patched model.
+        identity: What identifies the model.
+        any_weights: Accept a model of the same shape with other weights, such as a fine-tuned one.
+
+    Returns:
+        The circuit in the model's graph.
+
+    Raises:
+        CircuitError: If it belongs to another model.
+    """
+    found = fitted(circuit, model.spec)
+    check_fits(found, model, identity, any_weights=any_weights)
+    return found
 
 
 def check_shape(circuit: Circuit, model: PatchedModel) -> None:

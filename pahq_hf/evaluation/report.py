@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.ablation import APPLY
 from pahq_hf.circuit.circuit import Circuit
+from pahq_hf.circuit.fitting import in_one_graph
 from pahq_hf.circuit.graph import BoolArray, Graph, edge_list
 from pahq_hf.config import check_number
 from pahq_hf.errors import ConfigError, check_names, describe
@@ -133,6 +134,7 @@ def reference_facts(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
         CircuitError: If the reference has edges that the circuit's graph does not have.
         ConfigError: If it holds no edge, or all of them.
     """
+    circuit, reference = in_one_graph(circuit, reference)
     graph = circuit.graph
     truth = edges_in(graph, reference)
     scores = ranked_scores(circuit)

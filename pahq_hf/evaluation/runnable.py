@@ -21,7 +21,7 @@ from pahq_hf.config import EngineConfig
 from pahq_hf.engine.hooks.apply import applied, substitute_of
 from pahq_hf.engine.memory_plan import MemoryReport, report
 from pahq_hf.errors import AblationWarning, ConfigError, describe
-from pahq_hf.evaluation.fits import check_fits
+from pahq_hf.evaluation.fits import fit
 from pahq_hf.modeling.guard import evaluating
 from pahq_hf.precision.device_memory import memory_for
 from pahq_hf.precision.flags import exact_products
@@ -214,7 +214,7 @@ class RunnableModel(WrappedModel):
         exact: bool,
         any_weights: bool,
     ) -> Iterator[RunnableT]:
-        check_fits(circuit, self.patched, self.identity, any_weights=any_weights)
+        circuit = fit(circuit, self.patched, self.identity, any_weights=any_weights)
         with self._guarded(), exact_products():
             substitute, ablation = substitute_of(self.patched, circuit, corrupted, corrupted_mask, means)
             text = notice(circuit.record, ablation)

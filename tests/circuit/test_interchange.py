@@ -26,6 +26,7 @@ SPECS = {
     "one group": GraphSpec(1, 4, 1),
     "split": GraphSpec(2, 4, 2, split_kv_groups=True),
     "parallel": GraphSpec(2, 2, 2, parallel=True),
+    "coupled": GraphSpec(2, 4, 2, coupled=True),
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -48,6 +49,19 @@ def per_head(circuit: Circuit, values: Any) -> dict[tuple[str, str], Any]:
     return found
 
 
+def arrays(circuit: Circuit) -> tuple[Any, Any, Any]:
+    return circuit.kept, circuit.scores, circuit.tested
+
+
+def foreign(circuit: Circuit, path: Path) -> Circuit:
+    """A circuit through a file that says of its graph what EAP-IG says, and no more."""
+    document = to_mib(circuit)
+    for name in ("n_key_value_heads", "split_kv_groups", "coupled_heads"):
+        document["cfg"].pop(name, None)
+    path.write_text(json.dumps(document))
+    return from_mib(path)
+
+
 # -- EAP-IG and MIB ---------------------------------------------------------------------------------
 
 
@@ -56,12 +70,13 @@ def test_every_edge_comes_back_from_the_mib_schema(spec: GraphSpec, tmp_path: Pa
     circuit = random_circuit(spec)
     export(circuit, tmp_path / "mib.json", "mib")
     back = from_mib(tmp_path / "mib.json")
-    assert back.graph.spec.heads == back.graph.spec.kv_groups == spec.heads
-    assert back.graph.spec.parallel == spec.parallel
-    assert per_head(back, back.kept) == per_head(circuit, circuit.kept)
-    assert per_head(back, back.scores) == per_head(circuit, circuit.scores)
-    assert per_head(back, back.tested) == per_head(circuit, circuit.tested)
-    assert back.model["d_model"] == 16
+    assert back.graph.spec == spec and back.model["d_model"] == 16
+    for ours, theirs in zip((back.kept, back.scores, back.tested), arrays(circuit), strict=True):
+        assert np.array_equal(ours, theirs)
+    plain = foreign(circuit, tmp_path / "plain.json")  # as EAP-IG itself would have written it
+    assert plain.graph.spec == GraphSpec(spec.layers, spec.heads, spec.heads, parallel=spec.parallel)
+    for ours, theirs in zip((plain.kept, plain.scores, plain.tested), arrays(circuit), strict=True):
+        assert per_head(plain, ours) == per_head(circuit, theirs)
 
 
 @specs
@@ -74,6 +89,9 @@ def test_the_document_is_what_eap_ig_reads(spec: GraphSpec) -> None:
         "n_heads": heads,
         "parallel_attn_mlp": spec.parallel,
         "d_model": 16,
+        **({"n_key_value_heads": spec.kv_groups} if spec.kv_groups < heads else {}),
+        **({"split_kv_groups": True} if spec.split_kv_groups else {}),
+        **({"coupled_heads": True} if spec.coupled else {}),
     }
     names = ["input"]
     edges = set()
@@ -99,7 +117,7 @@ def test_models_without_mlps_have_no_mib_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "match"),
     [
-        ("[]", "JSON object"),
+        ("[]", "not an EAP-IG or MIB graph"),
         ("{}", "not an EAP-IG or MIB graph"),
         ('{"cfg": {}, "edges": {}}', "unusable cfg"),
         ('{"cfg": {"n_layers": 1, "n_heads": 0}, "edges": {}}', "unusable cfg"),
@@ -244,7 +262,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mib, back = str(tmp_path / "mib.json"), str(tmp_path / "back")
     assert run_main("export", str(tmp_path / "a"), "--out", mib) == 0
     assert run_main("import", mib, "--out", back) == 0
-    assert Circuit.from_pretrained(back).edge_count == sum(per_head(a, a.kept).values())
+    assert Circuit.from_pretrained(back).edge_count == a.edge_count
     for fmt in ("csv", "graphml", "dot"):
         out = tmp_path / f"a.{fmt}"
         assert run_main("export", str(tmp_path / "a"), "--format", fmt, "--out", str(out)) == 0
@@ -252,14 +270,15 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for command, facts in (
         (["export", str(tmp_path / "a")], {"out": mib, "format": "mib", "edges": a.edge_count}),
-        (["import", mib], {"out": f"{back}-2", "edges": Circuit.from_pretrained(back).edge_count}),
+        (["import", mib], {"out": f"{back}-2", "edges": a.edge_count, "folded": 0}),
     ):
         assert run_main(*command, "--out", str(facts["out"]), "--json") == 0
         assert json.loads(capsys.readouterr().out) == facts
     assert run_main("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == compare_circuits(a.scored, b.scored)
-    assert run_main("compare", str(tmp_path / "a"), back) == 2
+    random_circuit(SPECS["heads"]).save_pretrained(tmp_path / "heads")
+    assert run_main("compare", str(tmp_path / "a"), str(tmp_path / "heads")) == 2
     assert "different graphs" in capsys.readouterr().err
     page, both = tmp_path / "page.html", tmp_path / "both.html"
     assert run_main("show", str(tmp_path / "a"), "--html", str(page)) == 0
