@@ -114,7 +114,7 @@ def test_both_engines_find_it(regime: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "options"), [(0.05, {"steps": 2}), exhaustive(0.05, {}), exhaustive(0.001, {})]
+    ("threshold", "options"), [(0.05, {"steps": 2}), exhaustive(0.05, {}), exhaustive(0.0001, {})]
 )
 def test_on_the_demo_it_is_nearer_than_acdc_and_attribution_at_equal_size(
     threshold: float, options: dict[str, Any]
