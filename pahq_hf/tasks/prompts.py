@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from pahq_hf.errors import TaskError, first_line
-from pahq_hf.tasks.tokenization import encode, prompt_tokens
+from pahq_hf.tasks.tokenization import check_text, encode, prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,9 @@ class Prompts:
             if isinstance(value, list) and value and all(type(item) is int for item in value):
                 hint = f"; token ids are of a column {column}_ids"
             raise TaskError(f"{at}: column {column} must be a non-empty text, found {value!r:.60}{hint}")
+        for part in [value] if messages is None else [message["content"] for message in messages]:
+            if isinstance(part, str):
+                check_text(part, f"{at}: column {column}")
         if not self._chat:
             return str(value)
         if messages is None:

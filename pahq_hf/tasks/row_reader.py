@@ -11,12 +11,13 @@ from pahq_hf.tasks.base import Spelling
 from pahq_hf.tasks.columns import Columns, LabelColumns
 from pahq_hf.tasks.pairs import Answers, Draft
 from pahq_hf.tasks.prompts import Prompts
-from pahq_hf.tasks.tokenization import continuation, continued, encode, show
+from pahq_hf.tasks.tokenization import check_text, continuation, continued, encode, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+_LARGEST = 1 << 31  # more tokens than any vocabulary has
 _Reader = Callable[[Row, str, str], Answers]
 
 
@@ -130,6 +131,7 @@ class RowReader:
                 raise TaskError(
                     f"{at}: column {column} must hold text or a list of texts, found {text!r:.60}{hint}"
                 )
+            check_text(text, f"{at}: column {column}")
             tokens = _answer_tokens(tokenizer, prompt, text)
             if tokens is None:
                 raise TaskError(f"{at}: {column} {text!r} is not in the tokenizer's vocabulary")
@@ -179,10 +181,15 @@ def token_ids(row: Row, column: str, size: int | None, at: str, *, optional: boo
     for item in items:
         if not _is_id(item):
             raise TaskError(f"{at}: column {column} must be a list of token ids, found {value!r:.60}")
-        if item < 0 or (size is not None and item >= size):
+        if item < 0 or item >= (size or _LARGEST):
             limit = "a vocabulary" if size is None else f"the vocabulary of {size}"
-            raise TaskError(f"{at}: token id {item} in column {column} is outside {limit}")
+            raise TaskError(f"{at}: token id {_shown(item)} in column {column} is outside {limit}")
     return tuple(items)
+
+
+def _shown(number: int) -> str:
+    """A number for a message, in which thousands of digits would be of no use."""
+    return str(number) if abs(number) < 1 << 64 else "of more than 64 bits"
 
 
 def _is_id(item: object) -> bool:

@@ -24,6 +24,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def check_text(text: str, what: str) -> None:
+    """Check that a tokenizer can read a text.
+
+    Args:
+        text: The text.
+        what: What it is, for the message.
+
+    Raises:
+        TaskError: If it holds half of a character, as JSON's escapes may.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TaskError(f"{what} holds {text[error.start]!r}, which is half of a character") from error
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise a prompt with the tokenizer's own special tokens (Llama's BOS, for instance).
 

@@ -378,6 +378,33 @@ def test_files_that_cannot_be_used(
     assert str(path) in one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"clean": "Then \ud800"}, r"column clean holds '\\ud800', which is half of a character"),
+        ({"corrupted": [{"role": "user", "content": "\udfff"}]}, r"column corrupted holds '\\udfff'"),
+        ({"answer": " t\ud800"}, r"column answer holds '\\ud800'"),
+        (
+            {"clean_ids": [2**63, 1], "corrupted_ids": [1, 1]},
+            "token id 9223372036854775808 in column clean_ids",
+        ),
+        (
+            {"clean_ids": [1, 2], "corrupted_ids": [1, 10**400]},
+            "token id of more than 64 bits in column corr",
+        ),
+    ],
+)
+def test_cells_that_no_tokenizer_reads(
+    row: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chatty = byte_level_bpe(digits="pairs")
+    chatty.chat_template = "{{ messages[0]['content'] }}"
+    ids = "clean_ids" in row
+    with pytest.raises(TaskError, match=message) as error:
+        load_task([ROWS[0] | row], None if ids else chatty, chat_template=not ids)
+    one_line(error)
+
+
 def test_a_list_of_several_is_chosen(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"data": {"train": ROWS[:1], "test": ROWS[1:]}}))
