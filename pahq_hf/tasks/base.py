@@ -20,7 +20,7 @@ class Spelling:
     """The same answer with a leading space or without.
 
     Attributes:
-        token: Its token.
+        token: Its first token.
         text: Its text.
     """
 

@@ -170,8 +170,9 @@ def check_metric(name: str, task: Task) -> None:
             f"metric {name} needs an answer for every example; {_lacks(task, task.answers)}: use kl"
         )
     if "distractors" in needs and not task.has_distractors:
+        whole = ", as whole answers are scored alone: use nll, or answer_tokens first" if task.summed else ""
         raise MetricError(
-            f"metric {name} needs a distractor for every example; {_lacks(task, task.distractors)}"
+            f"metric {name} needs a distractor for every example; {_lacks(task, task.distractors)}{whole}"
         )
 
 

@@ -141,16 +141,16 @@ class RowReader:
                     "exactly one (mind the leading space), or answer_tokens (--answer-tokens) first or whole"
                 )
             found[tuple(tokens)] = None
-            if len(tokens) == 1 and tokens[0] not in self._spelt:
+            if tokens[0] not in self._spelt:
                 self._spell(tokenizer, prompt, text, tokens[0])
         return tuple(found)
 
     def _spell(self, tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, token: int) -> None:
-        """Note what an answer is with or without its leading space, where that is another token."""
+        """Note what an answer begins with where it has a leading space or none, if that is another token."""
         self._spelt.add(token)
         other = text.lstrip(" ") if text.startswith(" ") else f" {text}"
         tokens = _answer_tokens(tokenizer, prompt, other) if other else None
-        if tokens is not None and len(tokens) == 1 and tokens[0] != token:
+        if tokens is not None and tokens[0] != token:
             self.spellings[token] = Spelling(tokens[0], other)
 
 

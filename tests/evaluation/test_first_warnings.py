@@ -49,6 +49,11 @@ def test_answers_without_their_space_are_told(
     (message,) = messages_of(caplog)
     assert "without a leading space, such as 'to'" in message
     caplog.clear()
+    several = load_task([pair | {"answer": "to the"}], tokenizer, answer_tokens="first")
+    warn_of_spelling(leaning(several, tokenizer, " to"), several)
+    (message,) = messages_of(caplog)
+    assert "with a leading space, such as ' to the'" in message
+    caplog.clear()
     for task, likely in ((bare, ("to", "the", " went")), (spaced, (" to", " the", " went"))):
         warn_of_spelling(leaning(task, tokenizer, *likely), task)
     both = load_task([pair | {"answer": [" to", "to"]}], tokenizer)
