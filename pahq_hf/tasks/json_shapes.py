@@ -55,12 +55,12 @@ class Shapes:
             return [self._row(item, f"item {number}") for number, item in enumerate(value, 1)]
         if not isinstance(value, dict):
             self._row(value, "line 1")
-        if self._is_row(value):
+        if self._is_row(value) and (self._is_pair(value) or not any(_lists(value, "", _DEEPEST))):
             return [value]
         listed, data = value.get("columns"), value.get("data")
         if isinstance(listed, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
             return [dict(zip(map(str, listed), row, strict=False)) for row in data]
-        if any(self._is_known(name) for name in value):
+        if any(self._is_known(name) and isinstance(cell, list | dict) for name, cell in value.items()):
             return self._of_columns(value)
         items = list(value.values())
         if items and all(isinstance(item, dict) and self._is_row(item) for item in items):
@@ -112,6 +112,13 @@ class Shapes:
             if is_ids(name) and isinstance(cell, list) and not any(isinstance(item, list) for item in cell):
                 return True
         return False
+
+    def _is_pair(self, value: Mapping[str, Any]) -> bool:
+        """Whether an object names what a pair of prompts is made of, and not only what others name too."""
+        if self._own & value.keys() or "prompt" in value:
+            return True
+        roles = {known_role(name) for name in value}
+        return {"clean", "corrupted"} <= roles or {"clean_ids", "corrupted_ids"} <= roles
 
     def _of_columns(self, value: Mapping[str, Any]) -> list[Row]:
         """Rows of columns, each a list or an object of cells by row."""

@@ -76,6 +76,7 @@ FILES: dict[str, tuple[str, str]] = {
     "AutoCircuit": ("a.json", json.dumps({"prompts": AUTO_CIRCUIT}, indent=4)),
     "nested": ("a.json", json.dumps({"meta": {"seed": [1]}, "data": {"v": 1, "prompts": AUTO_CIRCUIT}})),
     "beside others": ("a.json", json.dumps({"vocabulary": [{"id": 1}], "examples": ROWS})),
+    "below a title": ("a.json", json.dumps({"prefix": "ioi", "year": 2024, "answer": "x", "prompts": ROWS})),
     "pandas columns": ("a.json", FRAME.to_json()),
     "pandas index": ("a.json", FRAME.to_json(orient="index")),
     "pandas split": ("a.json", FRAME.to_json(orient="split")),
