@@ -67,7 +67,7 @@ def mib_as_ours(row: Row, column: str, at: str) -> Row:
                 wrong = _choices(other)[int(other["answerKey"])]
                 distractors = [wrong] if wrong != answer else distractors
         clean, corrupted = row["prompt"], other["prompt"]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TaskError(f"{at}: not a row in MIB's layout: {error!r}") from error
     return {"clean": clean, "corrupted": corrupted, "answer": answer, "distractor": distractors}
 

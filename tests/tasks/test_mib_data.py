@@ -130,3 +130,12 @@ def test_a_hub_dataset_with_configurations(
     for name in ("owner/data:four_choices", "owner/data"):
         assert len(load_task(name, gpt2_like)) == 1
     assert asked == [("owner/data", "four_choices"), ("owner/data",)]
+
+
+@pytest.mark.parametrize("key", [float("inf"), float("nan"), 9, "x", None, [], True])
+def test_an_answer_key_that_is_none_is_named(key: object, gpt2_like: PreTrainedTokenizerFast) -> None:
+    row = mib_row("Alan", "Amy", abc="Then Carl and Chris met. Ben gave a bag to")
+    bad = row | {"answerKey": key, "choices": ["Amy"]}
+    with pytest.raises(TaskError, match="example 1: not a row in MIB's layout"):
+        load_task([row, bad], gpt2_like, on_mismatch="error")
+    assert load_task([row, bad], gpt2_like).source["skipped"] == 1
