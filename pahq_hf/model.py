@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 from pahq_hf.capture.preparation import compute_dtype, prepare, resolved
+from pahq_hf.checkpoint.adapters import without_adapters
 from pahq_hf.checkpoint.arguments import LoadOptions, check_model, read_load_options
 from pahq_hf.checkpoint.saved_config import load_by_name
 from pahq_hf.circuit.circuit import Circuit
@@ -58,7 +59,8 @@ class PAHQModel(RunnableModel):
     and the rest work as before.
 
     Args:
-        model: A Hugging Face causal LM of a supported family; patched in place.
+        model: A Hugging Face causal LM of a supported family, patched in place; or one of PEFT with LoRA, of
+            which a copy is patched that has the active adapters merged into its weights.
         config: Precision regime and format; `pahq` in FP8 by default.
         tokenizer: The model's tokenizer, used by tasks.
         base_model: Name stored with circuits, of a folder its last part; by default the model's own.
@@ -88,9 +90,12 @@ class PAHQModel(RunnableModel):
         source: WeightSource | None = None,
     ) -> None:
         check_model(model)
+        plain, adapter = without_adapters(model)
+        model = cast("PreTrainedModel", plain)
         asked, name = config or PAHQConfig(), base_model or model.config.name_or_path or "unknown"
         prepared = prepare(model, asked, name, source)
         super().__init__(model, name, prepared)
+        self.identity = replace(self.identity, adapter=adapter)
         self.tokenizer = tokenizer
 
     @classmethod
@@ -100,7 +105,8 @@ class PAHQModel(RunnableModel):
         """Load a checkpoint and patch it.
 
         Args:
-            model: Hub id, folder, or `demo` for the bundled checkpoint; also of what `save_pretrained` wrote.
+            model: Hub id, folder, or `demo` for the bundled checkpoint; also of what `save_pretrained` wrote,
+                or of a LoRA adapter (`adapter_config.json`), which is merged into its base.
             pahq_config: Precision regime and format; `pahq` in FP8 by default. Alternatively give its fields
                 as keywords, as on the command line: `precision="fp32"`, `format="int8"`.
             **options: Further: `device`; `base_model`, the model's id on the Hub, where it is loaded from a
@@ -125,6 +131,8 @@ class PAHQModel(RunnableModel):
         wrapped = cls(
             found.model, found.config, tokenizer=found.tokenizer, base_model=found.name, source=found.source
         )
+        if found.adapter is not None:
+            wrapped.identity = found.adapter.identify(wrapped.config, wrapped.identity.fingerprint)
         if base_model is not None:
             wrapped.identity = wrapped.identity.with_base_model(base_model)
         return wrapped

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pahq_hf.checkpoint.load import load, load_tokenizer
+from pahq_hf.checkpoint.adapters import Adapter, find_adapter, is_local_adapter, merge
+from pahq_hf.checkpoint.load import load, load_config, load_tokenizer
 from pahq_hf.checkpoint.placement import one_device
+from pahq_hf.checkpoint.streaming import say_loaded_whole
+from pahq_hf.circuit.naming import is_place
 from pahq_hf.config import CONFIG_NAME, PAHQConfig
 from pahq_hf.errors import HubError, ModelLoadError, UnsupportedModelError
 from pahq_hf.modeling.lowering import check_lowerable
@@ -53,6 +56,7 @@ class LoadedModel:
         source: Where its weights can be read again.
         config: How it is to be patched.
         name: What it was loaded by: the base model's name, if a saved configuration named one.
+        adapter: The adapter of that name, which is merged into the weights.
     """
 
     model: PreTrainedModel
@@ -60,6 +64,7 @@ class LoadedModel:
     source: WeightSource | None
     config: PAHQConfig
     name: str
+    adapter: Adapter | None = None
 
 
 def load_by_name(
@@ -83,6 +88,8 @@ def load_by_name(
     """
     config = given or PAHQConfig(**fields)
     _check_loadable(config, arguments)
+    if is_local_adapter(name):
+        return _load_adapted(name, config, arguments)
     try:
         model, source = load(
             name, streamed=config.is_low, quantize_embeddings=config.quantize_embeddings, **arguments
@@ -90,11 +97,51 @@ def load_by_name(
     except (ModelLoadError, UnsupportedModelError):
         saved = find_saved_config(name, arguments)
         if saved is None or saved.base_model is None:
+            if not is_place(name) and find_adapter(name, arguments) is not None:
+                return _load_adapted(name, config, arguments)
             raise
         rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
         rest["revision"] = saved.revision
         return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest)
     return LoadedModel(model, load_tokenizer(name, **arguments), source, config, name)
+
+
+def load_config_of(name: str, **arguments: Any) -> PretrainedConfig:
+    """A model's config, without its weights; of an adapter that of its base.
+
+    Args:
+        name: Hub id, folder, or `demo`.
+        **arguments: As for `load_config`.
+
+    Returns:
+        The config of a supported family.
+
+    Raises:
+        ModelLoadError: If it cannot be read.
+        UnsupportedModelError: If the family is not supported.
+    """
+    adapter = find_adapter(name, arguments) if is_local_adapter(name) else None
+    if adapter is None:
+        return load_config(name, **arguments)
+    rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
+    return load_config(adapter.base, **rest, revision=adapter.base_revision)
+
+
+def _load_adapted(name: str, config: PAHQConfig, arguments: dict[str, Any]) -> LoadedModel:
+    """The base of an adapter, as a whole, with the adapter merged."""
+    adapter = find_adapter(name, arguments)
+    assert adapter is not None  # somebody looked
+    rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
+    rest["revision"] = adapter.base_revision
+    try:
+        model, _ = load(adapter.base, streamed=False, **rest)
+    except (ModelLoadError, UnsupportedModelError) as error:
+        raise type(error)(f"{error} (the base model of the adapter {name!r})") from error
+    merge(model, adapter)
+    if config.is_low:
+        say_loaded_whole(f"{name}: an adapter is merged into its weights")
+    tokenizer = load_tokenizer(name, **arguments) or load_tokenizer(adapter.base, **rest)
+    return LoadedModel(model, tokenizer, None, config, name, adapter)
 
 
 def _check_loadable(config: PAHQConfig, arguments: dict[str, Any]) -> None:

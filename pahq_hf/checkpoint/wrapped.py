@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.naming import shared_name
 from pahq_hf.config import PAHQConfig
 from pahq_hf.errors import ConfigError
 
@@ -86,6 +87,13 @@ class WrappedModel(nn.Module):
             ConfigError: If the base model is a local folder, and nobody said what it is on the Hub.
             HubError: If the Hub refuses.
         """
+        if self.identity.adapter is not None:
+            config = self._reloading()
+            if os.path.exists(self._loaded_from):
+                raise ConfigError(
+                    f"nobody else has the adapter's folder, {self.identity.adapter}: publish it first"
+                )
+            return config.push_to_hub(repo_id, **options)
         if self.identity.local or self.identity.base_model == "unknown":
             raise ConfigError(
                 f"nobody else has the base model's folder, {self.identity.base_model}: say which model "
@@ -96,7 +104,13 @@ class WrappedModel(nn.Module):
 
     def _reloading(self) -> PAHQConfig:
         """The configuration that reloads this model on this machine."""
-        name, revision = self._loaded_from, self.identity.revision
+        name, own = self._loaded_from, self.identity
+        revision = own.revision if own.adapter is None else own.adapter_revision
+        if own.adapter is not None and shared_name(name)["base_model"] != own.adapter:
+            raise ConfigError(
+                f"this model has the adapter {own.adapter!r} merged, which was given with the model: save "
+                "the adapter by PEFT, and load the model by the adapter's name"
+            )
         if name != "demo" and os.path.exists(name):
             name, revision = os.path.abspath(name), None
         return replace(self.pahq_config, base_model=name, revision=revision)

@@ -50,7 +50,8 @@ def render_card(
         where.append(f"subfolder={subfolder!r}")
     text = _template().render(
         metadata=_metadata(model),
-        base_model=f"{base_model} (a local folder)" if model.local else base_model,
+        base_model=(f"{base_model} (a local folder)" if model.local else base_model)
+        + ("" if model.adapter is None else f" with the adapter {model.adapter}"),
         fingerprint=model.fingerprint,
         revision=model.revision or "unknown",
         task=task.name or "unknown",
@@ -112,6 +113,8 @@ def _metadata(model: ModelIdentity) -> str:
 
 def _model_argument(model: ModelIdentity, *, split: bool) -> str:
     known = "demo" if model.base_model == "demo" else model.hub_id
+    if model.adapter is not None:
+        known = model.adapter if "/" in model.adapter else None
     argument = repr(known or "path/to/the/model")
     return f"{argument}, PAHQConfig(split_kv_groups=True)" if split else argument
 

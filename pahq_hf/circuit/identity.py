@@ -22,6 +22,8 @@ class ModelIdentity(Section):
         d_model: Width of the residual stream.
         fingerprint: Hash of the weights.
         license: License, as the model's card on the Hub has it.
+        adapter: Name of the adapter that is merged into its weights, as `base_model` is one.
+        adapter_revision: The adapter's commit on the Hub.
     """
 
     revision: str | None = None
@@ -31,6 +33,8 @@ class ModelIdentity(Section):
     d_model: int | None = None
     fingerprint: str | None = None
     license: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ModelIdentity:

@@ -150,8 +150,8 @@ def _splits(circuit: Circuit, model: str, arguments: dict[str, Any]) -> bool:
 
     if not is_of_heads(circuit):
         return circuit.graph.spec.split_kv_groups
-    from pahq_hf.checkpoint.load import load_config
+    from pahq_hf.checkpoint.saved_config import load_config_of
     from pahq_hf.modeling.architectures.lookup import graph_spec
 
-    spec = graph_spec(load_config(model, **arguments))
+    spec = graph_spec(load_config_of(model, **arguments))
     return fits(circuit, spec) and uneven_edges(circuit, Graph(spec)) > 0

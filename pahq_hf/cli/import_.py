@@ -47,10 +47,10 @@ def import_(
         found = Imported(read_circuit_file(file))
     else:
         from pahq_hf.checkpoint.fingerprint import identity_in
-        from pahq_hf.checkpoint.load import load_config
+        from pahq_hf.checkpoint.saved_config import load_config_of
         from pahq_hf.modeling.architectures.lookup import graph_spec
 
-        config = load_config(model, **source.arguments())
+        config = load_config_of(model, **source.arguments())
         spec = graph_spec(config, split_kv_groups=split_kv_groups)
         found = import_circuit(file, spec, identity_in(config, model))
     circuit = found.circuit

@@ -40,7 +40,8 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Size of a model's graph and of a run on it, from its config and the headers of its files."""
-    from pahq_hf.checkpoint.load import load_config, local_files
+    from pahq_hf.checkpoint.load import local_files
+    from pahq_hf.checkpoint.saved_config import load_config_of
     from pahq_hf.circuit.graph import Graph
     from pahq_hf.cli.tables import facts_table, memory_table
     from pahq_hf.config import PAHQConfig
@@ -56,7 +57,7 @@ def info(
         quantize_embeddings=quantize_embeddings,
     )
     budget = read_bytes(memory_budget)
-    config = load_config(model, **arguments)
+    config = load_config_of(model, **arguments)
     graph = Graph(graph_spec(config, split_kv_groups=split_kv_groups))
     facts = {
         "family": config.model_type,

@@ -35,10 +35,11 @@ def tasks(
 
     rows: list[dict[str, Any]] = [asdict(facts) for facts in DESCRIPTIONS]
     if model is not None:
-        from pahq_hf.checkpoint.load import load_config, load_tokenizer
+        from pahq_hf.checkpoint.load import load_tokenizer
+        from pahq_hf.checkpoint.saved_config import load_config_of
 
         arguments = load_arguments(None, revision, token, trust_remote_code)
-        load_config(model, **arguments)  # says what is wrong with a model that is not there
+        load_config_of(model, **arguments)  # says what is wrong with a model that is not there
         tokenizer = load_tokenizer(model, **arguments)
         if tokenizer is None:
             raise ModelLoadError(f"{model!r} has no tokenizer, so no task can be generated for it")

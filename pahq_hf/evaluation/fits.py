@@ -85,6 +85,8 @@ def check_fits(
     else:
         found = circuit.identity
         name, revision = (str(text)[:80] for text in (found.base_model, found.revision))
+        if found.adapter is not None:
+            name += f" with the adapter {found.adapter[:80]}"
         raise CircuitError(
             f"this circuit was found on other weights ({name}, revision {revision}): load those, or allow "
             "any weights of this shape (--any-weights, any_weights=True)"
