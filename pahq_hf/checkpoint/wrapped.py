@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -58,6 +59,19 @@ class WrappedModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's generate."""
         return self._wrapped.generate(*args, **kwargs)
+
+    def can_generate(self) -> bool:
+        """Whether the wrapped model can generate.
+
+        A pipeline asks this before it looks whether it knows the name of the model's class, and lists all
+        names it knows if it does not. Those of wrappers are in a table, PEFT's among them.
+        """
+        pipelines: Any = sys.modules.get("transformers.pipelines.base")
+        table = {} if pipelines is None else vars(pipelines).get("SUPPORTED_PEFT_TASKS", {})
+        known = table.get("text-generation")
+        if isinstance(known, list) and type(self).__name__ not in known:
+            known.append(type(self).__name__)
+        return bool(self._wrapped.can_generate())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pahq_config.json`: the base model's name and how it is patched, no weights.

@@ -23,6 +23,7 @@ from pahq_hf.engine.memory_plan import MemoryReport, report
 from pahq_hf.errors import AblationWarning, ConfigError, describe
 from pahq_hf.evaluation.fits import fit
 from pahq_hf.modeling.guard import evaluating
+from pahq_hf.modeling.originals import unpatched
 from pahq_hf.precision.device_memory import memory_for
 from pahq_hf.precision.flags import exact_products
 from pahq_hf.precision.products import COMPUTE_DTYPES
@@ -96,6 +97,21 @@ class RunnableModel(WrappedModel):
         if self.patched.is_applied:
             raise ConfigError("a circuit is applied to this model: leave that block before you copy it")
         return type(self).__new__(type(self))
+
+    def unload(self) -> PreTrainedModel:
+        """The model as it was before it was wrapped, as PEFT's `unload` gives it back.
+
+        Returns:
+            Another model of the same class, in full precision and with weights of its own; this one can be
+            used on.
+
+        Raises:
+            ConfigError: While a circuit is applied.
+            UnsupportedModelError: If the original weights cannot be told any more.
+        """
+        if self.patched.is_applied:
+            raise ConfigError("a circuit is applied to this model: leave that block before you unload it")
+        return unpatched(self.patched)
 
     # -- precision --------------------------------------------------------------------------------
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pahq_hf.errors import ConfigError, UnsupportedModelError
 from pahq_hf.modeling.attention import PAHQAttention
@@ -136,6 +139,40 @@ def _stored(linear: WeightMatrix, shape: tuple[int, int]) -> Tensor | None:
 
 def _dense(linear: WeightMatrix) -> Tensor:
     return linear.exact().detach()
+
+
+def unpatched(model: PatchedModel) -> PreTrainedModel:
+    """The model as it was before it was patched, as another one.
+
+    Args:
+        model: The patched model, which stays as it is.
+
+    Returns:
+        A model of the same class, with weights of its own, in full precision and in eval mode.
+
+    Raises:
+        UnsupportedModelError: If the original weights cannot be told any more.
+    """
+    hf, device = model.hf, model.device
+    with init_empty_weights(include_buffers=False):
+        twin: PreTrainedModel = type(hf)._from_config(
+            deepcopy(hf.config), dtype=hf.dtype, attn_implementation="eager"
+        )
+    twin.tie_weights()
+    for name, read in original_tensors(model).items():
+        parent, _, leaf = name.rpartition(".")
+        module, value = twin.get_submodule(parent), read().to(device, copy=True)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value.to(hf.dtype))
+        else:
+            module._buffers[leaf] = value
+    twin.tie_weights()
+    for module in twin.modules():  # those that no checkpoint keeps were made anew
+        for leaf in module._non_persistent_buffers_set:
+            buffer = module._buffers[leaf]
+            module._buffers[leaf] = None if buffer is None else buffer.to(device)
+    twin.generation_config = deepcopy(hf.generation_config)
+    return twin.eval()
 
 
 # -- checkpoints --------------------------------------------------------------------------------------
