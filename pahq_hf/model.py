@@ -50,6 +50,7 @@ from pahq_hf.search.subject import Subject
 from pahq_hf.search.sweep import SweepRun
 from pahq_hf.search.sweep_result import Sweep
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.own_metric import OwnMetric, metric_name, with_named_metric
 
 
 class PAHQModel(RunnableModel):
@@ -336,7 +337,7 @@ class PAHQModel(RunnableModel):
         """
         check_work(options, AttributeOptions.__annotations__, "attribute", engine=(engine, EngineConfig))
         check_task(task, "attribute")
-        wanted = AttributionConfig.from_dict(dict(options))
+        wanted = AttributionConfig.from_dict(with_named_metric(options))
         kind = find_search(wanted.method)
         return self._run(kind, wanted, task, engine, out, resume, take_over, progress)
 
@@ -367,7 +368,7 @@ class PAHQModel(RunnableModel):
         circuit: Circuit,
         task: Task,
         *,
-        metric: str | None = None,
+        metric: str | OwnMetric | None = None,
         any_weights: bool = False,
         **options: Unpack[EvaluateOptions],
     ) -> dict[str, Any]:
@@ -391,7 +392,7 @@ class PAHQModel(RunnableModel):
         wanted = EvaluationOptions.from_dict(dict(options))
         circuit = fit(circuit, self.patched, self.identity, any_weights=any_weights)
         ran = circuit.record.arguments
-        chosen = metric or ran.metric or task.metric
+        chosen = metric_name(metric) or ran.metric or task.metric
         ablation = cast("Ablation", ran.ablation or "corrupted")
         with self._at_work("the evaluation"):
             evaluator = Evaluator(self.patched, task, chosen, ablation)

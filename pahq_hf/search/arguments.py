@@ -15,12 +15,13 @@ from pahq_hf.search.attribution.kinds import MethodName
 from pahq_hf.search.kind import Options, OptionsT, SearchKind
 from pahq_hf.search.registry import advice_on
 from pahq_hf.tasks.base import Task
+from pahq_hf.tasks.own_metric import OwnMetric, with_named_metric
 
 
 class SweepOptions(TypedDict, total=False):
     """Fields of `ACDCConfig` but for the threshold."""
 
-    metric: str | None
+    metric: str | OwnMetric | None
     order: ReaderOrder
     ablation: Ablation
     absolute: bool
@@ -44,7 +45,7 @@ class AttributeOptions(TypedDict, total=False):
     """Fields of `AttributionConfig`."""
 
     method: MethodName
-    metric: str | None
+    metric: str | OwnMetric | None
     steps: int
     topn: int | None
     threshold: float | None
@@ -137,6 +138,7 @@ def wanted_options(
         ConfigError: If something is not what it must be.
     """
     where = f"search {kind.name!r} of {method}" if method == "discover" else method
+    given = with_named_metric(given)
     advice, known = advice_on(kind) if method == "discover" else None, kind.fields
     check_work(given, known, where, advice, config=(config, kind.options), engine=(engine, EngineConfig))
     check_task(task, method)

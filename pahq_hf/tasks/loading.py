@@ -25,6 +25,7 @@ from pahq_hf.tasks.induction import make_induction
 from pahq_hf.tasks.ioi import make_ioi
 from pahq_hf.tasks.metrics import find_metric
 from pahq_hf.tasks.options import AnswerTokens, DataOptions, OnMismatch
+from pahq_hf.tasks.own_metric import OwnMetric, metric_name
 from pahq_hf.tasks.reading import Source, told_source
 from pahq_hf.tasks.sva import make_sva
 
@@ -146,7 +147,7 @@ def load_task(
     *,
     n: int | None = None,
     seed: int | None = None,
-    metric: str | None = None,
+    metric: str | OwnMetric | None = None,
     padding_side: str = "right",
     corruption: str | None = None,
     split: str | None = None,
@@ -167,7 +168,7 @@ def load_task(
         tokenizer: The model's tokenizer; may be missing for data given as token ids.
         n: Number of examples. Generators make 50 by default and `MAX_N` at most; data is used whole.
         seed: Seed of a generator, 0 by default, or of `shuffle`; data that is not shuffled takes none.
-        metric: Overrides the task's default metric.
+        metric: Overrides the task's default metric: a name, or a function of logits (`own_metric`).
         padding_side: `"right"` or `"left"`.
         corruption: How a generator (or which counterfactual of MIB data) corrupts the prompts.
         split: Split of a dataset that has several.
@@ -198,6 +199,7 @@ def load_task(
         name_or_path, n=n, seed=seed, split=split, offset=offset, shuffle=shuffle, options=data_options
     )
     n, seed, offset = None if n is None else int(n), None if seed is None else int(seed), int(offset)
+    metric = metric_name(metric)
     if metric is not None:
         find_metric(metric)
     options: dict[str, Any] = {"padding_side": padding_side}

@@ -134,6 +134,11 @@ def register_metric(spec: MetricSpec) -> None:
     _METRICS[spec.name] = spec
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a name is that of a metric of the package."""
+    return name in _NAMES
+
+
 def known_metrics() -> list[str]:
     """Names of metrics, the built-in ones first."""
     return list(_METRICS)

@@ -128,6 +128,62 @@ def test_a_metric_of_ones_own_is_searched_in_both_engines_and_judged(
     assert json.loads(capsys.readouterr().out)["metric"]["value"] == pytest.approx(facts["metric"]["value"])
 
 
+def gap_to_the_top(logits: Tensor) -> Tensor:
+    """Of one run, and knowing nothing of several. [rows, vocab] -> [rows]"""
+    assert logits.ndim == 2
+    return logits[:, :9].logsumexp(1) - logits[:, 3]
+
+
+def nll(logits: Tensor, targets: Targets) -> Tensor:
+    """Called as one of the package's. [rows, vocab] -> [rows]"""
+    assert logits.ndim == 2
+    return miss(logits, targets)
+
+
+@pytest.mark.parametrize(
+    "own", [gap_to_the_top, nll, lambda logits: logits[:, :9].logsumexp(1) - logits[:, 3]]
+)
+def test_a_function_of_logits_is_a_metric(own: Any) -> None:
+    """In searches, attribution and evaluation, in both engines, by a name of its own."""
+    model, task = PAHQModel(tiny_llama(), FP32), random_task(batch=2, seed=3)
+    options: dict[str, Any] = {"threshold": 0.05, "readers": "logits,m1", "progress": False}
+    found = model.discover(task, metric=own, **options)
+    slow = model.discover(task, metric=own, engine=EngineConfig(engine="hooks"), **options)
+    assert np.array_equal(found.kept, slow.kept) and 0 < found.edge_count < model.graph.edge_count
+    name = {"gap_to_the_top": "gap_to_the_top", "nll": "own-nll"}.get(own.__name__, "lambda")
+    assert found.discovery["metric"]["name"] == name and name in known_metrics()
+    with torch.no_grad():
+        logits = model(task.clean_ids).logits[task.answer_rows, task.answer_positions].double()
+    full = float(Metric(name, task).rows(logits).mean())
+    facts = model.evaluate(found, task, metric=own)
+    assert facts["metric"]["name"] == name and facts["metric"]["full"] == pytest.approx(full, abs=1e-5)
+    assert facts["metric"] == model.evaluate(found, task)["metric"]  # the circuit's own, by its name
+    assert model.attribute(task, method="eap", metric=own, topn=20, progress=False).edge_count == 20
+    by_name = model.discover(replace(task, metric=name), **options)
+    assert np.array_equal(by_name.kept, found.kept)
+
+
+@pytest.mark.parametrize(
+    ("own", "match"),
+    [
+        (lambda: 0, "a function of logits, or of logits and targets"),
+        (lambda logits, targets, more: 0, "a function of logits, or of logits and targets"),
+        (lambda logits: logits, "one a row is"),
+        (lambda logits: logits.mean(), "one a row is"),
+        (lambda logits: 1.0, "must give a tensor"),
+        (3, "metric must be one of|name or a function"),
+    ],
+)
+def test_what_is_no_function_of_logits_is_refused(own: Any, match: str) -> None:
+    model, task = PAHQModel(tiny_llama(), FP32), random_task(batch=2, seed=3)
+    for work in (
+        lambda: model.discover(task, metric=own, threshold=0.1, progress=False),
+        lambda: model.evaluate(Circuit(model.graph, *[model.graph.no_edges()] * 3), task, metric=own),
+    ):
+        with pytest.raises((ConfigError, MetricError), match=match):
+            work()
+
+
 def test_a_circuit_of_an_unknown_metric_is_shown_and_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
