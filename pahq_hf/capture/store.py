@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pahq_hf.circuit.systems import allocate
 from pahq_hf.config import StoreName
 from pahq_hf.errors import RunError
 
@@ -66,7 +66,7 @@ class DiskStore:
         if size == 0:
             return like.new_empty(*shape)
         try:  # writing to a mapped page the disk has no room for would kill the process
-            os.posix_fallocate(self._file.fileno(), self._end, size)
+            allocate(self._file.fileno(), self._end, size)
         except OSError as error:
             raise RunError(
                 f"cannot keep {size} bytes of activations in {tempfile.gettempdir()}: {error}; set TMPDIR to "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pahq_hf.circuit.systems import give_to, is_running, sync
 from pahq_hf.errors import CircuitError, ConfigError, RunError, describe
 
 # What a run's folder holds.
@@ -110,8 +111,7 @@ def write_together(files: Mapping[Path, Write]) -> None:
                 mode = stat.S_IMODE(temporary.stat().st_mode)
                 write(temporary)
                 temporary.chmod(mode)  # some libraries put a file of their own there, for the owner only
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(temporary)
         for path, place, temporary in staged:
             with _explained(path):
                 place.take(temporary)
@@ -132,17 +132,6 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             found = _LEFTOVER.fullmatch(path.name)
             if found is not None and name in (None, found[1]) and not is_running(int(found[2])):
                 path.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True  # another user's
-    return True
 
 
 # -- folders of runs ------------------------------------------------------------------------------
@@ -318,8 +307,7 @@ class _File:
     def take(self, temporary: Path) -> None:
         with suppress(FileNotFoundError):
             status = os.stat(self.path)
-            with suppress(PermissionError):  # only root gives files away
-                os.chown(temporary, status.st_uid, status.st_gid)
+            give_to(temporary, status)
             temporary.chmod(stat.S_IMODE(status.st_mode))
         temporary.replace(self.path)
 

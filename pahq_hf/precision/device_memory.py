@@ -36,6 +36,8 @@ def free_memory(device: torch.device) -> int:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
     except OSError:
+        if not hasattr(os, "sysconf"):
+            return 1 << 30  # Windows does not say in this way
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
     return 1 << 30
 

@@ -23,11 +23,13 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from pahq_hf.circuit.files import LOCK_NAME, is_running, remove_leftovers, write_text
+from pahq_hf.circuit.files import LOCK_NAME, remove_leftovers, write_text
+from pahq_hf.circuit.systems import is_running
 from pahq_hf.errors import RunError
 
 logger = logging.getLogger(__name__)
 _BEAT = 20.0  # seconds between two signs of life
+_HELD_NAME, _HELD = ".run.lock.held", 10.0  # while a lock is looked at and changed, seconds at most
 _SILENCE = 300.0  # seconds without one after which another machine's process counts as gone
 
 
@@ -212,9 +214,13 @@ def _alone(folder: Path) -> Iterator[None]:
     """Look at a folder's lock and change it while no other process does."""
     try:
         import fcntl
-
+    except ImportError:  # Windows, where a folder cannot be opened either
+        with _alone_by_file(folder / _HELD_NAME):
+            yield
+        return
+    try:
         opened = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # not POSIX, or a folder that cannot be read
+    except OSError:  # a folder that cannot be read
         yield
         return
     try:
@@ -223,6 +229,30 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
+
+
+@contextmanager
+def _alone_by_file(path: Path) -> Iterator[None]:
+    """The same by a file that one process alone can make; of one that died in between it is taken over."""
+    opened = None
+    while opened is None:
+        try:
+            opened = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            if _age(path) > _HELD:
+                with suppress(OSError):
+                    path.unlink()
+            time.sleep(0.01)
+        except PermissionError as error:  # of a file that is just going, or of the folder
+            if not path.exists():
+                raise RunError(f"cannot write to {path.parent}: {error.strerror}") from error
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        os.close(opened)
+        with suppress(OSError):
+            path.unlink()
 
 
 @cache
