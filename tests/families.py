@@ -153,6 +153,16 @@ def _windows(**changes: Any) -> Settings:
     return settings
 
 
+def _rope(layers: int) -> list[int]:
+    """Which layers turn queries and keys: every other one."""
+    return [number % 2 for number in range(layers)]
+
+
+def _mpt(layers: int) -> dict[str, Any]:
+    sizes = {"n_layers": layers, "d_model": WIDTH, "n_heads": HEADS, "max_seq_len": 64}
+    return COMMON | sizes | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.4}}
+
+
 def _xglm(layers: int) -> dict[str, Any]:
     sizes = {"num_layers": layers, "d_model": WIDTH, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH}
     return COMMON | sizes | {"max_position_embeddings": 64}
@@ -166,6 +176,15 @@ LLAMA3_ROPE: dict[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+LLAMA4_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 64 / 3,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.4,
+    "original_max_position_embeddings": 3,
 }
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -243,6 +262,14 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
     "olmo3": _known("olmo3", _windows()),
     "olmoe": _known("olmoe", _moe(intermediate_size=WIDTH, norm_topk_prob=True)),
     "granitemoe": _known("granitemoe", _llama(**GRANITE, num_local_experts=4, num_experts_per_tok=2)),
+    "codegen": _known("codegen", _gpt2(rotary_dim=4)),
+    "mpt": _known("mpt", _mpt),
+    "olmo": _known("olmo", _llama(clip_qkv=0.7)),
+    "smollm3": _known("smollm3", lambda layers: llama_like(layers) | {"no_rope_layers": _rope(layers)}),
+    "exaone4": _known("exaone4", _windows(sliding_window_pattern=2)),
+    "cohere2": _known("cohere2", _windows(**COHERE)),
+    "hunyuan_v1_dense": _known("hunyuan_v1_dense", _llama(head_dim=12)),
+    "ministral3": _known("ministral3", _llama(head_dim=12, rope_parameters=LLAMA4_ROPE)),
     "phimoe": _known("phimoe", _llama(num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)),
 }
 
@@ -251,6 +278,7 @@ LIKE_OTHERS = frozenset(
     {
         *("gpt_bigcode", "gpt_bigcode_heads", "xglm", "arcee", "nemotron", "apertus", "ernie4_5", "seed_oss"),
         *("ministral", "helium", "glm", "glm4", "olmo3", "olmoe", "granitemoe", "phimoe"),
+        *("codegen", "mpt", "exaone4", "cohere2"),
     }
 )
 # XGLM's own forward fills in a number that float64 makes overflow.

@@ -281,6 +281,7 @@ def check_vocabulary(model: PatchedModel, task: Task) -> None:
     tokens = [token for row in (*task.answers, *task.distractors) for token in row]
     if tokens and not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
         raise TaskError(f"an answer has token id {max(tokens)}; the model has {model.vocab_size} tokens")
-    limit = getattr(model.hf.config, "max_position_embeddings", None)
+    config = model.hf.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is not None and task.length > limit:
         raise TaskError(f"prompts have {task.length} tokens; the model takes at most {limit}")

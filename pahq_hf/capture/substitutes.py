@@ -95,7 +95,8 @@ def written_heads(layer: Layer, run: Activations, number: int) -> Tensor:
     tables = run.rotary[number]
     q = attention.finish("q", attention.q(x), tables)
     k = attention.finish("k", attention.k(x), tables)
-    return attention.written(attention.mix(q, k, attention.v(x), run.masks[number]))
+    v = attention.finish("v", attention.v(x), tables)
+    return attention.written(attention.mix(q, k, v, run.masks[number]))
 
 
 def mean_per_position(values: Tensor, task: Task) -> Tensor:

@@ -108,7 +108,7 @@ class PAHQAttention(nn.Module):
         return self._project(self.k_proj, x, groups)
 
     def v(self, x: Tensor, groups: Sequence[int] | None = None) -> Tensor:
-        """Values. [batch, pos, d_model] -> [batch, group, pos, d_head]"""
+        """Values before a bound. [batch, pos, d_model] -> [batch, group, pos, d_head]"""
         return self._project(self.v_proj, x, groups)
 
     def finish(
@@ -118,7 +118,7 @@ class PAHQAttention(nn.Module):
         tables: Tables | None,
         blocks: Sequence[int] | None = None,
     ) -> Tensor:
-        """Normalise and rotate queries or keys; values stay as they are.
+        """Normalise, bound and rotate queries or keys; values are bounded at most.
 
         Args:
             kind: `q`, `k` or `v`.
@@ -130,7 +130,22 @@ class PAHQAttention(nn.Module):
         Returns:
             The same shape.
         """
-        return self.rotate(kind, self.normalise(kind, y, blocks, axis=1), tables)
+        return self.in_order(kind, y, blocks, 1, lambda part: self.rotate(kind, part, tables))
+
+    def in_order(
+        self,
+        kind: ReaderKind,
+        y: Tensor,
+        blocks: Sequence[int] | None,
+        axis: int,
+        rotated: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The same with a rotation of the caller's, in the family's order. `axis` is that of the entries."""
+        if self.row.norm_after_rotary:
+            return self.normalise(kind, rotated(y), blocks, axis)
+        y = self.normalise(kind, y, blocks, axis)
+        bound = self.row.qkv_bound
+        return rotated(y if bound is None else y.clamp(-bound, bound))
 
     def normalise(self, kind: ReaderKind, y: Tensor, blocks: Sequence[int] | None, axis: int) -> Tensor:
         """Apply the family's norm of queries or keys, if it has one. `axis` is that of the entries."""
@@ -146,7 +161,7 @@ class PAHQAttention(nn.Module):
 
     def rotate(self, kind: ReaderKind, y: Tensor, tables: Tables | None) -> Tensor:
         """Apply the family's rotary embedding to queries or keys. [batch, entry, pos, d_head]"""
-        return y if kind == "v" or tables is None else self.row.rotary(self, y, tables)
+        return y if kind == "v" or tables is None else self.row.rotary(self, y, tables, kind)
 
     def context(self, kwargs: dict[str, Any], length: int) -> tuple[Tensor | None, Tables | None]:
         """What attention takes from a forward pass without a cache, besides the stream.
@@ -317,7 +332,7 @@ class PAHQAttention(nn.Module):
         if projected is not None:
             q, k, v = projected("q", q), projected("k", k), projected("v", v)
         tables = self.row.rotary.tables(self, kwargs)
-        q, k = self.finish("q", q, tables), self.finish("k", k, tables)
+        q, k, v = self.finish("q", q, tables), self.finish("k", k, tables), self.finish("v", v, tables)
         past = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if past is not None:
             k, v = past.update(k, v, self.layer_idx)

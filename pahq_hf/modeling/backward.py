@@ -157,7 +157,11 @@ def _is_centred(norm: nn.Module) -> bool | None:
     name = type(norm).__name__
     if name.endswith("RMSNorm"):
         return False
-    return True if isinstance(norm, nn.LayerNorm) or name.endswith("CohereLayerNorm") else None
+    return (
+        True
+        if isinstance(norm, nn.LayerNorm) or name.endswith(("CohereLayerNorm", "Cohere2LayerNorm"))
+        else None
+    )
 
 
 def _check_rooms(model: PatchedModel) -> None:

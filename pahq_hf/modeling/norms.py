@@ -138,7 +138,7 @@ def widen_norms(model: nn.Module, offset: float) -> None:
         name = type(norm).__name__
         if name.endswith("RMSNorm"):
             base, centred = _Float64RMSNorm, False
-        elif name == "CohereLayerNorm":
+        elif name in ("CohereLayerNorm", "Cohere2LayerNorm"):
             base, centred = _Float64RMSNorm, True
         else:
             continue

@@ -95,6 +95,12 @@ def qkv_ranges(row: Architecture, rows: int, n_heads: int, n_groups: int) -> dic
     """
     d_head = rows // (n_heads + 2 * n_groups)
     counts = {"q": n_heads, "k": n_groups, "v": n_groups}
+    if row.fused == "quarters":  # which need not be whole heads
+        step = rows // 12
+        return {
+            kind: [(start, start + step) for start in range(place * step, rows, 3 * step)]
+            for place, kind in enumerate("qvk")
+        }
     runs = 1 if row.fused == "blocks" else n_groups
     ranges: dict[str, list[tuple[int, int]]] = {"q": [], "k": [], "v": []}
     start = 0

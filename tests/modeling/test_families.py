@@ -33,9 +33,9 @@ pytestmark = pytest.mark.crossing
 
 TOLERANCE = 1e-5
 # Their rotary embedding and norms compute in float32 whatever the model's dtype.
-FLOAT32_ONLY = {"cohere", "cohere_qk", "ernie4_5", "xglm"}
+FLOAT32_ONLY = {"cohere", "cohere_qk", "cohere2", "ernie4_5", "olmo", "xglm"}
 # Families whose heads depend on each other, and those with experts.
-COUPLED = ("gemma2", "gemma3", "olmo2", "olmo3", "olmoe", "glm4")
+COUPLED = ("gemma2", "gemma3", "olmo2", "olmo3", "olmoe", "glm4", "exaone4")
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 families = pytest.mark.parametrize("family", quick(ALL_FAMILIES, *USUAL))
@@ -147,13 +147,14 @@ def test_edges_by_formula_from_the_config_alone(family: str, split: bool) -> Non
 
 
 PARALLEL = {
-    "gptj", "gpt_neox", "phi", "phi_qk", "stablelm_parallel", "falcon", "falcon_new", "cohere", "cohere_qk"
+    "gptj", "gpt_neox", "phi", "phi_qk", "stablelm_parallel", "falcon", "falcon_new", "cohere", "cohere_qk",
+    "cohere2", "codegen",
 }  # fmt: skip
 
 
 def _all_heads_have_keys(family: str) -> bool:
     gpt_like = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "gpt_neox_sequential", "opt", "bloom"}
-    return family in gpt_like | {"falcon_alibi", "gpt_bigcode_heads", "xglm"}
+    return family in gpt_like | {"falcon_alibi", "gpt_bigcode_heads", "xglm", "codegen", "mpt"}
 
 
 def test_heads_that_a_norm_couples_are_read_together() -> None:

@@ -14,7 +14,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
-    OlmoeConfig,
+    MptConfig,
     OPTConfig,
     PretrainedConfig,
 )
@@ -101,6 +101,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("nemotron", {"mlp_linears": ("down_proj", "up_proj"), "mlp_exit": "mlp.up_proj"}, "run|shapes"),
     ("apertus", {"mlp_norm": "attention_layernorm"}, "MLP of layer 0"),
     ("glm4", {"mlp_post_norm": None}, "stream|MLP"),
+    ("codegen", {"fused": "blocks"}, "logits"),
+    ("mpt", {"score_bias": plain_bias}, "logits|run"),
+    ("mpt", {"qkv_bound": None}, "logits"),
+    ("smollm3", {"rotary": ROTARY_TABLES}, "logits"),
+    ("hunyuan_v1_dense", {"norm_after_rotary": False}, "logits"),
+    ("ministral3", {"rotary": ROTARY_TABLES}, "logits"),
 ]
 # Of families that are built like others.
 WRONG_TOO: list[tuple[str, dict[str, Any], str]] = [
@@ -124,6 +130,16 @@ WRONG_TOO: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoe", {"residual_multiplier": 1.0}, "stream"),
     ("granitemoe", {"logit_scale": 1.0}, "logits computed from the last stream"),
     ("phimoe", {"mlp_norm": "input_layernorm"}, "MLP of layer 0"),
+    ("codegen", {"parallel": False}, "MLP of layer 0"),
+    ("mpt", {"mlp_exit": None}, "stream|MLP"),
+    ("mpt", NO_SCALE, "logits"),
+    ("olmo", {"qkv_bound": None}, "logits"),
+    ("exaone4", {"rotary": NO_ROTARY}, "logits"),
+    ("exaone4", {"rotary": ROTARY_TABLES}, "logits"),
+    ("cohere2", {"rotary": ROTARY_TABLES}, "logits"),
+    ("cohere2", {"logit_scale": 1.0}, "logits computed from the last stream"),
+    ("hunyuan_v1_dense", {"qk_norm": None}, "logits"),
+    ("ministral3", NO_SCALE, "logits"),
 ]
 
 
@@ -212,11 +228,11 @@ def test_models_of_another_kind_are_refused_with_the_reason(model_type: str) -> 
     ("config", "match"),
     [
         (OPTConfig(do_layer_norm_before=False), "OPT-350m"),
-        (OlmoeConfig(clip_qkv=8.0), "clips"),
+        (MptConfig(attn_config={"alibi": False}), "ALiBi anyway"),
         (BloomConfig(apply_residual_connection_post_layernorm=True), "adds normalised streams"),
         (Gemma3Config(), "its text model is of family 'gemma3_text'"),
     ],
-    ids=["opt-350m", "olmoe", "bloom", "gemma3"],
+    ids=["opt-350m", "mpt", "bloom", "gemma3"],
 )
 def test_variants_that_cannot_be_read_are_refused(config: PretrainedConfig, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):

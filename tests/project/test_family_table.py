@@ -17,7 +17,7 @@ ASKED_FOR = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "granite", "starcoder2"),
     *("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "olmoe", "gpt_bigcode", "xglm", "arcee"),
     *("nemotron", "apertus", "ernie4_5", "seed_oss", "ministral", "helium", "glm", "glm4", "granitemoe"),
-    "phimoe",
+    *("phimoe", "codegen", "mpt", "olmo", "smollm3", "exaone4", "cohere2", "hunyuan_v1_dense", "ministral3"),
 }
 
 

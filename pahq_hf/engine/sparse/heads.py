@@ -75,7 +75,7 @@ class HeadMath:
         return torch.stack(parts)
 
     def finished(self, kind: ReaderKind, blocks: Sequence[int], y: Tensor, tokens: TokenSet | None) -> Tensor:
-        """Normalise and rotate queries or keys; values stay as they are.
+        """Normalise, bound and rotate queries or keys; values are bounded at most.
 
         Args:
             kind: `q`, `k` or `v`.
@@ -86,10 +86,14 @@ class HeadMath:
         Returns:
             The same shape.
         """
-        if kind == "v":
-            return y
-        y = self.attention.normalise(kind, y, blocks, axis=0)
-        if self._rotary is None:
+
+        def rotated(part: Tensor) -> Tensor:
+            return self._rotated(kind, part, tokens)
+
+        return self.attention.in_order(kind, y, blocks, 0, rotated)
+
+    def _rotated(self, kind: ReaderKind, y: Tensor, tokens: TokenSet | None) -> Tensor:
+        if kind == "v" or self._rotary is None:
             return y
         tables = []
         for table in self._rotary:  # [batch or 1, pos, width]

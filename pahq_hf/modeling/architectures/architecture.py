@@ -39,11 +39,13 @@ class Architecture:
         attention_norm: Norm before it; None when it reads the stream as it is.
         attention_post_norm: RMS norm of its output, before that is added to the stream.
         qkv: Names of the q, k, v projections inside the attention; one name when they are fused.
-        fused: How a fused projection is laid out: `blocks` [all q | all k | all v], or `groups`, for each
-            key/value group [its q | k | v].
+        fused: How a fused projection is laid out: `blocks` [all q | all k | all v]; `groups`, for each
+            key/value group [its q | k | v]; or `quarters`, for each quarter of the heads [its q | v | k].
         out: Output projection inside the attention.
         qk_norm: Norms of queries and keys after their projections, where the attention has them.
         joint_qk_norm: Whether such a norm spans all heads, instead of each.
+        norm_after_rotary: Whether it comes after they were turned.
+        qkv_bound: Bound of queries, keys and values (`clip_qkv`).
         rotary: How positions turn queries and keys.
         score_bias: What is added to attention scores: the mask, and whatever else knows of positions.
         scaling: The factor of attention scores.
@@ -79,10 +81,12 @@ class Architecture:
     attention_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    fused: Literal["blocks", "groups"] = "blocks"
+    fused: Literal["blocks", "groups", "quarters"] = "blocks"
     out: str = "o_proj"
     qk_norm: tuple[str, str] | None = None
     joint_qk_norm: bool = False
+    norm_after_rotary: bool = False
+    qkv_bound: float | None = None
     rotary: Rotary = ROTARY_TABLES
     score_bias: ScoreBias = plain_bias
     scaling: Callable[[Any], float] = attrgetter("scaling")

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from pahq_hf.modeling.architectures.architecture import Architecture
 from pahq_hf.modeling.architectures.families import TABLE, VARIANTS
-from pahq_hf.modeling.architectures.position_embeddings import alibi_bias, local_bias
+from pahq_hf.modeling.architectures.position_embeddings import RotaryTables, alibi_bias, local_bias, mpt_bias
 from pahq_hf.modeling.architectures.shipped import FamilyFacts
 
 
@@ -63,8 +63,10 @@ def _positions(row: Architecture, config: PretrainedConfig) -> str:
         rope = getattr(config, "rope_parameters", None) or {}
         partial = getattr(config, "rotary_dim", None) or rope.get("partial_rotary_factor", 1.0) != 1.0
         kinds = " by layer type" if any(isinstance(value, dict) for value in rope.values()) else ""
+        if isinstance(row.rotary, RotaryTables) and row.rotary.turns is not None:
+            kinds = " in some layers"
         return ("partial rotary" if partial else "rotary") + kinds
-    if row.score_bias is alibi_bias or getattr(config, "alibi", False):
+    if row.score_bias in (alibi_bias, mpt_bias) or getattr(config, "alibi", False):
         return "ALiBi"
     if row.model_type == "xglm":  # a table that is computed, and added like a learned one
         return "sinusoidal"
@@ -77,7 +79,11 @@ def _also(row: Architecture) -> Iterator[str]:
     if row.kv_groups == 1:
         yield "one key/value group"
     if row.qk_norm is not None:
-        yield "q/k norm over all heads" if row.joint_qk_norm else "q/k norm"
+        yield ("q/k norm over all heads" if row.joint_qk_norm else "q/k norm") + (
+            " after rotation" if row.norm_after_rotary else ""
+        )
+    if row.qkv_bound is not None:
+        yield "bounded q, k, v"
     if row.is_coupled:
         yield "coupled heads"
     if row.experts is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,13 @@ from transformers import PretrainedConfig
 
 from pahq_hf.errors import UnsupportedModelError
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
-from pahq_hf.modeling.architectures.position_embeddings import GPTJ_ROTARY, NO_ROTARY, alibi_bias, local_bias
+from pahq_hf.modeling.architectures.position_embeddings import (
+    GPTJ_ROTARY,
+    NO_ROTARY,
+    alibi_bias,
+    local_bias,
+    mpt_bias,
+)
 
 _BLOCKS, _FINAL_NORM = "transformer.h", "transformer.ln_f"  # of all that follow GPT-2's layout
 
@@ -92,6 +99,37 @@ def _gptj(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _codegen(config: PretrainedConfig) -> Architecture:
+    return replace(_gptj(config), model_type="codegen", qkv=("qkv_proj",), fused="quarters")
+
+
+def _mpt(config: PretrainedConfig) -> Architecture:
+    if not config.attn_config.alibi:
+        raise UnsupportedModelError(
+            "this MPT learned its positions (attn_config.alibi is false); transformers adds ALiBi anyway"
+        )
+    return Architecture(
+        model_type="mpt",
+        kv_groups=config.num_attention_heads,
+        layers="transformer.blocks",
+        final_norm="transformer.norm_f",
+        attention="attn",
+        attention_norm="norm_1",
+        qkv=("Wqkv",),
+        qkv_bound=config.attn_config.clip_qkv,
+        out="out_proj",
+        mlp="ffn",
+        mlp_norm="norm_2",
+        mlp_linears=("up_proj", "down_proj"),
+        mlp_gates=(),
+        mlp_run=_residual_mlp,
+        mlp_exit="ffn.down_proj",
+        rotary=NO_ROTARY,
+        score_bias=mpt_bias,
+        scaling=attrgetter("softmax_scale"),
+    )
+
+
 def _gpt_neox(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="gpt_neox",
@@ -169,7 +207,7 @@ def _bloom(config: PretrainedConfig) -> Architecture:
         fused="groups",
         out="dense",
         mlp_linears=("dense_h_to_4h", "dense_4h_to_h"),
-        mlp_run=_bloom_mlp,
+        mlp_run=_residual_mlp,
         mlp_exit="mlp.dense_4h_to_h",
         rotary=NO_ROTARY,
         score_bias=alibi_bias,
@@ -178,8 +216,8 @@ def _bloom(config: PretrainedConfig) -> Architecture:
     )
 
 
-def _bloom_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """BLOOM's MLP adds the stream itself; here to nothing."""
+def _residual_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """The MLP of BLOOM and MPT adds the stream itself; here to nothing."""
     result: Tensor = mlp(x, torch.zeros_like(x))
     return result
 
@@ -221,12 +259,14 @@ def _falcon(config: PretrainedConfig) -> Architecture:
 
 GPT_LINE: dict[str, RowOf] = {
     "bloom": _bloom,
+    "codegen": _codegen,
     "falcon": _falcon,
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt_bigcode,
     "gpt_neo": _gpt_neo,
     "gpt_neox": _gpt_neox,
     "gptj": _gptj,
+    "mpt": _mpt,
     "opt": _opt,
     "xglm": _xglm,
 }

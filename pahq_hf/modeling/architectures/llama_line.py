@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 from transformers import PretrainedConfig
 
-from pahq_hf.errors import UnsupportedModelError
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
+from pahq_hf.modeling.architectures.position_embeddings import SCALED_QUERIES, RotaryTables
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -78,6 +79,35 @@ def _olmo2(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _exaone4(config: PretrainedConfig) -> Architecture:
+    """Where some layers have windows, only those turn their queries and keys."""
+    return Architecture(
+        model_type="exaone4",
+        attention_norm=None,
+        attention_post_norm="post_attention_layernorm",
+        mlp_norm=None,
+        mlp_post_norm="post_feedforward_layernorm",
+        qk_norm=("q_norm", "k_norm"),
+        rotary=RotaryTables(turns=lambda attention: attention.sliding_window is None or attention.is_sliding),
+    )
+
+
+def _smollm3(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="smollm3", rotary=RotaryTables(turns=attrgetter("use_rope")))
+
+
+def _hunyuan(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="hunyuan_v1_dense",
+        qk_norm=("query_layernorm", "key_layernorm"),
+        norm_after_rotary=True,
+    )
+
+
+def _ministral3(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="ministral3", rotary=SCALED_QUERIES)
+
+
 def _phi(config: PretrainedConfig) -> Architecture:
     return Architecture(
         model_type="phi",
@@ -90,11 +120,14 @@ def _phi(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _olmo(config: PretrainedConfig) -> Architecture:
+    return Architecture(model_type="olmo", qkv_bound=config.clip_qkv)
+
+
 def _olmoe(config: PretrainedConfig) -> Architecture:
-    if config.clip_qkv is not None:
-        raise UnsupportedModelError("this OLMoE clips its queries, keys and values (clip_qkv)")
     return Architecture(
         model_type="olmoe",
+        qkv_bound=config.clip_qkv,
         qk_norm=("q_norm", "k_norm"),
         joint_qk_norm=True,
         mlp_linears=(),
@@ -173,11 +206,24 @@ def _cohere(config: PretrainedConfig) -> Architecture:
     )
 
 
+def _cohere2(config: PretrainedConfig) -> Architecture:
+    """Only layers with windows turn their queries and keys."""
+    return Architecture(
+        model_type="cohere2",
+        mlp_norm="input_layernorm",
+        parallel=True,
+        logit_scale=float(config.logit_scale),
+        rotary=RotaryTables(turns=lambda attention: attention.sliding_window is not None),
+    )
+
+
 LLAMA_LINE: dict[str, RowOf] = {
     "apertus": _apertus,
     "arcee": _arcee,
     "cohere": _cohere,
+    "cohere2": _cohere2,
     "ernie4_5": _llama,
+    "exaone4": _exaone4,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
@@ -186,11 +232,14 @@ LLAMA_LINE: dict[str, RowOf] = {
     "granite": _granite,
     "granitemoe": _granitemoe,
     "helium": _llama,
+    "hunyuan_v1_dense": _hunyuan,
     "llama": _llama,
     "ministral": _llama,
+    "ministral3": _ministral3,
     "mistral": _llama,
     "mixtral": _mixtral,
     "nemotron": _nemotron,
+    "olmo": _olmo,
     "olmo2": _olmo2,
     "olmo3": _olmo2,
     "olmoe": _olmoe,
@@ -202,6 +251,7 @@ LLAMA_LINE: dict[str, RowOf] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "seed_oss": _llama,
+    "smollm3": _smollm3,
     "stablelm": _stablelm,
     "starcoder2": _starcoder2,
 }
