@@ -66,6 +66,7 @@ class PAHQModel(RunnableModel):
         tokenizer: The model's tokenizer, used by tasks.
         base_model: Name stored with circuits, of a folder its last part; by default the model's own.
         source: Where FP32 weights can be read again; a temporary file is written when there is none.
+        assume_family: Known family by whose row the model is read, if its own family has none.
 
     Raises:
         UnsupportedModelError: If the family is unknown.
@@ -89,12 +90,13 @@ class PAHQModel(RunnableModel):
         tokenizer: Any = None,
         base_model: str | None = None,
         source: WeightSource | None = None,
+        assume_family: str | None = None,
     ) -> None:
         check_model(model)
         plain, adapter = without_adapters(model)
         model = cast("PreTrainedModel", plain)
         asked, name = config or PAHQConfig(), base_model or model.config.name_or_path or "unknown"
-        prepared = prepare(model, asked, name, source)
+        prepared = prepare(model, asked, name, source, assume_family)
         super().__init__(model, name, prepared)
         self.identity = replace(self.identity, adapter=adapter)
         self.tokenizer = tokenizer
@@ -111,8 +113,9 @@ class PAHQModel(RunnableModel):
             pahq_config: Precision regime and format; `pahq` in FP8 by default. Alternatively give its fields
                 as keywords, as on the command line: `precision="fp32"`, `format="int8"`.
             **options: Further: `device`; `base_model`, the model's id on the Hub, where it is loaded from a
-                folder; and as for `AutoModelForCausalLM.from_pretrained` `revision`, `token`, `dtype`,
-                `device_map`, `gguf_file`, `trust_remote_code`, ... (`options.LoadOptions`).
+                folder; `assume_family`, by whose row an unknown family is read; and as for
+                `AutoModelForCausalLM.from_pretrained` `revision`, `token`, `dtype`, `device_map`,
+                `gguf_file`, `trust_remote_code`, ... (`options.LoadOptions`).
 
         Returns:
             The patched model with its tokenizer.

@@ -87,7 +87,7 @@ def _family(
     return build
 
 
-def _llama(**changes: Any) -> Settings:
+def llama(**changes: Any) -> Settings:
     """Settings under Llama's names."""
     return lambda layers: llama_like(layers) | changes
 
@@ -105,7 +105,7 @@ def _gpt2(**changes: Any) -> Settings:
     )
 
 
-def _known(model_type: str, settings: Settings) -> Builder:
+def known(model_type: str, settings: Settings) -> Builder:
     """The same of the classes that transformers knows by a family's name."""
     return _family(
         AutoModelForCausalLM.from_config,
@@ -129,14 +129,14 @@ def tiny_gpt_neo(*, layers: int = 2, dtype: torch.dtype = torch.float32, seed: i
 def _moe(**changes: Any) -> Settings:
     """Settings of Qwen's sparse blocks: 4 experts, 2 of them at a time."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
-    return _llama(**experts, **changes)
+    return llama(**experts, **changes)
 
 
 def _gemma(layer_types: bool = True, **changes: Any) -> Settings:
     """Settings of Gemma: tied, heads wider than their share of the stream, and windows in even layers."""
 
     def settings(layers: int) -> dict[str, Any]:
-        shape = _windows() if layer_types else _llama()
+        shape = _windows() if layer_types else llama()
         return shape(layers) | {"head_dim": 12, "tie_word_embeddings": True} | changes
 
     return settings
@@ -208,8 +208,8 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
         GPTNeoXForCausalLM, GPTNeoXConfig, _ungrouped(**GPT_NEOX, use_parallel_residual=False)
     ),
     "opt": _family(OPTForCausalLM, OPTConfig, _ungrouped(ffn_dim=2 * WIDTH)),
-    "mixtral": _family(MixtralForCausalLM, MixtralConfig, _llama(num_local_experts=4, num_experts_per_tok=2)),
-    "qwen3": _family(Qwen3ForCausalLM, Qwen3Config, _llama(head_dim=12)),
+    "mixtral": _family(MixtralForCausalLM, MixtralConfig, llama(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3": _family(Qwen3ForCausalLM, Qwen3Config, llama(head_dim=12)),
     "qwen3_moe": _family(
         Qwen3MoeForCausalLM, Qwen3MoeConfig, _moe(head_dim=12, mlp_only_layers=[0], norm_topk_prob=True)
     ),
@@ -223,19 +223,19 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
     "gemma3": _family(
         Gemma3ForCausalLM, Gemma3TextConfig, _gemma(query_pre_attn_scalar=20, rope_parameters=GEMMA3_ROPE)
     ),
-    "phi": _family(PhiForCausalLM, PhiConfig, _llama(rope_parameters=HALF_ROTARY)),
-    "phi_qk": _family(PhiForCausalLM, PhiConfig, _llama(rope_parameters=HALF_ROTARY, qk_layernorm=True)),
-    "phi3": _family(Phi3ForCausalLM, Phi3Config, _llama(rope_parameters=HALF_ROTARY)),
-    "olmo2": _family(Olmo2ForCausalLM, Olmo2Config, _llama()),
+    "phi": _family(PhiForCausalLM, PhiConfig, llama(rope_parameters=HALF_ROTARY)),
+    "phi_qk": _family(PhiForCausalLM, PhiConfig, llama(rope_parameters=HALF_ROTARY, qk_layernorm=True)),
+    "phi3": _family(Phi3ForCausalLM, Phi3Config, llama(rope_parameters=HALF_ROTARY)),
+    "olmo2": _family(Olmo2ForCausalLM, Olmo2Config, llama()),
     "stablelm": _family(
-        StableLmForCausalLM, StableLmConfig, _llama(rope_parameters=HALF_ROTARY, use_qkv_bias=True)
+        StableLmForCausalLM, StableLmConfig, llama(rope_parameters=HALF_ROTARY, use_qkv_bias=True)
     ),
     "stablelm_parallel": _family(
         StableLmForCausalLM,
         StableLmConfig,
-        _llama(rope_parameters=HALF_ROTARY, use_parallel_residual=True, qk_layernorm=True),
+        llama(rope_parameters=HALF_ROTARY, use_parallel_residual=True, qk_layernorm=True),
     ),
-    "granite": _family(GraniteForCausalLM, GraniteConfig, _llama(**GRANITE)),
+    "granite": _family(GraniteForCausalLM, GraniteConfig, llama(**GRANITE)),
     "falcon": _family(FalconForCausalLM, FalconConfig, _ungrouped(multi_query=True, parallel_attn=True)),
     "falcon_new": _family(FalconForCausalLM, FalconConfig, _ungrouped(**FALCON_NEW)),
     "falcon_alibi": _family(FalconForCausalLM, FalconConfig, _ungrouped(**FALCON_ALIBI)),
@@ -244,33 +244,33 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
         BloomConfig,
         lambda layers: COMMON | {"hidden_size": WIDTH, "n_layer": layers, "n_head": HEADS},
     ),
-    "starcoder2": _family(Starcoder2ForCausalLM, Starcoder2Config, _llama(tie_word_embeddings=True)),
-    "cohere": _family(CohereForCausalLM, CohereConfig, _llama(**COHERE)),
-    "cohere_qk": _family(CohereForCausalLM, CohereConfig, _llama(**COHERE, use_qk_norm=True)),
-    "gpt_bigcode": _known("gpt_bigcode", _gpt2()),
-    "gpt_bigcode_heads": _known("gpt_bigcode", _gpt2(multi_query=False)),
-    "xglm": _known("xglm", _xglm),
-    "arcee": _known("arcee", _llama(attention_bias=True)),
-    "nemotron": _known("nemotron", _llama(head_dim=8, rope_parameters=HALF_ROTARY)),
-    "apertus": _known("apertus", _llama(rope_parameters=LLAMA3_ROPE)),
-    "ernie4_5": _known("ernie4_5", _llama(use_bias=True)),
-    "seed_oss": _known("seed_oss", _llama(head_dim=12, attention_out_bias=True)),
-    "ministral": _known("ministral", _windows(head_dim=12)),
-    "helium": _known("helium", _llama(head_dim=8)),
-    "glm": _known("glm", _llama(head_dim=8, rope_parameters=HALF_ROTARY, attention_bias=True)),
-    "glm4": _known("glm4", _llama(head_dim=8, rope_parameters=HALF_ROTARY)),
-    "olmo3": _known("olmo3", _windows()),
-    "olmoe": _known("olmoe", _moe(intermediate_size=WIDTH, norm_topk_prob=True)),
-    "granitemoe": _known("granitemoe", _llama(**GRANITE, num_local_experts=4, num_experts_per_tok=2)),
-    "codegen": _known("codegen", _gpt2(rotary_dim=4)),
-    "mpt": _known("mpt", _mpt),
-    "olmo": _known("olmo", _llama(clip_qkv=0.7)),
-    "smollm3": _known("smollm3", lambda layers: llama_like(layers) | {"no_rope_layers": _rope(layers)}),
-    "exaone4": _known("exaone4", _windows(sliding_window_pattern=2)),
-    "cohere2": _known("cohere2", _windows(**COHERE)),
-    "hunyuan_v1_dense": _known("hunyuan_v1_dense", _llama(head_dim=12)),
-    "ministral3": _known("ministral3", _llama(head_dim=12, rope_parameters=LLAMA4_ROPE)),
-    "phimoe": _known("phimoe", _llama(num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)),
+    "starcoder2": _family(Starcoder2ForCausalLM, Starcoder2Config, llama(tie_word_embeddings=True)),
+    "cohere": _family(CohereForCausalLM, CohereConfig, llama(**COHERE)),
+    "cohere_qk": _family(CohereForCausalLM, CohereConfig, llama(**COHERE, use_qk_norm=True)),
+    "gpt_bigcode": known("gpt_bigcode", _gpt2()),
+    "gpt_bigcode_heads": known("gpt_bigcode", _gpt2(multi_query=False)),
+    "xglm": known("xglm", _xglm),
+    "arcee": known("arcee", llama(attention_bias=True)),
+    "nemotron": known("nemotron", llama(head_dim=8, rope_parameters=HALF_ROTARY)),
+    "apertus": known("apertus", llama(rope_parameters=LLAMA3_ROPE)),
+    "ernie4_5": known("ernie4_5", llama(use_bias=True)),
+    "seed_oss": known("seed_oss", llama(head_dim=12, attention_out_bias=True)),
+    "ministral": known("ministral", _windows(head_dim=12)),
+    "helium": known("helium", llama(head_dim=8)),
+    "glm": known("glm", llama(head_dim=8, rope_parameters=HALF_ROTARY, attention_bias=True)),
+    "glm4": known("glm4", llama(head_dim=8, rope_parameters=HALF_ROTARY)),
+    "olmo3": known("olmo3", _windows()),
+    "olmoe": known("olmoe", _moe(intermediate_size=WIDTH, norm_topk_prob=True)),
+    "granitemoe": known("granitemoe", llama(**GRANITE, num_local_experts=4, num_experts_per_tok=2)),
+    "codegen": known("codegen", _gpt2(rotary_dim=4)),
+    "mpt": known("mpt", _mpt),
+    "olmo": known("olmo", llama(clip_qkv=0.7)),
+    "smollm3": known("smollm3", lambda layers: llama_like(layers) | {"no_rope_layers": _rope(layers)}),
+    "exaone4": known("exaone4", _windows(sliding_window_pattern=2)),
+    "cohere2": known("cohere2", _windows(**COHERE)),
+    "hunyuan_v1_dense": known("hunyuan_v1_dense", llama(head_dim=12)),
+    "ministral3": known("ministral3", llama(head_dim=12, rope_parameters=LLAMA4_ROPE)),
+    "phimoe": known("phimoe", llama(num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)),
 }
 
 # Built of what others have that are tested everywhere: the usual tests ask only for their forward pass.

@@ -17,6 +17,8 @@ from pahq_hf.capture.self_check import check_patched, probe_task, untouched_logi
 from pahq_hf.checkpoint.fingerprint import identity_of
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import PAHQConfig
+from pahq_hf.modeling.architectures.assumption import assume_family, blamed_on_assumption
+from pahq_hf.modeling.architectures.lookup import find_architecture
 from pahq_hf.modeling.guard import WeightGuard
 from pahq_hf.modeling.lowering import lower
 from pahq_hf.modeling.originals import OriginalCheckpoint
@@ -47,7 +49,13 @@ class Prepared:
     guard: WeightGuard
 
 
-def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: WeightSource | None) -> Prepared:
+def prepare(
+    model: PreTrainedModel,
+    config: PAHQConfig,
+    name: str,
+    source: WeightSource | None,
+    family: str | None = None,
+) -> Prepared:
     """Patch a model in place.
 
     Args:
@@ -55,6 +63,7 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
         config: Precision regime and format.
         name: The name by which it was loaded.
         source: Where FP32 weights can be read again; a temporary file is written when there is none.
+        family: Whose row it is read by, if its own family has none.
 
     Returns:
         The patched model, and what is known of it.
@@ -67,6 +76,7 @@ def prepare(model: PreTrainedModel, config: PAHQConfig, name: str, source: Weigh
     empty = any(parameter.is_meta for parameter in model.parameters())
     origin = source if empty and isinstance(source, CheckpointSource) else None
     streamed = origin is not None
+    assume_family(model.config, family)
     check_supported(model, streamed=streamed)
     asked, config = config, resolved(config, resident_device(model))
     model.eval()
@@ -85,16 +95,17 @@ def _patched(
     """Patch a model, check that nothing changed by it, and lower its weights."""
     probe = probe_task(model)
     reference = untouched_logits(model, probe, origin)
-    patched = PatchedModel(model, split_kv_groups=config.split_kv_groups, streamed=origin is not None)
-    OriginalCheckpoint(patched).install()
-    if origin is not None:  # in full precision every projection reads the checkpoint again
-        _lower(patched, config, source)
-        with patched.precision.full_precision():
-            check_patched(patched, probe, reference)
-    else:
-        check_patched(patched, probe, reference)
-        if config.is_low:
+    with blamed_on_assumption(find_architecture(model.config)):
+        patched = PatchedModel(model, split_kv_groups=config.split_kv_groups, streamed=origin is not None)
+        OriginalCheckpoint(patched).install()
+        if origin is not None:  # in full precision every projection reads the checkpoint again
             _lower(patched, config, source)
+            with patched.precision.full_precision():
+                check_patched(patched, probe, reference)
+            return patched
+        check_patched(patched, probe, reference)
+    if config.is_low:
+        _lower(patched, config, source)
     return patched
 
 

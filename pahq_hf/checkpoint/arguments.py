@@ -27,6 +27,7 @@ class LoadOptions(TypedDict, total=False):
         quantize_embeddings: Embedding and unembedding in low precision too.
         device: Where the whole model goes: `cpu`, `cuda:0`.
         base_model: The model's id on the Hub, stored with circuits in place of a local folder's name.
+        assume_family: Known family by whose row the model is read, if its own family has none.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         cache_dir: Where downloads go.
@@ -53,6 +54,7 @@ class LoadOptions(TypedDict, total=False):
     quantize_embeddings: bool
     device: str | torch.device
     base_model: str
+    assume_family: str | None
     revision: str | None
     token: str | bool | None
     cache_dir: str | os.PathLike[str] | None

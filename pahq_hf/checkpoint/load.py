@@ -30,8 +30,9 @@ from pahq_hf.checkpoint.bars import conversion_bar, library_bars
 from pahq_hf.checkpoint.demo_path import demo_path
 from pahq_hf.checkpoint.gguf import write_header
 from pahq_hf.checkpoint.placement import one_device
-from pahq_hf.checkpoint.streaming import load_skeleton, say_loaded_whole
+from pahq_hf.checkpoint.streaming import bare_model, load_skeleton, say_loaded_whole
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
+from pahq_hf.modeling.architectures.assumption import assume_family
 from pahq_hf.modeling.architectures.lookup import find_architecture, supported_families, unsupported
 from pahq_hf.precision.fp32.source import CheckpointSource
 
@@ -98,7 +99,7 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
 
     Args:
         name: Hub id, folder, or `demo`.
-        **kwargs: As for `AutoConfig.from_pretrained`, and `gguf_file`.
+        **kwargs: As for `AutoConfig.from_pretrained`, `gguf_file` and `assume_family`.
 
     Returns:
         The config of a supported family.
@@ -118,13 +119,14 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         if _wants_trust(error):
             # Code that would not help need not be trusted first.
             family = str(PretrainedConfig.get_config_dict(resolve(name), **wanted)[0].get("model_type", ""))
-            if family and family not in supported_families():
+            if family and family not in supported_families() and not kwargs.get("assume_family"):
                 raise unsupported(family) from error
             raise _untrusted(f"the model {name!r}") from error
         if "model type" in str(error) or "architecture" in str(error):
             raise UnsupportedModelError(f"cannot tell the family of {name!r}: {first_line(error)}") from error
         raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
-    find_architecture(config)
+    assume_family(config, kwargs.get("assume_family"))
+    find_architecture(config, of=lambda: bare_model(config, trust_remote_code=trust))
     return config
 
 
@@ -293,6 +295,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """
     _check_attention(kwargs)
     load_config(name, **kwargs)
+    kwargs.pop("assume_family", None)
     kwargs["trust_remote_code"] = trusts(kwargs)
     kwargs.setdefault("dtype", torch.float32)
     if kwargs.get("gguf_file"):

@@ -30,6 +30,19 @@ def say_loaded_whole(reason: str) -> None:
     logger.warning("%s: it is loaded in FP32 as a whole, and then quantised", reason)
 
 
+def bare_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """A model of an unknown family without any memory; None where transformers makes no causal LM of it."""
+    try:
+        with init_empty_weights():
+            hf: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # code that nobody knows: what it raises is no reason to fail elsewhere
+        logger.debug("no model of %s can be made: %s", config.model_type, error)
+        return None
+    return hf
+
+
 def load_skeleton(
     config: PretrainedConfig,
     source: CheckpointSource,

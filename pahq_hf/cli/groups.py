@@ -24,6 +24,7 @@ from pahq_hf.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    FamilyOption,
     FormatOption,
     GgufOption,
     MismatchOption,
@@ -63,9 +64,11 @@ class SourceChoice:
     revision: RevisionOption = None
     token: TokenOption = None
     trust_remote_code: TrustOption = False
+    assume_family: FamilyOption = None
 
     def arguments(self, **more: Any) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `more` are further ones of `load_arguments`."""
+        more["assume_family"] = self.assume_family
         return load_arguments(self.gguf_file, self.revision, self.token, self.trust_remote_code, **more)
 
 

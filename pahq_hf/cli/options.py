@@ -58,6 +58,14 @@ GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="GGUF file i
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 TokenOption = Annotated[str | None, typer.Option(help="Hub token for private or gated models.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--assume-family",
+        metavar="FAMILY",
+        help="Read MODEL as one of this known family; the self-check decides. For families without a row.",
+    ),
+]
 TakeOverOption = Annotated[
     bool, typer.Option("--take-over", help="Take the place of another machine's process that holds --out.")
 ]
@@ -212,6 +220,7 @@ def load_arguments(
     resumed: RunSettings | None = None,
     *,
     base_model: str | None = None,
+    assume_family: str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`; what was not asked for stays away."""
     import torch
@@ -226,6 +235,7 @@ def load_arguments(
         "dtype": getattr(torch, dtype) if dtype else None,
         "device": device,
         "base_model": base_model,
+        "assume_family": assume_family,
     }
     if device is None and resumed is not None and resumed.device not in (None, "cpu"):
         try:

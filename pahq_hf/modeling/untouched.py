@@ -26,7 +26,7 @@ def check_supported(hf: PreTrainedModel, *, streamed: bool = False) -> None:
         UnsupportedModelError: If the family is unknown.
         ConfigError: If the model is patched already, not in float32 or float64, or partly offloaded.
     """
-    find_architecture(hf.config)
+    find_architecture(hf.config, of=lambda: hf)
     if any(isinstance(module, PAHQAttention) for module in hf.modules()):
         raise ConfigError("this model is patched already; wrap a freshly loaded one")
     if hf.dtype not in (torch.float32, torch.float64):

@@ -214,6 +214,11 @@ REFUSED = {
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
     "minicpm3": "multi-head latent attention",
+    "bitnet": "a norm between its heads",
+    "diffllama": "differences of two patterns",
+    "gemma3n": "AltUp",
+    "gemma3n_text": "AltUp",
+    "gemma4_text": "multiply the stream",
     "bert": "'bert' is not supported",
 }
 

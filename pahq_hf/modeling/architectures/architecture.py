@@ -69,6 +69,7 @@ class Architecture:
         kv_groups: Key/value groups; by default what the config says.
         mlps: Whether layers have an MLP (a GPT-2 may have none).
         reference: Attention implementation of transformers whose forward pass is the one to reproduce.
+        assumed: The family whose row this is, where it was assumed for one that has none.
         sparse: Whether the sparse engine may be used: attention is causal, and the MLP treats each token
             by itself. Otherwise the hooks engine runs.
     """
@@ -109,6 +110,7 @@ class Architecture:
     kv_groups: int | None = None
     mlps: bool = True
     reference: Literal["eager", "sdpa"] = "eager"
+    assumed: str | None = None
     sparse: bool = True
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from collections.abc import Callable
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pahq_hf.circuit.graph import GraphSpec
 from pahq_hf.errors import ConfigError, UnsupportedModelError, describe
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
+from pahq_hf.modeling.architectures.assumption import hint_of
 from pahq_hf.modeling.architectures.describe import FamilyFacts, describe_families
 from pahq_hf.modeling.architectures.families import TABLE
 from pahq_hf.modeling.architectures.position_embeddings import NO_ROTARY
@@ -64,11 +67,14 @@ def register_architecture(row: Architecture | RowOf, model_type: str | None = No
         TABLE[name] = row
 
 
-def find_architecture(config: PretrainedConfig) -> Architecture:
+def find_architecture(
+    config: PretrainedConfig, *, of: Callable[[], PreTrainedModel | None] | None = None
+) -> Architecture:
     """The row for a model's config.
 
     Args:
         config: A Hugging Face config.
+        of: Gives the model: an error says then whose row may fit.
 
     Returns:
         Its row.
@@ -81,7 +87,8 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     check_is_not_quantised(config)
     row = TABLE.get(config.model_type)
     if row is None:
-        hint = ""
+        model = None if of is None else of()
+        hint = "" if model is None else hint_of(model)
         text = getattr(config, "text_config", None)
         if text is not None and getattr(text, "model_type", None) in TABLE:
             hint = f"; its text model is of family {text.model_type!r}: load that"

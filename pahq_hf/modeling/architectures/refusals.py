@@ -12,6 +12,17 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "atten
 _RECURRENT = {"rwkv", "mamba", "mamba2", "falcon_mamba", "xlstm", "jamba", "recurrent_gemma"}
 _STATE_SPACE = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_heads", "conv_L_cache")
 
+_GEMMA3N = "four streams (AltUp), branches beside attention, and embeddings that enter every layer"
+_GEMMA4 = "layers that multiply the stream, or read keys and values of others, and embeddings in every layer"
+_OTHERWISE = {  # what some families have that no graph of heads and MLPs can say
+    "bitnet": "a norm between its heads and their output projection",
+    "diffllama": "differences of two patterns, and a norm over pairs of heads, in its attention",
+    "gemma3n": _GEMMA3N,
+    "gemma3n_text": _GEMMA3N,
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+}
+
 
 def check_is_transformer(config: PretrainedConfig) -> None:
     """Refuse what is no plain decoder-only transformer.
@@ -33,6 +44,10 @@ def check_is_transformer(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             f"{name} has state-space or other recurrent layers, which have no heads that read and write; "
             "only attention layers are supported"
+        )
+    if name in _OTHERWISE:
+        raise UnsupportedModelError(
+            f"{name} has {_OTHERWISE[name]}: it is no sum of what heads and MLPs read and write"
         )
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
