@@ -163,6 +163,12 @@ def _mpt(layers: int) -> dict[str, Any]:
     return COMMON | sizes | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.4}}
 
 
+def _gpt_oss(layers: int) -> dict[str, Any]:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0}
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    return _windows(**experts, head_dim=12, attention_bias=True, rope_parameters=rope)(layers)
+
+
 def _xglm(layers: int) -> dict[str, Any]:
     sizes = {"num_layers": layers, "d_model": WIDTH, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH}
     return COMMON | sizes | {"max_position_embeddings": 64}
@@ -270,6 +276,7 @@ ALL_FAMILIES: dict[str, Builder] = FAMILIES | {
     "cohere2": known("cohere2", _windows(**COHERE)),
     "hunyuan_v1_dense": known("hunyuan_v1_dense", llama(head_dim=12)),
     "ministral3": known("ministral3", llama(head_dim=12, rope_parameters=LLAMA4_ROPE)),
+    "gpt_oss": known("gpt_oss", _gpt_oss),
     "phimoe": known("phimoe", llama(num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)),
 }
 

@@ -7,7 +7,7 @@ engines and the forward call the same pieces, so there is one source of numerics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pahq_hf.circuit.graph import ReaderKind
 from pahq_hf.modeling.architectures.architecture import Architecture
 from pahq_hf.modeling.architectures.position_embeddings import Tables
+from pahq_hf.modeling.head_products import per_head, read_out, runs_of, times_output
 from pahq_hf.modeling.norms import BlockOutput, norm_heads, norm_jointly
 from pahq_hf.precision.linear import PAHQLinear
 from pahq_hf.precision.products import DeltaProduct, Product
@@ -188,26 +189,42 @@ class PAHQAttention(nn.Module):
         Returns:
             [batch, head, query, key]
         """
-        products = torch.matmul(q, _per_head(k, q.shape[1]).transpose(-1, -2))
+        products = torch.matmul(q, per_head(k, q.shape[1]).transpose(-1, -2))
         return self.probabilities(products, bias, normalised)
 
-    def probabilities(self, products: Tensor, bias: Tensor | None, normalised: Softmax = softmax) -> Tensor:
+    def probabilities(
+        self,
+        products: Tensor,
+        bias: Tensor | None,
+        normalised: Softmax = softmax,
+        heads: Sequence[int] | None = None,
+    ) -> Tensor:
         """Attention probabilities, softmax in FP32 or better.
 
         Args:
             products: Of finished queries and keys, q k^T. [..., query, key]
             bias: What is added to scores, broadcastable to that, or None.
             normalised: Makes probabilities of scores.
+            heads: Which heads the entries of the first axis are of; None where all heads are the third
+                axis from the end.
 
         Returns:
-            [..., query, key]
+            [..., query, key]; they add up to less than one where a sink takes part.
         """
         scores = products * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
             scores = scores + bias
-        return normalised(scores).to(products.dtype)
+        sinks = None if self.row.sinks is None else self.row.find(self, self.row.sinks)
+        if sinks is None:
+            return normalised(scores).to(products.dtype)
+        if heads is None:
+            own = sinks[:, None, None]
+        else:
+            own = sinks[list(heads)].view(-1, *[1] * (scores.ndim - 1))
+        column = own.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return normalised(torch.cat([scores, column], dim=-1))[..., :-1].to(products.dtype)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """What each head reads out: probabilities times values.
@@ -221,7 +238,7 @@ class PAHQAttention(nn.Module):
         Returns:
             z. [batch, query, head, d_head]
         """
-        return self._read_out(self.weights(q, k, bias), v)
+        return read_out(self.weights(q, k, bias), v)
 
     def out(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """The output projection.
@@ -270,9 +287,9 @@ class PAHQAttention(nn.Module):
     def stored_contributions(self, written: Tensor, heads: Sequence[int]) -> Tensor:
         """The same with the weight as it is stored. [..., head, d_head] -> [..., head, d_model]"""
         # Heads next to each other lie in one block: no more is read, in full precision from the checkpoint.
-        parts = [self.o_proj.base(self._columns(run)) for run in _runs(heads)]
+        parts = [self.o_proj.base(self._columns(run)) for run in runs_of(heads)]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self.output.weighted(_times_output(written, range(len(heads)), weight))
+        return self.output.weighted(times_output(written, range(len(heads)), weight))
 
     def _columns(self, heads: range) -> slice:
         """Columns of the output projection that belong to heads next to each other."""
@@ -280,7 +297,7 @@ class PAHQAttention(nn.Module):
 
     def head_outputs(self, z: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """The output projection head by head, z W_O. [..., head, d_head] -> [..., head, d_model]"""
-        return _times_output(z, range(self.n_heads) if heads is None else heads, self.o_proj.dense())
+        return times_output(z, range(self.n_heads) if heads is None else heads, self.o_proj.dense())
 
     # -- packed for many products -------------------------------------------------------------------
 
@@ -339,7 +356,7 @@ class PAHQAttention(nn.Module):
         size = q.shape[-2], k.shape[-2]
         bias = self.row.score_bias(self, kwargs.get("attention_mask"), kwargs, size)
         weights = self.weights(q, k, bias, normalised)
-        out = self.out(self._read_out(weights, v))
+        out = self.out(read_out(weights, v))
         if self.row.adds_residual and residual is not None:
             out = out + residual
         return out, weights
@@ -361,27 +378,3 @@ class PAHQAttention(nn.Module):
             return self._project(linear, shared, None)
         # Readers of one weight block: one each, or several when groups are split per query head.
         return linear.blocks(each, self.d_head).transpose(0, 1)
-
-    def _read_out(self, weights: Tensor, v: Tensor) -> Tensor:
-        z = torch.matmul(weights, _per_head(v, weights.shape[1]))
-        return z.transpose(1, 2)
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """Repeat keys or values that several heads share. [batch, group, ...] -> [batch, head, ...]"""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _times_output(z: Tensor, heads: Sequence[int], weight: Tensor) -> Tensor:
-    """Z W_O, of a whole weight [d_model, heads * d_head]. [..., head, d_head] -> [..., head, d_model]"""
-    by_head = weight.unflatten(1, (-1, z.shape[-1]))[:, list(heads)]
-    return torch.einsum("...hd,ohd->...ho", z, by_head)
-
-
-def _runs(heads: Sequence[int]) -> Iterator[range]:
-    """Heads in order, as ranges that are as long as they can be."""
-    start = 0
-    for stop in range(1, len(heads) + 1):
-        if stop == len(heads) or heads[stop] != heads[stop - 1] + 1:
-            yield range(heads[start], heads[stop - 1] + 1)
-            start = stop

@@ -37,11 +37,20 @@ class PAHQExperts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == expert)
-            gate, up = self.gate_up[expert](hidden_states[token]).chunk(2, dim=-1)
-            made = self.down[expert](self.act_fn(gate) * up)
+            made = self.down[expert](self._gated(self.gate_up[expert](hidden_states[token])))
             # No token meets an expert twice: the sum is in the order of the experts, on any device.
             out[token] += (made * top_k_weights[token, slot, None]).to(out.dtype)
         return out
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """As the family multiplies gate and up: GPT-OSS interleaves and bounds them."""
+        own: Any = getattr(self, "_apply_gate", None)
+        if own is not None:
+            gated: Tensor = own(gate_up)
+            return gated
+        gate, up = gate_up.chunk(2, dim=-1)
+        plain: Tensor = self.act_fn(gate) * up
+        return plain
 
     def linears(self) -> list[PAHQLinear]:
         """All projections, expert by expert."""
@@ -53,7 +62,8 @@ def patch_experts(module: nn.Module) -> PAHQExperts:
     """Turn a family's stacked experts into projections, in place.
 
     Args:
-        module: Holds `gate_up_proj` [expert, 2 * d_mlp, d_model] and `down_proj` [expert, d_model, d_mlp].
+        module: Holds `gate_up_proj` [expert, 2 * d_mlp, d_model] and `down_proj` [expert, d_model, d_mlp], or
+            both the other way round (`is_transposed`), and biases where it has any.
 
     Returns:
         The same object, now `PAHQExperts` too.
@@ -62,15 +72,27 @@ def patch_experts(module: nn.Module) -> PAHQExperts:
         UnsupportedModelError: If it keeps its matrices in another way.
     """
     gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if gate_up is None or down is None or gate_up.ndim != 3 or getattr(module, "is_transposed", False):
+    if gate_up is None or down is None or gate_up.ndim != 3:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not keep its experts as stacked gate_up_proj and down_proj"
         )
-    for name in ("gate_up_proj", "down_proj"):
-        del module._parameters[name]
+    stacks = {"gate_up": _linears(module, "gate_up_proj"), "down": _linears(module, "down_proj")}
+    for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+        module._parameters.pop(name, None)
     original = type(module)
     module.__class__ = type(f"PAHQ{original.__name__}", (PAHQExperts, original), {})
     assert isinstance(module, PAHQExperts)
-    module.gate_up = nn.ModuleList(PAHQLinear(weight, None) for weight in gate_up.detach())
-    module.down = nn.ModuleList(PAHQLinear(weight, None) for weight in down.detach())
+    module.gate_up, module.down = stacks["gate_up"], stacks["down"]
     return module
+
+
+def _linears(module: nn.Module, name: str) -> nn.ModuleList:
+    """One projection for each expert of a stack."""
+    weights, biases = module._parameters[name], module._parameters.get(f"{name}_bias")
+    assert weights is not None
+    stack = weights.detach()
+    if getattr(module, "is_transposed", False):
+        stack = stack.transpose(1, 2)
+    own = [None] * len(stack) if biases is None else list(biases.detach())
+    pairs = zip(stack, own, strict=True)
+    return nn.ModuleList(PAHQLinear(weight.contiguous(), bias) for weight, bias in pairs)

@@ -82,11 +82,15 @@ def hook_layer(layer: Layer, has_mlp: bool, on: LayerHooks) -> list[Any]:
         value = other if mlp.reads_stream else layer.mlp_norm.forward(other)
         return (value.view(given.shape), *args[1:])
 
-    def at_exit(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    def at_exit(_: nn.Module, __: Any, given: Any) -> Any:
+        output: Tensor = given[0] if isinstance(given, tuple) else given  # some tell what their router chose
         adds = output.view(stream[0].shape)
         factor = mlp.output.multiplier
         other = on.on_mlp(adds if factor == 1.0 else adds * factor)
-        return None if other is None else (other / factor).view(output.shape)
+        if other is None:
+            return None
+        value = (other / factor).view(output.shape)
+        return (value, *given[1:]) if isinstance(given, tuple) else value
 
     handles = [
         layer.block.register_forward_pre_hook(at_block, with_kwargs=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,13 +100,21 @@ def _attention(name: str, module: PAHQAttention) -> dict[str, Read]:
 
 
 def _experts(name: str, module: PAHQExperts) -> dict[str, Read]:
-    def stacked(linears: nn.ModuleList) -> Tensor:
-        return torch.stack([_dense(linear) for linear in linears])  # type: ignore[arg-type]
+    found: dict[str, Read] = {}
+    for leaf, linears in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+        found[f"{name}.{leaf}"] = partial(_stacked, module, linears)
+        if linears[0].bias is not None:
+            found[f"{name}.{leaf}_bias"] = partial(_stacked_biases, linears)
+    return found
 
-    return {
-        f"{name}.gate_up_proj": lambda: stacked(module.gate_up),
-        f"{name}.down_proj": lambda: stacked(module.down),
-    }
+
+def _stacked(module: PAHQExperts, linears: nn.ModuleList) -> Tensor:
+    whole = torch.stack([_dense(linear) for linear in linears])  # type: ignore[arg-type]
+    return whole.transpose(1, 2).contiguous() if getattr(module, "is_transposed", False) else whole
+
+
+def _stacked_biases(linears: nn.ModuleList) -> Tensor:
+    return torch.stack([linear.bias.detach() for linear in linears])  # type: ignore[operator]
 
 
 def _projection(name: str, linear: WeightMatrix, transposed: bool) -> dict[str, Read]:

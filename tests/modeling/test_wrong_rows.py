@@ -107,6 +107,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"rotary": ROTARY_TABLES}, "logits"),
     ("hunyuan_v1_dense", {"norm_after_rotary": False}, "logits"),
     ("ministral3", {"rotary": ROTARY_TABLES}, "logits"),
+    ("gpt_oss", {"sinks": None}, "logits"),
+    ("gpt_oss", {"mlp_run": call}, "run"),
 ]
 # Of families that are built like others.
 WRONG_TOO: list[tuple[str, dict[str, Any], str]] = [
@@ -140,6 +142,8 @@ WRONG_TOO: list[tuple[str, dict[str, Any], str]] = [
     ("cohere2", {"logit_scale": 1.0}, "logits computed from the last stream"),
     ("hunyuan_v1_dense", {"qk_norm": None}, "logits"),
     ("ministral3", NO_SCALE, "logits"),
+    ("gpt_oss", {"rotary": ROTARY_TABLES}, "run"),
+    ("gpt_oss", {"rotary": NO_ROTARY}, "logits"),
 ]
 
 

@@ -18,6 +18,7 @@ ASKED_FOR = {
     *("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "olmoe", "gpt_bigcode", "xglm", "arcee"),
     *("nemotron", "apertus", "ernie4_5", "seed_oss", "ministral", "helium", "glm", "glm4", "granitemoe"),
     *("phimoe", "codegen", "mpt", "olmo", "smollm3", "exaone4", "cohere2", "hunyuan_v1_dense", "ministral3"),
+    "gpt_oss",
 }
 
 

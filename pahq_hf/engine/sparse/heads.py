@@ -123,7 +123,7 @@ class HeadMath:
         """
         grid = tokens.to_grid(q)  # [n, K, batch, width, d_head]
         bias = None if self._mask is None else self._bias(self._mask, heads, tokens)
-        return self.attention.probabilities(_per_example(grid, k.transpose(-1, -2)), bias)
+        return self.attention.probabilities(_per_example(grid, k.transpose(-1, -2)), bias, heads=heads)
 
     def _bias(self, mask: Tensor, heads: Sequence[int], tokens: TokenSet) -> Tensor:
         """What is added to scores. [batch, width, pos] or [n, 1, batch, width, pos]"""

@@ -50,6 +50,8 @@ class Architecture:
         score_bias: What is added to attention scores: the mask, and whatever else knows of positions.
         scaling: The factor of attention scores.
         softcap: Attribute of the attention that bounds its scores, `c tanh(s / c)`; None without.
+        sinks: Attribute of the attention with a score for each head that takes part in its softmax and
+            carries nothing; None without.
         adds_residual: Whether the attention module itself adds the stream to its output.
         mlp: MLP module of a layer; empty when its parts lie in the layer itself.
         mlp_norm: Norm before it; None when it reads the stream as it is. Parallel blocks may share the
@@ -92,6 +94,7 @@ class Architecture:
     score_bias: ScoreBias = plain_bias
     scaling: Callable[[Any], float] = attrgetter("scaling")
     softcap: str | None = None
+    sinks: str | None = None
     adds_residual: bool = False
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"

@@ -86,6 +86,8 @@ def _also(row: Architecture) -> Iterator[str]:
         yield "bounded q, k, v"
     if row.is_coupled:
         yield "coupled heads"
+    if row.sinks is not None:
+        yield "attention sinks"
     if row.experts is not None:
         yield "mixture of experts"
     if row.softcap is not None or row.logit_softcap is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from operator import attrgetter
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pahq_hf.modeling.architectures.architecture import Architecture, RowOf
@@ -106,6 +107,23 @@ def _hunyuan(config: PretrainedConfig) -> Architecture:
 
 def _ministral3(config: PretrainedConfig) -> Architecture:
     return Architecture(model_type="ministral3", rotary=SCALED_QUERIES)
+
+
+def _gpt_oss(config: PretrainedConfig) -> Architecture:
+    return Architecture(
+        model_type="gpt_oss",
+        sinks="sinks",
+        rotary=RotaryTables(halves=True),
+        mlp_linears=(),
+        experts="experts",
+        mlp_run=_without_choice,
+    )
+
+
+def _without_choice(mlp: nn.Module, x: Tensor) -> Tensor:
+    """What GPT-OSS's experts make, without what its router chose."""
+    result: Tensor = mlp(x)[0]
+    return result
 
 
 def _phi(config: PretrainedConfig) -> Architecture:
@@ -229,6 +247,7 @@ LLAMA_LINE: dict[str, RowOf] = {
     "gemma3_text": _gemma3,
     "glm": _glm,
     "glm4": _glm4,
+    "gpt_oss": _gpt_oss,
     "granite": _granite,
     "granitemoe": _granitemoe,
     "helium": _llama,

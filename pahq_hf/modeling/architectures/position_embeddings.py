@@ -50,9 +50,11 @@ class RotaryTables:
 
     Attributes:
         turns: Whether an attention module does so, for families of which some layers know no positions.
+        halves: Whether tables hold each angle once, and not for both features that it turns.
     """
 
     turns: Callable[[Any], bool] | None = None
+    halves: bool = False
 
     def tables(self, attention: nn.Module, kwargs: dict[str, Any]) -> Tables | None:
         """What the model passes as `position_embeddings`."""
@@ -63,7 +65,7 @@ class RotaryTables:
     def __call__(self, attention: nn.Module, x: Tensor, tables: Tables, kind: ReaderKind) -> Tensor:
         """Turn queries or keys. [batch, head, pos, d_head]"""
         cos, sin = tables
-        width = cos.shape[-1]
+        width = 2 * cos.shape[-1] if self.halves else cos.shape[-1]
         apply = _apply(attention)
         # Hugging Face rotates q and k together; an empty k costs nothing.
         turned: Tensor = apply(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
