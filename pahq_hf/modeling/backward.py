@@ -15,6 +15,7 @@ from pahq_hf.modeling.attention import Softmax, softmax
 from pahq_hf.modeling.norms import epsilon_of
 from pahq_hf.modeling.patched_model import PatchedModel
 
+_CENTRED = ("CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm")
 _TOLERANCE = 1e-3  # by which what a norm puts out may differ from what is thought it computes
 
 
@@ -157,11 +158,8 @@ def _is_centred(norm: nn.Module) -> bool | None:
     name = type(norm).__name__
     if name.endswith("RMSNorm"):
         return False
-    return (
-        True
-        if isinstance(norm, nn.LayerNorm) or name.endswith(("CohereLayerNorm", "Cohere2LayerNorm"))
-        else None
-    )
+    centred = isinstance(norm, nn.LayerNorm) or name.endswith(_CENTRED)
+    return True if centred else None
 
 
 def _check_rooms(model: PatchedModel) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+_OLMO_EPSILON = 1e-5  # which none of its attributes tells
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class BlockOutput:
 def epsilon_of(norm: nn.Module) -> float:
     """What a norm adds to the mean square."""
     value = getattr(norm, "variance_epsilon", None)
-    return float(norm.eps if value is None else value)  # type: ignore[arg-type]
+    return float(getattr(norm, "eps", _OLMO_EPSILON) if value is None else value)
 
 
 # -- queries and keys -------------------------------------------------------------------------------
@@ -134,12 +137,15 @@ def widen_norms(model: nn.Module, offset: float) -> None:
         model: The model.
         offset: What its RMS norms add to their weight.
     """
+    base: type[nn.Module]
     for norm in model.modules():
         name = type(norm).__name__
         if name.endswith("RMSNorm"):
             base, centred = _Float64RMSNorm, False
         elif name in ("CohereLayerNorm", "Cohere2LayerNorm"):
             base, centred = _Float64RMSNorm, True
+        elif name == "OlmoLayerNorm":
+            base, centred = _Float64PlainNorm, True
         else:
             continue
         norm.__class__ = type(f"Float64{name}", (base, type(norm)), {"centred": centred, "offset": offset})
@@ -157,3 +163,11 @@ class _Float64RMSNorm(nn.Module):
         x = hidden_states - hidden_states.mean(-1, keepdim=True) if self.centred else hidden_states
         variance = x.pow(2).mean(-1, keepdim=True)
         return (self.weight + self.offset) * (x * torch.rsqrt(variance + epsilon_of(self)))
+
+
+class _Float64PlainNorm(nn.Module):
+    """A layer norm without weights (OLMo), in the dtype of its input."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=epsilon_of(self))
