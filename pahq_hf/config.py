@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, get_args
 
-from pahq_hf.circuit.files import make_folder, read_json, write_text
+from pahq_hf.circuit.files import make_folder, write_text
+from pahq_hf.circuit.json_reader import read_json
 from pahq_hf.errors import CircuitError, ConfigError, check_names, check_place
 from pahq_hf.precision.threads import check_threads
 
@@ -204,7 +206,7 @@ class PAHQConfig(JsonConfig):
             HubError: If the repository cannot be read.
         """
         check_place(name)
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             return cls._read(Path(name) / (options.get("subfolder") or ""))
         from pahq_hf.circuit.hub import HubPlace, pull
 
@@ -218,7 +220,7 @@ class PAHQConfig(JsonConfig):
         except CircuitError as error:
             raise ConfigError(str(error)) from error
         version, precision = document.get("format_version"), document.get("precision")
-        if not isinstance(version, int) or version > _CONFIG_VERSION or not isinstance(precision, dict):
+        if version not in range(1, _CONFIG_VERSION + 1) or not isinstance(precision, dict):
             raise ConfigError(f"{path} has format {version!r}; this version reads up to {_CONFIG_VERSION}")
         base, revision = (
             None if document.get(name) is None else str(document[name]) for name in ("base_model", "revision")

@@ -6,8 +6,8 @@ What is not of that kind (DoRA, prompts, pickles) is refused, and PEFT can merge
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -26,6 +26,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from pahq_hf.checkpoint.fingerprint import identity_in
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.json_reader import parse_json, read_regular
 from pahq_hf.circuit.naming import shared_name
 from pahq_hf.errors import ModelLoadError, first_line
 
@@ -154,7 +155,7 @@ def find_adapter(name: str, arguments: Mapping[str, Any]) -> Adapter | None:
 def is_local_adapter(name: str) -> bool:
     """Whether a name is of a folder with an adapter and no weights of a whole model."""
     folder = Path(name)
-    return (folder / CONFIG_NAME).is_file() and not any(folder.glob("model*.safetensors"))
+    return os.path.isfile(folder / CONFIG_NAME) and not any(folder.glob("model*.safetensors"))
 
 
 def _scaling(config: Mapping[str, Any]) -> Scaling:
@@ -174,8 +175,8 @@ def _file(name: str, file: str, wanted: dict[str, Any]) -> Path | None:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_regular(path))
+    except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise ModelLoadError(f"{path} does not hold a JSON object")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import struct
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,49 +21,26 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from pahq_hf.checkpoint.bars import conversion_bar, library_bars
-from pahq_hf.checkpoint.demo_path import demo_path
+from pahq_hf.checkpoint.foreign import reading
 from pahq_hf.checkpoint.gguf import write_header
 from pahq_hf.checkpoint.placement import one_device
+from pahq_hf.checkpoint.plausible import check_folder, check_sizes
 from pahq_hf.checkpoint.streaming import bare_model, load_skeleton, say_loaded_whole
+from pahq_hf.checkpoint.weight_files import HUB_ARGUMENTS, pick, resolve, safetensors_files
 from pahq_hf.errors import ConfigError, ModelLoadError, UnsupportedModelError, first_line
 from pahq_hf.modeling.architectures.assumption import assume_family
 from pahq_hf.modeling.architectures.lookup import find_architecture, supported_families, unsupported
 from pahq_hf.precision.fp32.source import CheckpointSource
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    HFValidationError,
-    SafetensorError,
-    KeyError,
-    RuntimeError,
-    ImportError,
-    struct.error,  # a truncated GGUF file
-    OverflowError,  # a damaged one
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
+_PROBE = "a"
 
-def resolve(name: str) -> str:
-    """A model's name, with the bundled `demo` turned into its folder."""
-    return str(demo_path()) if name == "demo" else name
-
-
-def _check_folder(name: str) -> None:
-    """Refuse a path to nothing; a name that could be on the Hub is asked for there.
-
-    Raises:
-        ModelLoadError: If it can only be a path, and nothing is there.
-    """
-    path = str(name)
-    if (path.startswith((".", "~")) or os.path.isabs(path) or path.count("/") > 1) and not os.path.exists(
-        path
-    ):
-        raise ModelLoadError(f"cannot read the model {name!r}: there is no such folder")
+logger = logging.getLogger(__name__)
 
 
 def trusts(kwargs: Mapping[str, Any]) -> bool:
@@ -82,7 +57,7 @@ def trusts(kwargs: Mapping[str, Any]) -> bool:
     return value is True
 
 
-def _wants_trust(error: Exception) -> bool:
+def _wants_trust(error: BaseException) -> bool:
     return "trust_remote_code" in str(error)
 
 
@@ -108,37 +83,42 @@ def load_config(name: str, **kwargs: Any) -> PretrainedConfig:
         ModelLoadError: If it cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
-    _check_folder(name)
-    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
+    check_folder(name)
+    wanted = pick(kwargs, *HUB_ARGUMENTS, "gguf_file")
     trust = trusts(kwargs)
-    try:
-        config = _gguf_config(name, **wanted) if wanted.get("gguf_file") else None
-        if config is None:
-            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
-    except _LOAD_ERRORS as error:
-        if _wants_trust(error):
-            # Code that would not help need not be trusted first.
-            family = str(PretrainedConfig.get_config_dict(resolve(name), **wanted)[0].get("model_type", ""))
-            if family and family not in supported_families() and not kwargs.get("assume_family"):
-                raise unsupported(family) from error
-            raise _untrusted(f"the model {name!r}") from error
-        if "model type" in str(error) or "architecture" in str(error):
-            raise UnsupportedModelError(f"cannot tell the family of {name!r}: {first_line(error)}") from error
-        raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
-    assume_family(config, kwargs.get("assume_family"))
-    find_architecture(config, of=lambda: bare_model(config, trust_remote_code=trust))
+    with reading(f"cannot read the model {name!r}"):
+        try:
+            config = _gguf_config(name, **wanted) if wanted.get("gguf_file") else None
+            if config is None:
+                config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
+        except (ValueError, OSError, KeyError) as error:
+            if _wants_trust(error):
+                # Code that would not help need not be trusted first.
+                facts = PretrainedConfig.get_config_dict(resolve(name), **wanted)[0]
+                family = str(facts.get("model_type", ""))
+                if family and family not in supported_families() and not kwargs.get("assume_family"):
+                    raise unsupported(family) from error
+                raise _untrusted(f"the model {name!r}") from error
+            if "model type" in str(error) or "architecture" in str(error):
+                said = first_line(error)
+                raise UnsupportedModelError(f"cannot tell the family of {name!r}: {said}") from error
+            raise
+        assume_family(config, kwargs.get("assume_family"))
+        check_sizes(config, name, known=False)  # before anything is made by them
+        find_architecture(config, of=lambda: bare_model(config, trust_remote_code=trust))
+        check_sizes(config, name)
     return config
 
 
 def _gguf_config(name: str, **kwargs: Any) -> PretrainedConfig | None:
     """The config that a GGUF file's header makes; None where reading the whole file may tell more."""
-    path = Path(str(cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))))
+    path = Path(str(cached_file(resolve(name), kwargs["gguf_file"], **pick(kwargs, *HUB_ARGUMENTS))))
     with tempfile.TemporaryDirectory(prefix="pahq_hf-gguf-") as folder:
         header = Path(folder) / "header.gguf"
         try:
             write_header(path, header)
             config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=header.name)
-        except _LOAD_ERRORS:
+        except Exception:  # whatever it is, reading the whole file says it
             return None
     config._name_or_path = resolve(name)
     config._commit_hash = extract_commit_hash(str(path), None)
@@ -212,12 +192,13 @@ def _check_attention(kwargs: dict[str, Any]) -> None:
 
 
 def _load_generation_config(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(
-            resolve(name), **_pick(kwargs, *_HUB_ARGUMENTS)
-        )
-    except OSError:
-        return  # most have none; the model made one from its config
+    with reading(f"cannot read the generation config of {name!r}"):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                resolve(name), **pick(kwargs, *HUB_ARGUMENTS)
+            )
+        except OSError:
+            return  # most have none; the model made one from its config
 
 
 def converted(name: str, **kwargs: Any) -> Path:
@@ -258,11 +239,9 @@ class _UnkeptError(ModelLoadError):
 
 def _conversion(name: str, **kwargs: Any) -> Path:
     """The folder of a GGUF file's conversion, there or not: by the file's place, size and time."""
-    try:
-        path = cached_file(resolve(name), kwargs["gguf_file"], **_pick(kwargs, *_HUB_ARGUMENTS))
+    with reading(f"cannot read the model {name!r}"):
+        path = cached_file(resolve(name), kwargs["gguf_file"], **pick(kwargs, *HUB_ARGUMENTS))
         status = os.stat(str(path))
-    except _LOAD_ERRORS as error:
-        raise ModelLoadError(f"cannot read the model {name!r}: {first_line(error)}") from error
     identity = f"2:{os.path.realpath(str(path))}:{status.st_size}:{status.st_mtime_ns}"
     cache = Path(os.environ.get("PAHQ_CACHE", "~/.cache/pahq_hf")).expanduser()
     return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -270,7 +249,7 @@ def _conversion(name: str, **kwargs: Any) -> Path:
 
 def _convert(name: str, folder: Path, **kwargs: Any) -> None:
     """Write a GGUF file's model and tokenizer as a checkpoint of the plain kind."""
-    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
+    wanted = pick(kwargs, *HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
     load_model(name, **wanted).save_pretrained(folder)
     tokenizer = _read_tokenizer(name, **wanted)
     if tokenizer is not None:
@@ -303,13 +282,10 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
 
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     bar = conversion_bar() if kwargs.get("gguf_file") else nullcontext()
-    try:
-        with bar:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                resolve(name), attn_implementation="eager", output_loading_info=True, **kwargs
-            )
-    except _LOAD_ERRORS as error:
-        raise ModelLoadError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
+    with reading(f"cannot load the weights of {name!r}"), bar:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(name), attn_implementation="eager", output_loading_info=True, **kwargs
+        )
     model: PreTrainedModel
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
@@ -339,52 +315,17 @@ def load_tokenizer(name: str, **kwargs: Any) -> Any | None:
 
 
 def _read_tokenizer(name: str, **kwargs: Any) -> Any | None:
-    wanted = _pick(kwargs, *_HUB_ARGUMENTS, "gguf_file")
+    wanted = pick(kwargs, *HUB_ARGUMENTS, "gguf_file")
     trust = trusts(kwargs)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
-    except _LOAD_ERRORS as error:
-        if _wants_trust(error):
+        with reading(f"cannot read the tokenizer of {name!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust, **wanted)
+            tokenizer(_PROBE)  # some settings are wrong only where they are used
+            # Where there are no files, GPT-2's class makes a tokenizer that knows its special tokens only.
+            return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
+    except ModelLoadError as error:
+        if error.__cause__ is not None and _wants_trust(error.__cause__):
             raise _untrusted(f"the tokenizer of {name!r}") from error
+        if any(os.path.exists(Path(resolve(name)) / file) for file in _TOKENIZER_FILES):
+            logger.warning("%s: prompts have to be token ids", error)
         return None  # a model without a tokenizer is fine: tasks may give token ids
-    # Where there are no files, GPT-2's class makes a tokenizer that knows its special tokens only.
-    return tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
-
-
-def safetensors_files(name: str, **kwargs: Any) -> list[Path]:
-    """The checkpoint's safetensors files; empty when it has none (GGUF, pickled weights)."""
-    if kwargs.get("gguf_file"):
-        return []
-    wanted = _pick(kwargs, *_HUB_ARGUMENTS)
-    lenient = {"_raise_exceptions_for_missing_entries": False}
-    source = resolve(name)
-
-    def variant(file: str) -> str:
-        if not kwargs.get("variant"):
-            return file
-        stem, _, ending = file.rpartition(".")
-        return f"{stem}.{kwargs['variant']}.{ending}"
-
-    try:
-        single = cached_file(source, variant(SAFE_WEIGHTS_NAME), **wanted, **lenient)
-        if single is not None:
-            return [Path(single)]
-        index = cached_file(source, variant(SAFE_WEIGHTS_INDEX_NAME), **wanted, **lenient)
-        if index is None:
-            return []
-        files, _ = get_checkpoint_shard_files(source, index, **wanted)
-    except (*_LOAD_ERRORS, TypeError) as error:  # TypeError: an index of another shape
-        raise ModelLoadError(f"cannot find the weights of {name!r}: {first_line(error)}") from error
-    return [Path(file) for file in files]
-
-
-def local_files(name: str, **kwargs: Any) -> list[Path]:
-    """The checkpoint's safetensors files as far as they are on this machine; nothing is downloaded."""
-    try:
-        return safetensors_files(name, **(kwargs | {"local_files_only": True}))
-    except ModelLoadError:
-        return []
-
-
-def _pick(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: arguments[name] for name in names if name in arguments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pahq_hf.checkpoint.placement import one_device
 from pahq_hf.checkpoint.streaming import say_loaded_whole
 from pahq_hf.circuit.naming import is_place
 from pahq_hf.config import CONFIG_NAME, PAHQConfig
-from pahq_hf.errors import HubError, ModelLoadError, UnsupportedModelError
+from pahq_hf.errors import ConfigError, HubError, ModelLoadError, UnsupportedModelError
 from pahq_hf.modeling.lowering import check_lowerable
 from pahq_hf.precision.fp32.source import WeightSource
 from pahq_hf.precision.products import resolve_compute
@@ -37,7 +38,7 @@ def find_saved_config(name: str, arguments: dict[str, Any]) -> PAHQConfig | None
         ConfigError: If it is damaged.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         alone = (folder / CONFIG_NAME).is_file() and not (folder / "config.json").exists()
         return PAHQConfig.from_pretrained(folder) if alone else None
     try:
@@ -68,7 +69,11 @@ class LoadedModel:
 
 
 def load_by_name(
-    name: str, given: PAHQConfig | None, fields: dict[str, Any], arguments: dict[str, Any]
+    name: str,
+    given: PAHQConfig | None,
+    fields: dict[str, Any],
+    arguments: dict[str, Any],
+    through: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Load a model, or the base model of a saved configuration.
 
@@ -77,6 +82,7 @@ def load_by_name(
         given: How it is to be patched; by default as was saved with it.
         fields: Fields of the configuration that are given anew.
         arguments: As for `AutoModelForCausalLM.from_pretrained`.
+        through: Names of saved configurations that led to this one.
 
     Returns:
         The model and how to patch it.
@@ -84,7 +90,7 @@ def load_by_name(
     Raises:
         ModelLoadError: If the checkpoint is missing or damaged.
         UnsupportedModelError: If the family is unknown.
-        ConfigError: If a saved configuration is damaged.
+        ConfigError: If a saved configuration is damaged, or leads back to itself.
     """
     config = given or PAHQConfig(**fields)
     _check_loadable(config, arguments)
@@ -102,7 +108,12 @@ def load_by_name(
             raise
         rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
         rest["revision"] = saved.revision
-        return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest)
+        through = (*through, _place_of(name))
+        if _place_of(saved.base_model) in through:
+            raise ConfigError(
+                f"the base model of the configuration in {name} is that configuration itself"
+            ) from None
+        return load_by_name(saved.base_model, given or saved.with_fields(fields), {}, rest, through)
     return LoadedModel(model, load_tokenizer(name, **arguments), source, config, name)
 
 
@@ -142,6 +153,11 @@ def _load_adapted(name: str, config: PAHQConfig, arguments: dict[str, Any]) -> L
         say_loaded_whole(f"{name}: an adapter is merged into its weights")
     tokenizer = load_tokenizer(name, **arguments) or load_tokenizer(adapter.base, **rest)
     return LoadedModel(model, tokenizer, None, config, name, adapter)
+
+
+def _place_of(name: str) -> str:
+    """A folder however it is named, or the id of what is none."""
+    return os.path.realpath(name) if os.path.exists(name) else name
 
 
 def _check_loadable(config: PAHQConfig, arguments: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from pahq_hf.checkpoint.foreign import reading
 from pahq_hf.errors import ModelLoadError
 from pahq_hf.modeling.architectures.lookup import find_architecture
 from pahq_hf.precision.fp32.source import CheckpointSource, stored_name
@@ -68,14 +69,14 @@ def load_skeleton(
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
         say_loaded_whole(f"checkpoints of {config.model_type} are rearranged at loading")
         return None
-    with init_empty_weights(include_buffers=False):
+    with reading("cannot make the model that its config tells"), init_empty_weights(include_buffers=False):
         hf: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
             attn_implementation="eager",
             trust_remote_code=trust_remote_code,
         )
-    hf.tie_weights()
+        hf.tie_weights()
     absent = _absent(hf, source)
     if absent is not None:
         say_loaded_whole(f"the checkpoint has no {absent} as the model needs it")

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from pahq_hf.circuit.json_reader import MAX_BYTES, read_json
 from pahq_hf.circuit.systems import give_to, is_running, sync
 from pahq_hf.errors import CircuitError, ConfigError, RunError, describe
 
@@ -47,7 +48,6 @@ _LEFTOVER = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd|/dev/fd")
 _MOST_LINKS = 40  # that a path may lead through, as for the system itself
 _LONGEST = 200  # bytes of a name in that of its temporary file
-MAX_BYTES = 1 << 30  # of a file that is worth reading
 
 
 def output_path(name: str | Path) -> Path:
@@ -135,25 +135,6 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 # -- folders of runs ------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size.
-
-    Raises:
-        CircuitError: If it is missing, too large, damaged, or no object.
-    """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CircuitError(f"{path} is larger than any circuit; not read")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CircuitError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CircuitError(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise CircuitError(f"{path} does not hold a JSON object")
-    return document
 
 
 def refuse_overwrite(folder: Path, advice: str = "choose another folder") -> Path:

@@ -24,6 +24,8 @@ READER_KINDS: tuple[ReaderKind, ...] = get_args(ReaderKind)
 ReaderOrder = Literal["acdc", "head"]
 BoolArray = NDArray[np.bool_]
 EDGE_SEPARATOR = "->"
+# The most that a graph may have; Llama 3.1 405B has 16,128 heads, and 4 * 10**8 edges with readers of each.
+_MOST_HEADS, _MOST_EDGES = 2**17, 2**29
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class GraphSpec:
             raise ConfigError("a graph needs at least one layer, head and key/value group")
         if self.heads % self.kv_groups:
             raise ConfigError(f"{self.heads} heads cannot be shared evenly by {self.kv_groups} groups")
+        if self.layers * self.heads > _MOST_HEADS or self.edge_count > _MOST_EDGES:
+            raise ConfigError(
+                f"{self.layers:,} layers of {self.heads:,} heads are more than any language model has"
+            )
 
     @property
     def kv_readers(self) -> int:
@@ -63,14 +69,11 @@ class GraphSpec:
     @property
     def edge_count(self) -> int:
         """Number of edges, by formula."""
-        per_layer = self.heads + int(self.mlps)
-        total = 1 + self.layers * per_layer
-        for layer in range(self.layers):
-            before = 1 + layer * per_layer
-            total += before * (self.heads + 2 * self.kv_readers)
-            if self.mlps:
-                total += before + (0 if self.parallel else self.heads)
-        return total
+        layers, mlps = self.layers, int(self.mlps)
+        per_layer = self.heads + mlps
+        before = layers + per_layer * layers * (layers - 1) // 2  # writers before each layer, over all layers
+        own = 0 if self.parallel else mlps * layers * self.heads
+        return 1 + layers * per_layer + before * (self.heads + 2 * self.kv_readers + mlps) + own
 
 
 @dataclass(frozen=True)

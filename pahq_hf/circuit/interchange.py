@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.edge_lists import is_edge_list, read_edge_list
-from pahq_hf.circuit.files import MAX_BYTES, output_path, write_text
+from pahq_hf.circuit.files import output_path, write_text
 from pahq_hf.circuit.fitting import fits, fitted, regrouped, uneven_edges
 from pahq_hf.circuit.graph import Graph, GraphSpec
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.json_reader import parse_json, read_regular
 from pahq_hf.circuit.render.palette import LIGHT
 from pahq_hf.circuit.terminal import printable
 from pahq_hf.errors import CircuitError, ConfigError
@@ -141,13 +143,19 @@ def _from_mib(document: object, path: Path) -> Circuit:
     for name, facts in edges.items():
         r, w = graph.parse_edge(name)
         try:
-            scores[r, w] = float(facts.get("score") or 0.0)
+            scores[r, w] = _finite(float(facts.get("score") or 0.0))
             kept[r, w] = bool(facts.get("in_graph", False))
         except (AttributeError, TypeError, ValueError) as error:
             raise CircuitError(f"{path}: edge {name[:80]!r} has no usable score and in_graph") from error
     model = {"d_model": cfg["d_model"]} if isinstance(cfg.get("d_model"), int) else {}
     circuit = Circuit(graph, kept, scores, scores != 0, model, {})
     return circuit if told == spec else fitted(circuit, told)
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no score")
+    return number
 
 
 # -- any of them ------------------------------------------------------------------------------------
@@ -227,12 +235,10 @@ def _read_document(path: Path) -> object:
         CircuitError: If it is none.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CircuitError(f"{path} is larger than any circuit; not read")
-        document: object = json.loads(path.read_text(encoding="utf-8"))
+        document: object = parse_json(read_regular(path))
     except OSError as error:
         raise CircuitError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CircuitError(
             f"{path} is no EAP-IG or MIB graph, which is a JSON file with 'cfg' and 'edges', such as pahq "
             f"export --format mib writes, and no list of edges in JSON; CSV, GraphML and DOT are not read "

@@ -19,18 +19,17 @@ from pahq_hf.circuit.files import (
     CIRCUIT_NAME,
     DISCOVERY_NAME,
     JOURNAL_NAME,
-    MAX_BYTES,
     MEANS_NAME,
     SCORES_NAME,
     SWEEP_PREFIX,
     Write,
-    read_json,
     text_writer,
     write_together,
 )
 from pahq_hf.circuit.gates import fits
 from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
 from pahq_hf.circuit.identity import ModelIdentity
+from pahq_hf.circuit.json_reader import MAX_BYTES, read_json
 from pahq_hf.circuit.nodes import NODE_TENSORS, node_tensors, read_nodes
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges

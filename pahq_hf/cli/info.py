@@ -40,8 +40,8 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Size of a model's graph and of a run on it, from its config and the headers of its files."""
-    from pahq_hf.checkpoint.load import local_files
     from pahq_hf.checkpoint.saved_config import load_config_of
+    from pahq_hf.checkpoint.weight_files import local_files
     from pahq_hf.circuit.graph import Graph
     from pahq_hf.cli.tables import facts_table, memory_table
     from pahq_hf.config import PAHQConfig

@@ -11,11 +11,11 @@ from pahq_hf.circuit.files import (
     CIRCUIT_NAME,
     SWEEP_NAME,
     check_creatable,
-    read_json,
     refuse_others_files,
     refuse_run,
     refuse_sweep,
 )
+from pahq_hf.circuit.json_reader import read_json
 from pahq_hf.cli.declared import chosen_options
 from pahq_hf.cli.ending import print_end
 from pahq_hf.cli.groups import EngineChoice, ModelChoice, RunChoice, SearchChoice

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from pahq_hf.checkpoint.foreign import reading
 from pahq_hf.config import PAHQConfig
 from pahq_hf.engine.hooks.passes import buffer_bytes
 from pahq_hf.engine.sparse.budget import BATCH_TOKENS, default_budget
@@ -144,11 +145,11 @@ def empty_model(
         split_kv_groups: As for `PAHQConfig`.
         trust_remote_code: Whether code that comes with the model may run.
     """
-    with init_empty_weights(include_buffers=False):
+    with reading("cannot make the model that its config tells"), init_empty_weights(include_buffers=False):
         hf = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    hf.tie_weights()
+        hf.tie_weights()
     return PatchedModel(hf, split_kv_groups=split_kv_groups, streamed=True)
 
 

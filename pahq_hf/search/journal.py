@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pahq_hf.circuit.circuit import Circuit
-from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, read_json, write_text
+from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, write_text
+from pahq_hf.circuit.json_reader import read_json
 from pahq_hf.errors import CircuitError, RunError
 from pahq_hf.search.kind import FIRST
 

@@ -19,11 +19,11 @@ from pahq_hf.circuit.files import (
     SWEEP_NAME,
     SWEEP_PREFIX,
     output_path,
-    read_json,
     write_atomically,
     write_text,
 )
 from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.json_reader import read_json
 from pahq_hf.circuit.verdict import Verdict, faithfulness
 from pahq_hf.errors import CircuitError, ConfigError
 
