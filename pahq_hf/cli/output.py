@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
@@ -36,8 +38,21 @@ UNVERIFIED = 1  # exit code
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON object on stdout, on one line."""
-    sys.stdout.write(json.dumps(document) + "\n")
+    """One JSON object on stdout, on one line; a number that JSON has not, such as NaN, is null."""
+    sys.stdout.write(json.dumps(_finite(document), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {_key(name): _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _key(name: object) -> object:
+    """A key that is a number which JSON has not, as text."""
+    return repr(name) if isinstance(name, float) and not math.isfinite(name) else name
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -167,6 +182,8 @@ def written_output() -> Iterator[None]:
     stream: TextIO | None = sys.stdout
     if stream is None:
         raise OutputError("cannot write to stdout: it is closed")
+    if isinstance(stream, TextIOWrapper):  # one in ASCII, say, shows what it has not as Python writes it
+        stream.reconfigure(errors="backslashreplace")
     sys.stdout = cast(TextIO, _Output(stream))
     try:
         yield

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pahq_hf import Circuit
+from pahq_hf.errors import PAHQError
 from tests.cli.world import Result, World, one_process, only_json
 from tests.helpers import files_of, run_main
 from tests.models import VOCAB
@@ -201,8 +205,15 @@ def test_the_bare_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None
     assert captured.err == ""
 
 
-def test_a_bug_has_an_exit_code_and_a_traceback_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, world: World, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where reports of errors go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_bug_has_an_exit_code_and_a_report_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, world: World, capsys: pytest.CaptureFixture[str], reports: Path
 ) -> None:
     """1 would say that a run is finished, 2 that somebody typed something wrong."""
 
@@ -211,14 +222,81 @@ def test_a_bug_has_an_exit_code_and_a_traceback_of_its_own(
 
     monkeypatch.setattr(Circuit, "from_pretrained", bug)
     said = "pahq: internal error, please report it: ZeroDivisionError: all edges"
-    assert run_main("show", world.path("run"), "--json") == 70
+    assert run_main("show", world.path("run"), "--json", "--token", "hf_secret") == 70
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == f"{said}; PAHQ_TRACEBACK=1 shows where\n"
+    (report,) = reports.glob("pahq-*.log")
+    assert captured.out == "" and captured.err == f"{said}; {report} has what to send\n"
+    text = report.read_text()
+    assert f"pahq show {world.path('run')} --json --token ***\n" in text and "hf_secret" not in text
+    assert "in bug" in text and "ZeroDivisionError: all edges" in text and "transformers 5." in text
+    assert report.stat().st_mode & 0o077 == 0
+    report.unlink()
     monkeypatch.setenv("PAHQ_TRACEBACK", "1")
-    assert run_main("show", world.path("run"), "--json") == 70
+    assert run_main("show", world.path("run"), "--json", "--token=hf_secret") == 70
     captured = capsys.readouterr()
     assert "Traceback (most recent call last)" in captured.err and "in bug" in captured.err
-    assert captured.out == "" and captured.err.endswith(f"{said}\n")
+    (report,) = reports.glob("pahq-*.log")
+    assert captured.out == "" and captured.err.endswith(f"{said}; {report} has what to send\n")
+    assert "hf_secret" not in report.read_text()
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
+ENDS: dict[str, tuple[BaseException, int, str]] = {
+    "no memory": (MemoryError("Unable to allocate 9 TiB"), 2, "memory ran out (Unable to allocate 9 TiB)"),
+    "no memory for torch": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        2,
+        "memory ran out",
+    ),
+    "no memory for a library": (ImportError("x.so: failed to map segment from shared object"), 2, "memory"),
+    "no memory for the system": (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "memory ran out"),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "is full: no room for /x/y"),
+    "a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "the disk is full"),
+    "a panic in Rust": (PanicException("called `Option::unwrap()`"), 70, "PanicException: called `Option"),
+    "the end of a file": (EOFError(), 70, "internal error, please report it: EOFError"),
+    "recursion": (RecursionError("maximum recursion depth exceeded"), 70, "RecursionError"),
+    "a message of 100 kB": (PAHQError("begins " + "x" * 100_000 + " ends"), 2, "xxx ends"),
+    "a message that steers": (PAHQError("\x1b[2J\ud800\u202e"), 2, r"\x1b[2J\ud800\u202e"),
+    "a message of many lines": (PAHQError("one\n\ntwo"), 2, "pahq: one two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_whatever_ends_a_command_is_one_line(
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reports: Path,
+) -> None:
+    error, code, words = ENDS[case]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Circuit, "from_pretrained", fail)
+    assert run_main("show", "anything") == code
+    out, err = capsys.readouterr()
+    err = err.lstrip("\n")  # click ends the line of a prompt that it takes for there
+    assert out == "" and err.startswith("pahq: ") and err.count("\n") == 1
+    assert words in err and len(err) < 1100
+    assert len(list(reports.glob("pahq-*.log"))) == (code == 70)
+
+
+def test_a_report_that_cannot_be_written_is_not_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Circuit, "from_pretrained", bug)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert run_main("show", "anything") == 70
+    assert capsys.readouterr().err == (
+        "pahq: internal error, please report it: ZeroDivisionError: ZeroDivisionError\n"
+    )
 
 
 def test_an_interrupt_is_exit_code_130(
