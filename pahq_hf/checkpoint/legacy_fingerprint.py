@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pahq_hf.circuit.json_reader import OWN_BYTES, parse_json, read_regular
 from pahq_hf.modeling.originals import original_tensors
 from pahq_hf.modeling.patched_model import PatchedModel
 
@@ -56,11 +56,11 @@ def recorded_fingerprint(folder: Path) -> str | None:
     """
     for name in _RECORDS:
         try:
-            text = (folder / name).read_text(encoding="utf-8")
-            document = json.loads(text.partition("\n")[0] if name.endswith("l") else text)
+            raw = read_regular(folder / name, OWN_BYTES)
+            document = parse_json(raw.partition(b"\n")[0] if name.endswith("l") else raw)
             header = document if name.endswith("l") else document["header"]
             return str(header["model"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 

@@ -20,12 +20,15 @@ def usable_device(device: str | int | torch.device) -> torch.device:
         ConfigError: If there is none of this name on this machine.
     """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         # What follows is for those who build PyTorch.
         reason = shorten(reason.partition(". ")[0], 200, placeholder=" ...")
-        raise ConfigError(f"device {str(device)!r} cannot be used: {reason}") from error
+        raise ConfigError(f"device {str(device)!r:.60} cannot be used: {reason}") from error
+    if found.type == "meta":
+        raise ConfigError("device 'meta' cannot be used: it keeps shapes and no numbers")
+    return found
 
 
 def one_device(place: Any, max_memory: Mapping[Any, Any] | None = None) -> torch.device:

@@ -69,13 +69,14 @@ def load_skeleton(
     if get_checkpoint_conversion_mapping(config.model_type) is not None:
         say_loaded_whole(f"checkpoints of {config.model_type} are rearranged at loading")
         return None
-    with reading("cannot make the model that its config tells"), init_empty_weights(include_buffers=False):
-        hf: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=trust_remote_code,
-        )
+    with reading("cannot make the model that its config tells"):
+        with init_empty_weights(include_buffers=False):
+            hf: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+            )
         hf.tie_weights()
     absent = _absent(hf, source)
     if absent is not None:

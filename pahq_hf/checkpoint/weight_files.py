@@ -64,15 +64,15 @@ def _check_index(path: Path) -> None:
     try:
         document = parse_json(read_regular(path))
     except ValueError as error:
-        raise ModelLoadError(f"{path} is damaged: {error}") from error
+        raise ModelLoadError(f"cannot find the weights: {path} is damaged: {error}") from error
     names = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(names, dict) or not names:
-        raise ModelLoadError(f"{path} is damaged: its 'weight_map' does not say which file has which tensor")
+        raise ModelLoadError(f"cannot find the weights: {path} has no 'weight_map' of files by tensor")
     if not isinstance(document.get("metadata"), dict):
-        raise ModelLoadError(f"{path} is damaged: it has no 'metadata', not even empty")
+        raise ModelLoadError(f"cannot find the weights: {path} has no 'metadata', not even an empty one")
     for name in names.values():
         if not isinstance(name, str) or not _is_beside(name):
-            raise ModelLoadError(f"{path} is damaged: {describe(name)} is no file beside it")
+            raise ModelLoadError(f"cannot find the weights: {path} names {describe(name)}, no file beside it")
 
 
 def _is_beside(name: str) -> bool:

@@ -314,7 +314,7 @@ class Circuit:
         """
         check_place(name)
         folder = Path(name)
-        if not folder.exists() and _HUB_ID.fullmatch(str(name)):
+        if not os.path.exists(folder) and _HUB_ID.fullmatch(str(name)):
             place = hub.HubPlace(
                 str(name), revision, subfolder, token, cache_dir, force_download, local_files_only
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pahq_hf.circuit.json_reader import MAX_BYTES, read_json
+from pahq_hf.circuit.json_reader import MAX_BYTES, parse_json, read_json
 from pahq_hf.circuit.systems import give_to, is_running, sync
 from pahq_hf.errors import CircuitError, ConfigError, RunError, describe
 
@@ -177,9 +176,9 @@ def _is_left(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, MAX_BYTES)))
+            header = parse_json(file.read(min(size, MAX_BYTES)))
         return "run" in header.get("__metadata__", {})
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
@@ -347,7 +346,7 @@ def _place_of(path: Path) -> _Place:
 def _make_temporary(folder: Path, name: str) -> Path:
     """An empty file with the mode of a new one; those of dead processes for the same name are removed."""
     remove_leftovers(folder, name)
-    short = name.encode()[:_LONGEST].decode(errors="ignore")
+    short = name.encode(errors="ignore")[:_LONGEST].decode(errors="ignore")
     temporary = folder / f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -365,4 +364,4 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters

@@ -12,9 +12,26 @@ from typing import Any
 from pahq_hf.errors import CircuitError
 
 MAX_BYTES = 1 << 30  # of a file that is worth reading
+OWN_BYTES = 1 << 40  # of what a run wrote here, which may be as long as the run
 _DEEPEST = 100  # objects within each other; what this package and its like write has less than ten
 LARGEST_FLOAT = 10**308  # whole numbers beyond it are no floats either
 _LARGEST_COUNT = 2**63 - 1
+
+
+def check_regular(path: Path) -> None:
+    """Check that a library may open a file.
+
+    Raises:
+        OSError: If there is none, or what is there is no regular file.
+    """
+    _check_mode(os.stat(path).st_mode)
+
+
+def _check_mode(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no file, but a device, a pipe or a socket")
 
 
 def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
@@ -31,15 +48,19 @@ def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
     """
     # Of these only POSIX has the first, and only Windows the second.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
+    with os.fdopen(_open(path, flags), "rb") as file:
         status = os.fstat(file.fileno())
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file, but a device, a pipe or a socket")
+        _check_mode(status.st_mode)
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
-        return file.read(most)
+        return file.read(min(most, status.st_size + 1))  # makes room for as much at once
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except ValueError as error:  # a zero in its name
+        raise OSError(errno.EINVAL, str(error)) from error
 
 
 def parse_json(raw: bytes | str, largest: int = _LARGEST_COUNT) -> Any:

@@ -29,15 +29,17 @@ from pahq_hf.circuit.files import (
 from pahq_hf.circuit.gates import fits
 from pahq_hf.circuit.graph import Graph, GraphSpec, edge_list
 from pahq_hf.circuit.identity import ModelIdentity
-from pahq_hf.circuit.json_reader import MAX_BYTES, read_json
+from pahq_hf.circuit.json_reader import MAX_BYTES, check_regular, parse_json, read_json
 from pahq_hf.circuit.nodes import NODE_TENSORS, node_tensors, read_nodes
 from pahq_hf.circuit.run_record import RunRecord
 from pahq_hf.circuit.scored_edges import ScoredEdges
-from pahq_hf.errors import CircuitError, ConfigError, RunError
+from pahq_hf.errors import CircuitError, ConfigError, RunError, first_line
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _SCORE_NAMES = ("score", "tested", "in_graph")
+# What safetensors raises of a file that is none, and of numbers that numpy does not have: bf16, f8, f4.
+_NO_ARRAYS = (SafetensorError, TypeError, ValueError, KeyError, AttributeError)
 
 _SPEC_KEYS = (
     "format_version",
@@ -209,7 +211,7 @@ def read_circuit(folder: Path) -> StoredCircuit:
         ),
         model={key: value for key, value in cfg.items() if key not in _SPEC_KEYS},
         discovery=discovery,
-        means=_load_tensors(folder / MEANS_NAME) if (folder / MEANS_NAME).exists() else None,
+        means=_load_tensors(folder / MEANS_NAME) if os.path.exists(folder / MEANS_NAME) else None,
     )
 
 
@@ -221,7 +223,10 @@ def _refuse_sweep(folder: Path) -> None:
     """
     if os.path.exists(folder / CIRCUIT_NAME):
         return
-    found = sorted(path.parent.name for path in folder.glob(f"{SWEEP_PREFIX}*/{CIRCUIT_NAME}"))
+    try:
+        found = sorted(path.parent.name for path in folder.glob(f"{SWEEP_PREFIX}*/{CIRCUIT_NAME}"))
+    except OSError:  # a name that is too long, for one
+        return
     if found:
         raise CircuitError(
             f"{folder} holds a sweep, not one circuit: give the folder of a threshold in it, one of "
@@ -237,7 +242,7 @@ def _spec_from(cfg: dict[str, Any], folder: Path) -> GraphSpec:
     version = cfg.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CircuitError(
-            f"{folder} has circuit format {version}; this version reads up to {FORMAT_VERSION}"
+            f"{folder} has circuit format {version!r:.40}; this version reads up to {FORMAT_VERSION}"
         )
     try:
         return GraphSpec(
@@ -269,6 +274,8 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
     )
     found |= {name: tensors[name] for name in NODE_TENSORS if name in tensors}
     for name, tensor in found.items():
+        if tensor.dtype.kind not in "buif":
+            raise CircuitError(f"{path}: {name} has numbers of type {tensor.dtype}")
         wanted = shape[1:] if name in NODE_TENSORS else shape
         if tensor.shape != wanted:
             raise CircuitError(
@@ -280,7 +287,7 @@ def _read_scores(path: Path, spec: GraphSpec) -> dict[str, NDArray[Any]]:
 def _read_discovery(folder: Path) -> dict[str, Any]:
     """What ran, if that is known; the tensors beside it are checked by the checksums in it."""
     path = folder / DISCOVERY_NAME
-    facts = read_json(path) if path.exists() else {}
+    facts = read_json(path) if os.path.exists(path) else {}
     try:
         RunRecord.from_json(facts)
     except CircuitError as error:
@@ -288,14 +295,14 @@ def _read_discovery(folder: Path) -> dict[str, Any]:
     if not isinstance(facts.get("checksums", {}), dict):
         raise CircuitError(f"{path} is damaged: 'checksums' does not hold an object")
     checksums = facts.pop("checksums", None)
-    if checksums is None and path.exists() and _is_listed(folder / SCORES_NAME):
+    if checksums is None and os.path.exists(path) and _is_listed(folder / SCORES_NAME):
         raise CircuitError(
             f"{path} is damaged: the checksums of scores and means that were in it are gone; {_mend(folder)}"
         )
     for name in (SCORES_NAME, MEANS_NAME):
         if name not in (checksums or {}):
             continue
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):
             raise CircuitError(f"{folder / name} is missing: {DISCOVERY_NAME} lists it; {_mend(folder)}")
         if _checksum(folder / name) != checksums[name]:
             raise CircuitError(f"{folder / name} is damaged: its checksum is not that in {DISCOVERY_NAME}")
@@ -312,9 +319,10 @@ def _mend(folder: Path) -> str:
 def _is_listed(path: Path) -> bool:
     """Whether scores were written together with a list of checksums; earlier versions had none."""
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
-            layout = json.loads((file.metadata() or {}).get("layout", "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError):
+            layout = parse_json((file.metadata() or {}).get("layout", "{}"))
+    except (OSError, SafetensorError, ValueError):
         return False  # whoever reads them says what is wrong
     return isinstance(layout, dict) and layout.get("checksums") == DISCOVERY_NAME
 
@@ -328,11 +336,14 @@ def _is_number(found: object, value: float) -> bool:
 
 def _load_tensors(path: Path) -> dict[str, NDArray[Any]]:
     try:
+        check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise CircuitError(f"{path} is larger than any circuit; not read")
         tensors: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CircuitError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CircuitError(f"cannot read {path}: {error.strerror or error}") from error
+    except _NO_ARRAYS as error:
+        raise CircuitError(f"cannot read {path}: {first_line(error)}") from error
     return tensors
 
 
@@ -346,6 +357,7 @@ def _save_tensors(tensors: dict[str, NDArray[Any]], path: Path, notes: dict[str,
 def _checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,7 +139,7 @@ def _read_reference(path: Path, found: Circuit) -> Circuit:
     from pahq_hf.circuit.circuit import Circuit
     from pahq_hf.circuit.interchange import read_circuit_file
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         return Circuit.from_pretrained(path)
     return read_circuit_file(path, found.graph.spec)
 

@@ -5,6 +5,7 @@ A group may be one of groups.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,8 +122,8 @@ class TaskChoice:
         Raises:
             TaskError: If the file cannot be used.
         """
-        path = Path(self.task).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(self.task))
+        if not os.path.isfile(path):
             return self.n
         from pahq_hf.tasks.choice import Choice
         from pahq_hf.tasks.reading import read_rows

@@ -271,6 +271,7 @@ def read_policy(entries: list[str] | None) -> dict[str, Any]:
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_MOST_BYTES = 2**60
 
 
 def read_bytes(text: str | None) -> int | None:
@@ -290,4 +291,7 @@ def read_bytes(text: str | None) -> int | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
     if found is None or found[2] not in _UNITS:
         raise ConfigError(f"cannot read the size {text!r}; write it like 500MB or 4GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    size = float(found[1]) * _UNITS[found[2]]
+    if size > _MOST_BYTES:
+        raise ConfigError(f"the size {text:.40} is more than any machine has; write it like 500MB or 4GiB")
+    return int(size)

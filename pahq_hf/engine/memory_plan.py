@@ -145,10 +145,11 @@ def empty_model(
         split_kv_groups: As for `PAHQConfig`.
         trust_remote_code: Whether code that comes with the model may run.
     """
-    with reading("cannot make the model that its config tells"), init_empty_weights(include_buffers=False):
-        hf = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+    with reading("cannot make the model that its config tells"):
+        with init_empty_weights(include_buffers=False):
+            hf = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         hf.tie_weights()
     return PatchedModel(hf, split_kv_groups=split_kv_groups, streamed=True)
 

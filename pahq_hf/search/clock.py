@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from pahq_hf.circuit.files import SECONDS_NAME, write_text
+from pahq_hf.circuit.json_reader import parse_json, read_regular
 from pahq_hf.engine.phases import Phases
 from pahq_hf.errors import RunError
 
@@ -104,8 +105,8 @@ class RunClock:
         An earlier version kept seconds alone.
         """
         try:
-            found = json.loads((folder / SECONDS_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = parse_json(read_regular(folder / SECONDS_NAME))
+        except (OSError, ValueError):
             return
         for name, value in found.items() if isinstance(found, dict) else ():
             if type(value) is float and 0 <= value < float("inf"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, write_text
-from pahq_hf.circuit.json_reader import read_json
+from pahq_hf.circuit.json_reader import OWN_BYTES, parse_json, read_json, read_regular
 from pahq_hf.errors import CircuitError, RunError
 from pahq_hf.search.kind import FIRST
 
@@ -108,7 +108,7 @@ class Journal:
         """
         path = folder / JOURNAL_NAME
         try:
-            raw = path.read_bytes()
+            raw = read_regular(path, OWN_BYTES)
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from error
         lines = raw.split(b"\n")[:-1]  # what follows the last newline was not finished
@@ -121,12 +121,12 @@ class Journal:
             what = f"record {number} on line {number + 1}" if number else "line 1, its header"
             try:
                 sealed &= chain.verify(line)
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if number:
                     steps.append(_step(entry))
                 else:
                     header = dict(entry)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise damaged(path, f"{what}: {error}") from error
         header.pop("check", None)
         size = sum(len(line) + 1 for line in lines)
@@ -204,8 +204,7 @@ def is_begun(folder: Path) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        with path.open("rb") as file:
-            return file.readline().endswith(b"\n")  # else it ends within its header
+        return b"\n" in read_regular(path, OWN_BYTES)  # else it ends within its header
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
 

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pahq_hf.circuit.files import write_atomically
+from pahq_hf.circuit.json_reader import check_regular, parse_json
 from pahq_hf.errors import RunError
 
 Arrays = Mapping[str, NDArray[Any]]
 # What reading a damaged file raises, and what its reader may for what it finds in it.
-DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError)
+DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def save_arrays(path: Path, arrays: Arrays, notes: Mapping[str, Any]) -> None:
@@ -48,8 +49,9 @@ def read_arrays(path: Path, names: Iterable[str]) -> tuple[dict[str, NDArray[Any
     Raises:
         ValueError: If the file is damaged; or another of `DAMAGED`.
     """
+    check_regular(path)
     with safe_open(path, framework="numpy") as file:
-        notes = json.loads((file.metadata() or {})["run"])
+        notes = parse_json((file.metadata() or {})["run"])
         return {name: file.get_tensor(name) for name in names}, dict(notes)
 
 

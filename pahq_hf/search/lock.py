@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pahq_hf.circuit.files import LOCK_NAME, remove_leftovers, write_text
+from pahq_hf.circuit.json_reader import parse_json, read_regular
 from pahq_hf.circuit.systems import is_running
 from pahq_hf.errors import RunError
 
@@ -172,10 +173,10 @@ def check_free(folder: Path, *, take_over: bool = False) -> None:
 def _read(path: Path) -> Owner | None:
     """Whose lock it is; None if there is none, or what is there names nobody."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_regular(path))
         texts = {name: str(document[name]) for name in ("host", "realm", "started", "token")}
         return Owner(pid=int(document["pid"]), **texts)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, OverflowError):
         return None
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error

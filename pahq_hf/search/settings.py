@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from pahq_hf.circuit.files import ANSWERS_NAME, DIRECTION_NAMES, JOURNAL_NAME, ORIGINAL_NAME, SWEEP_PREFIX
+from pahq_hf.circuit.json_reader import OWN_BYTES, parse_json, read_regular
 from pahq_hf.config import Compute, EngineName
 
 
@@ -49,9 +49,8 @@ class RunSettings:
             runs = []
         for path in (folder / JOURNAL_NAME, *runs, folder / ANSWERS_NAME):
             try:
-                with path.open("rb") as file:
-                    header = json.loads(file.readline())
-            except (OSError, ValueError, RecursionError):
+                header = parse_json(read_regular(path, OWN_BYTES).partition(b"\n")[0])
+            except (OSError, ValueError):
                 continue
             if isinstance(header, dict):
                 return cls._of_header(header)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from pahq_hf.circuit.files import write_text
 from pahq_hf.circuit.graph import BoolArray
+from pahq_hf.circuit.json_reader import OWN_BYTES, parse_json, read_regular
 from pahq_hf.engine.protocol import Engine, Slopes, Trial
 from pahq_hf.errors import RunError
 from pahq_hf.search.journal import Chain, check_header
@@ -61,7 +63,7 @@ class EngineCache:
         answers = cls()
         answers._path = path
         try:
-            raw = path.read_bytes() if path.exists() else b""
+            raw = read_regular(path, OWN_BYTES) if os.path.lexists(path) else b""
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}") from error
         first, newline, rest = raw.partition(b"\n")
@@ -71,8 +73,8 @@ class EngineCache:
         chain = Chain()
         try:
             is_sealed = chain.verify(first)
-            check_header(dict(json.loads(first)), header, path.parent)
-        except (ValueError, TypeError, RecursionError) as error:
+            check_header(dict(parse_json(first)), header, path.parent)
+        except (ValueError, TypeError) as error:
             raise _damaged(path, f"line 1, its header: {error}") from error
         if not is_sealed:
             logger.warning(
@@ -94,9 +96,9 @@ class EngineCache:
         done = 0
         for number, line in enumerate(raw.split(b"\n")[:-1], start=2):  # the last was not finished
             try:
-                key, values, *check = json.loads(line)
+                key, values, *check = parse_json(line)
                 known = array("d", values)
-            except (ValueError, TypeError, RecursionError):
+            except (ValueError, TypeError):
                 break
             if check != [_check(key, values)]:
                 assert self._path is not None

@@ -138,7 +138,7 @@ def _is_there(source: Source) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     text = str(source)
-    return bool(text) and (text.count("/") == 1 or os.path.exists(Path(text).expanduser()))
+    return bool(text) and (text.count("/") == 1 or os.path.exists(os.path.expanduser(text)))
 
 
 def load_task(
@@ -230,8 +230,8 @@ def load_task(
             return generate(n=count, seed=seed)
 
         return generate(n=DEFAULT_N if n is None else n, seed=seed or 0).drawn_by(more)
-    path = Path(text).expanduser()
-    if not text or not path.exists():
+    path = Path(os.path.expanduser(text))
+    if not text or not os.path.exists(path):
         if file_type(path) in FILE_TYPES or path.is_absolute() or text.startswith(("./", "../", "~")):
             raise TaskError(f"{text}: no such file or dataset folder")
         if text.count("/") != 1:
@@ -239,7 +239,7 @@ def load_task(
                 f"unknown task {text!r}; known tasks are {', '.join(available_tasks())}, and a path to a "
                 f"{', '.join(FILE_TYPES)} file, a dataset folder or a Hub dataset id (owner/name) works too"
             )
-    return load(path if path.exists() else text)
+    return load(path if os.path.exists(path) else text)
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_rows(
     where = told_source(source)
     if not isinstance(source, (str, Path)):
         data = given_rows(source, choice, split, columns or {})
-    elif Path(source).is_file():
+    elif os.path.isfile(source):
         rows = file_rows(DataFile(Path(source), columns or {}, split))
         data = Data([rows[number] for number in choice.of(len(rows))], len(rows))
     else:
@@ -73,10 +74,10 @@ def _read_dataset(source: str | Path, split: str | None, choice: Choice) -> Data
             data: Any = load_from_disk(str(path))
         else:
             name, _, configuration = str(source).partition(":")
-            whole = path.is_dir() or not configuration
+            whole = os.path.isdir(path) or not configuration
             data = load_dataset(str(source)) if whole else load_dataset(name, configuration)
     except Exception as error:  # datasets, huggingface_hub and the network each raise their own
-        kind = "dataset folder" if path.is_dir() else "dataset on the Hub"
+        kind = "dataset folder" if os.path.isdir(path) else "dataset on the Hub"
         raise TaskError(f"{str(source)!r} could not be loaded as a {kind}: {reason(error)}") from error
     if isinstance(data, DatasetDict):
         data = part_of(data, split, str(source))

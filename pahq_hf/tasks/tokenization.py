@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LONGEST = 2**21  # characters; tokenizers take seconds for so many
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise `text` without special tokens.
 
@@ -32,8 +35,10 @@ def check_text(text: str, what: str) -> None:
         what: What it is, for the message.
 
     Raises:
-        TaskError: If it holds half of a character, as JSON's escapes may.
+        TaskError: If it is longer than any prompt, or holds half of a character, as JSON's escapes may.
     """
+    if len(text) > _LONGEST:
+        raise TaskError(f"{what} has {len(text):,} characters: longer than any prompt")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
