@@ -80,8 +80,8 @@ def parse_json(raw: bytes | str, largest: int = _LARGEST_COUNT) -> Any:
         document = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8-sig"))
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    level = [document]
-    for _ in range(_DEEPEST):
+    level: list[Any] = [[document]]
+    for _ in range(_DEEPEST + 1):
         inner = [value for node in level for value in _values(node) if isinstance(value, (dict, list, int))]
         level = [value for value in inner if not isinstance(value, int)]
         if len(level) < len(inner) and not all(
