@@ -90,7 +90,7 @@ def layer_table(circuit: Circuit) -> Table:
 
 
 def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
-    """The kept edges with the largest scores."""
+    """The kept edges with the largest scores; those that lead nowhere are marked, and grey."""
     pairs = edge_list(circuit.kept)
     scores = np.array([circuit.scores[r, w] for r, w in pairs])
     order = np.argsort(-np.abs(scores), kind="stable")[:count]
@@ -104,7 +104,10 @@ def edge_table(circuit: Circuit, count: int = _TOP) -> Table:
         mark += "" if gate is None else f" {gate}"
         share = circuit.scored.frequency(r, w)
         mark += "" if share is None else f" in {of_resamples(share)}"
-        table.add_row(Text(circuit.graph.edge_name(r, w)), f"{scores[number]:+.4g}{mark}")
+        dead = not circuit.live[r, w]
+        mark += " dead" if dead else ""
+        name = Text(circuit.graph.edge_name(r, w))
+        table.add_row(name, f"{scores[number]:+.4g}{mark}", style="dim" if dead else "")
     return table
 
 

@@ -79,6 +79,11 @@ def check_auditable(circuit: Circuit) -> None:
             "an audit takes ACDC's decisions again as noising takes them: this circuit was found by "
             f"direction {run.arguments.direction}"
         )
+    if run.arguments.more.get("prune_dead") is True:
+        raise CircuitError(
+            "an audit takes ACDC's decisions again: of this circuit dead edges that it kept were dropped "
+            "afterwards (prune_dead)"
+        )
     if run.arguments.threshold is None or run.arguments.metric is None:
         raise CircuitError(
             "an audit takes ACDC's decisions again: this circuit does not say by which threshold and metric "

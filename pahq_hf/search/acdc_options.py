@@ -23,6 +23,7 @@ from pahq_hf.search.attribution.kinds import check_gradient
 from pahq_hf.search.attribution.options import parse_screen
 from pahq_hf.search.kind import (
     LEVEL,
+    PRUNE,
     as_first,
     check_criterion,
     check_direction,
@@ -55,6 +56,8 @@ class GreedyOptions(JsonConfig):
             `denoising` searches with the two swapped; `both` keeps what either finds.
         readers: Comma-separated globs; only matching readers are searched, others keep all edges.
         level: `edge`, or `node`: whole heads and MLPs are kept or removed, each with all its edges out.
+        prune_dead: Drop edges that lie on no path from `input` to `logits`, once all are decided; the
+            circuit's metric is measured again.
         margin: Test an edge again in FP32 when its score is within `margin * threshold` of the threshold;
             `inf` tests every edge again. None takes the default of precision `pahq`; the other regimes
             have no second look.
@@ -92,6 +95,7 @@ class GreedyOptions(JsonConfig):
         ),
     )
     level: Level = field(default="edge", metadata=LEVEL)
+    prune_dead: bool = field(default=False, metadata=PRUNE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

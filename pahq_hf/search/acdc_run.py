@@ -170,7 +170,8 @@ def compare(work: Work[Any], found: Found, state: Search) -> None:
     """
     if len(state.records) < len(state.graph.readers):
         return
-    ours, theirs = (found.kept, found.scores, found.tested), (state.kept, state.scores, state.tested)
+    kept = _ended(work, state)
+    ours, theirs = (found.kept, found.scores, found.tested), (kept, state.scores, state.tested)
     marked = np.zeros_like(state.estimated) if found.estimated is None else found.estimated
     if not (np.array_equal(marked, state.estimated) and all(map(np.array_equal, ours, theirs))):
         raise work.other_circuit()
@@ -218,9 +219,11 @@ def found_by(work: Work[Any], state: Search, done: Sequence[ReaderRecord], facts
         "tests": sum(record.looks for record in state.records),
         "changed": sum(record.changed for record in state.records),
     }
-    exact = work.setting.precision.regime in ("fp32", "rtn")
+    kept = _ended(work, state)
+    same = np.array_equal(kept, state.kept)
+    exact = same and work.setting.precision.regime in ("fp32", "rtn")
     return Found(
-        state.kept,
+        kept,
         state.scores,
         state.tested,
         # Where a component is raised, the metric is that of the last one's tests: it is measured again.
@@ -228,6 +231,11 @@ def found_by(work: Work[Any], state: Search, done: Sequence[ReaderRecord], facts
         searched=None if options.readers is None else work.graph.match_readers(options.readers),
         facts={"second_looks": second_looks, **facts, "resumed_readers": len(done)},
     )
+
+
+def _ended(work: Work[Any], state: Search) -> BoolArray:
+    """What is kept in the end: dead edges too, unless they are to go (`prune_dead`)."""
+    return work.graph.live_edges(state.kept) if work.options.prune_dead else state.kept
 
 
 def _estimates(state: Search) -> EstimateFacts:

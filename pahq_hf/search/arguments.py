@@ -32,6 +32,7 @@ class SweepOptions(TypedDict, total=False):
     audit: float | None
     criterion: Criterion | None
     level: Level
+    prune_dead: bool
 
 
 class DiscoverOptions(SweepOptions, total=False):
@@ -56,6 +57,7 @@ class AttributeOptions(TypedDict, total=False):
     members: str
     direction: Direction
     level: Level
+    prune_dead: bool
 
 
 class EvaluateOptions(TypedDict, total=False):

@@ -78,6 +78,9 @@ LEVEL = told(
 )
 
 
+PRUNE = told("Drop the edges that lie on no path from input to logits, once all are decided.")
+
+
 def check_direction(direction: Direction, ablation: Ablation) -> None:
     """Check a direction against what stands in for removed edges.
 
@@ -150,7 +153,7 @@ def as_first(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in FIRST or value != FIRST[name]}
 
 
-FIRST = {"direction": "noising", "level": "edge"}
+FIRST = {"direction": "noising", "level": "edge", "prune_dead": False}
 
 
 def shifted(value: float, factor: float) -> float:

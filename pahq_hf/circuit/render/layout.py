@@ -54,6 +54,7 @@ class LayoutEdge:
         tested: Whether the edge was tested.
         bend: How far to the right the control point of a quadratic curve lies from the line's middle:
             lines that skip layers pass beside the nodes between.
+        live: Whether the edge is on a path from `input` to `logits`.
     """
 
     writer: str
@@ -63,6 +64,7 @@ class LayoutEdge:
     score: float
     tested: bool
     bend: float
+    live: bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def layout(circuit: ScoredEdges, *, all_nodes: bool = False, most: int | None = 
                     score=float(circuit.scores[r, w]),
                     tested=bool(circuit.tested[r, w]),
                     bend=_bend(graph, start, places[target], reader.kind),
+                    live=bool(circuit.live[r, w]),
                 )
             )
     names = list(places) if all_nodes else circuit.nodes

@@ -14,13 +14,13 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pahq_hf.circuit.graph import ReaderKind
 from pahq_hf.circuit.render.layout import DRAWN_EDGES, Layout, LayoutEdge, layout
 from pahq_hf.circuit.render.palette import LIGHT
 from pahq_hf.circuit.scored_edges import ScoredEdges
 
 PictureFormat = Literal["png", "svg"]
 _LABELLED = 150  # nodes; more names than this cannot be read
+_DEAD = "dead"  # of edges on no path from input to logits
 _TALLEST = 10.0  # inches
 _MARKERS = {"input": "D", "head": "o", "mlp": "s", "logits": "D"}  # as on the page
 # What would make two pictures of one circuit differ.
@@ -56,24 +56,24 @@ def _draw(circuit: ScoredEdges, path: Path, fmt: PictureFormat) -> None:
     kinds = _draw_edges(axes, places)
     _draw_nodes(axes, places)
     if kinds:
-        lines = [Line2D([], [], color=LIGHT.edges[kind], label=kind) for kind in kinds]
-        figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        lines = [Line2D([], [], color=colour, label=kind) for kind, colour in kinds.items()]
+        figure.legend(handles=lines, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     axes.autoscale_view()
     axes.margins(0.04)
     figure.savefig(path, format=fmt, dpi=90, metadata=NO_DATE[fmt])
 
 
-def _draw_edges(axes: Axes, places: Layout) -> list[ReaderKind]:
-    """Draw all edges; returns the kinds there are."""
+def _draw_edges(axes: Axes, places: Layout) -> dict[str, str]:
+    """Draw all edges, dead ones in grey; returns the colours of the kinds there are."""
     where = {node.name: (node.x, node.y) for node in places.nodes}
     sizes = [abs(edge.score) for edge in places.edges if math.isfinite(edge.score)]
     largest = max(sizes, default=0.0) or 1.0
-    kinds = []
-    for kind, colour in LIGHT.edges.items():
-        own = [edge for edge in places.edges if edge.kind == kind]
+    kinds: dict[str, str] = {}
+    for kind, colour in [*LIGHT.edges.items(), (_DEAD, LIGHT.faint)]:
+        own = [edge for edge in places.edges if kind == (edge.kind if edge.live else _DEAD)]
         if not own:
             continue
-        kinds.append(kind)
+        kinds[kind] = colour
         axes.update_datalim([corner for edge in own for corner in _corners(where, edge)])
         axes.add_collection(
             PathCollection(
@@ -82,7 +82,7 @@ def _draw_edges(axes: Axes, places: Layout) -> list[ReaderKind]:
                 edgecolors=colour,
                 linewidths=[0.4 + 2.6 * _share(edge, largest) for edge in own],
                 alpha=0.55,
-                zorder=1,
+                zorder=0 if kind == _DEAD else 1,
             ),
             autolim=False,
         )

@@ -30,6 +30,7 @@ from pahq_hf.search.attribution.kinds import (
 )
 from pahq_hf.search.kind import (
     LEVEL,
+    PRUNE,
     Unsaid,
     as_first,
     check_criterion,
@@ -61,6 +62,7 @@ class AttributionConfig(JsonConfig):
             None is `signed`, or what `absolute` says.
         members: Methods that `ensemble` takes the mean of, with commas between them.
         direction: As of ACDC: `noising` scores edges of the clean run, `denoising` of the corrupted one.
+        prune_dead: Drop chosen edges that lie on no path from `input` to `logits`.
     """
 
     method: MethodName = field(
@@ -99,6 +101,7 @@ class AttributionConfig(JsonConfig):
         ),
     )
     level: Level = field(default="edge", metadata=LEVEL)
+    prune_dead: bool = field(default=False, metadata=PRUNE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

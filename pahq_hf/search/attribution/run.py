@@ -48,6 +48,8 @@ def attribute(work: Work[AttributionConfig]) -> Found:
     )
     asked = options.topn is not None or options.threshold is not None  # else all edges were asked for
     kept = chosen(work.graph, scores, options)
+    if options.prune_dead:
+        kept = work.graph.live_edges(kept)
     return Found(kept, scores, work.graph.all_edges.copy(), label=options.method if asked else None)
 
 
