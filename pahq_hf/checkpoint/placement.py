@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,15 +19,27 @@ def usable_device(device: str | int | torch.device) -> torch.device:
         ConfigError: If there is none of this name on this machine.
     """
     try:
-        found = torch.empty(0, device=device).device
+        found = torch.empty(0, device=device, dtype=torch.float64).device
     except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # What follows is for those who build PyTorch.
-        reason = shorten(reason.partition(". ")[0], 200, placeholder=" ...")
-        raise ConfigError(f"device {str(device)!r:.60} cannot be used: {reason}") from error
+        raise ConfigError(f"device {str(device)!r:.60} cannot be used: {_why_not(device)}") from error
     if found.type == "meta":
         raise ConfigError("device 'meta' cannot be used: it keeps shapes and no numbers")
     return found
+
+
+def _why_not(device: str | int | torch.device) -> str:
+    """Why a device cannot be used, in other words than those for who builds PyTorch."""
+    count, found = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
+    here = f"cpu and {count} of {found.type}" if found is not None and count else "cpu"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        return f"there is no such device; here there is {here}"
+    if found is None or wanted.type != found.type:
+        return f"PyTorch {torch.__version__} finds none of type {wanted.type} here; there is {here}"
+    if (wanted.index or 0) >= count:
+        return f"here there is {here}"
+    return f"it has no float64, in which metrics are computed; there is {here}"
 
 
 def one_device(place: Any, max_memory: Mapping[Any, Any] | None = None) -> torch.device:

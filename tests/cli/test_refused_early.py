@@ -171,6 +171,8 @@ WRONG: dict[str, tuple[str, list[str], str]] = {
         "device 'xla' cannot be used",
     ),
     "a device whose module is not there": ("discover", ["--device", "hpu"], "device 'hpu' cannot be used"),
+    "a device of another PyTorch": ("discover", ["--device", "xpu"], "finds none of type xpu here"),
+    "a device of another machine": ("discover", ["--device", "mps"], "finds none of type mps here"),
     "a device that is not there": ("discover", ["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
 }
 
