@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from pahq_hf.checkpoint.bars import conversion_bar, library_bars
+from pahq_hf.checkpoint.dequantise import dequantise, read_as, reading_options
 from pahq_hf.checkpoint.foreign import reading
 from pahq_hf.checkpoint.gguf import write_header
 from pahq_hf.checkpoint.placement import one_device
@@ -159,10 +160,11 @@ def load(
             if streamed:
                 raise
     pickled = kwargs.get("use_safetensors") is False
-    files = [] if pickled else safetensors_files(origin, **arguments)
+    quantised = read_as(config)
+    files = [] if pickled or quantised else safetensors_files(origin, **arguments)
     source = CheckpointSource(files) if files else None
     full = kwargs.get("dtype", torch.float32) in (torch.float32, "float32")
-    reason = _cannot_stream(source, full)
+    reason = f"its weights are in {quantised}" if quantised else _cannot_stream(source, full)
     if streamed and source is not None and reason is None:
         model = load_skeleton(
             config, source, device, quantize_embeddings=quantize_embeddings, trust_remote_code=trusts(kwargs)
@@ -273,8 +275,9 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         ConfigError: If another attention implementation than `eager` is asked for.
     """
     _check_attention(kwargs)
-    load_config(name, **kwargs)
+    config = load_config(name, **kwargs)
     kwargs.pop("assume_family", None)
+    kwargs |= reading_options(config)
     kwargs["trust_remote_code"] = trusts(kwargs)
     kwargs.setdefault("dtype", torch.float32)
     if kwargs.get("gguf_file"):
@@ -293,6 +296,8 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         raise ModelLoadError(
             f"the checkpoint {name!r} is incomplete: it lacks {len(missing)} tensors, such as {missing[0]}"
         )
+    if read_as(config) is not None:
+        dequantise(model)
     return model
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pahq_hf.errors import ConfigError
 from pahq_hf.modeling.architectures.lookup import find_architecture
+from pahq_hf.modeling.architectures.refusals import check_is_not_quantised
 from pahq_hf.modeling.attention import PAHQAttention
 from pahq_hf.modeling.projections import linear_from
 
@@ -27,6 +28,7 @@ def check_supported(hf: PreTrainedModel, *, streamed: bool = False) -> None:
         ConfigError: If the model is patched already, not in float32 or float64, or partly offloaded.
     """
     find_architecture(hf.config, of=lambda: hf)
+    check_is_not_quantised(hf.config, loading=streamed)
     if any(isinstance(module, PAHQAttention) for module in hf.modules()):
         raise ConfigError("this model is patched already; wrap a freshly loaded one")
     if hf.dtype not in (torch.float32, torch.float64):

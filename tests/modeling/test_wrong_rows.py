@@ -267,7 +267,7 @@ def test_an_output_bias_under_a_norm_is_refused() -> None:
         PAHQModel(Gemma2ForCausalLM(config), FP32)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "bitsandbytes"])
 def test_foreign_quantised_checkpoints_are_refused(method: str) -> None:
     config = ALL_FAMILIES["llama"]().config
     config.quantization_config = {"quant_method": method}

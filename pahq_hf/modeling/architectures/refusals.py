@@ -10,6 +10,7 @@ from pahq_hf.errors import UnsupportedModelError
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"rwkv", "mamba", "mamba2", "falcon_mamba", "xlstm", "jamba", "recurrent_gemma"}
+READ_QUANTISED = ("fp8", "torchao")  # formats that are loaded as full precision
 _STATE_SPACE = ("mamba_d_state", "ssm_state_size", "state_size", "mamba_n_heads", "conv_L_cache")
 
 _GEMMA3N = "four streams (AltUp), branches beside attention, and embeddings that enter every layer"
@@ -55,21 +56,28 @@ def check_is_transformer(config: PretrainedConfig) -> None:
         )
 
 
-def check_is_not_quantised(config: PretrainedConfig) -> None:
+def quantised_by(config: PretrainedConfig) -> str | None:
+    """The format in which a checkpoint's weights are quantised; None where they are not."""
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    facts = found if isinstance(found, dict) else found.to_dict()
+    return str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
+
+
+def check_is_not_quantised(config: PretrainedConfig, *, loading: bool = True) -> None:
     """Refuse checkpoints in a foreign quantised format.
 
     Args:
         config: A Hugging Face config.
+        loading: Whether weights are yet to be loaded: those of some formats are read as full precision.
 
     Raises:
         UnsupportedModelError: Naming the format.
     """
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    facts = found if isinstance(found, dict) else found.to_dict()
-    method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
-    if method != "gguf":  # those are loaded as full precision
+    method = quantised_by(config)
+    known = ("gguf", *READ_QUANTISED) if loading else ("gguf",)
+    if method is not None and method not in known:
         raise UnsupportedModelError(
             f"this checkpoint is quantised ({method[:40]}): load the unquantised one, "
             "weights get smaller through PAHQConfig instead"
