@@ -19,10 +19,7 @@ from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import output_path
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.config import Ablation, EngineConfig, PAHQConfig
-from pahq_hf.errors import (
-    ConfigError,
-    check_place,
-)
+from pahq_hf.errors import ConfigError, check_place
 from pahq_hf.evaluation.evaluator import Evaluator
 from pahq_hf.evaluation.fits import fit
 from pahq_hf.evaluation.report import EvaluationOptions, evaluate
