@@ -234,7 +234,7 @@ REFUSED = {
     ),
     "no score": ('{"m0->m1": "large"}', "entry 1 has no usable score"),
     "no finite score": ('{"m0->m1": NaN}', "no finite number"),
-    "a long score": (f'{{"m0->m1": {"9" * 400}}}', "no finite number"),
+    "a long score": (f'{{"m0->m1": {"9" * 400}}}', "a whole number in it is larger than"),
     "no names": ('[{"from": 1, "to": 2}]', "entry 1 has no name of a node: 1"),
     "nothing": ("[]", "neither 'cfg' and 'edges' nor a list of edges"),
     "something else": ('{"a": 1}', "neither 'cfg' and 'edges' nor a list"),
