@@ -14,8 +14,8 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from torch import Tensor
 from transformers import (
-    CodeGenConfig,
-    CodeGenForCausalLM,
+    BioGptConfig,
+    BioGptForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -199,10 +199,16 @@ def test_attributes_fall_through() -> None:
     ("make", "match"),
     [
         (
-            lambda: CodeGenForCausalLM(
-                CodeGenConfig(vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=HEADS, rotary_dim=4)
+            lambda: BioGptForCausalLM(
+                BioGptConfig(
+                    vocab_size=VOCAB,
+                    hidden_size=WIDTH,
+                    intermediate_size=WIDTH,
+                    num_hidden_layers=1,
+                    num_attention_heads=HEADS,
+                )
             ),
-            "'codegen' is not supported; known families: .*llama.*register_architecture",
+            "'biogpt' is not supported; known families: .*llama.*register_architecture",
         ),
         (
             lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1)),
@@ -215,7 +221,7 @@ def test_attributes_fall_through() -> None:
             "t5 is an encoder-decoder",
         ),
     ],
-    ids=["codegen", "mamba", "t5"],
+    ids=["biogpt", "mamba", "t5"],
 )
 def test_other_families_are_refused_with_a_reason(
     make: Callable[[], PreTrainedModel], match: str, tmp_path: Path
