@@ -18,13 +18,17 @@ def usable_device(device: str | int | torch.device) -> torch.device:
     Raises:
         ConfigError: If there is none of this name on this machine.
     """
-    try:
-        found = torch.empty(0, device=device, dtype=torch.float64).device
-    except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"device {str(device)!r:.60} cannot be used: {_why_not(device)}") from error
+    found = _found(device)
     if found.type == "meta":
         raise ConfigError("device 'meta' cannot be used: it keeps shapes and no numbers")
     return found
+
+
+def _found(device: str | int | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device, dtype=torch.float64).device
+    except (RuntimeError, AssertionError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"device {str(device)!r:.60} cannot be used: {_why_not(device)}") from error
 
 
 def _why_not(device: str | int | torch.device) -> str:
@@ -71,11 +75,11 @@ def _of_map(places: Mapping[Any, Any]) -> torch.device:
             "some weights are offloaded to the disk, out of reach of the projections' patches: load the "
             "model with a device_map that offloads nothing"
         )
-    devices = {usable_device(place) for place in places.values()}
+    devices = {_found(place) for place in places.values()}
     if len(devices) != 1:
         names = ", ".join(sorted(map(str, devices))) or "none"
         raise ConfigError(f"the model has to be whole on one device; this device_map names {names}")
-    return devices.pop()
+    return usable_device(devices.pop())
 
 
 def _gpu(name: str, max_memory: Mapping[Any, Any] | None) -> torch.device:

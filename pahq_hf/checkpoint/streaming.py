@@ -22,6 +22,7 @@ from pahq_hf.errors import ModelLoadError
 from pahq_hf.modeling.architectures.lookup import find_architecture
 from pahq_hf.precision.fp32.source import CheckpointSource, stored_name
 from pahq_hf.precision.memory import trim
+from pahq_hf.precision.quiet import quiet_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def say_loaded_whole(reason: str) -> None:
 def bare_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel | None:
     """A model of an unknown family without any memory; None where transformers makes no causal LM of it."""
     try:
-        with init_empty_weights():
+        with quiet_loggers("transformers"), init_empty_weights():  # nobody will use this model
             hf: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )

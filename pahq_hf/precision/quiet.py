@@ -16,7 +16,18 @@ _NOISY = ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http")  # th
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Keep torchao's notices back while a block imports it, and the Hub client's word on each retry."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
+    with quiet_loggers(*_NOISY):
+        yield
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Keep back what is less than an error of some loggers while a block runs.
+
+    Args:
+        *names: Of the loggers.
+    """
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

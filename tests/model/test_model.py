@@ -208,7 +208,7 @@ def test_attributes_fall_through() -> None:
                     num_attention_heads=HEADS,
                 )
             ),
-            "'biogpt' is not supported; known families: .*llama.*register_architecture",
+            "'biogpt' is not supported; `pahq families` lists .*register_architecture",
         ),
         (
             lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1)),

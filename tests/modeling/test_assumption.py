@@ -119,5 +119,5 @@ def test_families_resemble_themselves(family: str) -> None:
 @pytest.mark.parametrize("family", ["granite_swa", "nanochat", "persimmon"])
 def test_what_has_parts_that_no_row_names_resembles_none(family: str) -> None:
     assert resembling(tiny(family)) is None
-    with pytest.raises(UnsupportedModelError, match="is not supported; known families"):
+    with pytest.raises(UnsupportedModelError, match="is not supported; `pahq families`"):
         PAHQModel(tiny(family), FP32)

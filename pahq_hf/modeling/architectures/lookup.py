@@ -105,8 +105,8 @@ def find_architecture(
 def unsupported(family: str, hint: str = "") -> UnsupportedModelError:
     """What is raised for a family that is not in the table."""
     return UnsupportedModelError(
-        f"model family {family!r} is not supported{hint}; known families: "
-        f"{', '.join(supported_families())}; or add it with register_architecture"
+        f"model family {family!r} is not supported{hint}; `pahq families` lists the "
+        f"{len(supported_families())} that are; or add it with register_architecture"
     )
 
 
