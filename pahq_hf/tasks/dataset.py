@@ -81,7 +81,8 @@ def load_dataset_task(
     """
     options = options or DataOptions()
     where = told_source(source)
-    data = read_rows(source, Choice(n, offset, shuffle), split=split, columns=options.columns)
+    choice = Choice(n, offset, shuffle)
+    data = read_rows(source, choice, split=split, columns=options.columns)
     there = Columns(data.rows).names
     rows = named(data.rows, options.columns, where).rows
     found = Columns(rows, None if tokenizer is None else len(tokenizer))
@@ -104,7 +105,7 @@ def load_dataset_task(
     on_mismatch = options.on_mismatch or ("skip" if layout is not None and layout.skips else "error")
     read = _reader(reader, found, layout, has_ids=has_ids)
     fitting = _Fitting(where, options, on_mismatch, pad_id(tokenizer))
-    pairs = fitting.pairs(rows, read)
+    pairs = fitting.pairs(rows, choice.of(data.total), read)
     if given and all(list(pair.clean) == list(pair.corrupted) for pair in pairs):
         raise TaskError(f"{where}: every corrupted prompt equals its clean one, so patching changes nothing")
     said = (*pairs[0].answers[:1], *pairs[0].distractors[:1])
@@ -194,16 +195,21 @@ class _Fitting:
     padded: int = 0
     distracted: bool = False
 
-    def pairs(self, rows: Sequence[Row], read: _Read) -> list[Pair]:
+    def pairs(self, rows: Sequence[Row], numbers: Sequence[int], read: _Read) -> list[Pair]:
         """The pairs of the rows that fit.
+
+        Args:
+            rows: The rows.
+            numbers: Which ones of the data they are, for messages.
+            read: Makes a row into tokens.
 
         Raises:
             TaskError: If none does, or one does not where all have to.
         """
         pairs: list[Pair] = []
         failures: list[TaskError] = []
-        for index, row in enumerate(rows):
-            at = f"{self.where}, example {index}"
+        for number, row in zip(numbers, rows, strict=True):
+            at = f"{self.where}, example {number}"
             try:
                 pairs.append(self._pair(read(row, at), at))
             except TaskError as error:

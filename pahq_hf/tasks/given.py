@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,6 +10,8 @@ from typing import Any, TypeAlias
 from pahq_hf.errors import TaskError, describe
 from pahq_hf.tasks.choice import Choice, Data
 from pahq_hf.tasks.json_shapes import Shapes
+
+logger = logging.getLogger(__name__)
 
 Given: TypeAlias = Any
 """What holds examples: rows, columns, a DataFrame, a `datasets.Dataset` or a `DatasetDict`."""
@@ -81,6 +84,9 @@ def part_of(data: Any, split: str | None, where: str) -> Any:
     chosen = split or ("train" if "train" in data else next(iter(data), ""))
     if chosen not in data:
         raise TaskError(f"{where}: no split {chosen!r}; it has {', '.join(data) or 'none'}")
+    if split is None and len(data) > 1:
+        others = ", ".join(name for name in data if name != chosen)
+        logger.warning("%s: split %r is taken, and not %s: --split (split=...) chooses", where, chosen, others)
     return data[chosen]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from pahq_hf import PAHQModel
@@ -64,6 +66,27 @@ def test_skip_goes_on_and_counts(caplog: pytest.LogCaptureFixture) -> None:
     assert "; the first: example 1: the clean prompt has 3 tokens" in message
     with pytest.raises(TaskError, match=r"none of the 2 examples can be used; the last: .*example 1"):
         load_task([LONG, SHORT], on_mismatch="skip")
+
+
+@pytest.mark.parametrize(
+    ("choice", "number"),
+    [({}, 3), ({"offset": 2}, 3), ({"offset": 1, "n": 3}, 3), ({"shuffle": True, "seed": 5}, 3)],
+)
+def test_a_bad_row_is_named_by_its_place_in_the_data(choice: dict[str, Any], number: int) -> None:
+    """Not by its place among those that were chosen."""
+    with pytest.raises(TaskError, match=rf"example {number}: .*3 tokens"):
+        load_task([FIT, FIT, FIT, LONG, FIT], **choice)
+
+
+def test_a_split_that_nobody_chose_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_list([FIT] * 2)
+    both = DatasetDict(validation=rows, test=rows)
+    assert len(load_task(both)) == 2
+    assert any("split 'validation' is taken, and not test" in message for message in messages_of(caplog))
+    caplog.clear()
+    load_task(both, split="test")
+    load_task(DatasetDict(test=rows))
+    assert messages_of(caplog) == []
 
 
 def test_mib_rows_that_are_left_out_are_told(
