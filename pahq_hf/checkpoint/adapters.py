@@ -41,7 +41,7 @@ _LENIENT = {
 }
 _ELSEWHERE = "let PEFT merge it (merge_and_unload), save the model, and give that"
 _NOT_SUMS = ("use_dora", "use_qalora", "alora_invocation_tokens", "layer_replication", "target_parameters")
-_CHANGE_BASE = ("pissa", "olora", "loftq", "corda")
+_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _PART = re.compile(r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 _WRAPPERS = re.compile(r"\.(modules_to_save|base_layer|original_module)(?=\.)")
 

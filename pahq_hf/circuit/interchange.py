@@ -144,12 +144,18 @@ def _from_mib(document: object, path: Path) -> Circuit:
         r, w = graph.parse_edge(name)
         try:
             scores[r, w] = _finite(float(facts.get("score") or 0.0))
-            kept[r, w] = bool(facts.get("in_graph", False))
+            kept[r, w] = _said(facts.get("in_graph", False))
         except (AttributeError, TypeError, ValueError) as error:
             raise CircuitError(f"{path}: edge {name[:80]!r} has no usable score and in_graph") from error
     model = {"d_model": cfg["d_model"]} if isinstance(cfg.get("d_model"), int) else {}
     circuit = Circuit(graph, kept, scores, scores != 0, model, {})
     return circuit if told == spec else fitted(circuit, told)
+
+
+def _said(value: object) -> bool:
+    if value not in (True, False):  # 1 and 0 are
+        raise ValueError(f"{value!r} is neither true nor false")
+    return bool(value)
 
 
 def _finite(number: float) -> float:

@@ -86,7 +86,9 @@ def part_of(data: Any, split: str | None, where: str) -> Any:
         raise TaskError(f"{where}: no split {chosen!r}; it has {', '.join(data) or 'none'}")
     if split is None and len(data) > 1:
         others = ", ".join(name for name in data if name != chosen)
-        logger.warning("%s: split %r is taken, and not %s: --split (split=...) chooses", where, chosen, others)
+        logger.warning(
+            "%s: split %r is taken, and not %s: --split (split=...) chooses", where, chosen, others
+        )
     return data[chosen]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from pahq_hf.errors import ConfigError, describe
@@ -29,7 +31,8 @@ def metric_name(metric: str | OwnMetric | None) -> str | None:
             minimised. [rows, vocab] -> [rows]
 
     Returns:
-        The name, `own-` before it where that of the function is a built-in metric's.
+        The name, `own-` before it where that of the function is a built-in metric's; of a lambda `lambda-`
+        and digits of what it computes, so that a run continued with another one is another run.
 
     Raises:
         ConfigError: If it is neither.
@@ -40,6 +43,8 @@ def metric_name(metric: str | OwnMetric | None) -> str | None:
         raise ConfigError(f"metric takes a name or a function of logits; got {describe(metric)}")
     told = vars(metric).get("__name__") if not inspect.isroutine(metric) else metric.__name__
     name = re.sub(r"[^a-z0-9_-]+", "-", str(told or type(metric).__name__).lower()).strip("-_") or "metric"
+    if isinstance(metric, FunctionType) and told == "<lambda>":
+        name = f"lambda-{_digest(metric.__code__).hexdigest()[:8]}"
     if is_built_in(name):
         name = f"own-{name}"
     register_metric(MetricSpec(name, _by_pieces(metric)))
@@ -56,6 +61,15 @@ def with_named_metric(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **named}
 
 
+def _digest(code: CodeType) -> hashlib._Hash:
+    """Of what a function computes, but for values that it takes from elsewhere."""
+    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
+    for constant in code.co_consts:
+        inner = _digest(constant).digest() if isinstance(constant, CodeType) else repr(constant).encode()
+        digest.update(inner)
+    return digest
+
+
 def _by_pieces(metric: OwnMetric) -> Callable[[Tensor, Targets], Tensor]:
     """A function of one run's logits as one of those of several: `[..., rows, vocab]` to `[..., rows]`."""
     takes_targets = _arguments(metric) > 1
@@ -63,10 +77,10 @@ def _by_pieces(metric: OwnMetric) -> Callable[[Tensor, Targets], Tensor]:
     def value(logits: Tensor, targets: Targets) -> Tensor:
         more = (targets,) if takes_targets else ()
         if logits.ndim <= 2:
-            return metric(logits, *more)
+            return metric(logits.clone(), *more)  # others read these logits, too
         import torch
 
-        pieces = [metric(piece, *more) for piece in logits.flatten(0, -3)]
+        pieces = [metric(piece.clone(), *more) for piece in logits.flatten(0, -3)]
         return torch.stack(pieces).unflatten(0, logits.shape[:-2])
 
     return value

@@ -230,6 +230,7 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         "no part of",
     ),
     "PiSSA": (PLAIN, {"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
+    "LoRA-GA": (PLAIN, {"init_lora_weights": "lora_ga"}, "changes the model's own weights"),
     "experts": (PLAIN, {"target_parameters": ["experts.down_proj"]}, "has target_parameters"),
     "one half": ({FIRST: PLAIN[FIRST]}, {}, "has only lora_A"),
     "no product": ({FIRST: PLAIN[FIRST], SECOND: draw(32, 3, seed=0)}, {}, "no product of low rank"),

@@ -123,6 +123,10 @@ def test_models_without_mlps_have_no_mib_graph(tmp_path: Path) -> None:
         ('{"cfg": {"n_layers": 1, "n_heads": 0}, "edges": {}}', "unusable cfg"),
         ('{"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"m0->input": {}}}', "not an edge"),
         ('{"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"input->m0": []}}', "no usable score"),
+        (
+            '{"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"input->m0": {"in_graph": "false"}}}',
+            "no usable score and in_graph",
+        ),
         ('{"cfg": {"n_layers": 1, "n_heads": 2}, "edges": {"input->m0": {"score": "x"}}}', "no usable"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pahq_hf import (
 )
 from pahq_hf.engine.hooks.engine import HooksEngine
 from pahq_hf.engine.sparse.engine import SparseEngine
-from pahq_hf.errors import ConfigError, MetricError
+from pahq_hf.errors import ConfigError, MetricError, PAHQError
 from pahq_hf.modeling.patched_model import PatchedModel
 from pahq_hf.tasks.loading import TASKS
 from pahq_hf.tasks.metrics import Metric, default_metric, find_metric, known_metrics
@@ -140,6 +141,38 @@ def nll(logits: Tensor, targets: Targets) -> Tensor:
     return miss(logits, targets)
 
 
+def test_a_run_is_not_continued_with_another_lambda(tmp_path: Path) -> None:
+    model, task = PAHQModel(tiny_llama(), FP32), random_task(batch=2, seed=3)
+    options: dict[str, Any] = {
+        "threshold": 0.05,
+        "readers": "logits",
+        "progress": False,
+        "out": tmp_path / "run",
+    }
+    model.discover(task, metric=lambda logits: -logits[:, 0], **options)
+    model.discover(task, metric=lambda logits: -logits[:, 0], resume=True, **options)
+    with pytest.raises(PAHQError, match="metric"):
+        model.discover(task, metric=lambda logits: logits[:, 1] * 3, resume=True, **options)
+
+
+def test_what_a_metric_does_to_its_logits_is_its_own_affair() -> None:
+    """Two lines that should do the same: the other metrics of an evaluation see the model's logits."""
+
+    def careless(logits: Tensor) -> Tensor:
+        logits[:, :5] = -1e3
+        return -logits.logsumexp(-1)
+
+    def careful(logits: Tensor) -> Tensor:
+        return careless(logits.clone())
+
+    model, task = PAHQModel(tiny_llama(), FP32), random_task(batch=2, seed=3)
+    options: dict[str, Any] = {"threshold": 0.05, "readers": "logits", "progress": False}
+    circuits = [model.discover(task, metric=own, **options) for own in (careless, careful)]
+    assert np.array_equal(circuits[0].kept, circuits[1].kept)
+    facts = [model.evaluate(circuits[0], task, metric=own) for own in (careless, careful)]
+    assert facts[0]["kl"] == facts[1]["kl"] and facts[0]["metric"]["full"] == facts[1]["metric"]["full"]
+
+
 @pytest.mark.parametrize(
     "own", [gap_to_the_top, nll, lambda logits: logits[:, :9].logsumexp(1) - logits[:, 3]]
 )
@@ -150,8 +183,9 @@ def test_a_function_of_logits_is_a_metric(own: Any) -> None:
     found = model.discover(task, metric=own, **options)
     slow = model.discover(task, metric=own, engine=EngineConfig(engine="hooks"), **options)
     assert np.array_equal(found.kept, slow.kept) and 0 < found.edge_count < model.graph.edge_count
-    name = {"gap_to_the_top": "gap_to_the_top", "nll": "own-nll"}.get(own.__name__, "lambda")
-    assert found.discovery["metric"]["name"] == name and name in known_metrics()
+    name = str(found.discovery["metric"]["name"])
+    told = {"gap_to_the_top": "gap_to_the_top", "nll": "own-nll"}.get(own.__name__, "lambda-[0-9a-f]{8}")
+    assert re.fullmatch(told, name) and name in known_metrics()
     with torch.no_grad():
         logits = model(task.clean_ids).logits[task.answer_rows, task.answer_positions].double()
     full = float(Metric(name, task).rows(logits).mean())
