@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from pahq_hf.checkpoint.fingerprint import identity_in
+from pahq_hf.checkpoint.weight_files import HUB_ARGUMENTS, pick
 from pahq_hf.circuit.identity import ModelIdentity
 from pahq_hf.circuit.json_reader import parse_json, read_regular
 from pahq_hf.circuit.naming import shared_name
@@ -33,7 +34,6 @@ from pahq_hf.errors import ModelLoadError, first_line
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _LENIENT = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
@@ -133,7 +133,7 @@ def find_adapter(name: str, arguments: Mapping[str, Any]) -> Adapter | None:
     Raises:
         ModelLoadError: If it cannot be merged, or is damaged.
     """
-    wanted = {key: arguments[key] for key in _HUB if key in arguments}
+    wanted = pick(arguments, *HUB_ARGUMENTS)
     path = _file(name, CONFIG_NAME, wanted)
     if path is None:
         return None

@@ -106,8 +106,7 @@ def load_by_name(
             if not is_place(name) and find_adapter(name, arguments) is not None:
                 return _load_adapted(name, config, arguments)
             raise
-        rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
-        rest["revision"] = saved.revision
+        rest = _of_base(arguments, saved.revision)
         through = (*through, _place_of(name))
         if _place_of(saved.base_model) in through:
             raise ConfigError(
@@ -134,16 +133,14 @@ def load_config_of(name: str, **arguments: Any) -> PretrainedConfig:
     adapter = find_adapter(name, arguments) if is_local_adapter(name) else None
     if adapter is None:
         return load_config(name, **arguments)
-    rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
-    return load_config(adapter.base, **rest, revision=adapter.base_revision)
+    return load_config(adapter.base, **_of_base(arguments, adapter.base_revision))
 
 
 def _load_adapted(name: str, config: PAHQConfig, arguments: dict[str, Any]) -> LoadedModel:
     """The base of an adapter, as a whole, with the adapter merged."""
     adapter = find_adapter(name, arguments)
     assert adapter is not None  # somebody looked
-    rest = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
-    rest["revision"] = adapter.base_revision
+    rest = _of_base(arguments, adapter.base_revision)
     try:
         model, _ = load(adapter.base, streamed=False, **rest)
     except (ModelLoadError, UnsupportedModelError) as error:
@@ -153,6 +150,12 @@ def _load_adapted(name: str, config: PAHQConfig, arguments: dict[str, Any]) -> L
         say_loaded_whole(f"{name}: an adapter is merged into its weights")
     tokenizer = load_tokenizer(name, **arguments) or load_tokenizer(adapter.base, **rest)
     return LoadedModel(model, tokenizer, None, config, name, adapter)
+
+
+def _of_base(arguments: dict[str, Any], revision: str | None) -> dict[str, Any]:
+    """Arguments for the base model: revision and subfolder are those of what names it."""
+    rest = {key: value for key, value in arguments.items() if key != "subfolder"}
+    return rest | {"revision": revision}
 
 
 def _place_of(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -97,8 +98,7 @@ class Estimates:
             # An edge that stays is tested where it would go: half of its own step counts then, too.
             reached = (np.cumsum(steps) - np.where(every, moved / 2, -moved / 2)) / total
         else:
-            number = np.cumsum(every)
-            reached = (number - 0.5 * every) / max(1, int(number[-1]) if len(number) else 1)
+            reached = even(every)
         return cls(start, end, start + moved * reached, np.zeros(len(start)))
 
     @property
@@ -162,18 +162,17 @@ class Turn:
         far = max(abs(total), whole / 2, _SMALLEST)
         return cls(-1.0 if total < 0 else 1.0, known / np.sqrt(far))
 
-    def swings(self, some: slice, goes: Bools, reached: Floats) -> Floats:
+    def swings(self, some: slice, goes: Bools) -> Floats:
         """What estimates of edges would miss if slopes turned so among them.
 
         Args:
             some: The edges.
             goes: Which of them go. [some]
-            reached: The share of the way that has gone when each does. [some]
         """
         own = self.steps[some]
         gone = np.where(goes, own, 0.0)
         before = np.cumsum(gone) - gone
-        found: Floats = self.sign * own * (before + own / 2 - reached * float(gone.sum()))
+        found: Floats = self.sign * own * (before + own / 2 - even(goes) * float(gone.sum()))
         return found
 
 
@@ -233,13 +232,15 @@ class Way:
 
     def estimates(self) -> Estimates:
         """Of all edges of the reader; NaN for those that are not on the way. [edges]"""
+        return self._estimates
+
+    @cached_property
+    def _estimates(self) -> Estimates:
         start, end, scores, swings = (np.full(len(self.stays), np.nan) for _ in range(4))
         turns = list(self._turns())
         for inside, own in self._intervals():
             start[inside], end[inside], scores[inside] = own.start, own.end, own.scores
-            goes = ~self.stays[inside]
-            reached = (np.cumsum(goes) - 0.5 * goes) / max(1, int(goes.sum()))
-            each = np.array([turn.swings(inside, goes, reached) for turn in turns])
+            each = np.array([turn.swings(inside, ~self.stays[inside]) for turn in turns])
             largest = np.abs(each).argmax(axis=0)
             swings[inside] = np.take_along_axis(each, largest[None], axis=0)[0]
         return Estimates(start, end, scores, swings)
@@ -313,6 +314,12 @@ class Way:
         if last < self.end:
             found.append(Stop(self.end, False))
         return found
+
+
+def even(goes: Bools) -> Floats:
+    """The share of what goes that has gone when each edge is decided, half of itself included. [edges]"""
+    found: Floats = (np.cumsum(goes) - 0.5 * goes) / max(1, int(goes.sum()))
+    return found
 
 
 def shares(sizes: Floats) -> Floats:
