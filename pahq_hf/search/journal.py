@@ -17,7 +17,7 @@ from typing import Any
 
 from pahq_hf.circuit.circuit import Circuit
 from pahq_hf.circuit.files import CIRCUIT_NAME, DISCOVERY_NAME, JOURNAL_NAME, write_text
-from pahq_hf.circuit.json_reader import OWN_BYTES, parse_json, read_json, read_regular
+from pahq_hf.circuit.json_reader import OWN_BYTES, check_regular, parse_json, read_json, read_regular
 from pahq_hf.errors import CircuitError, RunError
 from pahq_hf.search.kind import FIRST
 
@@ -204,7 +204,9 @@ def is_begun(folder: Path) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        return b"\n" in read_regular(path, OWN_BYTES)  # else it ends within its header
+        check_regular(path)
+        with path.open("rb") as file:
+            return file.readline().endswith(b"\n")  # else it ends within its header
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
 
